@@ -1,0 +1,191 @@
+"""The envelope of a cached value in the shared tier.
+
+    magic 3 | state 1 | version 16 | soft_at_ms 13 | hard_at_ms 13
+    | kind 1 | codec 1 | meta length 2 | meta | payload
+
+The numbers are decimal digits, so that a script reads and writes them with ``string.sub``
+and ``%016.0f``. The part up to ``kind`` is made in the script, from the server's clock;
+``make_tail`` makes the rest. ``meta`` is a msgpack map: tag versions, etag.
+
+I1  A size is checked before what it announces is decoded or decompressed.
+I2  Any bytes at all give an ``Entry`` or ``InvalidEntry``, never another exception.
+I3  Both older forms are read: a bare JSON value, and ``{"value": ..., "stale_at": seconds}``.
+    They have version 0, so that whatever is written next replaces them.
+
+Values themselves are decoded by the cache that knows their type.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Literal, cast
+
+import msgspec
+from msgspec import Struct
+
+from .errors import InvalidEntry
+
+__all__ = [
+    "DIRTY",
+    "FOREVER_MS",
+    "MAGIC",
+    "Entry",
+    "EntryMeta",
+    "decompressed",
+    "make_tail",
+    "read_entry",
+]
+
+MAGIC = b"\xfbE1"
+DIRTY = b"dx"  #: states of an entry whose write-behind is pending; x: drop it afterwards
+FOREVER_MS = 9_999_999_999_999
+_HEADER = 50
+_JSON_STARTS = b'{["-0123456789tfn \t\r\n'
+_UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError)
+
+Kind = Literal["v", "n"]  # a value; a negative entry: known absence
+Codec = Literal["m", "z", "s", "j"]  # msgpack; zlib of it; zstd of it; JSON (older forms)
+
+
+class EntryMeta(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    tags: dict[str, int] = {}  #: tag -> its version when the loader was started
+    etag: str = ""
+    soft_ms: int = 0  #: lifetimes as asked for, so that an extension can repeat them
+    stale_ms: int = 0
+
+
+class Entry(Struct, frozen=True, kw_only=True):
+    """An envelope, read but not yet decoded. Times are the server's, in ms since 1970."""
+
+    version: int
+    soft_at_ms: int
+    hard_at_ms: int
+    kind: Kind
+    codec: Codec
+    payload: bytes
+    meta: EntryMeta
+    dirty: bool = False
+
+    @property
+    def negative(self) -> bool:
+        return self.kind == "n"
+
+
+class _Legacy(Struct):
+    value: msgspec.Raw
+    stale_at: float
+
+
+_NO_META = EntryMeta()
+_meta_encoder = msgspec.msgpack.Encoder()
+_meta_decoder = msgspec.msgpack.Decoder(EntryMeta)
+_legacy_decoder = msgspec.json.Decoder(_Legacy)
+
+
+def make_tail(payload: bytes, *, kind: Kind, codec: Codec, meta: EntryMeta) -> bytes:
+    """What follows the script's part of the envelope."""
+    packed = b"" if meta == _NO_META else _meta_encoder.encode(meta)
+    if len(packed) > 0xFFFF:
+        raise InvalidEntry("oversized", f"{len(packed)} bytes of tags and etag, 65535 are allowed")
+    return b"%c%c%b%b%b" % (ord(kind), ord(codec), len(packed).to_bytes(2, "big"), packed, payload)
+
+
+def read_entry(raw: bytes, *, bytes_max: int) -> Entry:
+    """The envelope of these bytes.
+
+    Raises:
+        InvalidEntry: they are no entry, a newer format, or larger than ``bytes_max``.
+    """
+    if len(raw) > bytes_max + _HEADER + 0xFFFF:
+        raise InvalidEntry("oversized", f"{len(raw)} bytes, {bytes_max} are allowed")
+    if raw[:3] == MAGIC:
+        return _read(raw)
+    if raw[:2] == MAGIC[:2]:
+        raise InvalidEntry("newer_format", ascii(raw[2:3]))
+    if raw[:1] and raw[0] in _JSON_STARTS:
+        return _read_legacy(raw)
+    raise InvalidEntry("bad_magic" if len(raw) >= _HEADER else "too_short")
+
+
+def _read(raw: bytes) -> Entry:
+    if len(raw) < _HEADER:
+        raise InvalidEntry("too_short", f"{len(raw)} bytes")
+    kind, codec = chr(raw[46]), chr(raw[47])
+    end = _HEADER + (raw[48] << 8 | raw[49])
+    if raw[3] not in b"cdx" or kind not in "vn" or not raw[4:46].isdigit():
+        raise InvalidEntry("bad_header")
+    if codec not in "mzs":
+        raise InvalidEntry("bad_codec", repr(codec))
+    if end > len(raw):
+        raise InvalidEntry("too_short", "the meta part is cut off")
+    try:
+        meta = _meta_decoder.decode(raw[_HEADER:end]) if end > _HEADER else _NO_META
+    except _UNDECODABLE as error:
+        raise InvalidEntry("bad_header", "the meta part cannot be decoded") from error
+    return Entry(
+        version=int(raw[4:20]),
+        soft_at_ms=int(raw[20:33]),
+        hard_at_ms=int(raw[33:46]),
+        kind=cast(Kind, kind),
+        codec=cast(Codec, codec),
+        payload=raw[end:],
+        meta=meta,
+        dirty=raw[3] in DIRTY,
+    )
+
+
+def _read_legacy(raw: bytes) -> Entry:
+    soft_at_ms, payload = FOREVER_MS, raw
+    if raw[:1] == b"{":
+        try:
+            wrapped = _legacy_decoder.decode(raw)
+            soft_at_ms, payload = int(wrapped.stale_at * 1000), bytes(wrapped.value)
+        except _UNDECODABLE:
+            pass  # a bare JSON object that has other fields
+    return Entry(
+        version=0,
+        soft_at_ms=soft_at_ms,
+        hard_at_ms=FOREVER_MS,
+        kind="v",
+        codec="j",
+        payload=payload,
+        meta=_NO_META,
+    )
+
+
+def decompressed(entry: Entry, *, bytes_max: int) -> bytes:
+    """The payload as it was before compression, at most ``bytes_max`` long.
+
+    Raises:
+        InvalidEntry: it is cut off, damaged, or would be larger.
+    """
+    if entry.codec in "mj":
+        if len(entry.payload) > bytes_max:
+            raise InvalidEntry("oversized", f"{len(entry.payload)} bytes, {bytes_max} are allowed")
+        return entry.payload
+    if entry.codec == "s":
+        return _unzstd(entry.payload, bytes_max)
+    stream = zlib.decompressobj()
+    try:
+        plain = stream.decompress(entry.payload, bytes_max)
+    except zlib.error as error:
+        raise InvalidEntry("bad_value", "zlib") from error
+    if stream.unconsumed_tail:
+        raise InvalidEntry("oversized", f"over {bytes_max} bytes when decompressed")
+    if not stream.eof or stream.unused_data:
+        raise InvalidEntry("bad_value", "the compressed value is cut off or followed by garbage")
+    return plain
+
+
+def _unzstd(payload: bytes, bytes_max: int) -> bytes:
+    try:
+        import zstandard
+    except ImportError:
+        raise InvalidEntry("bad_codec", "zstd; install forebay[zstd]") from None
+    try:
+        size = zstandard.frame_content_size(payload)
+        if not 0 <= size <= bytes_max:
+            raise InvalidEntry("oversized", f"{size} bytes announced, {bytes_max} are allowed")
+        return zstandard.ZstdDecompressor().decompress(payload, max_output_size=bytes_max)
+    except zstandard.ZstdError as error:
+        raise InvalidEntry("bad_value", "zstd") from error

@@ -1,0 +1,186 @@
+"""Every error that Forebay raises, in one tree.
+
+Errors carry fields; the class builds the sentence. Whoever catches one decides on
+the class or on a field, never on the text. Foreign errors (valkey-py, SQLAlchemy,
+aiohttp, msgspec) are translated where they enter, with ``raise ... from``.
+
+Values that may be secret are masked by whoever raises, before they get here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+__all__ = [
+    "Backpressure",
+    "BreakerOpen",
+    "ConfigError",
+    "Disconnected",
+    "FatalSinkError",
+    "Fenced",
+    "ForebayError",
+    "InvalidEntry",
+    "InvalidEvent",
+    "InvalidKey",
+    "LoaderError",
+    "PoisonSinkError",
+    "ServerRefused",
+    "SinkError",
+    "StartupError",
+    "TimedOut",
+    "TransientSinkError",
+    "Unavailable",
+]
+
+EventFault = Literal[
+    "undecodable", "oversized", "unknown_type", "wrong_field", "no_sink", "sink_refused"
+]
+EntryFault = Literal[
+    "too_short", "bad_magic", "newer_format", "bad_header", "bad_codec", "oversized", "bad_value"
+]
+
+
+class ForebayError(Exception):
+    """The base of all errors raised on purpose."""
+
+
+class ConfigError(ForebayError):
+    """Raised when a setting cannot be used; the program exits with 2."""
+
+    exit_code = 2
+
+    def __init__(self, *, setting: str, value: str, origin: str, problem: str, fix: str) -> None:
+        super().__init__(f"{setting} = {value} (from {origin}): {problem}; {fix}")
+        self.setting = setting
+        self.value = value
+        self.origin = origin
+        self.problem = problem
+        self.fix = fix
+
+
+class StartupError(ConfigError):
+    """Raised when the configured server cannot serve us; the program exits with 3."""
+
+    exit_code = 3
+
+
+class Unavailable(ForebayError):
+    """Raised when Valkey did not answer.
+
+    ``outcome_unknown`` is true when the command may have been carried out: repeat it
+    only if it is idempotent.
+    """
+
+    def __init__(self, reason: str, *, outcome_unknown: bool = False) -> None:
+        suffix = " (it may have been carried out)" if outcome_unknown else ""
+        super().__init__(f"valkey is unavailable: {reason}{suffix}")
+        self.reason = reason
+        self.outcome_unknown = outcome_unknown
+
+
+class Disconnected(Unavailable):
+    """Raised when the connection went away before the reply, or is not there."""
+
+
+class TimedOut(Unavailable):
+    """Raised when no reply came within the deadline."""
+
+    def __init__(self, timeout_ms: int) -> None:
+        super().__init__(f"no reply within {timeout_ms} ms", outcome_unknown=True)
+        self.timeout_ms = timeout_ms
+
+
+class BreakerOpen(Unavailable):
+    """Raised at once, without trying, while the circuit breaker is open."""
+
+    def __init__(self, name: str, retry_after_ms: int) -> None:
+        super().__init__(f"the breaker of {name} is open, next try in {retry_after_ms} ms")
+        self.name = name
+        self.retry_after_ms = retry_after_ms
+
+
+class ServerRefused(ForebayError):
+    """Raised when the server answered with an error reply; nothing is retried blindly."""
+
+    def __init__(self, code: str, message: str, command: str = "") -> None:
+        super().__init__(f"valkey refused {command or 'the command'}: {code} {message}".rstrip())
+        self.code = code
+        self.message = message
+        self.command = command
+
+
+class Backpressure(ForebayError):
+    """Raised when a stream is at its bound and the deadline for waiting has passed."""
+
+    def __init__(self, stream: str, length: int, bound: int) -> None:
+        super().__init__(f"{stream} holds {length} of {bound} entries; slow down and try again")
+        self.stream = stream
+        self.length = length
+        self.bound = bound
+
+
+class Fenced(ForebayError):
+    """Raised when another owner has taken over: whatever was under way must stop."""
+
+    def __init__(self, resource: str, epoch: int, current_epoch: int) -> None:
+        super().__init__(f"{resource}: epoch {epoch} is over, {current_epoch} is in force")
+        self.resource = resource
+        self.epoch = epoch
+        self.current_epoch = current_epoch
+
+
+class InvalidKey(ForebayError):
+    """Raised for a key, tag or namespace that the key grammar does not allow."""
+
+    def __init__(self, name: str, value: str, problem: str) -> None:
+        shown = value if len(value) <= 80 else value[:77] + "..."
+        super().__init__(f"{name} {shown!r} {problem}")
+        self.name = name
+        self.value = value
+        self.problem = problem
+
+
+class InvalidEvent(ForebayError):
+    """Raised for an event that can never be applied; it goes to the dead letters."""
+
+    def __init__(self, fault: EventFault, problem: str, *, field: str = "", fix: str = "") -> None:
+        where = f" at {field}" if field else ""
+        super().__init__(f"{fault}{where}: {problem}" + (f"; {fix}" if fix else ""))
+        self.fault: EventFault = fault
+        self.problem = problem
+        self.field = field
+        self.fix = fix
+
+
+class InvalidEntry(ForebayError):
+    """Raised for stored bytes that are no readable entry; the reader counts a miss."""
+
+    def __init__(self, fault: EntryFault, problem: str = "") -> None:
+        super().__init__(f"{fault}: {problem}" if problem else fault)
+        self.fault: EntryFault = fault
+
+
+class LoaderError(ForebayError):
+    """Raised to a caller when the loader failed and nothing stale could be served."""
+
+    def __init__(self, cache: str, key: str, problem: str) -> None:
+        super().__init__(f"the loader of {cache} failed for {key!r}: {problem}")
+        self.cache = cache
+        self.key = key
+        self.problem = problem
+
+
+class SinkError(ForebayError):
+    """The base of what a sink raises; the class says what the worker does next."""
+
+
+class TransientSinkError(SinkError):
+    """Raised when trying again later may work: the sink is paused and retried."""
+
+
+class PoisonSinkError(SinkError):
+    """Raised when this batch can never work: it is bisected down to the entry at fault."""
+
+
+class FatalSinkError(SinkError):
+    """Raised when no batch can work (no such table, wrong password): the sink stops."""

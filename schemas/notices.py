@@ -1,0 +1,106 @@
+"""Notices: what the shard log says of a change. They name what changed, never its value.
+
+On the wire a log entry has two fields: ``v``, the version that the script gave to the
+change (decimal), and ``n``, the msgpack of one of these. The doorbell carries the same as
+``<shard> <epoch> <seq> <version> <n>``.
+
+I1  Applying a notice twice, or one that is older than what is known, changes nothing.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+__all__ = [
+    "Bell",
+    "Bumped",
+    "Changed",
+    "Dropped",
+    "Extended",
+    "Notice",
+    "Position",
+    "read_bell",
+    "read_notice",
+    "write_notice",
+]
+
+
+class Position(Struct, frozen=True, order=True, array_like=True):
+    """A place in a shard's log: the id of an entry."""
+
+    epoch: int
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.seq}"
+
+    @classmethod
+    def parse(cls, raw: bytes | str) -> Position:
+        epoch, _, seq = (raw.decode() if isinstance(raw, bytes) else raw).partition("-")
+        return cls(int(epoch), int(seq or 0))
+
+
+class Changed(Struct, frozen=True, array_like=True, tag="c"):
+    """A new value was stored; older copies are old."""
+
+    key: str
+    origin: str = ""  #: node id of the writer, whose own near cache has it already
+
+
+class Dropped(Struct, frozen=True, array_like=True, tag="d"):
+    """Copies of these keys must not be served as fresh any more."""
+
+    keys: tuple[str, ...]
+    soft: bool = False  #: stale copies may still be served as such
+    origin: str = ""
+
+
+class Bumped(Struct, frozen=True, array_like=True, tag="t"):
+    """These tags have a new version: entries that carry an older one are invalid."""
+
+    tags: tuple[str, ...]
+    origin: str = ""
+
+
+class Extended(Struct, frozen=True, array_like=True, tag="x"):
+    """The value is the same as before; only its lifetimes and version are new."""
+
+    key: str
+    since: int  #: the version that was extended
+    soft_at_ms: int
+    hard_at_ms: int
+
+
+Notice = Changed | Dropped | Bumped | Extended
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Notice)
+write_notice = _encoder.encode
+
+
+def read_notice(raw: bytes) -> Notice | None:
+    """The notice; None for one that this version does not know."""
+    try:
+        notice: Notice = _decoder.decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return notice
+
+
+class Bell(Struct, frozen=True):
+    """A doorbell message."""
+
+    shard: int
+    position: Position
+    version: int
+    notice: bytes
+
+
+def read_bell(payload: bytes) -> Bell | None:
+    """What a doorbell message says; None if it is none."""
+    try:
+        shard, epoch, seq, version, notice = payload.split(b" ", 4)
+        return Bell(int(shard), Position(int(epoch), int(seq)), int(version), notice)
+    except ValueError:
+        return None
