@@ -1,0 +1,66 @@
+"""A cache that a whole cluster of services shares on Valkey, kept right by events.
+
+The public face: what is listed here is what a service imports, and nothing else is promised.
+Names are loaded when they are first asked for, so that importing ``forebay`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backpressure",
+    "ConfigError",
+    "FatalSinkError",
+    "ForebayError",
+    "InvalidKey",
+    "LoaderError",
+    "Node",
+    "PoisonSinkError",
+    "SqlSink",
+    "StartupError",
+    "TransientSinkError",
+    "Unavailable",
+    "Write",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from .nodes.node import Node
+    from .nodes.sinks.base import Write
+    from .nodes.sinks.sql import SqlSink
+    from .schemas.errors import (
+        Backpressure,
+        ConfigError,
+        FatalSinkError,
+        ForebayError,
+        InvalidKey,
+        LoaderError,
+        PoisonSinkError,
+        StartupError,
+        TransientSinkError,
+        Unavailable,
+    )
+
+_HOMES = {
+    "Node": ".nodes.node",
+    "SqlSink": ".nodes.sinks.sql",
+    "Write": ".nodes.sinks.base",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(
+        importlib.import_module(_HOMES.get(name, ".schemas.errors"), __name__), name
+    )
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

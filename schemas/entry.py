@@ -1,11 +1,12 @@
 """The envelope of a cached value in the shared tier.
 
-    magic 3 | state 1 | version 16 | soft_at_ms 13 | hard_at_ms 13
+    magic 3 | state 1 | version 16 | soft_at_ms 13 | hard_at_ms 13 | pending 16
     | kind 1 | codec 1 | meta length 2 | meta | payload
 
 The numbers are decimal digits, so that a script reads and writes them with ``string.sub``
 and ``%016.0f``. The part up to ``kind`` is made in the script, from the server's clock;
-``make_tail`` makes the rest. ``meta`` is a msgpack map: tag versions, etag.
+``make_tail`` makes the rest. ``pending`` is the version of the newest write-behind that has
+not reached the source. ``meta`` is a msgpack map: tag versions, etag.
 
 I1  A size is checked before what it announces is decoded or decompressed.
 I2  Any bytes at all give an ``Entry`` or ``InvalidEntry``, never another exception.
@@ -26,7 +27,6 @@ from msgspec import Struct
 from .errors import InvalidEntry
 
 __all__ = [
-    "DIRTY",
     "FOREVER_MS",
     "MAGIC",
     "Entry",
@@ -37,9 +37,8 @@ __all__ = [
 ]
 
 MAGIC = b"\xfbE1"
-DIRTY = b"dx"  #: states of an entry whose write-behind is pending; x: drop it afterwards
 FOREVER_MS = 9_999_999_999_999
-_HEADER = 50
+_HEADER = 66
 _JSON_STARTS = b'{["-0123456789tfn \t\r\n'
 _UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError)
 
@@ -64,7 +63,8 @@ class Entry(Struct, frozen=True, kw_only=True):
     codec: Codec
     payload: bytes
     meta: EntryMeta
-    dirty: bool = False
+    pending: int = 0  #: version of a write-behind under way; the entry is newer than the source
+    doomed: bool = False  #: dropped as soon as that write was sunk
 
     @property
     def negative(self) -> bool:
@@ -110,9 +110,9 @@ def read_entry(raw: bytes, *, bytes_max: int) -> Entry:
 def _read(raw: bytes) -> Entry:
     if len(raw) < _HEADER:
         raise InvalidEntry("too_short", f"{len(raw)} bytes")
-    kind, codec = chr(raw[46]), chr(raw[47])
-    end = _HEADER + (raw[48] << 8 | raw[49])
-    if raw[3] not in b"cdx" or kind not in "vn" or not raw[4:46].isdigit():
+    kind, codec = chr(raw[62]), chr(raw[63])
+    end = _HEADER + (raw[64] << 8 | raw[65])
+    if raw[3] not in b"cx" or kind not in "vn" or not raw[4:62].isdigit():
         raise InvalidEntry("bad_header")
     if codec not in "mzs":
         raise InvalidEntry("bad_codec", repr(codec))
@@ -130,7 +130,8 @@ def _read(raw: bytes) -> Entry:
         codec=cast(Codec, codec),
         payload=raw[end:],
         meta=meta,
-        dirty=raw[3] in DIRTY,
+        pending=int(raw[46:62]),
+        doomed=raw[3] == 120,
     )
 
 

@@ -23,7 +23,9 @@ __all__ = [
     "InvalidEvent",
     "InvalidKey",
     "LoaderError",
+    "NotShareable",
     "PoisonSinkError",
+    "ProcessFailed",
     "ServerRefused",
     "SinkError",
     "StartupError",
@@ -85,8 +87,8 @@ class Disconnected(Unavailable):
 class TimedOut(Unavailable):
     """Raised when no reply came within the deadline."""
 
-    def __init__(self, timeout_ms: int) -> None:
-        super().__init__(f"no reply within {timeout_ms} ms", outcome_unknown=True)
+    def __init__(self, timeout_ms: int, *, outcome_unknown: bool = True) -> None:
+        super().__init__(f"no reply within {timeout_ms} ms", outcome_unknown=outcome_unknown)
         self.timeout_ms = timeout_ms
 
 
@@ -97,6 +99,15 @@ class BreakerOpen(Unavailable):
         super().__init__(f"the breaker of {name} is open, next try in {retry_after_ms} ms")
         self.name = name
         self.retry_after_ms = retry_after_ms
+
+
+class NotShareable(ForebayError):
+    """Raised for a command that would disturb the others on a shared connection; not sent."""
+
+    def __init__(self, command: str, problem: str) -> None:
+        super().__init__(f"{command} cannot share a connection: it {problem}")
+        self.command = command
+        self.problem = problem
 
 
 class ServerRefused(ForebayError):
@@ -184,3 +195,14 @@ class PoisonSinkError(SinkError):
 
 class FatalSinkError(SinkError):
     """Raised when no batch can work (no such table, wrong password): the sink stops."""
+
+
+class ProcessFailed(ForebayError):
+    """Raised when a process that we started ended by itself, or never became ready."""
+
+    def __init__(self, name: str, problem: str, *, said: str = "", exit_code: int = 1) -> None:
+        super().__init__(f"{name} {problem}")
+        self.name = name
+        self.problem = problem
+        self.said = said  #: the end of its log
+        self.exit_code = exit_code

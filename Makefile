@@ -1,0 +1,73 @@
+# Each target makes what it needs, .venv first. PYTHON=... and JOBS=... can be given.
+
+# The first that runs and is new enough; a name on the path alone need not mean that.
+PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3; do \
+	$$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	{ command -v $$each; break; }; done)
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+INSTALL := $(PIP) install --constraint constraints.txt --editable
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: run test check lint types layers format bench clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/for-run  ## a server, three nodes and a day of real flights; Ctrl-C ends it
+	@$(BIN)/forebay dev
+
+test: $(VENV)/for-test  ## all tests
+	$(BIN)/python -m pytest -n $(JOBS)
+
+check: lint types layers  ## everything but the tests
+
+lint: $(VENV)/for-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# mypy names modules after directories: let it see the root under the name of the package.
+types: $(VENV)/for-dev $(VENV)/src/forebay
+	cd $(VENV)/src && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+		-p forebay.schemas -p forebay.coordinator -p forebay.nodes -m forebay
+
+layers: $(VENV)/for-dev  ## imports point down: schemas <- coordinator <- nodes
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: $(VENV)/for-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/for-test  ## compared with peers, in one run; each file is a program with options
+	@for each in tests/benchmarks/bench_*.py; do $(BIN)/python $$each || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/src/forebay:
+	@mkdir -p $(@D) && ln -sfn ../.. $@
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments: apt-get install python3.11-venv" >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV)
+
+# What is needed to look at it is less than what is needed to test it, and there sooner.
+$(VENV)/for-run: $(INPUTS) | $(VENV)/bin/python
+	@echo "installing into $(VENV) ..."
+	@$(INSTALL) '.[embedded,cli,speed,sql]'
+	@touch $@
+
+$(VENV)/for-test: $(INPUTS) | $(VENV)/bin/python
+	@echo "installing into $(VENV) ..."
+	@$(INSTALL) '.[test]'
+	@touch $@ $(VENV)/for-run
+
+$(VENV)/for-dev: $(INPUTS) | $(VENV)/bin/python
+	@echo "installing into $(VENV) ..."
+	@$(INSTALL) '.[dev]'
+	@touch $@ $(VENV)/for-test $(VENV)/for-run

@@ -1,0 +1,212 @@
+"""The server that a node uses, wherever it comes from, for as long as the node runs.
+
+I1  Inside the block the server was reached, is fit to be used, and ``facts`` tells of it.
+I2  What was started for the block ends with it: connections first, then a server of our own.
+I3  Every way in which this fails is one StartupError or ConfigError.
+I4  Commands and entry reads go to ``link`` and ``reader``; without a reader endpoint these
+    are the same.
+
+What happens after the start (a lost connection, a failover) is the link's to bridge. A
+server of our own that dies is reported by ``server.died`` and not started again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Self
+
+import anyio
+import structlog
+
+from ..schemas.settings import Valkey
+from ..schemas.urls import Endpoint
+from .background import background_tasks
+from .binary import FoundBinary, find_binary
+from .breaker import Breaker
+from .choice import Choice, UseEmbedded, UseFake, UseUrl, choose, needs_binary
+from .clock import Clock, SystemClock
+from .dialer import Dialer
+from .doorbell import Doorbell
+from .embedded import EmbeddedServer
+from .fake import FakeLink, fake_run_id, shared_server
+from .fake_doorbell import FakeDoorbell
+from .introduction import Finding, ServerFacts, findings, introduce, probe, read_clock, read_info
+from .link import Link
+from .startup_faults import Target
+
+__all__ = [
+    "AnyDoorbell",
+    "AnyLink",
+    "Backend",
+    "Choice",
+    "Finding",
+    "FoundBinary",
+    "ServerFacts",
+    "UseEmbedded",
+    "UseFake",
+    "UseUrl",
+    "choose",
+    "find_binary",
+]
+
+AnyLink = Link | FakeLink
+AnyDoorbell = Doorbell | FakeDoorbell
+
+log = structlog.get_logger(__name__)
+
+
+class Backend(anyio.AsyncContextManagerMixin):
+    """``async with Backend(settings.valkey, client_name="n1") as backend: backend.link``"""
+
+    link: AnyLink
+    reader: AnyLink
+    doorbell: AnyDoorbell
+    facts: ServerFacts
+    findings: tuple[Finding, ...]  #: logged already; for whoever shows them
+
+    def __init__(
+        self,
+        settings: Valkey,
+        *,
+        client_name: str,
+        origins: Mapping[str, str] | None = None,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+        fake_name: str = "forebay",
+    ) -> None:
+        self._settings = settings
+        self._client_name = client_name
+        self._origins = origins or {}
+        self._clock = clock or SystemClock()
+        self._rng = rng or random.Random()
+        self._fake_name = fake_name
+        binary = find_binary() if needs_binary(settings) else None
+        self.choice = choose(settings, binary=binary, origins=self._origins)
+        self.server: EmbeddedServer | None = None  #: one of our own, if there is one
+
+    def __repr__(self) -> str:
+        return f"<Backend {type(self.choice).__name__}: {self.choice.why}>"
+
+    @property
+    def url(self) -> str:
+        """Where other programs reach the same server, without credentials; empty for fake."""
+        if self.server is not None:
+            return self.server.url
+        return self.choice.endpoint.address_url if isinstance(self.choice, UseUrl) else ""
+
+    async def run_id(self) -> str:
+        """Which run of the server answers now: asked anew each time.
+
+        Raises:
+            Unavailable: it does not answer.
+        """
+        if isinstance(self.choice, UseFake):
+            return self.facts.run_id
+        return read_info(await self.link.call("INFO", "server")).get("run_id", "")
+
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
+        log.info("backend.chosen", choice=type(self.choice).__name__, why=self.choice.why)
+        async with AsyncExitStack() as stack:
+            match self.choice:
+                case UseFake():
+                    await self._open_fake(stack)
+                case UseEmbedded() as own:
+                    endpoint = await self._start_own(stack, own)
+                    await self._open(stack, endpoint, reader=None)
+                case UseUrl() as url:
+                    await self._open(stack, url.endpoint, reader=url.reader)
+            self.findings = findings(self.facts, tls_insecure=self._settings.tls_insecure)
+            for each in self.findings:
+                log.warning("backend.finding", name=each.name, problem=each.problem, fix=each.fix)
+            yield self
+
+    async def _start_own(self, stack: AsyncExitStack, own: UseEmbedded) -> Endpoint:
+        self.server = await stack.enter_async_context(
+            EmbeddedServer(
+                own.binary,
+                Path(own.directory) if own.directory else None,
+                clock=self._clock,
+                start_limit_s=self._settings.startup_timeout_ms / 1000,
+                origin=self._origins.get("valkey.embedded_dir", "default"),
+            )
+        )
+        return Endpoint(scheme="unix", path=self.server.socket_path)
+
+    async def _open(
+        self, stack: AsyncExitStack, endpoint: Endpoint, *, reader: Endpoint | None
+    ) -> None:
+        tasks = await stack.enter_async_context(background_tasks())
+        self._endpoint = endpoint
+        link = self._link("primary", endpoint)
+        await tasks.start(link.run)
+        target = self._target(endpoint, "valkey.url")
+        self.facts = await introduce(link, target, clock=self._clock, primary=True)
+        self.link = self.reader = link
+        if reader is not None:
+            self.reader = reading = self._link("reader", reader)
+            await tasks.start(reading.run)
+            target = self._target(reader, "valkey.reader_url")
+            await introduce(reading, target, clock=self._clock, primary=False)
+        dialer = Dialer(endpoint, self._settings, f"{self._client_name}-bell")
+        self.doorbell = Doorbell(dialer, self._settings, clock=self._clock, rng=self._rng)
+        await tasks.start(self.doorbell.run)
+
+    @asynccontextmanager
+    async def blocking_link(self, name: str) -> AsyncGenerator[AnyLink]:
+        """A connection for one user, on which XREAD may block. The fake's never holds up."""
+        if isinstance(self.link, FakeLink):
+            yield self.link
+            return
+        async with background_tasks() as tasks:
+            link = self._link(name, self._endpoint, blocking=True)
+            await tasks.start(link.run)
+            yield link
+
+    def _link(self, name: str, endpoint: Endpoint, *, blocking: bool = False) -> Link:
+        return Link(
+            Dialer(endpoint, self._settings, self._client_name),
+            self._settings,
+            name=name,
+            clock=self._clock,
+            rng=self._rng,
+            breaker=self._breaker(name),
+            blocking=blocking,
+        )
+
+    def _breaker(self, name: str) -> Breaker:
+        options = self._settings
+        return Breaker(
+            name,
+            failures=options.breaker_failures,
+            recovery_ms=options.breaker_recovery_ms,
+            clock=self._clock,
+        )
+
+    def _target(self, endpoint: Endpoint, setting: str) -> Target:
+        return Target(
+            endpoint=endpoint, setting=setting, options=self._settings, origins=self._origins
+        )
+
+    async def _open_fake(self, stack: AsyncExitStack) -> None:
+        origin = self._origins.get("valkey.fake", "in code")
+        server = shared_server(self._fake_name, origin=origin)
+        tasks = await stack.enter_async_context(background_tasks())
+        link = FakeLink(server, name="fake", breaker=self._breaker("fake"))
+        doorbell = FakeDoorbell(server)
+        await tasks.start(link.run)
+        await tasks.start(doorbell.run)
+        self.link = self.reader = link
+        self.doorbell = doorbell
+        self.facts = ServerFacts(
+            version="8.0",
+            kind="fakeredis",
+            run_id=fake_run_id(server),
+            mode="standalone",
+            maxmemory_policy="noeviction",
+            has=await probe(link),
+            clock=await read_clock(link, self._clock),
+        )

@@ -1,0 +1,51 @@
+-- Put before every script whose header says "With _change.lua.": what all changes share.
+--
+-- C1 A version is never given twice in a shard: max(previous + 1, server clock in microseconds).
+-- C2 Log ids are dense, <epoch>-0, -1, -2 ...; a log that was lost starts a later epoch.
+-- C3 XADD is the first write of a change: where it is refused (out of memory), nothing happened.
+--
+-- An entry begins: magic 3, state 1, version 16, soft_at 13, hard_at 13, pending 16 (digits).
+
+local function server_us()
+  local t = redis.call("TIME")
+  return t[1] * 1000000 + t[2]
+end
+
+local function next_change(head, log)
+  local known = redis.call("HMGET", head, "e", "v")
+  local now = server_us()
+  local epoch = tonumber(known[1])
+  if not epoch or redis.call("EXISTS", log) == 0 then
+    epoch = math.max(math.floor(now / 1000), (epoch or 0) + 1)
+  end
+  return { epoch = epoch, version = math.max((tonumber(known[2]) or 0) + 1, now), now = now }
+end
+
+local function announce(change, head, log, bell, shard, notice)
+  local version = string.format("%.0f", change.version)
+  local epoch = string.format("%.0f", change.epoch)
+  local id = redis.call("XADD", log, epoch .. "-*", "v", version, "n", notice)
+  redis.call("HSET", head, "e", epoch, "v", version)
+  local seq = string.sub(id, #epoch + 2)
+  redis.call("PUBLISH", bell, shard .. " " .. epoch .. " " .. seq .. " " .. version .. " " .. notice)
+end
+
+local function lifetimes(now, soft_ms, hard_ms)
+  local now_ms = math.floor(now / 1000)
+  return now_ms + soft_ms, now_ms + hard_ms
+end
+
+local function envelope(version, soft_at, hard_at, pending, tail)
+  return string.format("\251E1c%016.0f%013.0f%013.0f%016.0f", version, soft_at, hard_at, pending) .. tail
+end
+
+local function version_of(entry)
+  if not entry then return -1 end
+  if string.sub(entry, 1, 3) ~= "\251E1" then return 0 end
+  return tonumber(string.sub(entry, 5, 20)) or 0
+end
+
+local function pending_of(entry)
+  if not entry or string.sub(entry, 1, 3) ~= "\251E1" then return 0 end
+  return tonumber(string.sub(entry, 47, 62)) or 0
+end

@@ -1,0 +1,35 @@
+-- Invalidate keys of one shard.
+-- With _change.lua.
+--
+-- KEYS[1] head    hash     epoch, newest version, newest ingress mark (m)
+-- KEYS[2] log     stream   notices
+-- KEYS[3..] entry and lease of each key, by turns
+-- ARGV[1] notice  msgpack
+-- ARGV[2] bell    channel
+-- ARGV[3] shard   number of the shard
+-- ARGV[4] mark    place in the ingress stream; empty: it does not come from there
+-- ARGV[5] soft    1: the entries stay, as stale; 0: they are deleted
+-- Returns {1, version}; {2} a repetition
+--
+-- I1 A load under way cannot fill any more.
+-- I2 An entry whose write-behind is pending is newer than the source: it stays, marked x,
+--    and is dropped when the write was sunk.
+
+local newest = redis.call("HGET", KEYS[1], "m")
+if ARGV[4] ~= "" and newest and ARGV[4] <= newest then return { 2 } end
+local change = next_change(KEYS[1], KEYS[2])
+announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
+local now_ms = string.format("%013.0f", math.floor(change.now / 1000))
+for i = 3, #KEYS, 2 do
+  local entry = redis.call("GET", KEYS[i])
+  if pending_of(entry) > 0 then
+    redis.call("SET", KEYS[i], string.sub(entry, 1, 3) .. "x" .. string.sub(entry, 5), "KEEPTTL")
+  elseif entry and ARGV[5] == "1" and string.sub(entry, 1, 3) == "\251E1" then
+    redis.call("SET", KEYS[i], string.sub(entry, 1, 20) .. now_ms .. string.sub(entry, 34), "KEEPTTL")
+  elseif entry then
+    redis.call("UNLINK", KEYS[i])
+  end
+  redis.call("DEL", KEYS[i + 1])
+end
+if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "m", ARGV[4]) end
+return { 1, string.format("%.0f", change.version) }

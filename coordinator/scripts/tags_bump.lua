@@ -1,0 +1,25 @@
+-- Invalidate whatever carries these tags of one shard, in O(1) each.
+-- With _change.lua.
+--
+-- KEYS[1] head     hash     epoch, newest version, newest ingress mark (m)
+-- KEYS[2] log      stream   notices
+-- KEYS[3..] the tags' versions
+-- ARGV[1] notice   msgpack
+-- ARGV[2] bell     channel
+-- ARGV[3] shard    number of the shard
+-- ARGV[4] mark     place in the ingress stream; empty: it does not come from there
+-- ARGV[5] keep_ms  how long a tag version is kept unused
+-- Returns {1, version}; {2} a repetition
+--
+-- I1 The new version is later than any that the tag had, also one that was lost.
+
+local newest = redis.call("HGET", KEYS[1], "m")
+if ARGV[4] ~= "" and newest and ARGV[4] <= newest then return { 2 } end
+local change = next_change(KEYS[1], KEYS[2])
+local version = string.format("%.0f", change.version)
+announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
+for i = 3, #KEYS do
+  redis.call("SET", KEYS[i], version, "PX", ARGV[5])
+end
+if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "m", ARGV[4]) end
+return { 1, version }

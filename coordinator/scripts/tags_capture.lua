@@ -1,0 +1,27 @@
+-- The versions of tags of one shard, before a loader starts; a tag without one gets one.
+-- With _change.lua.
+--
+-- KEYS[1] head     hash   newest version of the shard
+-- KEYS[2..] the tags' versions
+-- ARGV[1] keep_ms  how long a tag version is kept unused
+-- Returns the versions, as text, in the order of the tags
+--
+-- I1 A tag that was lost never gets a version that an entry may carry already.
+
+local versions, drawn = {}, nil
+for i = 2, #KEYS do
+  local version = redis.call("GET", KEYS[i])
+  if version then
+    redis.call("PEXPIRE", KEYS[i], ARGV[1])
+  else
+    if not drawn then
+      local previous = tonumber(redis.call("HGET", KEYS[1], "v")) or 0
+      drawn = string.format("%.0f", math.max(previous + 1, server_us()))
+      redis.call("HSET", KEYS[1], "v", drawn)
+    end
+    version = drawn
+    redis.call("SET", KEYS[i], version, "PX", ARGV[1])
+  end
+  versions[#versions + 1] = version
+end
+return versions

@@ -1,0 +1,297 @@
+"""A cached function: what ``@node.cached`` makes of a loader.
+
+    @node.cached("product:{id}", ttl=60, stale_for=300, tags=["catalog"])
+    async def product(id: int) -> Product: ...
+
+    await product(42)                                   # typed as before
+    await product.get_with_info(42)                     # with tier, age, stale, version
+    await product.write_behind(42, value)               # the entry now, the sink soon
+    await product.invalidate(42)
+
+Every parameter of the function is a field of the key template, and the other way round:
+otherwise two different calls would share an entry. Values are shared between callers:
+treat them as immutable.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints
+
+import msgspec
+
+from ...schemas.errors import ConfigError, ForebayError
+from ...schemas.jobs import Invalidates, RefreshJob, WriteJob
+from ...schemas.keys import KeyTemplate
+from ...schemas.settings import CacheDefaults, Limits
+from .loads import Core, Hit, LoadCall, LoadPath, Packed
+from .near import NearCache, NearEntry
+from .policy import Policy
+from .reads import ReadPath
+from .shared import Receipt
+from .values import ValueCodec
+
+__all__ = ["Cached", "Declaration", "lifetime_ms"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_LONGEST_S = 366 * 86_400
+_NEGATIVE_S_MAX = 10.0
+
+
+class Declaration(msgspec.Struct, frozen=True, kw_only=True):
+    """What was said of a cache where it was declared. Times in seconds."""
+
+    template: str
+    ttl: float
+    stale_for: float = 0.0
+    negative_ttl: float | None = None  #: unset: like ttl, at most ten seconds
+    tags: Sequence[str] = ()
+    name: str = ""
+
+
+def lifetime_ms(name: str, seconds: float, *, zero: bool = False) -> int:
+    """Checked, in milliseconds.
+
+    Raises:
+        ConfigError: it is no number, not positive, or over a year.
+    """
+    low = 0.0 if zero else 0.001
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        problem = "is not a number"
+    elif math.isnan(seconds) or not low <= seconds <= _LONGEST_S:
+        problem = f"must lie between {low:g} and {_LONGEST_S} seconds"
+    else:
+        return int(seconds * 1000)
+    raise ConfigError(
+        setting=name,
+        value=repr(seconds),
+        origin="the declaration of a cache",
+        problem=problem,
+        fix="give seconds, such as 60",
+    )
+
+
+class Cached(Generic[P, T]):
+    """Callable like the loader it wraps; must be used while its node runs."""
+
+    def __init__(self, loader: Callable[P, Awaitable[T]], declared: Declaration) -> None:
+        functools.update_wrapper(self, loader)
+        self.name = declared.name or loader.__name__
+        self.declared = declared
+        self.template = KeyTemplate(declared.template)
+        self.near_hits = 0
+        self._loader = loader
+        self._tags = [KeyTemplate(tag) for tag in declared.tags]
+        self._signature = inspect.signature(loader)
+        self._parameters = tuple(self._signature.parameters)
+        hints = get_type_hints(loader)
+        self._types = {name: hints.get(name, str) for name in self._parameters}
+        self.value_type: Any = hints.get("return", Any)
+        _check_fields(self.template, self._tags, self._parameters, self.name)
+        self.key = self._fast_key() or self._slow_key
+        self._path: ReadPath[T] | None = None
+        self._near_get: Callable[[str], NearEntry | None] = _not_running
+
+    def __repr__(self) -> str:
+        return f"<Cached {self.name} {self.template.text}>"
+
+    async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        """The value: from the near cache, the shared tier, or the loader.
+
+        Raises:
+            Unavailable: Valkey does not answer, and the cache is declared to fail then.
+            Whatever the loader raises.
+        """
+        key = self.key(*args, **kwargs)
+        entry = self._near_get(key)
+        if entry is not None:
+            self.near_hits += 1
+            value: T = entry.value
+            return value
+        hit = await self.path.read(key, self._call(args, kwargs))
+        return hit.value
+
+    async def get_with_info(self, *args: P.args, **kwargs: P.kwargs) -> Hit[T]:
+        """The value with its tier, age, version, and whether it is stale."""
+        key = self.key(*args, **kwargs)
+        entry = self._near_get(key)
+        if entry is not None:
+            self.near_hits += 1
+            return self.path.hit_of(entry)
+        return await self.path.read(key, self._call(args, kwargs))
+
+    async def write_behind(
+        self,
+        *args: Any,
+        invalidates_keys: Sequence[str] = (),
+        invalidates_tags: Sequence[str] = (),
+    ) -> Receipt:
+        """Store a value now and have it written to the sink soon.
+
+        The last argument is the value (None deletes), the ones before are the loader's. Keys
+        and tags in ``invalidates`` are invalidated when the sink has the value.
+
+        Raises:
+            Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
+        """
+        *arguments, value = args
+        after = Invalidates(keys=tuple(invalidates_keys), tags=tuple(invalidates_tags))
+        return await self.write_value(self.key(*arguments), value, after)
+
+    async def write_value(self, key: str, value: T | None, after: Invalidates) -> Receipt:
+        """As ``write_behind``, by key."""
+        path = self.path
+        tags = await path.loads.tags_of(self._tags_of(self._fields_of(key)))
+        packed = path.loads.pack(value, tags)
+        job = WriteJob(key=key, value=packed.payload, invalidates=after)
+        reservation = path.near.reserve(key)
+        try:
+            receipt = await path.shared.write(
+                job, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
+            )
+            if receipt.stamp is not None and value is not None:
+                size = len(packed.payload or b"")
+                path.loads.keep_stamped(reservation, receipt.stamp, value, tags, size)
+        finally:
+            path.near.release(reservation)
+        return receipt
+
+    async def pack_published(self, key: str, raw_json: bytes, ttl_ms: int | None) -> Packed:
+        """A published value, checked against the declared type; JSON null deletes.
+
+        Raises:
+            msgspec.ValidationError: it is not of that type. InvalidEntry: it is too large.
+        """
+        path = self.path
+        value = None if raw_json.strip() == b"null" else path.codec.convert(raw_json)
+        tags = await path.loads.tags_of(self._tags_of(self._fields_of(key)))
+        return path.loads.pack(value, tags, ttl_ms)
+
+    async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Have every node forget the entry, before this returns on this node."""
+        await self.path.invalidate(self.key(*args, **kwargs))
+
+    async def read_key(self, key: str) -> Hit[T]:
+        """As ``get_with_info``, for a key of this cache's template."""
+        entry = self._near_get(key)
+        if entry is not None:
+            self.near_hits += 1
+            return self.path.hit_of(entry)
+        return await self.path.read(key, self._call_of(key))
+
+    async def do_refresh(self, job: RefreshJob) -> bool:
+        """Load a key again under the lease that the job carries; false: it was refused."""
+        reservation = self.path.near.reserve(job.key)
+        try:
+            call = self._call_of(job.key)
+            hit = await self.path.loads.load_and_fill(job.key, call, job.token, reservation)
+        finally:
+            self.path.near.release(reservation)
+        return hit.version > 0
+
+    @property
+    def path(self) -> ReadPath[T]:
+        if self._path is None:
+            raise ForebayError(f"{self.name} is used before its node was started")
+        return self._path
+
+    def bind(self, core: Core, defaults: CacheDefaults, limits: Limits) -> ReadPath[T]:
+        """Called by the node when it starts."""
+        near = NearCache(
+            core.follower,
+            entries_max=defaults.near_entries_max,
+            bytes_max=defaults.near_bytes_max,
+            clock=core.clock,
+        )
+        codec: ValueCodec[T] = ValueCodec(
+            self.value_type,
+            bytes_max=defaults.value_bytes_max,
+            compress_over_bytes=defaults.compress_over_bytes,
+        )
+        loads = LoadPath(core, self.name, self.policy(defaults), codec, near)
+        self._path = ReadPath(core, loads, loads_max=limits.loads_max)
+        self._near_get = near.get
+        return self._path
+
+    def unbind(self) -> None:
+        self._path = None
+        self._near_get = _not_running
+
+    def policy(self, defaults: CacheDefaults) -> Policy:
+        declared = self.declared
+        negative = declared.negative_ttl
+        if negative is None:
+            negative = min(declared.ttl, _NEGATIVE_S_MAX)
+        return Policy(
+            ttl_ms=lifetime_ms("ttl", declared.ttl),
+            stale_ms=lifetime_ms("stale_for", declared.stale_for, zero=True),
+            negative_ms=lifetime_ms("negative_ttl", negative, zero=True),
+            lease_ms=defaults.lease_ms,
+            jitter=defaults.jitter,
+            on_disconnected=defaults.on_disconnected,
+        )
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LoadCall[T]:
+        run = functools.partial(self._loader, *args, **kwargs)
+        tags = self._tags_of(self._bound(args, kwargs)) if self._tags else ()
+        return LoadCall(run, tags)
+
+    def _call_of(self, key: str) -> LoadCall[T]:
+        fields = self._fields_of(key)
+        values = {
+            name: msgspec.convert(text, self._types[name], strict=False)
+            for name, text in fields.items()
+        }
+        return LoadCall(functools.partial(self._loader, **values), self._tags_of(fields))
+
+    def _fields_of(self, key: str) -> Mapping[str, Any]:
+        fields = self.template.match(key)
+        if fields is None:
+            raise ForebayError(f"{key!r} is no key of {self.template.text}")
+        return fields
+
+    def _tags_of(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(tag.format(fields) for tag in self._tags)
+
+    def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    def _slow_key(self, *args: Any, **kwargs: Any) -> str:
+        return self.template.format(self._bound(args, kwargs))
+
+    def _fast_key(self) -> Callable[..., str] | None:
+        if len(self._parameters) != 1:
+            return None
+        of_one = self.template.formatter()
+
+        def key(*args: Any, **kwargs: Any) -> str:
+            return of_one(*args) if len(args) == 1 else self._slow_key(*args, **kwargs)
+
+        return key
+
+
+def _check_fields(
+    template: KeyTemplate, tags: Sequence[KeyTemplate], parameters: Sequence[str], name: str
+) -> None:
+    missing = set(parameters) ^ set(template.fields)
+    unknown = {field for tag in tags for field in tag.fields} - set(parameters)
+    if not missing and not unknown:
+        return
+    raise ConfigError(
+        setting=f"the key template of {name}",
+        value=template.text,
+        origin="the declaration of a cache",
+        problem=f"fields and parameters differ in {', '.join(sorted(missing | unknown))}",
+        fix="name every parameter of the function in the template, and no other",
+    )
+
+
+def _not_running(key: str) -> NearEntry | None:
+    return None

@@ -1,0 +1,337 @@
+"""The shared tier: entries, leases and tags in Valkey, by the scripts that keep them right.
+
+S1  Reads asked for in one tick of the loop travel together (one MGET for up to 200 keys).
+S2  Every change goes through a script that also appends its notice; see coordinator/scripts.
+S3  Versions and lifetimes are the server's; durations go in, points in time come out.
+
+What an entry means is ``decide``'s business; what its value is, the cache's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from msgspec import Struct
+
+from ...coordinator.link import Arg, Commands, Reply
+from ...coordinator.scripting import Call, Scripts, run, run_many
+from ...schemas.errors import Backpressure, ForebayError
+from ...schemas.jobs import RefreshJob, WriteJob, write_job
+from ...schemas.keys import Names
+from ...schemas.notices import Bumped, Changed, Dropped, Notice, write_notice
+from ...schemas.settings import Durable
+
+__all__ = ["Granted", "Held", "Newer", "Receipt", "SharedTier", "Stamp"]
+
+_TOGETHER = 200
+TAG_KEEP_MS = 30 * 86_400_000  #: tag versions unused for longer are made anew
+
+
+class Stamp(Struct, frozen=True):
+    """What the server gave to a stored entry."""
+
+    version: int
+    soft_at_ms: int
+    hard_at_ms: int
+
+
+class Receipt(Struct, frozen=True, kw_only=True):
+    """What became of a write-behind. ``pressure``: how full the shard's stream is, 0 to 1."""
+
+    stamp: Stamp | None  #: None: a repetition, nothing was changed
+    shard: int
+    job_id: str = ""
+    pressure: float = 0.0
+
+
+class Granted(Struct, frozen=True):
+    entry: bytes | None  #: what is there still, unusable
+
+
+class Newer(Struct, frozen=True):
+    entry: bytes
+
+
+class Held(Struct, frozen=True):
+    left_ms: int
+
+
+class SharedTier:
+    """``origin`` is this node's id: it marks notices, so that the node knows its own."""
+
+    def __init__(
+        self,
+        commands: Commands,
+        reader: Commands,
+        names: Names,
+        scripts: Scripts,
+        *,
+        origin: str,
+        durable: Durable,
+    ) -> None:
+        self.names = names
+        self._commands = commands
+        self._reader = reader
+        self._scripts = scripts
+        self._origin = origin
+        self._durable = durable
+        self._asked: dict[str, asyncio.Future[bytes | None]] = {}
+        self._reading: set[asyncio.Task[None]] = set()
+
+    async def get(self, key: str) -> bytes | None:
+        """The stored bytes of an entry; reads of the same tick share a round trip.
+
+        Raises:
+            Unavailable, ServerRefused: nothing was read.
+        """
+        name = self.names.entry(key)
+        future = self._asked.get(name)
+        if future is None:
+            loop = asyncio.get_running_loop()
+            if not self._asked:
+                loop.call_soon(self._flush)
+            future = self._asked[name] = loop.create_future()
+        return await asyncio.shield(future)
+
+    def _flush(self) -> None:
+        asked, self._asked = self._asked, {}
+        names = list(asked)
+        for start in range(0, len(names), _TOGETHER):
+            part = names[start : start + _TOGETHER]
+            task = asyncio.ensure_future(self._read(part, [asked[name] for name in part]))
+            self._reading.add(task)
+            task.add_done_callback(self._reading.discard)
+
+    async def _read(self, names: list[str], futures: list[asyncio.Future[bytes | None]]) -> None:
+        try:
+            replies = await self._reader.call("MGET", *names)
+        except BaseException as error:
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+                    future.exception()
+            if not isinstance(error, ForebayError):
+                raise
+            return
+        for future, reply in zip(futures, replies, strict=True):
+            if not future.done():
+                future.set_result(None if reply is None else bytes(reply))
+
+    async def get_fresh(self, key: str) -> bytes | None:
+        """The stored bytes, from the primary."""
+        reply = await self._commands.call("GET", self.names.entry(key))
+        return None if reply is None else bytes(reply)
+
+    async def begin(
+        self, key: str, token: str, *, lease_ms: int, seen: int
+    ) -> Granted | Newer | Held:
+        """Take the fill lease of a key, or learn what stands in the way."""
+        names = self.names
+        granted, entry, *left = await run(
+            self._commands,
+            self._scripts["entry_begin"],
+            [names.entry(key), names.lease(key)],
+            [token, lease_ms, seen],
+        )
+        if granted:
+            return Granted(None if entry is None else bytes(entry))
+        return Newer(bytes(entry)) if entry is not None else Held(max(int(left[0]), 1))
+
+    async def fill(
+        self, key: str, token: str, *, soft_ms: int, hard_ms: int, tail: bytes
+    ) -> Stamp | None:
+        """Store what was loaded under the lease; None if the lease is gone."""
+        reply = await run(
+            self._commands,
+            self._scripts["entry_fill"],
+            self._entry_keys(key),
+            [token, soft_ms, hard_ms, tail, *self._announcement(key, Changed(key, self._origin))],
+        )
+        return _stamp(reply[1:]) if reply[0] else None
+
+    async def put(self, key: str, *, soft_ms: int, hard_ms: int, tail: bytes) -> Stamp:
+        """Store a value known to be the newest."""
+        reply = await run(
+            self._commands,
+            self._scripts["entry_put"],
+            self._entry_keys(key),
+            [soft_ms, hard_ms, tail, *self._announcement(key, Changed(key, self._origin))],
+        )
+        return _stamp(reply)
+
+    def write_call(
+        self, job: WriteJob, *, soft_ms: int, hard_ms: int, tail: bytes, mark: str = ""
+    ) -> Call:
+        """The script of a write-behind; ``receipt`` reads its reply."""
+        names, durable, key = self.names, self._durable, job.key
+        shard = names.shard(key)
+        return Call(
+            script=self._scripts["entry_write"],
+            keys=[
+                *self._entry_keys(key),
+                names.part(shard, "writes"),
+                names.seen(shard, job.event_id),
+            ],
+            args=[
+                soft_ms,
+                hard_ms,
+                tail,
+                *self._announcement(key, Changed(key, self._origin)),
+                write_job(job),
+                durable.writes_max,
+                names.work,
+                mark,
+                durable.dedupe_ms if job.event_id else 0,
+            ],
+        )
+
+    def receipt(self, key: str, reply: Reply) -> Receipt:
+        """What the script of ``write_call`` answered.
+
+        Raises:
+            Backpressure: the shard's stream is full; nothing was changed.
+        """
+        shard, bound = self.names.shard(key), self._durable.writes_max
+        if reply[0] == 0:
+            raise Backpressure(self.names.part(shard, "writes"), int(reply[1]), bound)
+        if reply[0] == 2:
+            return Receipt(stamp=None, shard=shard)
+        return Receipt(
+            stamp=_stamp(reply[1:4]),
+            shard=shard,
+            job_id=bytes(reply[4]).decode(),
+            pressure=int(reply[5]) / bound,
+        )
+
+    async def write(self, job: WriteJob, *, soft_ms: int, hard_ms: int, tail: bytes) -> Receipt:
+        """Write behind: entry, notice and job at once.
+
+        Raises:
+            Backpressure: the shard's stream is full; nothing was changed.
+        """
+        call = self.write_call(job, soft_ms=soft_ms, hard_ms=hard_ms, tail=tail)
+        return self.receipt(job.key, await run(self._commands, call.script, call.keys, call.args))
+
+    def invalidate_calls(
+        self, keys: Iterable[str], *, soft: bool = False, mark: str = ""
+    ) -> dict[int, list[Call]]:
+        """Scripts that invalidate these keys, by shard; at most 200 keys each."""
+        names, calls = self.names, defaultdict(list)
+        for shard, part in self._by_shard(keys):
+            entries = [name for key in part for name in (names.entry(key), names.lease(key))]
+            notice = Dropped(part, soft, self._origin)
+            args = [*self._notice_args(shard, notice), mark, int(soft)]
+            calls[shard].append(self._shard_call("entries_invalidate", shard, entries, args))
+        return calls
+
+    def bump_calls(self, tags: Iterable[str], *, mark: str = "") -> dict[int, list[Call]]:
+        """Scripts that give these tags new versions, by shard."""
+        names, calls = self.names, defaultdict(list)
+        for shard, part in self._by_shard(tags):
+            notice = Bumped(part, self._origin)
+            args = [*self._notice_args(shard, notice), mark, TAG_KEEP_MS]
+            calls[shard].append(
+                self._shard_call("tags_bump", shard, [names.tag(tag) for tag in part], args)
+            )
+        return calls
+
+    async def invalidate(
+        self, *, keys: Sequence[str] = (), tags: Sequence[str] = (), soft: bool = False
+    ) -> list[tuple[Notice, int]]:
+        """Invalidate; returns what was announced, with the versions, for this node's own use.
+
+        Raises:
+            Unavailable, ServerRefused: some of it may not have been carried out; repeat it.
+        """
+        notices: list[Notice] = [
+            *(Dropped(part, soft, self._origin) for _, part in self._by_shard(keys)),
+            *(Bumped(part, self._origin) for _, part in self._by_shard(tags)),
+        ]
+        calls = [
+            *_flat(self.invalidate_calls(keys, soft=soft)),
+            *_flat(self.bump_calls(tags)),
+        ]
+        replies = await run_many(self._commands, calls)
+        for reply in replies:
+            if isinstance(reply, ForebayError):
+                raise reply
+        return [(notice, int(reply[1])) for notice, reply in zip(notices, replies, strict=True)]
+
+    async def capture(self, tags: Sequence[str]) -> Mapping[str, int]:
+        """The tags' versions; a tag without one gets one."""
+        parts = list(self._by_shard(tags))
+        calls = [
+            Call(
+                script=self._scripts["tags_capture"],
+                keys=[self.names.part(shard, "head"), *map(self.names.tag, part)],
+                args=[TAG_KEEP_MS],
+            )
+            for shard, part in parts
+        ]
+        versions: dict[str, int] = {}
+        for (_, part), reply in zip(parts, await run_many(self._commands, calls), strict=True):
+            if isinstance(reply, ForebayError):
+                raise reply
+            versions.update(zip(part, map(int, reply), strict=True))
+        return versions
+
+    async def release(self, key: str, token: str) -> None:
+        """Give a fill lease back."""
+        await run(self._commands, self._scripts["lease_release"], [self.names.lease(key)], [token])
+
+    async def refresh(self, job: RefreshJob, *, lease_ms: int, seen: int) -> int:
+        """Hand a refresh to the cluster: 1 done, 0 not needed, -1 shed."""
+        names, shard = self.names, self.names.shard(job.key)
+        keys = [names.entry(job.key), names.lease(job.key), names.part(shard, "refreshes")]
+        args = [job.token, lease_ms, seen, write_job(job), self._durable.refreshes_max]
+        return int(
+            await run(
+                self._commands,
+                self._scripts["refresh_publish"],
+                keys,
+                [*args, names.work, shard],
+            )
+        )
+
+    def _entry_keys(self, key: str) -> list[str]:
+        names, shard = self.names, self.names.shard(key)
+        return [
+            names.entry(key),
+            names.lease(key),
+            names.part(shard, "head"),
+            names.part(shard, "log"),
+        ]
+
+    def _announcement(self, key: str, notice: Notice) -> list[Arg]:
+        return self._notice_args(self.names.shard(key), notice)
+
+    def _notice_args(self, shard: int, notice: Notice) -> list[Arg]:
+        return [write_notice(notice), self.names.bell, shard]
+
+    def _shard_call(self, script: str, shard: int, keys: list[str], args: Sequence[Arg]) -> Call:
+        part = self.names.part
+        return Call(
+            script=self._scripts[script],
+            keys=[part(shard, "head"), part(shard, "log"), *keys],
+            args=args,
+        )
+
+    def _by_shard(self, names: Iterable[str]) -> Iterable[tuple[int, tuple[str, ...]]]:
+        shards: dict[int, list[str]] = defaultdict(list)
+        for name in dict.fromkeys(names):
+            shards[self.names.shard(name)].append(name)
+        for shard in sorted(shards):
+            each = shards[shard]
+            for start in range(0, len(each), _TOGETHER):
+                yield shard, tuple(each[start : start + _TOGETHER])
+
+
+def _stamp(reply: Sequence[Reply]) -> Stamp:
+    version, soft_at_ms, hard_at_ms = map(int, reply)
+    return Stamp(version, soft_at_ms, hard_at_ms)
+
+
+def _flat(calls: Mapping[int, Sequence[Call]]) -> Iterable[Call]:
+    return (call for shard in sorted(calls) for call in calls[shard])

@@ -1,0 +1,86 @@
+"""`forebay config`: what is set, where it came from, and whether it can be used.
+
+Nothing connects anywhere; that the server answers is shown by `forebay health`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import click
+import msgspec
+
+from ...schemas.errors import ConfigError
+from ...schemas.settings_sources import SettingRow, describe
+from .sources import RefusedSettings, errors_told, load, setting_options
+
+__all__ = ["command"]
+
+
+@click.group("config")
+def command() -> None:
+    """Show the settings in force, or check them."""
+
+
+@command.command("show")
+@setting_options
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
+@click.option("--changed", is_flag=True, help="Only what differs in origin from the defaults.")
+def show(config: str | None, flags: Mapping[str, object], as_json: bool, changed: bool) -> None:
+    """Every setting with its value and where it came from; secrets are masked."""
+    with errors_told():
+        rows = describe(load(config, flags))
+    if changed:
+        rows = [row for row in rows if row.origin != "default"]
+    if as_json:
+        click.echo(_json([_plain(row) for row in rows]))
+        return
+    for line in _table(rows):
+        click.echo(line)
+
+
+@command.command("check")
+@setting_options
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
+@click.pass_context
+def check(
+    context: click.Context, config: str | None, flags: Mapping[str, object], as_json: bool
+) -> None:
+    """Exit 0 if the settings can be used, 2 and the reason if not."""
+    try:
+        rows = describe(load(config, flags))
+    except ConfigError as error:
+        if not as_json:
+            raise RefusedSettings(error) from None
+        click.echo(_json(_told(error)))
+        context.exit(error.exit_code)
+    kinds = Counter(row.origin.partition(" ")[0] for row in rows)
+    if as_json:
+        click.echo(_json({"ok": True, "settings": len(rows), "from": dict(sorted(kinds.items()))}))
+        return
+    counts = ", ".join(f"{count} from {kind}" for kind, count in sorted(kinds.items()))
+    click.echo(f"ok: {len(rows)} settings, {counts}")
+
+
+def _plain(row: SettingRow) -> dict[str, str]:
+    return {"name": row.name, "value": row.value_shown, "origin": row.origin}
+
+
+def _told(error: ConfigError) -> dict[str, object]:
+    fields = ("setting", "value", "origin", "problem", "fix")
+    return {"ok": False, **{name: getattr(error, name) for name in fields}}
+
+
+def _json(document: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(document)).decode()
+
+
+def _table(rows: Sequence[SettingRow]) -> list[str]:
+    values = [row.value_shown or '""' for row in rows]
+    name_width = max((len(row.name) for row in rows), default=0)
+    value_width = min(40, max(map(len, values), default=0))
+    return [
+        f"{row.name:<{name_width}}  {value:<{value_width}}  {row.origin}"
+        for row, value in zip(rows, values, strict=True)
+    ]

@@ -1,0 +1,231 @@
+"""`forebay dev`: a server, three nodes and a day of real flights, in one command.
+
+I1  It needs nothing but this package: Valkey is embedded unless a URL is set.
+I2  SIGINT or SIGTERM ends everything in order and exits 0; a second one ends it at once.
+I3  With ``--once`` it exits 0 only if all checks hold; cut short, it exits 1.
+I4  With ``--json`` stdout holds one document; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import anyio
+import anyio.abc
+import click
+import msgspec
+
+from ...coordinator.background import background_tasks
+from ...coordinator.clock import SystemClock
+from ...schemas.errors import ConfigError, ProcessFailed
+from ...schemas.masking import escape_controls
+from ...schemas.settings import Log, Secret, Settings
+from ...schemas.settings_names import FIELDS
+from ...schemas.settings_sources import Resolved
+from ..demo.session import Outcome, Plan, Session
+from ..logs import configure_logs
+from .dev_view import View, outcome_lines, view_for
+from .sources import errors_told, load, setting_options
+
+__all__ = ["command"]
+
+NAMESPACE = "flights"
+_ONCE_DURATION_S = 8.0
+_ENDLESS_DURATION_S = 120.0
+_SHOW_EVERY_S = 1.0
+_FOREIGN_PREFIXES = ("FOREBAY_", "VALKEY_")
+_FOREIGN = ("CACHE_VER", "RATE_MAX_TOKENS", "RATE_WINDOW_SEC", "CREDENTIALS_DIRECTORY")
+_OURS = ("node.id", "node.namespace", "http.enabled", "http.host", "http.port", "log.format")
+_OF_A_GIVEN_SERVER = ("url", "reader_url", "username", "password", "fake", "embedded_dir")
+
+
+@click.command("dev")
+@setting_options
+@click.option("--once", is_flag=True, help="Play one day, compare all, and end.")
+@click.option("--json", "as_json", is_flag=True, help="With --once: the outcome, on stdout.")
+@click.option("--kill", is_flag=True, help="kill -9 one node half-way, and start it again.")
+@click.option("--nodes", type=click.IntRange(1, 16), default=3, show_default=True, help="How many.")
+@click.option(
+    "--duration",
+    type=click.FloatRange(0, 86_400),
+    metavar="SECONDS",
+    help=f"Of one day.  [default: {_ENDLESS_DURATION_S:g}, with --once {_ONCE_DURATION_S:g}]",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_000),
+    default=8642,
+    show_default=True,
+    help="HTTP port of the first node; 0: any free ones.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0.1, 10_000),
+    default=150.0,
+    show_default=True,
+    help="Boards looked at in a second.",
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="For database and logs; kept.  [default: a temporary one]",
+)
+def command(
+    config: str | None,
+    flags: Mapping[str, object],
+    once: bool,
+    as_json: bool,
+    kill: bool,
+    nodes: int,
+    duration: float | None,
+    port: int,
+    rate: float,
+    data_dir: Path | None,
+) -> int:
+    """Try it out: departure boards of New York's airports, kept right while flights leave."""
+    if as_json and not once:
+        raise click.UsageError("--json needs --once")
+    if once and data_dir is not None and (data_dir / "flights.db").exists():
+        raise click.UsageError(f"--once needs a fresh database; there is one in {data_dir}")
+    with errors_told():
+        resolved = load(config, flags)
+        _refuse_fake(resolved)
+    plan = Plan(
+        settings=resolved.settings,
+        origins=resolved.origins,
+        environ=_plain_environ(os.environ),
+        node_environ=_node_environ(resolved.settings),
+        namespace=_namespace(resolved),
+        nodes=nodes,
+        port=port,
+        duration_s=_duration_s(duration, once=once),
+        rate=rate,
+        once=once,
+        kill=kill,
+        data_dir=data_dir,
+    )
+    configure_logs(Log(level="warning"), instance="dev", stream=sys.stderr)
+    try:
+        outcome = anyio.run(_run, plan, as_json)
+    except ExceptionGroup as group:
+        failed = _process_failed(group)
+        if failed is None:
+            raise
+        _tell(failed)
+        return failed.exit_code
+    except ProcessFailed as failed:
+        _tell(failed)
+        return failed.exit_code
+    return _ended(outcome, once=once, as_json=as_json)
+
+
+async def _run(plan: Plan, as_json: bool) -> Outcome | None:
+    session = Session(plan, clock=SystemClock())
+    view = view_for(session.scene, plan, as_json=as_json)
+    async with background_tasks() as tasks:
+        await tasks.start(_obey_signals, session)
+        tasks.start_soon(_show, view)
+        with view:
+            return await session.run()
+
+
+async def _obey_signals(
+    session: Session, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        asked = 0
+        async for _ in signals:
+            asked += 1
+            if asked == 1:
+                session.scene.notes.append("ending; once more to end at once")
+                session.cancel()
+            else:
+                session.kill_all()
+
+
+async def _show(view: View) -> None:
+    while True:
+        view.update()
+        await anyio.sleep(_SHOW_EVERY_S)
+
+
+def _ended(outcome: Outcome | None, *, once: bool, as_json: bool) -> int:
+    if outcome is None:
+        if as_json:
+            click.echo('{"ok": false, "interrupted": true}')
+        return 1 if once else 0
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(outcome)).decode())
+    else:
+        for line in outcome_lines(outcome):
+            click.echo(line)
+    return 0 if outcome.ok else 1
+
+
+def _process_failed(group: BaseExceptionGroup[BaseException]) -> ProcessFailed | None:
+    found = group.subgroup(ProcessFailed)
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]  # type: ignore[assignment]
+    return found
+
+
+def _tell(failed: ProcessFailed) -> None:
+    for line in failed.said.splitlines():
+        click.echo(f"  {failed.name} | {escape_controls(line)}", err=True)
+    click.echo(f"Error: {failed}", err=True)
+
+
+def _refuse_fake(resolved: Resolved) -> None:
+    if resolved.settings.valkey.fake and not resolved.settings.valkey.url:
+        raise ConfigError(
+            setting="valkey.fake",
+            value="true",
+            origin=resolved.origins["valkey.fake"],
+            problem="fakeredis lives in one process, and the demo has several",
+            fix="unset it, or try `forebay run` with it",
+        )
+
+
+def _namespace(resolved: Resolved) -> str:
+    chosen = resolved.origins.get("node.namespace", "default") != "default"
+    return resolved.settings.node.namespace if chosen else NAMESPACE
+
+
+def _duration_s(given: float | None, *, once: bool) -> float:
+    if given is not None:
+        return given
+    return _ONCE_DURATION_S if once else _ENDLESS_DURATION_S
+
+
+def _plain_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """What is there besides settings; these are handed on as they were understood here."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(_FOREIGN_PREFIXES) and name not in _FOREIGN
+    }
+
+
+def _node_environ(settings: Settings) -> dict[str, str]:
+    """The settings that are not the default, for the nodes."""
+    changed = {}
+    for name, field in FIELDS.items():
+        value = getattr(getattr(settings, field.section), field.leaf)
+        given = field.section == "valkey" and field.leaf in _OF_A_GIVEN_SERVER
+        if value == field.default or name in _OURS or (given and not settings.valkey.url):
+            continue
+        changed[field.env_name] = _as_text(value)
+    return changed
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, Secret):
+        return value.reveal()
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)

@@ -1,0 +1,170 @@
+"""`forebay publish`: put one event into the cluster's ingress stream.
+
+I1  An event is checked as its readers will check it, before anything is connected.
+I2  It is sent once. A full stream refuses it; when no reply came, the error says that the
+    event may be in, and the same command with the same ``--id`` may be repeated.
+I3  It goes to a server that others use: one of its own would forget the event at once.
+
+Whether and when the event is applied is the nodes' part; the id of its entry is printed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import anyio
+import click
+import msgspec
+from msgspec import structs
+
+from ...coordinator.backend import Backend
+from ...coordinator.clock import SystemClock
+from ...coordinator.scripting import load_scripts, run
+from ...schemas.errors import Backpressure, ConfigError, InvalidEvent
+from ...schemas.events import read_event
+from ...schemas.keys import Names
+from ...schemas.settings import Settings
+from ...schemas.settings_sources import Resolved
+from ..logs import configure_logs
+from .sources import load, setting_options, wants_color
+
+__all__ = ["command"]
+
+_NAME = "publish"
+
+
+@click.group("publish")
+def command() -> None:
+    """Publish an event: invalidate, write or refresh."""
+
+
+def _event_options(each: Any) -> Any:
+    """What the three have in common besides the settings."""
+    each = click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")(
+        each
+    )
+    each = click.option(
+        "--id", "event_id", metavar="ID", help="A repetition with the same id has no effect."
+    )(each)
+    return setting_options(each)
+
+
+@command.command("invalidate")
+@_event_options
+@click.argument("keys", metavar="KEY...", nargs=-1)
+@click.option("--tag", "tags", multiple=True, help="Whatever carries this tag; may be repeated.")
+@click.option("--soft", is_flag=True, help="Old values may be served while new ones are loaded.")
+def invalidate(keys: tuple[str, ...], tags: tuple[str, ...], soft: bool, **options: Any) -> None:
+    r"""Copies of these keys are old, and whatever carries these tags.
+
+    \b
+    forebay publish invalidate product:42 --tag catalog
+    """
+    if not keys and not tags:
+        raise click.UsageError("name at least one KEY or --tag")
+    _publish({"type": "invalidate", "keys": keys, "tags": tags, "soft": soft}, **options)
+
+
+@command.command("write")
+@_event_options
+@click.argument("key")
+@click.argument("value", metavar="JSON")
+@click.option(
+    "--ttl", type=float, metavar="SECONDS", help="Lifetime; the cache's own if not given."
+)
+def write(key: str, value: str, ttl: float | None, **options: Any) -> None:
+    r"""Write a value now to the cache and soon to its source; null deletes.
+
+    \b
+    forebay publish write product:42 '{"price": 7}'
+    """
+    try:
+        msgspec.json.decode(value)
+    except msgspec.DecodeError as error:
+        raise click.BadParameter(f"not JSON: {error}", param_hint="JSON") from None
+    body: dict[str, object] = {"type": "write", "key": key, "value": msgspec.Raw(value.encode())}
+    if ttl is not None:
+        body["ttl"] = ttl
+    _publish(body, **options)
+
+
+@command.command("refresh")
+@_event_options
+@click.argument("keys", metavar="KEY...", nargs=-1, required=True)
+def refresh(keys: tuple[str, ...], **options: Any) -> None:
+    r"""Load these keys again, without waiting for a reader.
+
+    \b
+    forebay publish refresh product:42 product:43
+    """
+    _publish({"type": "refresh", "keys": keys}, **options)
+
+
+def _publish(
+    body: dict[str, object],
+    *,
+    event_id: str | None,
+    as_json: bool,
+    config: str | None,
+    flags: Mapping[str, object],
+) -> None:
+    if event_id:
+        body["id"] = event_id
+    raw = msgspec.json.encode(body)
+    resolved = load(config, flags)
+    try:
+        read_event(raw, bytes_max=resolved.settings.durable.event_bytes_max)
+    except InvalidEvent as error:
+        raise click.UsageError(str(error)) from None
+    _must_be_shared(resolved)
+    _log_to_stderr(resolved)
+    entry_id = anyio.run(partial(_send, resolved, raw))
+    if as_json:
+        stream = _names(resolved.settings).events
+        click.echo(msgspec.json.encode({"stream": stream, "id": entry_id}).decode())
+    else:
+        click.echo(entry_id)
+
+
+def _must_be_shared(resolved: Resolved) -> None:
+    if resolved.settings.valkey.url:
+        return
+    raise ConfigError(
+        setting="valkey.url",
+        value="unset",
+        origin=resolved.origins["valkey.url"],
+        problem="there is no server that others use, to publish to",
+        fix="give --url, or set FOREBAY_URL",
+    )
+
+
+def _log_to_stderr(resolved: Resolved) -> None:
+    """One who publishes wants to hear of trouble only, unless asked otherwise."""
+    settings, asked = resolved.settings, resolved.origins["log.level"] != "default"
+    configure_logs(
+        settings.log if asked else structs.replace(settings.log, level="error"),
+        instance=_NAME,
+        stream=sys.stderr,
+        secrets=[settings.valkey.password],
+        color=wants_color(sys.stderr),
+    )
+
+
+def _names(settings: Settings) -> Names:
+    return Names(settings.node.namespace, settings.node.shards)
+
+
+async def _send(resolved: Resolved, raw: bytes) -> str:
+    settings = resolved.settings
+    stream, bound = _names(settings).events, settings.durable.events_max
+    script = load_scripts()["event_publish"]
+    async with Backend(
+        settings.valkey, client_name=_NAME, origins=resolved.origins, clock=SystemClock()
+    ) as backend:
+        reply = await run(backend.link, script, [stream], [bound, raw])
+    if reply[0] == 0:
+        raise Backpressure(stream, reply[1], bound)
+    return str(reply[0], "ascii")

@@ -1,0 +1,185 @@
+"""Where settings come from on this machine: the one place that reads environment and files.
+
+I1  The configuration file is the first of: the one given by ``--config``, the one named
+    by FOREBAY_CONFIG, ``./forebay.toml``, ``/etc/forebay/forebay.toml``. One that was
+    named must be there; one that is there must be readable.
+I2  Whatever is wrong ends as one line and an exit code, never as a traceback.
+I3  No file of more than 1 MiB, no secret of more than 64 KiB is read.
+
+What the text means is decided in ``schemas.settings_sources``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from ...schemas.errors import ConfigError
+from ...schemas.settings_names import plainly
+from ...schemas.settings_sources import FileSource, Resolved, resolve
+
+__all__ = [
+    "DEFAULT_FILES",
+    "RefusedSettings",
+    "errors_told",
+    "load",
+    "read_secret",
+    "setting_options",
+    "wants_color",
+]
+
+DEFAULT_FILES = (Path("forebay.toml"), Path("/etc/forebay/forebay.toml"))
+_FILE_BYTES_MAX = 1_048_576
+_SECRET_BYTES_MAX = 65_536
+_PATHS = ("tls_ca_file", "tls_cert_file", "tls_key_file")
+
+
+class RefusedSettings(click.ClickException):
+    """A ConfigError on its way to the person at the terminal."""
+
+    def __init__(self, error: ConfigError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it per instance
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Turns a ConfigError into one line on stderr and its exit code."""
+    try:
+        yield
+    except ConfigError as error:
+        raise RefusedSettings(error) from None
+
+
+def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command with settings has; it gets ``config`` and ``flags``."""
+    for option in (
+        click.option(
+            "--set",
+            "flags",
+            multiple=True,
+            metavar="NAME=VALUE",
+            callback=_assignments,
+            expose_value=True,
+            help="Any setting by its name, such as http.port=0; may be repeated.",
+        ),
+        click.option("--namespace", expose_value=False, callback=_own_flag, help="As in Valkey."),
+        click.option("--url", expose_value=False, callback=_own_flag, help="valkey://HOST:PORT/DB"),
+        click.option("--config", metavar="FILE", help="The configuration file, TOML."),
+    ):
+        command = option(command)
+    return command
+
+
+def load(
+    config: str | None = None,
+    flags: Mapping[str, object] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+) -> Resolved:
+    """The settings in force for this process."""
+    given = os.environ if environ is None else environ
+    resolved = resolve(
+        file=_file(config, given), environ=given, flags=flags or {}, read_secret=read_secret
+    )
+    for leaf in _PATHS:
+        _must_be_readable(f"valkey.{leaf}", getattr(resolved.settings.valkey, leaf), resolved)
+    return resolved
+
+
+def read_secret(path: str) -> str | None:
+    """The content of a secret's file; None if there is none."""
+    try:
+        return _read(Path(path), _SECRET_BYTES_MAX)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def wants_color(stream: TextIO) -> bool:
+    """Whether to colour what is written there; NO_COLOR forbids it."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _file(config: str | None, environ: Mapping[str, str]) -> FileSource | None:
+    named, origin = config, "flag --config"
+    if named is None:
+        named, origin = environ.get("FOREBAY_CONFIG") or None, "environment FOREBAY_CONFIG"
+    if named is not None:
+        return _file_source(Path(named), origin)
+    found = next((path for path in DEFAULT_FILES if _is_there(path)), None)
+    return _file_source(found, "the default place") if found else None
+
+
+def _is_there(path: Path) -> bool:
+    """True also for a file that we may not even look at: reading it then says so."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _file_source(path: Path, origin: str) -> FileSource:
+    try:
+        return FileSource(path=plainly(str(path)), text=_read(path, _FILE_BYTES_MAX))
+    except OSError as error:
+        problem = f"it cannot be read: {error.strerror or type(error).__name__}"
+    except ValueError:
+        problem = "it is too large or not UTF-8"
+    raise ConfigError(
+        setting="the configuration file",
+        value=plainly(str(path)),
+        origin=origin,
+        problem=problem,
+        fix="name a readable TOML file, or none",
+    )
+
+
+def _read(path: Path, bytes_max: int) -> str:
+    with path.open("rb") as opened:
+        content = opened.read(bytes_max + 1)
+    if len(content) > bytes_max:
+        raise ValueError(f"more than {bytes_max} bytes")
+    return content.decode("utf-8-sig")
+
+
+def _must_be_readable(name: str, path: str, resolved: Resolved) -> None:
+    if not path:
+        return
+    try:
+        with Path(path).open("rb"):
+            return
+    except (OSError, ValueError) as error:
+        problem = f"it cannot be read: {getattr(error, 'strerror', None) or 'no valid path'}"
+    raise ConfigError(
+        setting=name,
+        value=plainly(path),
+        origin=resolved.origins[name],
+        problem=problem,
+        fix="name a readable PEM file",
+    )
+
+
+def _own_flag(context: click.Context, option: click.Parameter, value: str | None) -> None:
+    """Keep the value of an option for the ``flags`` that the command gets."""
+    if value is not None and option.name is not None:
+        context.meta.setdefault(__name__, {})[option.name] = value
+
+
+def _assignments(
+    context: click.Context, _: click.Parameter, values: tuple[str, ...]
+) -> dict[str, object]:
+    flags: dict[str, object] = context.meta.setdefault(__name__, {})
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise click.BadParameter("write --set NAME=VALUE, such as --set http.port=0")
+        flags[name.strip()] = value
+    return flags

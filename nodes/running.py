@@ -1,0 +1,343 @@
+"""A node while it runs: its parts, put together in the order in which they need each other.
+
+Starting: the server, the namespace's facts, the clock, the log; then the application's
+``on_start`` hooks; then the workers. Stopping is the same backwards, after a drain:
+
+U1  Inside the block every shard was live once, so the first read is already right.
+U2  Notices reach every cache of this node, in order, before the next one is looked at.
+U3  A drain takes no new work, finishes what is under way, hands over what is owned, and takes
+    at most ``drain_ms``; the last worker of a namespace also empties the queues.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from ..coordinator.backend import Backend
+from ..coordinator.background import background_tasks
+from ..coordinator.clock import ServerClock, SystemClock
+from ..coordinator.clock_sync import ClockSync
+from ..coordinator.instruments import Instruments
+from ..coordinator.log import Follower
+from ..coordinator.ownership import Ownership
+from ..coordinator.scripting import load_scripts
+from ..schemas.errors import ConfigError, ForebayError
+from ..schemas.keys import EVENTS, Names
+from ..schemas.notices import Bumped, Changed, Dropped, Extended, Notice
+from ..schemas.settings import Settings
+from .cache.loads import Core
+from .cache.reads import ReadPath
+from .cache.shared import SharedTier
+from .cache.tags import TagTable
+from .cache.waits import KeyWaits
+from .workers.dead_letters import DeadLetters
+from .workers.delivery import Delivery
+from .workers.ingress import Ingress
+from .workers.refreshes import Refreshes
+from .workers.routes import Routes
+from .workers.trimmer import Trimmer
+from .workers.writes import WriteBehind
+
+__all__ = ["Hook", "Running", "running"]
+
+log = structlog.get_logger(__name__)
+
+Hook = Callable[[], Awaitable[None]]
+
+
+class Running:
+    """The parts. Made by ``running``; nothing of it outlives the block."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        backend: Backend,
+        routes: Routes,
+        instruments: Instruments,
+        node_id: str,
+        tasks: TaskGroup,
+    ) -> None:
+        node, durable = settings.node, settings.durable
+        self.settings = settings
+        self.backend = backend
+        self.routes = routes
+        self.instruments = instruments
+        self.node_id = node_id
+        self.tasks = tasks
+        self.clock = SystemClock()
+        self.server_clock = ServerClock(self.clock)
+        self.rng = random.Random()
+        self.names = Names(node.namespace, node.shards, settings.cache.version)
+        self.scripts = load_scripts()
+        self.draining = False
+        self.drained: bool | None = None
+        self.follower = Follower(
+            backend.link,
+            self.names,
+            clock=self.clock,
+            staleness_ms=settings.cache.max_staleness_ms,
+            instruments=instruments,
+            run_id=backend.run_id,
+            apply=self.apply,
+            reset=self._reset,
+        )
+        self.shared = SharedTier(
+            backend.link, backend.link, self.names, self.scripts, origin=node_id, durable=durable
+        )
+        self.tags = TagTable(self.names, self.shared.capture)
+        self.waits = KeyWaits()
+        self.core = Core(
+            node_id=node_id,
+            shared=self.shared,
+            tags=self.tags,
+            follower=self.follower,
+            waits=self.waits,
+            tasks=tasks,
+            clock=self.clock,
+            server_clock=self.server_clock,
+            instruments=instruments,
+            rng=self.rng,
+            ids=lambda: secrets.token_hex(8),
+            invalidate=self.invalidate,
+        )
+        self.paths: list[ReadPath[Any]] = [
+            cached.bind(self.core, settings.cache, settings.limits)
+            for cached in routes.caches.values()
+        ]
+        self.dead_letters = DeadLetters(
+            backend.link, self.names, instruments, entries_max=durable.dead_letters_max
+        )
+        self.refreshes = Refreshes(
+            backend.link,
+            self.names,
+            routes,
+            node_id=node_id,
+            lease_ms=settings.cache.lease_ms,
+            running_max=settings.limits.loads_max,
+            instruments=instruments,
+        )
+        self.ownership: Ownership | None = None
+        self.ingress: Ingress | None = None
+        self.writes: WriteBehind | None = None
+        self.deliveries: dict[str, Delivery] = {}
+
+    async def invalidate(
+        self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
+    ) -> None:
+        """Invalidate everywhere; on this node before it returns."""
+        for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
+            self.apply(0, version, notice)
+
+    def apply(self, shard: int, version: int, notice: Notice) -> None:
+        """Take in what a notice says."""
+        match notice:
+            case Changed(key=key):
+                self._noticed(key, version)
+            case Dropped(keys=keys):
+                for key in keys:
+                    self._noticed(key, version)
+            case Bumped(tags=tags):
+                for tag in tags:
+                    self.tags.bump(tag, version)
+                    for path in self.paths:
+                        path.tag_noticed(tag)
+            case Extended(key=key, since=since, soft_at_ms=soft_at_ms):
+                fresh_until = soft_at_ms / 1000 - self.server_clock.offset_s
+                for path in self.paths:
+                    path.near.extend(key, since, version, fresh_until)
+                self.waits.wake(key)
+
+    def _noticed(self, key: str, version: int) -> None:
+        for path in self.paths:
+            path.noticed(key, version)
+        self.waits.wake(key)
+
+    def _reset(self, shard: int) -> None:
+        self.tags.reset(shard)
+        for path in self.paths:
+            path.flights.detach_all()
+
+    def bell(self, channel: bytes, payload: bytes) -> None:
+        """A doorbell message of either channel."""
+        if channel == self.names.bell.encode():
+            self.follower.bell(payload)
+            return
+        kind, _, shard = payload.partition(b" ")
+        if not shard.isdigit() or int(shard) >= self.names.shards:
+            return
+        if kind == b"w" and self.writes is not None:
+            self.writes.bell(int(shard))
+        elif kind == b"r":
+            self.refreshes.bell(int(shard))
+
+    async def check_birth(self) -> None:
+        """The number of shards was fixed when the namespace was born.
+
+        Raises:
+            ConfigError: this node was given another one.
+        """
+        link, shards = self.backend.link, self.names.shards
+        await link.call("HSETNX", self.names.meta, "shards", shards)
+        born_with = int(await link.call("HGET", self.names.meta, "shards"))
+        if born_with != shards:
+            raise ConfigError(
+                setting="node.shards",
+                value=str(shards),
+                origin="the settings",
+                problem=f"the namespace {self.names.namespace} was born with {born_with}",
+                fix=f"set node.shards = {born_with}, or use another namespace",
+            )
+
+    async def follow(self) -> None:
+        """Start the clock and the log, and become current."""
+        link, doorbell = self.backend.link, self.backend.doorbell
+        await self.load_scripts()
+        await self.tasks.start(ClockSync(link, self.server_clock, self.clock).run)
+        doorbell.on_message(self.bell)
+        doorbell.on_state(self.follower.doorbell_changed)
+        doorbell.subscribe(self.names.bell.encode(), self.names.work.encode())
+        link.on_state(self._link_changed)
+        await self.tasks.start(self.follower.run)
+        if self.routes.caches:
+            await self.tasks.start(self.refreshes.run)
+
+    def _link_changed(self, connected: bool) -> None:
+        self.follower.connection_changed()
+        if connected:
+            self.tasks.start_soon(self.load_scripts)
+
+    async def load_scripts(self) -> None:
+        """Make the scripts known, so that none has to be sent in full in the middle of work."""
+        commands = [("SCRIPT", "LOAD", script.source) for script in self.scripts.values()]
+        try:
+            await self.backend.link.call_many(commands)
+        except ForebayError as error:
+            log.debug("scripts.not_loaded", error=str(error))
+
+    async def work(self, stack: AsyncExitStack) -> None:
+        """Start the workers."""
+        options, link = self.settings.workers, self.backend.link
+        self.ownership = ownership = Ownership(
+            link,
+            self.names,
+            self.scripts,
+            node_id=self.node_id,
+            options=options,
+            clock=self.clock,
+            rng=self.rng,
+            instruments=self.instruments,
+        )
+        for sink in self.routes.all_sinks():
+            self.deliveries[sink.name] = delivery = Delivery(
+                sink,
+                attempts_max=options.attempts_max,
+                clock=self.clock,
+                rng=self.rng,
+                instruments=self.instruments,
+            )
+            stack.push_async_callback(delivery.aclose)
+        self.writes = WriteBehind(
+            link,
+            self.names,
+            self.scripts,
+            ownership,
+            self.routes,
+            self.deliveries,
+            self.dead_letters,
+            node_id=self.node_id,
+            options=options,
+            invalidate=self.invalidate,
+            clock=self.clock,
+            instruments=self.instruments,
+        )
+        self.ingress = Ingress(
+            link,
+            await stack.enter_async_context(self.backend.blocking_link("ingress")),
+            self.names,
+            self.scripts,
+            ownership,
+            self.routes,
+            self.dead_letters,
+            self.core,
+            durable=self.settings.durable,
+            clock=self.clock,
+            server_clock=self.server_clock,
+            instruments=self.instruments,
+        )
+        trimmer = Trimmer(
+            link, self.names, ownership, self.follower, retain=self.settings.durable.log_retain
+        )
+        ownership.add(self.writes)
+        ownership.add(self.ingress)
+        for part in (self.writes, self.ingress, ownership, trimmer):
+            await self.tasks.start(part.run)
+
+    def unbind(self) -> None:
+        for cached in self.routes.caches.values():
+            cached.unbind()
+
+    async def drain(self) -> bool:
+        """Finish what is under way and hand over the rest, once; false if time ran out."""
+        if self.drained is None:
+            self.draining = True
+            self.drained = await self._drain()
+        return self.drained
+
+    async def _drain(self) -> bool:
+        ownership, writes = self.ownership, self.writes
+        if ownership is None or writes is None:
+            return True
+        with anyio.move_on_after(self.settings.workers.drain_ms / 1000) as limit:
+            try:
+                events = ownership.tenures.get(EVENTS)
+                if events is not None:
+                    await ownership.give_up([events])
+                if len(ownership.nodes) <= 1:
+                    await writes.empty()
+                await ownership.leave()
+            except ForebayError as error:
+                log.warning("drain.incomplete", error=str(error))
+                return False
+        return not limit.cancelled_caught
+
+
+@asynccontextmanager
+async def running(
+    settings: Settings,
+    routes: Routes,
+    instruments: Instruments,
+    *,
+    node_id: str,
+    origins: dict[str, str],
+    workers: bool,
+    on_start: Sequence[Hook],
+    on_stop: Sequence[Hook],
+) -> AsyncIterator[Running]:
+    """Start a node, give its parts, and stop it with a drain."""
+    async with AsyncExitStack() as stack:
+        backend = Backend(settings.valkey, client_name=f"forebay-{node_id}", origins=origins)
+        await stack.enter_async_context(backend)
+        tasks = await stack.enter_async_context(background_tasks())
+        self = Running(settings, backend, routes, instruments, node_id, tasks)
+        stack.callback(self.unbind)
+        await self.check_birth()
+        await self.follow()
+        for hook in on_stop:
+            stack.push_async_callback(hook)
+        for hook in on_start:
+            await hook()
+        if workers:
+            await self.work(stack)
+        try:
+            yield self
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.drain()

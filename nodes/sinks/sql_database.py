@@ -1,0 +1,194 @@
+"""The database of a sink: its address, its pool, its transactions, its errors.
+
+I1  What is done in ``transaction`` is committed as a whole at its end, or rolled back: on
+    an error, on cancellation, when the process dies.
+I2  Each error of SQLAlchemy or the driver leaves here as a SinkError.
+I3  Every wait has an end: connecting, a statement, a lock, a commit, giving back.
+I4  ``address`` has no password, nor has any error.
+
+SQLite transactions take the write lock when they begin, so that they cannot fail half-way
+for lack of it; files are in WAL mode and keep the durability of synchronous=FULL. On
+PostgreSQL a transaction that its owner has left idle (a stopped process) is ended by the
+server, so that it does not lock out the next owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
+from sqlalchemy import URL, CursorResult, Executable, make_url, text
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from ...schemas.errors import ConfigError, FatalSinkError, ForebayError
+from ...schemas.masking import mask_url
+from .sql_errors import summary_of, translated
+from .sql_rows import Row
+
+__all__ = ["Database", "Session"]
+
+T = TypeVar("T")
+
+_DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "sqlite+aiosqlite": "sqlite+aiosqlite",
+    "postgres": "postgresql+asyncpg",
+    "postgresql": "postgresql+asyncpg",
+    "postgresql+asyncpg": "postgresql+asyncpg",
+}
+_EXAMPLE = "write postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:///PATH"
+
+
+class Session:
+    """A connection in use.
+
+    Calls of SQLite run in a thread, where a call that nobody waits for any more goes on, and
+    may keep the lock for good. They are ``uninterrupted``: a cancellation waits for the end
+    of the call, and is raised before the next.
+    """
+
+    def __init__(self, connection: AsyncConnection, *, uninterrupted: bool) -> None:
+        self.connection = connection
+        self._uninterrupted = uninterrupted
+
+    async def start(self) -> None:
+        await self._finish(self.connection.start)
+
+    async def execute(
+        self, statement: Executable, rows: Sequence[Row] | None = None
+    ) -> CursorResult[Any]:
+        return await self._finish(lambda: self.connection.execute(statement, rows))
+
+    async def inspect(self, look: Callable[..., T], *arguments: object) -> T:
+        return await self._finish(lambda: self.connection.run_sync(look, *arguments))
+
+    async def commit(self) -> None:
+        await self._finish(self.connection.commit)
+
+    async def _finish(self, call: Callable[[], Awaitable[T]]) -> T:
+        await checkpoint_if_cancelled()
+        try:
+            with anyio.CancelScope(shield=self._uninterrupted):
+                value = await call()
+        except Exception:
+            await checkpoint_if_cancelled()  # who waits no more wants no error either
+            raise
+        return value
+
+
+class Database:
+    """May be opened again after ``aclose``."""
+
+    def __init__(self, url: str, *, statement_timeout_ms: int, pool_size: int) -> None:
+        self._url = _parsed(url)
+        self.address = mask_url(self._url.render_as_string(hide_password=False))
+        self.dialect = self._url.get_backend_name()
+        self._timeout_ms = statement_timeout_ms
+        self._timeout_s = statement_timeout_ms / 1_000
+        self._pool_size = pool_size
+        self._beginning: Executable = self._statement_of_beginning()
+        self._engine = self._new_engine()  # connects when it is asked to
+
+    async def open(self) -> None:
+        if self.dialect == "sqlite":
+            await self._prepare_file()
+
+    async def aclose(self) -> None:
+        with anyio.move_on_after(self._timeout_s, shield=True):
+            await self._engine.dispose()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Session]:
+        async with self.session() as session:
+            await session.execute(self._beginning)
+            yield session
+            await session.commit()
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Session]:
+        """For reading; what is not committed when it is given back is rolled back."""
+        session = Session(self._engine.connect(), uninterrupted=self.dialect == "sqlite")
+        await self._connect(session)
+        try:
+            yield session
+        except ForebayError:
+            raise
+        except Exception as error:
+            raise translated(error, self.address) from error
+        finally:
+            with anyio.move_on_after(self._timeout_s, shield=True):
+                await session.connection.close()
+
+    async def _connect(self, session: Session) -> None:
+        try:
+            await session.start()
+        except (TypeError, ValueError) as error:  # of an argument, not of a value
+            raise FatalSinkError(
+                f"{self.address}: {summary_of(error)}; check the URL and its parameters"
+            ) from error
+        except Exception as error:
+            raise translated(error, self.address) from error
+
+    async def _prepare_file(self) -> None:
+        path = self._url.database
+        if (
+            path
+            and not path.startswith((":memory:", "file:"))
+            and not await anyio.Path(path).exists()
+        ):
+            raise FatalSinkError(
+                f"{self.address}: there is no such file; create the database, or correct the path"
+            )
+        async with self.session() as session:
+            mode = (await session.execute(text("PRAGMA journal_mode"))).scalar()
+            if mode not in ("wal", "memory"):
+                await session.execute(text("PRAGMA journal_mode=WAL"))
+
+    def _statement_of_beginning(self) -> Executable:
+        if self.dialect == "sqlite":
+            return text("BEGIN IMMEDIATE")
+        # Not as parameters of the connection: poolers such as PgBouncer refuse those.
+        return text(
+            "SELECT set_config('statement_timeout', :ms, true), "
+            "set_config('idle_in_transaction_session_timeout', :ms, true)"
+        ).bindparams(ms=str(self._timeout_ms))
+
+    def _new_engine(self) -> AsyncEngine:
+        arguments: dict[str, Any] = {"timeout": self._timeout_s}
+        if self.dialect == "sqlite":
+            arguments["isolation_level"] = None  # transactions begin where we say so
+        else:
+            arguments["command_timeout"] = self._timeout_s + 1  # the server's comes first
+            arguments["server_settings"] = {"application_name": "forebay"}
+        return create_async_engine(
+            self._url,
+            connect_args=arguments,
+            hide_parameters=True,
+            pool_size=self._pool_size,
+            max_overflow=0,
+            pool_timeout=self._timeout_s,
+        )
+
+
+def _parsed(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # its text may quote a part of the password
+        raise _unusable(url, "is no database URL", _EXAMPLE) from None
+    driver = _DRIVERS.get(parsed.drivername)
+    if driver is None:
+        raise _unusable(url, f"{parsed.drivername} is not supported", _EXAMPLE)
+    query = dict(parsed.query)
+    if "sslmode" in query:  # as libpq calls what asyncpg calls ssl
+        query["ssl"] = query.pop("sslmode")
+    return parsed.set(drivername=driver, query=query)
+
+
+def _unusable(url: str, problem: str, fix: str) -> ConfigError:
+    return ConfigError(
+        setting="url", value=mask_url(url), origin="SqlSink", problem=problem, fix=fix
+    )

@@ -1,0 +1,27 @@
+"""What the handlers of one endpoint share."""
+
+from __future__ import annotations
+
+from random import Random
+
+from aiohttp import web
+from msgspec import Struct
+
+from ...schemas.settings import Http
+from .bodies import Bodies
+from .face import Served
+from .heartbeat import Heartbeat
+
+__all__ = ["CONTEXT", "Context"]
+
+
+class Context(Struct, frozen=True, kw_only=True):
+    served: Served
+    http: Http
+    event_bytes_max: int
+    bodies: Bodies
+    heartbeat: Heartbeat
+    random: Random
+
+
+CONTEXT = web.AppKey("context", Context)

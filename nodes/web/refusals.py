@@ -1,0 +1,115 @@
+"""Answers to what cannot be done: a status and one JSON object that says why, and what to do.
+
+    {"error": {"code": "wrong_field", "problem": "...", "field": "data.keys", "fix": "..."}}
+
+I1  ``code`` is stable, programs may decide on it; ``problem`` and ``fix`` are for people.
+I2  The answer tells the client about the client's request. What went on inside (addresses,
+    texts of foreign errors, tracebacks) goes to the log, never into an answer.
+"""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import msgspec
+from aiohttp import web
+
+from ...schemas.errors import (
+    Backpressure,
+    BreakerOpen,
+    ForebayError,
+    InvalidEvent,
+    InvalidKey,
+    LoaderError,
+    ServerRefused,
+    Unavailable,
+)
+
+__all__ = ["SECURITY_HEADERS", "answer", "of_error", "of_http", "refuse"]
+
+SECURITY_HEADERS = {
+    "Server": "forebay",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+}
+RETRY_AFTER_S = (1, 3)
+
+_EVENT_STATUS = {"undecodable": 400, "oversized": 413}
+_HTTP_CODES = {
+    404: ("not_found", "GET / lists the routes"),
+    405: ("method_not_allowed", "use a method that the Allow header names"),
+    417: ("expectation_failed", "expect nothing but 100-continue"),
+}
+
+
+def answer(
+    value: object, *, status: int = 200, headers: dict[str, str] | None = None
+) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(value),
+        status=status,
+        content_type="application/json",
+        headers=headers,
+    )
+
+
+def refuse(
+    status: int,
+    code: str,
+    problem: str,
+    *,
+    field: str = "",
+    fix: str = "",
+    headers: dict[str, str] | None = None,
+) -> web.Response:
+    error = {"code": code, "problem": problem, "field": field, "fix": fix}
+    return answer({"error": error}, status=status, headers=headers)
+
+
+def of_http(error: web.HTTPException) -> web.Response:
+    """For what aiohttp refuses by itself."""
+    code, fix = _HTTP_CODES.get(error.status, ("refused", ""))
+    allow = error.headers.get("Allow")
+    headers = {"Allow": allow} if allow else None
+    return refuse(error.status, code, error.reason, fix=fix, headers=headers)
+
+
+def of_error(error: ForebayError, random: Random) -> web.Response | None:
+    """For an error of ours; None: no client can do anything about it."""
+    match error:
+        case InvalidEvent():
+            status = _EVENT_STATUS.get(error.fault, 422)
+            return refuse(status, error.fault, error.problem, field=error.field, fix=error.fix)
+        case InvalidKey():
+            return refuse(400, "invalid_key", str(error), field=error.name)
+        case Backpressure():
+            problem = f"the stream holds {error.length} of {error.bound} entries"
+            return _later(429, "backpressure", problem, random)
+        case LoaderError():
+            problem = f"the loader of {error.cache} failed"
+            return refuse(504, "loader_failed", problem, fix="the log of this node says why")
+        case ServerRefused():
+            return _later(503, "valkey_refused", "Valkey refused the command", random)
+        case Unavailable():
+            return _unavailable(error, random)
+    return None
+
+
+def _unavailable(error: Unavailable, random: Random) -> web.Response:
+    if error.outcome_unknown:
+        problem = "Valkey did not answer in time; it may have been done"
+        return _later(503, "outcome_unknown", problem, random, again="with the same event ids")
+    wait_ms = error.retry_after_ms if isinstance(error, BreakerOpen) else 0
+    return _later(503, "unavailable", "Valkey is not reachable", random, wait_ms=wait_ms)
+
+
+def _later(
+    status: int, code: str, problem: str, random: Random, *, again: str = "", wait_ms: int = 0
+) -> web.Response:
+    # Spread, so that those who were refused together do not come back together.
+    wait_s = math.ceil(wait_ms / 1000) + random.randint(*RETRY_AFTER_S)
+    fix = " ".join(filter(None, ("try again after the time in Retry-After", again)))
+    return refuse(status, code, problem, fix=fix, headers={"Retry-After": str(wait_s)})

@@ -1,0 +1,201 @@
+"""The endpoint: its routes, the border that every request passes, its start and its stop.
+
+S1  ``serve`` yields when the port is bound, and has stopped ``stop_ms`` after its end, with
+    whatever is still under way cut off.
+S2  Every answer passes ``border``: errors become JSON refusals there, and are counted by
+    route template, never by path.
+S3  An error nobody expected is a 500 that tells nothing, and a traceback in the log.
+
+Who may call what is decided by a further middleware, between ``border`` and the routes.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from random import Random
+
+import anyio
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from msgspec import Struct
+
+from ...coordinator.clock import Clock
+from ...schemas.errors import ConfigError, ForebayError
+from ...schemas.settings import Http
+from . import cache, events, health, metrics, stats
+from .bodies import Bodies
+from .context import CONTEXT, Context
+from .face import Served
+from .guards import GuardedRunner
+from .heartbeat import Heartbeat
+from .refusals import SECURITY_HEADERS, answer, of_error, of_http, refuse
+
+__all__ = ["Address", "make_app", "serve"]
+
+log = structlog.get_logger(__name__)
+
+STOP_MS = 5_000
+
+
+class Address(Struct, frozen=True):
+    """Where the endpoint listens."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+class _Route(Struct, frozen=True):
+    method: str
+    path: str
+    purpose: str
+    handler: Handler
+
+
+@asynccontextmanager
+async def serve(
+    served: Served,
+    http: Http,
+    *,
+    event_bytes_max: int,
+    clock: Clock,
+    random: Random,
+    origin_of: Callable[[str], str] = lambda _setting: "the settings",
+    stop_ms: int = STOP_MS,
+) -> AsyncIterator[Address]:
+    """Answer HTTP for this node while the body runs.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    heartbeat = Heartbeat(clock)
+    context = Context(
+        served=served,
+        http=http,
+        event_bytes_max=event_bytes_max,
+        bodies=Bodies(http, served.instruments),
+        heartbeat=heartbeat,
+        random=random,
+    )
+    served.instruments.add_source(lambda: [("event_loop_lag_seconds", (), heartbeat.lag_s())])
+    # aiohttp waits this long for handlers, and as long again for their cancellation.
+    runner = GuardedRunner(
+        make_app(context), http=http, instruments=served.instruments, stop_s=stop_ms / 3_000
+    )
+    try:
+        with heartbeat.beating():
+            address = await _bind(runner, http, origin_of)
+            log.info("http.listening", url=address.url)
+            yield address
+    finally:
+        with anyio.move_on_after(stop_ms / 1000, shield=True):
+            await runner.cleanup()
+
+
+def make_app(context: Context) -> web.Application:
+    app = web.Application(middlewares=[border])
+    app[CONTEXT] = context
+    app.on_response_prepare.append(_add_headers)
+    routes = _routes(context.served)
+    listed = [{"method": r.method, "path": r.path, "purpose": r.purpose} for r in routes]
+
+    async def index(_request: web.Request) -> web.StreamResponse:
+        served = context.served
+        about = {"name": "forebay", "instance": served.instance, "namespace": served.namespace}
+        return answer({**about, "routes": listed})
+
+    app.router.add_get("/", index)
+    for each in routes:
+        path = each.path.replace("{key}", "{key:.+}")
+        if each.method == "GET":
+            app.router.add_get(path, each.handler)
+        else:
+            app.router.add_route(each.method, path, each.handler)
+    return app
+
+
+def _routes(served: Served) -> tuple[_Route, ...]:
+    return (
+        _Route("GET", "/livez", "200 while the process is alive", health.probe("live")),
+        _Route("GET", "/readyz", "200 when it can do its work", health.probe("ready")),
+        _Route("GET", "/readyz/{check}", "one check of /readyz", health.probe("ready")),
+        _Route("GET", "/startupz", "200 once it has started", health.probe("start")),
+        _Route("GET", "/healthz", "all checks, with the status of /readyz", health.health),
+        _Route("GET", "/stats", "this node in numbers, as JSON", stats.stats),
+        _Route("GET", "/metrics", "for Prometheus", metrics.metrics(served.registry)),
+        _Route("POST", "/v1/events", "publish events", events.post_events),
+        _Route("GET", cache.PREFIX + "{key}", "read through the cache", cache.read),
+    )
+
+
+@web.middleware
+async def border(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Errors become answers here; answers are counted."""
+    response = await _answered(request, handler)
+    counts = request.app[CONTEXT].served.instruments.counts
+    resource = request.match_info.route.resource
+    template = resource.canonical if resource is not None else "unmatched"
+    counts["http_requests", template, str(response.status)] += 1
+    return response
+
+
+async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        return of_http(error)
+    except web.RequestPayloadError:
+        response = refuse(400, "malformed", "the body is not framed as HTTP/1.1 demands")
+        response.force_close()
+        return response
+    except ConnectionError:
+        raise  # the client is gone, nobody reads an answer
+    except ForebayError as error:
+        answered = of_error(error, request.app[CONTEXT].random)
+        if answered is not None:
+            return answered
+        log.exception("http.failed")
+    except Exception:
+        log.exception("http.failed")
+    return refuse(500, "internal", "this is a fault of the node", fix="its log says more")
+
+
+async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(SECURITY_HEADERS)
+    response.headers.setdefault("Cache-Control", "no-store")
+
+
+async def _bind(runner: GuardedRunner, http: Http, origin_of: Callable[[str], str]) -> Address:
+    await runner.setup()
+    site = web.TCPSite(runner, http.host, http.port)
+    try:
+        await site.start()
+    except (OSError, OverflowError) as error:
+        raise _not_bound(error, http, origin_of) from error
+    host, port = runner.addresses[0][:2]
+    return Address(host, port)
+
+
+def _not_bound(
+    error: OSError | OverflowError, http: Http, origin_of: Callable[[str], str]
+) -> ConfigError:
+    setting, value = "http.port", str(http.port)
+    code = error.errno if isinstance(error, OSError) else None
+    if code == errno.EADDRINUSE:
+        problem, fix = "another process listens there", "set a free port, or 0 for any free one"
+    elif code == errno.EACCES:
+        problem, fix = "this user may not listen there", "set a port above 1023"
+    else:
+        setting, value = "http.host", http.host
+        problem = "no address of this machine"
+        fix = "set 127.0.0.1, 0.0.0.0 or an address of this machine"
+    return ConfigError(
+        setting=setting, value=value, origin=origin_of(setting), problem=problem, fix=fix
+    )

@@ -1,0 +1,111 @@
+"""Which cache and which sink a key belongs to.
+
+A key's template tells. All workers of a namespace run the same application, so that
+whoever owns a shard knows the routes of all its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from ...schemas.entry import EntryMeta
+from ...schemas.errors import ConfigError
+from ...schemas.keys import KeyTemplate
+from ..cache.cached import Cached
+from ..cache.loads import Packed
+from ..cache.values import ValueCodec
+from ..sinks.base import Sink
+
+__all__ = ["Routes", "SinkRoute"]
+
+_UNTYPED_BYTES_MAX = 1_048_576
+_UNTYPED_TTL_MS = 60_000
+_any = msgspec.msgpack.Decoder()
+
+
+class SinkRoute(msgspec.Struct, frozen=True):
+    template: KeyTemplate
+    sink: Sink
+
+
+class Untyped:
+    """Published values of keys that have a sink, but no cache with a type."""
+
+    def __init__(self) -> None:
+        self._codec: ValueCodec[Any] = ValueCodec(
+            Any, bytes_max=_UNTYPED_BYTES_MAX, compress_over_bytes=1_024
+        )
+
+    async def pack_published(self, key: str, raw_json: bytes, ttl_ms: int | None) -> Packed:
+        lifetime_ms = ttl_ms or _UNTYPED_TTL_MS
+        if raw_json.strip() == b"null":
+            tail = self._codec.negative_tail(EntryMeta())
+            return Packed(None, lifetime_ms, lifetime_ms, tail)
+        payload = self._codec.pack(self._codec.convert(raw_json))
+        tail = self._codec.tail(payload, EntryMeta(soft_ms=lifetime_ms))
+        return Packed(payload, lifetime_ms, lifetime_ms, tail)
+
+
+class Routes:
+    def __init__(self) -> None:
+        self._untyped = Untyped()
+        self.caches: dict[str, Cached[Any, Any]] = {}
+        self.sinks: list[SinkRoute] = []
+
+    def add_cache(self, cached: Cached[Any, Any]) -> None:
+        for other in self.caches.values():
+            if other.name == cached.name or other.template.text == cached.template.text:
+                raise ConfigError(
+                    setting="the cache",
+                    value=f"{cached.name} {cached.template.text}",
+                    origin="its declaration",
+                    problem=f"{other.name} {other.template.text} is declared already",
+                    fix="give each cache a name and a key template of its own",
+                )
+        self.caches[cached.name] = cached
+
+    def add_sink(self, template: str, sink: Sink) -> None:
+        if any(route.template.text == template for route in self.sinks):
+            raise ConfigError(
+                setting="the sink",
+                value=template,
+                origin="its declaration",
+                problem="there is a sink for this key template already",
+                fix="declare one sink for each template",
+            )
+        self.sinks.append(SinkRoute(KeyTemplate(template), sink))
+
+    def cache_of(self, key: str) -> Cached[Any, Any] | None:
+        for cached in self.caches.values():
+            if cached.template.match(key) is not None:
+                return cached
+        return None
+
+    def packer_of(self, key: str) -> Cached[Any, Any] | Untyped:
+        """Whatever turns a published value of this key into an entry."""
+        return self.cache_of(key) or self._untyped
+
+    def sink_of(self, key: str) -> tuple[Sink, Mapping[str, str]] | None:
+        """The sink, and the fields of the key."""
+        for route in self.sinks:
+            params = route.template.match(key)
+            if params is not None:
+                return route.sink, params
+        return None
+
+    def all_sinks(self) -> Sequence[Sink]:
+        return list({id(route.sink): route.sink for route in self.sinks}.values())
+
+    def value_of(self, key: str, payload: bytes | None) -> Any:
+        """The value that a job carries, in the type of its cache.
+
+        Raises:
+            InvalidEntry, msgspec.MsgspecError: the bytes are no such value.
+        """
+        if payload is None:
+            return None
+        cached = self.cache_of(key)
+        return _any.decode(payload) if cached is None else cached.path.codec.unpack(payload)

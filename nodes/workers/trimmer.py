@@ -1,0 +1,63 @@
+"""Keeps the shard logs short: the owner of a shard cuts off what is old.
+
+X1  The newest ``retain`` notices stay. A follower that is further behind sees a gap, and
+    asks again for whatever it remembers of the shard: nothing goes wrong, it only costs.
+"""
+
+from __future__ import annotations
+
+import anyio
+import structlog
+from anyio.abc import TaskStatus
+
+from ...coordinator.link import Commands
+from ...coordinator.log import Follower
+from ...coordinator.ownership import Ownership
+from ...schemas.errors import ForebayError
+from ...schemas.keys import EVENTS, Names
+
+__all__ = ["Trimmer"]
+
+log = structlog.get_logger(__name__)
+
+_EVERY_S = 5.0
+
+
+class Trimmer:
+    def __init__(
+        self,
+        commands: Commands,
+        names: Names,
+        ownership: Ownership,
+        follower: Follower,
+        *,
+        retain: int,
+    ) -> None:
+        self._commands = commands
+        self._names = names
+        self._ownership = ownership
+        self._follower = follower
+        self._retain = retain
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Trim now and then, until cancelled."""
+        task_status.started()
+        while True:
+            await anyio.sleep(_EVERY_S)
+            try:
+                await self.trim()
+            except ForebayError as error:
+                log.debug("trim.failed", error=str(error))
+
+    async def trim(self) -> None:
+        """Cut the logs of the shards that this node owns now."""
+        owned = [each for each in self._ownership.tenures if each != EVENTS]
+        views = [self._follower.views[shard] for shard in owned]
+        await self._commands.call_many(
+            [
+                ("XTRIM", self._names.part(view.number, "log"), "MINID", "~",
+                 f"{view.epoch}-{view.seq - self._retain}")
+                for view in views
+                if view.seq > self._retain
+            ]
+        )  # fmt: skip

