@@ -10,7 +10,8 @@ metrics library; Prometheus types are made only when somebody scrapes.
 I1  A series exists only for a metric of the catalogue, with its number of labels, and with a
     label value of the closed set where there is one: the first use of another is an error.
 I2  A metric never has more than ``SERIES_MAX`` series; further ones are summed into ``other``.
-I3  A scrape reads memory only and changes nothing. A gauge that nobody gives is absent, not 0.
+I3  A scrape reads memory only. Sources are asked before counts are read, so that one may bring
+    a count up to date that is kept elsewhere. A gauge that nobody gives is absent, not 0.
 
 No metric is labelled with a key, a tag, an address or the text of an error.
 """
@@ -184,7 +185,7 @@ class _Times:
 class Instruments(Collector):
     """The metrics of one node, exported through one registry."""
 
-    def __init__(self, registry: CollectorRegistry, *, version: str = "unknown") -> None:
+    def __init__(self, registry: CollectorRegistry, *, version: str = "") -> None:
         of_kind: dict[str, dict[str, Instrument]] = {"counter": {}, "gauge": {}, "histogram": {}}
         for each in CATALOGUE:
             of_kind[each.kind][each.short] = each
@@ -192,7 +193,9 @@ class Instruments(Collector):
         self._gauges = of_kind["gauge"]
         self._histograms = of_kind["histogram"]
         self._times: dict[Labels, _Times] = {}
-        self._sources: list[Gauges] = [lambda: [("build_info", (version,), 1.0)]]
+        self._sources: list[Gauges] = []
+        if version:
+            self.add_source(lambda: [("build_info", (version,), 1.0)])
         registry.register(self)
 
     def __repr__(self) -> str:
@@ -216,7 +219,8 @@ class Instruments(Collector):
 
     def collect(self) -> Iterator[Metric]:
         series: dict[str, list[tuple[Labels, Any]]] = {each.short: [] for each in CATALOGUE}
-        for values in (self.counts, self._times, self._read_sources()):
+        gauges = self._read_sources()
+        for values in (gauges, self.counts, self._times):
             for (name, *labels), value in list(values.items()):
                 series[name].append((tuple(labels), value))
         for each in CATALOGUE:

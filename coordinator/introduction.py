@@ -38,7 +38,7 @@ __all__ = [
 Mode = Literal["standalone", "cluster", "sentinel"]
 
 PROBED = ("delifeq", "hgetdel", "hsetex", "msetex", "spublish", "wait", "waitaof")
-_POLL_S = 0.02
+_POLL_S = 0.005
 
 
 class ServerFacts(Struct, frozen=True, kw_only=True):
@@ -75,21 +75,13 @@ async def introduce(link: Link, target: Target, *, clock: Clock, primary: bool) 
 
 async def _connected(link: Link, target: Target) -> None:
     """Wait for the connection, unless a failed try shows that it is in vain."""
-    changed = anyio.Event()
-
-    def note(_: bool) -> None:
-        changed.set()
-
-    end = link.on_state(note)
-    try:
-        while not link.connected:
-            changed = anyio.Event()
-            if link.failure is not None:
-                await _raise_if_certain(target, link.failure)
-            if not link.connected:
-                await changed.wait()
-    finally:
-        end()
+    judged: ForebayError | None = None
+    while not link.connected:
+        failure = link.failure
+        if failure is not None and failure is not judged:
+            judged = failure
+            await _raise_if_certain(target, failure)
+        await anyio.sleep(_POLL_S)  # a link tells of connections, not of tries
 
 
 async def _raise_if_certain(target: Target, error: ForebayError) -> None:

@@ -93,7 +93,7 @@ class Ownership:
         self._rng = rng
         self._instruments = instruments
         self._successors: list[Successor] = []
-        self._free_at: dict[int, float] = {}
+        self._rested: dict[int, float] = {}  # given up lately: for others to take
         self._surplus_seen = False
         self._woken = anyio.Event()
 
@@ -145,7 +145,7 @@ class Ownership:
             self._surplus_seen = not self._surplus_seen
             return
         self._surplus_seen = False
-        await self._claim(self._candidates(target - len(self.tenures)))
+        await self._claim(await self._candidates(target - len(self.tenures)))
 
     async def give_up(self, tenures: Sequence[Tenure]) -> None:
         """Drain and release these."""
@@ -154,7 +154,7 @@ class Ownership:
         for tenure in tenures:
             if self.tenures.get(tenure.resource) is tenure:
                 self._lose(tenure, "released")
-                self._free_at[tenure.resource] = self._clock.monotonic() + self._beat_s * 2
+                self._rested[tenure.resource] = self._clock.monotonic() + self._beat_s * 2
         await run_many(
             self._commands,
             [
@@ -184,12 +184,22 @@ class Ownership:
         shards = [tenure for tenure in self.tenures.values() if tenure.resource != EVENTS]
         return self._rng.sample(shards, min(count, len(shards)))
 
-    def _candidates(self, count: int) -> list[int]:
-        now = self._clock.monotonic()
+    async def _candidates(self, count: int) -> list[int]:
+        """As many of the resources that nobody owns now, by chance."""
+        if count <= 0:
+            return []
+        others = [r for r in range(EVENTS, self._names.shards) if r not in self.tenures]
+        time, *until = await self._commands.call_many(
+            [("TIME",), *(("HGET", self._names.part(r, "own"), "u") for r in others)]
+        )
+        if isinstance(time, ForebayError):
+            raise time
+        now_us = int(time[0]) * 1_000_000 + int(time[1])
         free = [
             resource
-            for resource in range(EVENTS, self._names.shards)
-            if resource not in self.tenures and self._free_at.get(resource, 0.0) <= now
+            for resource, till in zip(others, until, strict=True)
+            if (till is None or (isinstance(till, bytes) and int(till) <= now_us))
+            and self._rested.get(resource, 0.0) <= self._clock.monotonic()
         ]
         return self._rng.sample(free, min(count, len(free)))
 
@@ -215,7 +225,6 @@ class Ownership:
     def _take_in(self, resource: int, reply: Sequence[int | bytes], sent_at: float) -> None:
         tenure, epoch = self.tenures.get(resource), int(reply[1])
         if not reply[0]:
-            self._free_at[resource] = sent_at + int(reply[2]) / 1000
             if tenure is not None:
                 self._lose(tenure, "taken")
             return

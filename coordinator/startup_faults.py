@@ -29,6 +29,7 @@ Speaks = Literal["valkey", "tls", "http", "silence", "nothing", "something else"
 
 _SNIFF_S = 1.0
 _HELLO = b"PING\r\n\r\n"
+_OTHER_SCHEME = {"valkey": "valkeys", "valkeys": "valkey", "redis": "rediss", "rediss": "redis"}
 _WAIT_CODES = frozenset({"LOADING", "MISCONF", "MASTERDOWN", "BUSY"})
 
 #: by code of the server: which setting is to blame, what is wrong, and what to do
@@ -103,7 +104,7 @@ class Target(Struct, frozen=True, kw_only=True):
         return self.refused(error) if isinstance(error, ServerRefused) else self._unreachable(error)
 
     def _mistaken(self, spoken: Speaks) -> StartupError | None:
-        other = self.endpoint.scheme.rstrip("s") + ("" if self.endpoint.tls else "s")
+        other = _OTHER_SCHEME.get(self.endpoint.scheme, "")
         if spoken == "tls" and not self.endpoint.tls:
             return self.fault("this port speaks TLS", f"write {other}://")
         if spoken == "valkey" and self.endpoint.tls:

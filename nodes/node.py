@@ -200,7 +200,7 @@ class Node:
                 )
             )
             self._stack = stack.pop_all()
-        log.info("node.running", namespace=self.namespace, workers=wanted)
+        log.info("node.running", namespace=settings.node.namespace, workers=wanted)
         return self
 
     @property

@@ -27,10 +27,9 @@ from ..coordinator.clock import ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
 from ..coordinator.instruments import Instruments
 from ..coordinator.log import Follower
-from ..coordinator.ownership import Ownership
 from ..coordinator.scripting import load_scripts
 from ..schemas.errors import ConfigError, ForebayError
-from ..schemas.keys import EVENTS, Names
+from ..schemas.keys import Names
 from ..schemas.notices import Bumped, Changed, Dropped, Extended, Notice
 from ..schemas.settings import Settings
 from .cache.loads import Core
@@ -38,13 +37,10 @@ from .cache.reads import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
 from .cache.waits import KeyWaits
+from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
-from .workers.delivery import Delivery
-from .workers.ingress import Ingress
 from .workers.refreshes import Refreshes
 from .workers.routes import Routes
-from .workers.trimmer import Trimmer
-from .workers.writes import WriteBehind
 
 __all__ = ["Hook", "Running", "running"]
 
@@ -94,20 +90,7 @@ class Running:
         )
         self.tags = TagTable(self.names, self.shared.capture)
         self.waits = KeyWaits()
-        self.core = Core(
-            node_id=node_id,
-            shared=self.shared,
-            tags=self.tags,
-            follower=self.follower,
-            waits=self.waits,
-            tasks=tasks,
-            clock=self.clock,
-            server_clock=self.server_clock,
-            instruments=instruments,
-            rng=self.rng,
-            ids=lambda: secrets.token_hex(8),
-            invalidate=self.invalidate,
-        )
+        self.core = self._core()
         self.paths: list[ReadPath[Any]] = [
             cached.bind(self.core, settings.cache, settings.limits)
             for cached in routes.caches.values()
@@ -115,19 +98,36 @@ class Running:
         self.dead_letters = DeadLetters(
             backend.link, self.names, instruments, entries_max=durable.dead_letters_max
         )
-        self.refreshes = Refreshes(
-            backend.link,
+        self.refreshes = self._refreshes()
+        self.crew: Crew | None = None
+
+    def _core(self) -> Core:
+        return Core(
+            node_id=self.node_id,
+            shared=self.shared,
+            tags=self.tags,
+            follower=self.follower,
+            waits=self.waits,
+            tasks=self.tasks,
+            clock=self.clock,
+            server_clock=self.server_clock,
+            instruments=self.instruments,
+            rng=self.rng,
+            ids=lambda: secrets.token_hex(8),
+            invalidate=self.invalidate,
+        )
+
+    def _refreshes(self) -> Refreshes:
+        settings = self.settings
+        return Refreshes(
+            self.backend.link,
             self.names,
-            routes,
-            node_id=node_id,
+            self.routes,
+            node_id=self.node_id,
             lease_ms=settings.cache.lease_ms,
             running_max=settings.limits.loads_max,
-            instruments=instruments,
+            instruments=self.instruments,
         )
-        self.ownership: Ownership | None = None
-        self.ingress: Ingress | None = None
-        self.writes: WriteBehind | None = None
-        self.deliveries: dict[str, Delivery] = {}
 
     async def invalidate(
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
@@ -145,10 +145,7 @@ class Running:
                 for key in keys:
                     self._noticed(key, version)
             case Bumped(tags=tags):
-                for tag in tags:
-                    self.tags.bump(tag, version)
-                    for path in self.paths:
-                        path.tag_noticed(tag)
+                self._bumped(tags, version)
             case Extended(key=key, since=since, soft_at_ms=soft_at_ms):
                 fresh_until = soft_at_ms / 1000 - self.server_clock.offset_s
                 for path in self.paths:
@@ -159,6 +156,12 @@ class Running:
         for path in self.paths:
             path.noticed(key, version)
         self.waits.wake(key)
+
+    def _bumped(self, tags: Sequence[str], version: int) -> None:
+        for tag in tags:
+            self.tags.bump(tag, version)
+            for path in self.paths:
+                path.tag_noticed(tag)
 
     def _reset(self, shard: int) -> None:
         self.tags.reset(shard)
@@ -173,8 +176,8 @@ class Running:
         kind, _, shard = payload.partition(b" ")
         if not shard.isdigit() or int(shard) >= self.names.shards:
             return
-        if kind == b"w" and self.writes is not None:
-            self.writes.bell(int(shard))
+        if kind == b"w" and self.crew is not None:
+            self.crew.writes.bell(int(shard))
         elif kind == b"r":
             self.refreshes.bell(int(shard))
 
@@ -224,61 +227,16 @@ class Running:
 
     async def work(self, stack: AsyncExitStack) -> None:
         """Start the workers."""
-        options, link = self.settings.workers, self.backend.link
-        self.ownership = ownership = Ownership(
-            link,
-            self.names,
-            self.scripts,
-            node_id=self.node_id,
-            options=options,
-            clock=self.clock,
-            rng=self.rng,
-            instruments=self.instruments,
+        parts = WorkParts(
+            backend=self.backend,
+            names=self.names,
+            scripts=self.scripts,
+            routes=self.routes,
+            core=self.core,
+            dead_letters=self.dead_letters,
+            settings=self.settings,
         )
-        for sink in self.routes.all_sinks():
-            self.deliveries[sink.name] = delivery = Delivery(
-                sink,
-                attempts_max=options.attempts_max,
-                clock=self.clock,
-                rng=self.rng,
-                instruments=self.instruments,
-            )
-            stack.push_async_callback(delivery.aclose)
-        self.writes = WriteBehind(
-            link,
-            self.names,
-            self.scripts,
-            ownership,
-            self.routes,
-            self.deliveries,
-            self.dead_letters,
-            node_id=self.node_id,
-            options=options,
-            invalidate=self.invalidate,
-            clock=self.clock,
-            instruments=self.instruments,
-        )
-        self.ingress = Ingress(
-            link,
-            await stack.enter_async_context(self.backend.blocking_link("ingress")),
-            self.names,
-            self.scripts,
-            ownership,
-            self.routes,
-            self.dead_letters,
-            self.core,
-            durable=self.settings.durable,
-            clock=self.clock,
-            server_clock=self.server_clock,
-            instruments=self.instruments,
-        )
-        trimmer = Trimmer(
-            link, self.names, ownership, self.follower, retain=self.settings.durable.log_retain
-        )
-        ownership.add(self.writes)
-        ownership.add(self.ingress)
-        for part in (self.writes, self.ingress, ownership, trimmer):
-            await self.tasks.start(part.run)
+        self.crew = await stack.enter_async_context(crew(parts))
 
     def unbind(self) -> None:
         for cached in self.routes.caches.values():
@@ -288,25 +246,8 @@ class Running:
         """Finish what is under way and hand over the rest, once; false if time ran out."""
         if self.drained is None:
             self.draining = True
-            self.drained = await self._drain()
+            self.drained = self.crew is None or await self.crew.drain()
         return self.drained
-
-    async def _drain(self) -> bool:
-        ownership, writes = self.ownership, self.writes
-        if ownership is None or writes is None:
-            return True
-        with anyio.move_on_after(self.settings.workers.drain_ms / 1000) as limit:
-            try:
-                events = ownership.tenures.get(EVENTS)
-                if events is not None:
-                    await ownership.give_up([events])
-                if len(ownership.nodes) <= 1:
-                    await writes.empty()
-                await ownership.leave()
-            except ForebayError as error:
-                log.warning("drain.incomplete", error=str(error))
-                return False
-        return not limit.cancelled_caught
 
 
 @asynccontextmanager

@@ -40,7 +40,7 @@ def checks(node: Node) -> Sequence[Check]:
         _check("log", not suspect, f"{suspect} shards are not known to be current", _START),
         _check("drain", not parts.draining, "draining", _READY),
     ]
-    for name, delivery in parts.deliveries.items():
+    for name, delivery in parts.crew.deliveries.items() if parts.crew else ():
         detail = f"the sink is stopped: {delivery.stopped}"
         found.append(_check(f"sink {name}", not delivery.stopped, detail, frozenset(), "warn"))
     return found
@@ -73,9 +73,9 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
         yield "log_staleness_seconds", (), staleness_s
     for state in ("closed", "open", "half_open"):
         yield "breaker_state", ("valkey", state), float(link.breaker == state)
-    if parts.ownership is not None and parts.writes is not None:
-        yield "owned_shards", (), float(parts.ownership.statistics().shards)
-        yield "writebehind_queue_entries", (), float(parts.writes.backlog)
+    if parts.crew is not None:
+        yield "owned_shards", (), float(parts.crew.ownership.statistics().shards)
+        yield "writebehind_queue_entries", (), float(parts.crew.writes.backlog)
     for cached in node.caches:
         near = cached.path.near.statistics()
         yield "cache_entries", (cached.name,), float(near.entries)
@@ -97,7 +97,7 @@ async def stats(node: Node) -> dict[str, object]:
     """One document for people and scripts."""
     _bring_up_to_date(node)
     parts = node.parts
-    ownership = parts.ownership
+    crew = parts.crew
     return {
         "backend": {
             "why": parts.backend.choice.why,
@@ -116,11 +116,11 @@ async def stats(node: Node) -> dict[str, object]:
             for cached in node.caches
         },
         "workers": None
-        if ownership is None
+        if crew is None
         else {
-            **msgspec.to_builtins(ownership.statistics()),
+            **msgspec.to_builtins(crew.ownership.statistics()),
             "dead_letters": parts.dead_letters.buried,
-            "sinks": {name: each.stopped or "ok" for name, each in parts.deliveries.items()},
+            "sinks": {name: each.stopped or "ok" for name, each in crew.deliveries.items()},
         },
         "counters": {" ".join(key): n for key, n in sorted(node.instruments.counts.items()) if n},
     }

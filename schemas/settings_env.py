@@ -26,7 +26,7 @@ __all__ = ["READ_BY_THE_COMMAND_LINE", "Found", "from_environment", "from_secret
 
 ReadSecret = Callable[[str], str | None]
 
-READ_BY_THE_COMMAND_LINE = frozenset({"FOREBAY_CONFIG", "FOREBAY_APP"})
+READ_BY_THE_COMMAND_LINE = frozenset({"FOREBAY_CONFIG", "FOREBAY_APP", "FOREBAY_DEMO_DB"})
 _READ_BY_TESTS = "FOREBAY_TEST_"
 _SHORT = {"FOREBAY_URL": "valkey.url", "FOREBAY_NAMESPACE": "node.namespace"}
 _NEUTRAL = {

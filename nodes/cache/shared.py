@@ -285,13 +285,14 @@ class SharedTier:
         """Hand a refresh to the cluster: 1 done, 0 not needed, -1 shed."""
         names, shard = self.names, self.names.shard(job.key)
         keys = [names.entry(job.key), names.lease(job.key), names.part(shard, "refreshes")]
-        args = [job.token, lease_ms, seen, write_job(job), self._durable.refreshes_max]
+        args: list[Arg] = [job.token, lease_ms, seen, write_job(job)]
+        args += [self._durable.refreshes_max, names.work, shard]
         return int(
             await run(
                 self._commands,
                 self._scripts["refresh_publish"],
                 keys,
-                [*args, names.work, shard],
+                args,
             )
         )
 

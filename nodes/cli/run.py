@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -66,7 +67,7 @@ def load_app(target: str) -> Node:
         ConfigError: there is no such module or attribute, or it is no node.
     """
     module_name, _, attribute = target.partition(":")
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module_name)
         for part in (attribute or "node").split("."):

@@ -24,7 +24,7 @@ from sqlalchemy import URL, CursorResult, Executable, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from ...schemas.errors import ConfigError, FatalSinkError, ForebayError
+from ...schemas.errors import ConfigError, FatalSinkError, ForebayError, TransientSinkError
 from ...schemas.masking import mask_url
 from .sql_errors import summary_of, translated
 from .sql_rows import Row
@@ -40,6 +40,7 @@ _DRIVERS = {
     "postgresql": "postgresql+asyncpg",
     "postgresql+asyncpg": "postgresql+asyncpg",
 }
+_WAL_PAUSE_S = 0.01
 _EXAMPLE = "write postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:///PATH"
 
 
@@ -134,18 +135,24 @@ class Database:
             raise translated(error, self.address) from error
 
     async def _prepare_file(self) -> None:
-        path = self._url.database
-        if (
-            path
-            and not path.startswith((":memory:", "file:"))
-            and not await anyio.Path(path).exists()
-        ):
+        path = self._url.database or ""
+        if not path.startswith("file:") and not await anyio.Path(path).exists():
             raise FatalSinkError(
                 f"{self.address}: there is no such file; create the database, or correct the path"
             )
+        give_up_at = anyio.current_time() + self._timeout_s
+        while True:
+            try:
+                return await self._turn_to_wal()
+            except TransientSinkError:  # several may do so at once, and SQLite does not wait here
+                if anyio.current_time() > give_up_at:
+                    raise
+            await anyio.sleep(_WAL_PAUSE_S)
+
+    async def _turn_to_wal(self) -> None:
         async with self.session() as session:
             mode = (await session.execute(text("PRAGMA journal_mode"))).scalar()
-            if mode not in ("wal", "memory"):
+            if mode != "wal":
                 await session.execute(text("PRAGMA journal_mode=WAL"))
 
     def _statement_of_beginning(self) -> Executable:
@@ -182,6 +189,8 @@ def _parsed(url: str) -> URL:
     driver = _DRIVERS.get(parsed.drivername)
     if driver is None:
         raise _unusable(url, f"{parsed.drivername} is not supported", _EXAMPLE)
+    if driver.startswith("sqlite") and (parsed.database or ":memory:") == ":memory:":
+        raise _unusable(url, "keeps the table in memory, where it is lost", "name a file")
     query = dict(parsed.query)
     if "sslmode" in query:  # as libpq calls what asyncpg calls ssl
         query["ssl"] = query.pop("sslmode")

@@ -1,15 +1,18 @@
 """/stats: one JSON object about this node, for people and for scripts.
 
-These fields are always there, in this form; the node may add others beside them:
+    instance, namespace  text
+    version, uptime_s    of the program; seconds since the node started
+    backend, connection  which server, why that one; state of the connection, in flight
+    keys, memory, backlog, dead_letters
+                         what only the server knows: null while it does not answer, and
+                         ``unavailable`` says why
+    log                  how far the node follows the shard logs
+    caches               {name: {"entries": n, "bytes": n, "evictions": n, "loading": n, ...}}
+    workers              shards owned, dead letters, sinks; null on a node without workers
+    counters             every counter above zero, by name and labels
 
-    instance, namespace, version   text
-    uptime_s                       seconds since the node started
-    keys, memory                   of the server: {"entries": n}, {"used_bytes": n}
-    connection                     {"state": ..., "address": ..., "in_flight": n, ...}
-    caches                         {name: {"hits": n, "misses": n, "entries": n, ...}}
-    workers                        {"owned_shards": n, "queue_entries": n, ...}
-
-What is not known now, since Valkey does not answer, is null; the rest is still told.
+Fields may be added; one that is there keeps its name and its meaning. ``instance`` and
+``namespace`` are put here, all others are the node's.
 """
 
 from __future__ import annotations

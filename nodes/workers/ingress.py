@@ -19,8 +19,6 @@ import msgspec
 import structlog
 from anyio.abc import TaskStatus
 
-from ...coordinator.clock import Clock, ServerClock
-from ...coordinator.instruments import Instruments
 from ...coordinator.link import Commands, Reply
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Call, Scripts, run
@@ -48,6 +46,12 @@ log = structlog.get_logger(__name__)
 _BATCH = 500
 _BLOCK_MS = 500
 _ANY = 1 << 62
+_NO_FIELD = InvalidEvent(
+    "wrong_field",
+    "the entry has no field 'event'",
+    field="event",
+    fix="XADD ... * event '<json>'",
+)
 
 
 class Ingress:
@@ -63,9 +67,6 @@ class Ingress:
         core: Core,
         *,
         durable: Durable,
-        clock: Clock,
-        server_clock: ServerClock,
-        instruments: Instruments,
     ) -> None:
         self._commands = commands
         self._blocking = blocking
@@ -76,9 +77,9 @@ class Ingress:
         self._dead_letters = dead_letters
         self._core = core
         self._durable = durable
-        self._clock = clock
-        self._server_clock = server_clock
-        self._instruments = instruments
+        self._clock = core.clock
+        self._server_clock = core.server_clock
+        self._instruments = core.instruments
         self._owner = anyio.Event()
         self._idle = anyio.Event()
         self._busy = False
@@ -158,10 +159,7 @@ class Ingress:
         raw = bytes(found.get(b"event", b""))
         try:
             if b"event" not in found:
-                raise InvalidEvent(
-                    "wrong_field", "the entry has no field 'event'", field="event",
-                    fix="XADD ... * event '<json>'",
-                )  # fmt: skip
+                raise _NO_FIELD
             event = read_event(raw, bytes_max=self._durable.event_bytes_max)
             if isinstance(event.body, Write):
                 self._check_route(event.body)

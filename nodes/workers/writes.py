@@ -22,8 +22,6 @@ import structlog
 from anyio.abc import TaskStatus
 from msgspec import Struct
 
-from ...coordinator.clock import Clock
-from ...coordinator.instruments import Instruments
 from ...coordinator.link import Commands
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Call, Scripts, run_many
@@ -90,8 +88,6 @@ class WriteBehind:
         node_id: str,
         options: Workers,
         invalidate: Invalidate,
-        clock: Clock,
-        instruments: Instruments,
     ) -> None:
         self._commands = commands
         self._names = names
@@ -103,8 +99,6 @@ class WriteBehind:
         self._node_id = node_id
         self._options = options
         self._invalidate = invalidate
-        self._clock = clock
-        self._instruments = instruments
         self._queues: dict[int, _Queue] = {}
         self._wake = anyio.Event()
         self._idle = anyio.Event()

@@ -239,8 +239,10 @@ def test_a_range_may_cover_a_slot_that_is_read_by_number() -> None:
         ('redis.call("DEL", KEYS[i])', 'redis.call("DEL", KEYS[i], KEYS[i] .. "x")'),
         (
             "local target = KEYS[1]",
-            "local target = KEYS[1]\nlocal function put(key)\n"
-            '  redis.call("SET", key, 1)\nend\nput(KEYS[1])\nput(ARGV[1])',
+            """local target = KEYS[1]
+local function put(key) redis.call("SET", key, 1) end
+put(KEYS[1])
+put(ARGV[1])""",
         ),
     ],
 )

@@ -290,6 +290,13 @@ def test_unusable_url_is_told_without_its_password(url: str) -> None:
     assert_no_secret(refusal.value)
 
 
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_database_in_memory_is_refused(url: str) -> None:
+    """What a sink stores has to outlive the process."""
+    with pytest.raises(ConfigError, match="name a file"):
+        SqlSink(url, table="flights")
+
+
 async def test_closed_port_is_transient_and_masked() -> None:
     """A server that is not there may come; repr and error show where, but no password."""
     url = f"postgres://app:{SECRET}@127.0.0.1:1/shop?sslmode=disable"

@@ -235,6 +235,7 @@ async def query(session: aiohttp.ClientSession, expression: str) -> float | None
     return float(found[0]["value"][1]) if found else None
 
 
+@pytest.mark.slow
 async def test_a_real_prometheus_scrapes_us(prometheus: aiohttp.ClientSession) -> None:
     """With the shipped configuration the target is up, and its event counters arrive."""
     with anyio.fail_after(40):

@@ -1,0 +1,133 @@
+"""The workers of one node that does the cluster's ordered work, and how they stop.
+
+K1  The workers are cancelled before what they use is closed.
+K2  A drain gives up ingress first, so that nothing new arrives; the last worker of a namespace
+    then empties the queues, any other leaves them to the rest; it takes at most ``drain_ms``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import anyio
+import structlog
+from msgspec import Struct
+
+from ...coordinator.backend import Backend
+from ...coordinator.background import background_tasks
+from ...coordinator.link import Commands
+from ...coordinator.ownership import Ownership
+from ...coordinator.scripting import Scripts
+from ...schemas.errors import ForebayError
+from ...schemas.keys import EVENTS, Names
+from ...schemas.settings import Settings
+from ..cache.loads import Core
+from .dead_letters import DeadLetters
+from .delivery import Delivery
+from .ingress import Ingress
+from .routes import Routes
+from .trimmer import Trimmer
+from .writes import WriteBehind
+
+__all__ = ["Crew", "WorkParts", "crew"]
+
+log = structlog.get_logger(__name__)
+
+
+class WorkParts(Struct, kw_only=True):
+    """What the workers need of their node."""
+
+    backend: Backend
+    names: Names
+    scripts: Scripts
+    routes: Routes
+    core: Core
+    dead_letters: DeadLetters
+    settings: Settings
+
+
+class Crew:
+    def __init__(self, parts: WorkParts, blocking: Commands) -> None:
+        core, link = parts.core, parts.backend.link
+        self._drain_ms = parts.settings.workers.drain_ms
+        self.ownership = Ownership(
+            link,
+            parts.names,
+            parts.scripts,
+            node_id=core.node_id,
+            options=parts.settings.workers,
+            clock=core.clock,
+            rng=core.rng,
+            instruments=core.instruments,
+        )
+        self.deliveries = {
+            sink.name: Delivery(
+                sink,
+                attempts_max=parts.settings.workers.attempts_max,
+                clock=core.clock,
+                rng=core.rng,
+                instruments=core.instruments,
+            )
+            for sink in parts.routes.all_sinks()
+        }
+        self.writes = self._writes(parts)
+        self.ingress = Ingress(
+            link,
+            blocking,
+            parts.names,
+            parts.scripts,
+            self.ownership,
+            parts.routes,
+            parts.dead_letters,
+            core,
+            durable=parts.settings.durable,
+        )
+        retain = parts.settings.durable.log_retain
+        self.trimmer = Trimmer(link, parts.names, self.ownership, core.follower, retain=retain)
+        self.ownership.add(self.writes)
+        self.ownership.add(self.ingress)
+
+    def _writes(self, parts: WorkParts) -> WriteBehind:
+        return WriteBehind(
+            parts.backend.link,
+            parts.names,
+            parts.scripts,
+            self.ownership,
+            parts.routes,
+            self.deliveries,
+            parts.dead_letters,
+            node_id=parts.core.node_id,
+            options=parts.settings.workers,
+            invalidate=parts.core.invalidate,
+        )
+
+    async def drain(self) -> bool:
+        """Finish what is under way and hand over the rest; false if time ran out."""
+        ownership = self.ownership
+        with anyio.move_on_after(self._drain_ms / 1000) as limit:
+            try:
+                events = ownership.tenures.get(EVENTS)
+                if events is not None:
+                    await ownership.give_up([events])
+                if len(ownership.nodes) <= 1:
+                    await self.writes.empty()
+                await ownership.leave()
+            except ForebayError as error:
+                log.warning("drain.incomplete", error=str(error))
+                return False
+        return not limit.cancelled_caught
+
+
+@asynccontextmanager
+async def crew(parts: WorkParts) -> AsyncGenerator[Crew]:
+    """The workers, at work."""
+    async with AsyncExitStack() as stack:
+        blocking = await stack.enter_async_context(parts.backend.blocking_link("ingress"))
+        made = Crew(parts, blocking)
+        for delivery in made.deliveries.values():
+            stack.push_async_callback(delivery.aclose)
+        tasks = await stack.enter_async_context(background_tasks())
+        for part in (made.writes, made.ingress, made.ownership, made.trimmer):
+            await tasks.start(part.run)
+        yield made
