@@ -66,6 +66,7 @@ class Backend(anyio.AsyncContextManagerMixin):
     doorbell: AnyDoorbell
     facts: ServerFacts
     findings: tuple[Finding, ...]  #: logged already; for whoever shows them
+    _endpoint: Endpoint  #: of the primary
 
     def __init__(
         self,
@@ -157,12 +158,14 @@ class Backend(anyio.AsyncContextManagerMixin):
 
     @asynccontextmanager
     async def blocking_link(self, name: str) -> AsyncGenerator[AnyLink]:
-        """A connection for one user, on which XREAD may block. The fake's never holds up."""
-        if isinstance(self.link, FakeLink):
-            yield self.link
-            return
-        async with background_tasks() as tasks:
+        """A connection for one user, on which XREAD may block."""
+        link: AnyLink
+        if isinstance(self.choice, UseFake):
+            server, breaker = shared_server(self._fake_name), self._breaker(name)
+            link = FakeLink(server, name=name, breaker=breaker, blocking=True)
+        else:
             link = self._link(name, self._endpoint, blocking=True)
+        async with background_tasks() as tasks:
             await tasks.start(link.run)
             yield link
 

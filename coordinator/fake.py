@@ -27,7 +27,7 @@ from ..schemas.errors import Disconnected, ServerRefused, StartupError, Unavaila
 from .breaker import Breaker
 from .link import LinkStatistics
 from .listeners import Listeners
-from .shareable import GUARDED, check_shareable
+from .shareable import BLOCKING_READS, GUARDED, check_shareable
 from .waiting import Arg, Reply
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FakeLink", "fake_run_id", "shared_server"]
 
+_LOOK_S = 0.005  # how often a read that blocks looks again
 _servers: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _run_ids: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 _numbers = count(1)
@@ -76,11 +77,15 @@ def fake_run_id(server: FakeServer) -> str:
 class FakeLink:
     """A ``Link`` whose server is in this process."""
 
-    def __init__(self, server: FakeServer, *, name: str, breaker: Breaker) -> None:
+    def __init__(
+        self, server: FakeServer, *, name: str, breaker: Breaker, blocking: bool = False
+    ) -> None:
+        """``blocking``: it has one user, whose reads may wait for entries."""
         from fakeredis import FakeValkey
 
         self.name = name
         self.breaker = breaker
+        self._blocking = blocking
         self._server = server
         self._client: Any = FakeValkey(server=server)
         self._client.response_callbacks.clear()
@@ -89,7 +94,22 @@ class FakeLink:
         self._calls = self._replies = 0
 
     async def call(self, *args: Arg, timeout_ms: int | None = None) -> Reply:
+        if self._blocking and args[0] in BLOCKING_READS:
+            return await self._read_patiently(args)
         reply = self._execute(args)
+        await anyio.lowlevel.checkpoint()
+        return reply
+
+    async def _read_patiently(self, args: Sequence[Arg]) -> Reply:
+        """An XREAD that may have BLOCK; fakeredis cannot block without losing entries."""
+        words = [str(arg).upper() for arg in args]
+        at = words.index("BLOCK") if "BLOCK" in words else len(words)
+        block_s = int(words[at + 1]) / 1000 if at < len(words) else 0.0
+        reply = self._execute([*args[:at], *args[at + 2 :]])
+        with anyio.move_on_after(block_s or None):
+            while reply is None and at < len(words):
+                await anyio.sleep(_LOOK_S)
+                reply = self._execute([*args[:at], *args[at + 2 :]])
         await anyio.lowlevel.checkpoint()
         return reply
 
@@ -130,7 +150,7 @@ class FakeLink:
             self._replies += 1
             raise _refused(error, str(args[0])) from error
         self._replies += 1
-        empty_read = reply == [] and args[0] in ("XREAD", "XREADGROUP")
+        empty_read = reply == [] and args[0] in BLOCKING_READS
         return None if empty_read else reply  # as a server says it
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:

@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry
 from ..coordinator.instruments import Instruments
 from ..coordinator.scripting import run
 from ..schemas.errors import Backpressure, ConfigError, ForebayError
-from ..schemas.events import read_event
+from ..schemas.events import NewerSchema, read_event
 from ..schemas.settings import Settings
 from ..schemas.settings_sources import Resolved
 from . import status
@@ -249,7 +249,7 @@ class Node:
         """
         parts = self.parts
         bound, bytes_max = parts.settings.durable.events_max, parts.settings.durable.event_bytes_max
-        names = [read_event(event, bytes_max=bytes_max).name for event in events]
+        names = [_name_of(event, bytes_max) for event in events]
         script = parts.scripts["event_publish"]
         reply = await run(parts.backend.link, script, [parts.names.events], [bound, *events])
         if reply and reply[0] == 0:
@@ -311,6 +311,13 @@ class Node:
                 problem="it is running already",
                 fix="declare everything before `async with node:`",
             )
+
+
+def _name_of(event: bytes, bytes_max: int) -> str:
+    try:
+        return read_event(event, bytes_max=bytes_max).name
+    except NewerSchema:
+        return "unknown"  # ingress holds it for a node that knows
 
 
 def _made_up_id() -> str:

@@ -23,6 +23,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from sqlalchemy import URL, CursorResult, Executable, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from ...schemas.errors import ConfigError, FatalSinkError, ForebayError, TransientSinkError
 from ...schemas.masking import mask_url
@@ -175,6 +176,7 @@ class Database:
             self._url,
             connect_args=arguments,
             hide_parameters=True,
+            poolclass=AsyncAdaptedQueuePool,
             pool_size=self._pool_size,
             max_overflow=0,
             pool_timeout=self._timeout_s,

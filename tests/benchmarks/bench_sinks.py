@@ -1,6 +1,6 @@
 """Rows per second into SQLite and PostgreSQL: coalesced by SqlSink, and one upsert at a time.
 
-    python -m pytest -q -s tests/benchmarks/bench_sinks.py
+usage: python tests/benchmarks/bench_sinks.py [--rounds 3] [--json]
 
 Both write the same rows under the same guard, in turns in the same run. One at a time is
 what a service does without write-behind: the driver itself, a prepared statement, a commit
@@ -9,6 +9,8 @@ for each row. Databases keep their usual durability: fsync is on.
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import sqlite3
@@ -24,9 +26,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import aiosqlite
+import anyio
 import asyncpg
 import msgspec
-import pytest
+import structlog
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -38,9 +41,7 @@ from forebay.nodes.sinks.sql import SqlSink
 BATCH_ROWS = 1_000
 BATCHES = 20
 SINGLES = 1_000
-ROUNDS = 3
 KEYS = 50_000
-RATIO_MIN = 2.0
 
 CREATE = """CREATE TABLE flights (
   id INTEGER PRIMARY KEY, carrier VARCHAR(2), number INTEGER, origin VARCHAR(3), dest VARCHAR(3),
@@ -142,7 +143,7 @@ async def on_postgres(url: str) -> AsyncIterator[Upsert]:
         await direct.close()
 
 
-async def measured(name: str, url: str, opened: Callable[[str], Any]) -> Rates:
+async def measured(name: str, url: str, opened: Callable[[str], Any], rounds: int) -> Rates:
     sink = SqlSink(url, table="flights")
     await sink.open()
     flights = Flights()
@@ -150,7 +151,7 @@ async def measured(name: str, url: str, opened: Callable[[str], Any]) -> Rates:
     try:
         async with opened(url) as upsert:
             await coalesced(sink, flights)  # the table is half full then, the statements known
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 single.append(await one_at_a_time(upsert, flights))
                 many.append(await coalesced(sink, flights))
     finally:
@@ -175,25 +176,27 @@ async def create_on_postgres(url: str) -> None:
     await connection.close()
 
 
-def report(rates: Rates) -> None:
-    machine = f"{os.cpu_count()} CPUs, Python {platform.python_version()}"
-    print(f"\n{rates}   (batches of {BATCH_ROWS}, {machine})")
-
-
-@pytest.mark.timeout(300)
-async def test_sqlite() -> None:
-    """Coalesced rows reach SQLite much faster than one at a time."""
+async def compare(rounds: int) -> list[Rates]:
     with sqlite_file() as url:
-        rates = await measured("SQLite", url, on_sqlite)
-    report(rates)
-    assert rates.ratio > RATIO_MIN
-
-
-@pytest.mark.timeout(300)
-async def test_postgres() -> None:
-    """Coalesced rows reach PostgreSQL much faster than one at a time."""
+        sqlite = await measured("SQLite", url, on_sqlite, rounds)
     with PostgresServer(fsync=True) as server:
         await create_on_postgres(server.url)
-        rates = await measured("PostgreSQL", server.url, on_postgres)
-    report(rates)
-    assert rates.ratio > RATIO_MIN
+        return [sqlite, await measured("PostgreSQL", server.url, on_postgres, rounds)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+    rates = anyio.run(compare, options.rounds)
+    if options.json:
+        print(json.dumps([each._asdict() | {"ratio": round(each.ratio, 1)} for each in rates]))
+        return
+    print(f"batches of {BATCH_ROWS}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
+    print(*rates, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

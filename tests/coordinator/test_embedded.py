@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,8 +74,10 @@ def owner(program: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str]
         process.kill()
         process.wait()
         process.stdout.close()
-        if str(directory) in command_line(pid):
+        if pid and not gone(pid, directory):
             os.kill(pid, signal.SIGKILL)
+        if pid:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def until(condition: object, *, limit_s: float = 10.0) -> None:

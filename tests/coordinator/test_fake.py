@@ -137,6 +137,29 @@ async def test_calls_keep_their_order(backend: Backend, namespace: str) -> None:
     assert await backend.link.call_many([]) == []
 
 
+async def test_a_blocking_read_waits_for_entries(backend: Backend, namespace: str) -> None:
+    """On a link of its own: what is there at once, what comes later, None at the end."""
+    read = ["XREAD", "COUNT", 10, "BLOCK", 2_000, "STREAMS", namespace]
+    async with backend.blocking_link("reader") as link, anyio.create_task_group() as tasks:
+        first = await backend.link.call("XADD", namespace, "*", "n", 1)
+        found = await link.call(*read, "0-0", timeout_ms=5_000)
+        assert found == [[namespace.encode(), [[first, [b"n", b"1"]]]]]
+        assert await link.call("XREAD", "BLOCK", 10, "STREAMS", namespace, first) is None
+
+        async def add_later() -> None:
+            await anyio.sleep(0.02)
+            await backend.link.call("XADD", namespace, "*", "n", 2)
+
+        tasks.start_soon(add_later)
+        ((_, ((second, fields),)),) = await link.call(*read, first, timeout_ms=5_000)
+        assert second > first
+        assert fields == [b"n", b"2"]
+
+        with anyio.move_on_after(0.03) as given_up:
+            await link.call("XREAD", "BLOCK", 60_000, "STREAMS", namespace, second)
+        assert given_up.cancelled_caught
+
+
 async def test_the_doorbell_rings(backend: Backend, namespace: str) -> None:
     """Subscribed while running, confirmed by ``live``, heard in order, then no more."""
     bell, channel = backend.doorbell, namespace.encode()
