@@ -83,9 +83,8 @@ class Link:
         clock: Clock,
         rng: random.Random,
         breaker: Breaker,
-        blocking: bool = False,
+        blocking: bool = False,  # it has one user, whose reads may hold everything up
     ) -> None:
-        """``blocking``: it has one user, whose reads may hold everything up."""
         self.name = name
         self._blocking = blocking
         self.breaker = breaker
@@ -133,10 +132,8 @@ class Link:
         """One write, replies in order; a refused command is a ServerRefused in its place."""
         if not commands:
             return []
-        if timeout_ms is None:
-            timeout_ms = self._timeout_ms
         batch = Batch(asyncio.get_running_loop().create_future(), len(commands))
-        self._enqueue([tuple(args) for args in commands], batch, timeout_ms)
+        self._enqueue([tuple(args) for args in commands], batch, timeout_ms or self._timeout_ms)
         return await batch.future
 
     def _call_carefully(self, args: tuple[Arg, ...], timeout_ms: int) -> asyncio.Future[Reply]:

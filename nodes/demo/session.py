@@ -180,6 +180,8 @@ class Session:
             "FOREBAY_NODE__NAMESPACE": self._plan.namespace,
             "FOREBAY_HTTP__HOST": "127.0.0.1",
             "FOREBAY_LOG__FORMAT": "json",
+            # A board is made in milliseconds: readers need not wait long for a node that died.
+            "FOREBAY_CACHE__LEASE_MS": "2000",
             "FOREBAY_DEMO_DB": str(database),
         }
 
