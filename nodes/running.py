@@ -1,37 +1,44 @@
 """A node while it runs: its parts, put together in the order in which they need each other.
 
-Starting: the server, the namespace's facts, the clock, the log; then the application's
-``on_start`` hooks; then the workers. Stopping is the same backwards, after a drain:
+Starting: the server, the namespace's facts, the clock, the log (``running``); then the
+``on_start`` hooks, then the workers (``at_work``). Stopping is the same backwards:
 
 U1  Inside the block every shard was live once, so the first read is already right.
 U2  Notices reach every cache of this node, in order, before the next one is looked at.
 U3  A drain takes no new work, finishes what is under way, hands over what is owned, and takes
-    at most ``drain_ms``; the last worker of a namespace also empties the queues.
+    at most ``drain_ms``; the last worker of a namespace also empties the queues. There is one
+    drain, however often it is asked for, and cancelling whoever asked does not cut it short.
+U4  After the drain every ``on_stop`` hook runs, the last declared first, whatever happened
+    before: not cancelled, but for ``HOOK_LIMIT_S`` at most. What the block raised comes out
+    as it is; only if it raised nothing, the first error of a hook does.
+U5  A server that cannot be used is one StartupError, up to the first proof of being current.
 """
 
 from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from ..coordinator.backend import Backend
+from ..coordinator.backend import Backend, UseUrl
 from ..coordinator.background import background_tasks
 from ..coordinator.clock import ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
 from ..coordinator.instruments import Instruments
 from ..coordinator.log import Follower
 from ..coordinator.scripting import load_scripts
-from ..schemas.errors import ConfigError, ForebayError
+from ..coordinator.startup_faults import Target
+from ..schemas.errors import ConfigError, ForebayError, ServerRefused, StartupError, Unavailable
 from ..schemas.keys import Names
 from ..schemas.notices import Bumped, Changed, Dropped, Extended, Notice
 from ..schemas.settings import Settings
+from ..schemas.urls import Endpoint
 from .cache.loads import Core
 from .cache.reads import ReadPath
 from .cache.shared import SharedTier
@@ -42,11 +49,12 @@ from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
 from .workers.routes import Routes
 
-__all__ = ["Hook", "Running", "running"]
+__all__ = ["HOOK_LIMIT_S", "Hook", "Running", "running"]
 
 log = structlog.get_logger(__name__)
 
-Hook = Callable[[], Awaitable[None]]
+Hook = Callable[[], Awaitable[object]]
+HOOK_LIMIT_S = 10.0
 
 
 class Running:
@@ -73,8 +81,10 @@ class Running:
         self.rng = random.Random()
         self.names = Names(node.namespace, node.shards, settings.cache.version)
         self.scripts = load_scripts()
+        self.started_at = self.clock.monotonic()
         self.draining = False
         self.drained: bool | None = None
+        self._drain_once = anyio.Lock()
         self.follower = Follower(
             backend.link,
             self.names,
@@ -181,7 +191,7 @@ class Running:
         elif kind == b"r":
             self.refreshes.bell(int(shard))
 
-    async def check_birth(self) -> None:
+    async def check_birth(self, origins: Mapping[str, str]) -> None:
         """The number of shards was fixed when the namespace was born.
 
         Raises:
@@ -194,21 +204,22 @@ class Running:
             raise ConfigError(
                 setting="node.shards",
                 value=str(shards),
-                origin="the settings",
+                origin=origins.get("node.shards", "default"),
                 problem=f"the namespace {self.names.namespace} was born with {born_with}",
                 fix=f"set node.shards = {born_with}, or use another namespace",
             )
 
-    async def follow(self) -> None:
+    async def follow(self, stack: AsyncExitStack) -> None:
         """Start the clock and the log, and become current."""
         link, doorbell = self.backend.link, self.backend.doorbell
         await self.load_scripts()
         await self.tasks.start(ClockSync(link, self.server_clock, self.clock).run)
-        doorbell.on_message(self.bell)
-        doorbell.on_state(self.follower.doorbell_changed)
+        stack.callback(doorbell.on_message(self.bell))
+        stack.callback(doorbell.on_state(self.follower.doorbell_changed))
         doorbell.subscribe(self.names.bell.encode(), self.names.work.encode())
-        link.on_state(self._link_changed)
-        await self.tasks.start(self.follower.run)
+        stack.callback(link.on_state(self._link_changed))
+        await self.follower.sweep()
+        self.tasks.start_soon(self.follower.run)
         if self.routes.caches:
             await self.tasks.start(self.refreshes.run)
 
@@ -225,9 +236,23 @@ class Running:
         except ForebayError as error:
             log.debug("scripts.not_loaded", error=str(error))
 
-    async def work(self, stack: AsyncExitStack) -> None:
-        """Start the workers."""
-        parts = WorkParts(
+    @asynccontextmanager
+    async def at_work(
+        self, *, workers: bool, on_start: Sequence[Hook], on_stop: Sequence[Hook]
+    ) -> AsyncGenerator[None]:
+        """Run the hooks and the workers, and drain in the end."""
+        async with _stopped_by(on_stop), AsyncExitStack() as stack:
+            for hook in on_start:
+                await hook()
+            if workers:
+                self.crew = await stack.enter_async_context(crew(self._work_parts()))
+            try:
+                yield
+            finally:
+                await self.drain()
+
+    def _work_parts(self) -> WorkParts:
+        return WorkParts(
             backend=self.backend,
             names=self.names,
             scripts=self.scripts,
@@ -236,18 +261,15 @@ class Running:
             dead_letters=self.dead_letters,
             settings=self.settings,
         )
-        self.crew = await stack.enter_async_context(crew(parts))
-
-    def unbind(self) -> None:
-        for cached in self.routes.caches.values():
-            cached.unbind()
 
     async def drain(self) -> bool:
         """Finish what is under way and hand over the rest, once; false if time ran out."""
-        if self.drained is None:
-            self.draining = True
-            self.drained = self.crew is None or await self.crew.drain()
-        return self.drained
+        self.draining = True
+        with anyio.CancelScope(shield=True):
+            async with self._drain_once:
+                if self.drained is None:
+                    self.drained = self.crew is None or await self.crew.drain()
+                return self.drained
 
 
 @asynccontextmanager
@@ -257,28 +279,71 @@ async def running(
     instruments: Instruments,
     *,
     node_id: str,
-    origins: dict[str, str],
-    workers: bool,
-    on_start: Sequence[Hook],
-    on_stop: Sequence[Hook],
-) -> AsyncIterator[Running]:
-    """Start a node, give its parts, and stop it with a drain."""
+    origins: Mapping[str, str],
+) -> AsyncGenerator[Running]:
+    """Connect, become current, and give the parts."""
     async with AsyncExitStack() as stack:
         backend = Backend(settings.valkey, client_name=f"forebay-{node_id}", origins=origins)
         await stack.enter_async_context(backend)
         tasks = await stack.enter_async_context(background_tasks())
+        stack.callback(_unbind, routes)
         self = Running(settings, backend, routes, instruments, node_id, tasks)
-        stack.callback(self.unbind)
-        await self.check_birth()
-        await self.follow()
-        for hook in on_stop:
-            stack.push_async_callback(hook)
-        for hook in on_start:
-            await hook()
-        if workers:
-            await self.work(stack)
+        with _faults_of(backend, settings, origins):
+            await self.check_birth(origins)
+            await self.follow(stack)
+        yield self
+
+
+def _unbind(routes: Routes) -> None:
+    for cached in routes.caches.values():
+        cached.unbind()
+
+
+@contextmanager
+def _faults_of(backend: Backend, settings: Settings, origins: Mapping[str, str]) -> Iterator[None]:
+    """Makes a StartupError of what the server refuses, or does not answer, at the start."""
+    choice = backend.choice
+    if isinstance(choice, UseUrl):
+        endpoint = choice.endpoint
+    else:
+        path = backend.server.socket_path if backend.server else "fake"
+        endpoint = Endpoint(scheme="unix", path=path)
+    target = Target(
+        endpoint=endpoint, setting="valkey.url", options=settings.valkey, origins=origins
+    )
+    try:
+        yield
+    except ServerRefused as error:
+        raise target.refused(error) from error
+    except Unavailable as error:
+        raise _left_alone(target, error) from error
+
+
+def _left_alone(target: Target, error: Unavailable) -> StartupError:
+    return target.fault(f"it went away during the start: {error.reason}", "see what its log says")
+
+
+@asynccontextmanager
+async def _stopped_by(hooks: Sequence[Hook]) -> AsyncGenerator[None]:
+    """Runs these in the end, in the reverse order (U4)."""
+    well = False
+    try:
+        yield
+        well = True
+    finally:
+        failures = [each for hook in reversed(hooks) if (each := await _failure_of(hook))]
+        raised = failures.pop(0) if failures and well else None
+        for failure in failures:
+            log.error("hook.failed", exc_info=failure)
+        if raised is not None:
+            raise raised
+
+
+async def _failure_of(hook: Hook) -> Exception | None:
+    with anyio.move_on_after(HOOK_LIMIT_S, shield=True):
         try:
-            yield self
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self.drain()
+            await hook()
+        except Exception as error:
+            return error
+        return None
+    return ForebayError(f"the on_stop hook {hook!r} took longer than {HOOK_LIMIT_S:g} s")

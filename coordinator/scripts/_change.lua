@@ -1,8 +1,10 @@
 -- Put before every script whose header says "With _change.lua.": what all changes share.
 --
 -- C1 A version is never given twice in a shard: max(previous + 1, server clock in microseconds).
--- C2 Log ids are dense, <epoch>-0, -1, -2 ...; a log that was lost starts a later epoch.
--- C3 XADD is the first write of a change: where it is refused (out of memory), nothing happened.
+-- C2 Log ids are dense, <epoch>-0, -1, -2 ...; a log that was lost starts a later epoch. A
+--    head that was lost is made anew from the end of the log.
+-- C3 XADD is the first write of a change: where it is refused (out of memory), nothing
+--    happened; where it is not, the server refuses none of the writes that follow.
 --
 -- An entry begins: magic 3, state 1, version 16, soft_at 13, hard_at 13, pending 16 (digits).
 
@@ -13,12 +15,17 @@ end
 
 local function next_change(head, log)
   local known = redis.call("HMGET", head, "e", "v")
-  local now = server_us()
-  local epoch = tonumber(known[1])
-  if not epoch or redis.call("EXISTS", log) == 0 then
-    epoch = math.max(math.floor(now / 1000), (epoch or 0) + 1)
+  local epoch, newest, now = tonumber(known[1]), tonumber(known[2]) or 0, server_us()
+  if not epoch then
+    local last = redis.call("XREVRANGE", log, "+", "-", "COUNT", 1)[1]
+    if last then
+      epoch, newest = tonumber(string.match(last[1], "^%d+")), tonumber(last[2][2]) or 0
+    end
   end
-  return { epoch = epoch, version = math.max((tonumber(known[2]) or 0) + 1, now), now = now }
+  if not epoch or redis.call("EXISTS", log) == 0 then
+    epoch = math.max(now, (epoch or 0) + 1)
+  end
+  return { epoch = epoch, version = math.max(newest + 1, now), now = now }
 end
 
 local function announce(change, head, log, bell, shard, notice)
@@ -28,6 +35,7 @@ local function announce(change, head, log, bell, shard, notice)
   redis.call("HSET", head, "e", epoch, "v", version)
   local seq = string.sub(id, #epoch + 2)
   redis.call("PUBLISH", bell, shard .. " " .. epoch .. " " .. seq .. " " .. version .. " " .. notice)
+  return id
 end
 
 local function lifetimes(now, soft_ms, hard_ms)
@@ -39,13 +47,19 @@ local function envelope(version, soft_at, hard_at, pending, tail)
   return string.format("\251E1c%016.0f%013.0f%013.0f%016.0f", version, soft_at, hard_at, pending) .. tail
 end
 
-local function version_of(entry)
-  if not entry then return -1 end
-  if string.sub(entry, 1, 3) ~= "\251E1" then return 0 end
-  return tonumber(string.sub(entry, 5, 20)) or 0
+-- The numbers of an entry; empty if there is none, or something that is no string.
+local function numbers_of(entry)
+  local found = redis.pcall("GETRANGE", entry, 0, 61)
+  return type(found) == "string" and found or ""
 end
 
-local function pending_of(entry)
-  if not entry or string.sub(entry, 1, 3) ~= "\251E1" then return 0 end
-  return tonumber(string.sub(entry, 47, 62)) or 0
+local function version_of(numbers)
+  if not numbers or numbers == "" then return -1 end
+  if string.sub(numbers, 1, 3) ~= "\251E1" then return 0 end
+  return tonumber(string.sub(numbers, 5, 20)) or 0
+end
+
+local function pending_of(numbers)
+  if not numbers or string.sub(numbers, 1, 3) ~= "\251E1" then return 0 end
+  return tonumber(string.sub(numbers, 47, 62)) or 0
 end

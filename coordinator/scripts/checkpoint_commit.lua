@@ -1,7 +1,7 @@
 -- Move a checkpoint, if the caller is still the owner; entries that were sunk may expire again.
 -- With _change.lua.
 --
--- KEYS[1] own       hash     o owner, e epoch, u until
+-- KEYS[1] own       hash     o owner, e epoch
 -- KEYS[2] done      hash     checkpoints, by the stream's name
 -- KEYS[3] stream    stream   trimmed up to the checkpoint
 -- KEYS[4..] entries whose write was sunk
@@ -13,22 +13,24 @@
 -- ARGV[6..] the version that was sunk, of each entry
 -- Returns {1}; {0, epoch} fenced off: another owns it since
 --
--- I1 Nothing is written for an owner who is not in force.
+-- I1 Nothing is written for anyone but the owner of this epoch.
 -- I2 An entry with a newer write pending stays as it is.
+-- I3 It works when memory is full: this is what empties the streams.
 
 local known = redis.call("HMGET", KEYS[1], "o", "e")
 if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return { 0, known[2] or "0" } end
-redis.call("HSET", KEYS[2], ARGV[3], ARGV[4])
+-- Trimming is never refused for lack of memory, nor are writes after the first (I3).
 redis.call("XTRIM", KEYS[3], "MINID", ARGV[5])
+redis.call("HSET", KEYS[2], ARGV[3], ARGV[4])
 for i = 4, #KEYS do
-  local entry = redis.call("GET", KEYS[i])
-  if pending_of(entry) == tonumber(ARGV[i + 2]) then
-    if string.sub(entry, 4, 4) == "x" then
+  local numbers = numbers_of(KEYS[i])
+  local pending = pending_of(numbers)
+  if pending > 0 and pending == tonumber(ARGV[i + 2]) then
+    if string.sub(numbers, 4, 4) == "x" then
       redis.call("UNLINK", KEYS[i])
     else
-      local clean = string.sub(entry, 1, 46) .. string.rep("0", 16) .. string.sub(entry, 63)
-      redis.call("SET", KEYS[i], clean)
-      redis.call("PEXPIREAT", KEYS[i], string.sub(entry, 34, 46))
+      redis.call("SETRANGE", KEYS[i], 46, string.rep("0", 16))
+      redis.call("PEXPIREAT", KEYS[i], string.sub(numbers, 34, 46))
     end
   end
 end

@@ -19,14 +19,14 @@ local newest = redis.call("HGET", KEYS[1], "m")
 if ARGV[4] ~= "" and newest and ARGV[4] <= newest then return { 2 } end
 local change = next_change(KEYS[1], KEYS[2])
 announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
-local now_ms = string.format("%013.0f", math.floor(change.now / 1000))
 for i = 3, #KEYS, 2 do
-  local entry = redis.call("GET", KEYS[i])
-  if pending_of(entry) > 0 then
-    redis.call("SET", KEYS[i], string.sub(entry, 1, 3) .. "x" .. string.sub(entry, 5), "KEEPTTL")
-  elseif entry and ARGV[5] == "1" and string.sub(entry, 1, 3) == "\251E1" then
-    redis.call("SET", KEYS[i], string.sub(entry, 1, 20) .. now_ms .. string.sub(entry, 34), "KEEPTTL")
-  elseif entry then
+  local numbers = numbers_of(KEYS[i])
+  if pending_of(numbers) > 0 then
+    redis.call("SETRANGE", KEYS[i], 3, "x")
+  elseif ARGV[5] == "1" and string.sub(numbers, 1, 3) == "\251E1" then
+    -- Stale since ever: the readers' idea of the time now may be a little behind.
+    redis.call("SETRANGE", KEYS[i], 20, string.rep("0", 13))
+  else
     redis.call("UNLINK", KEYS[i])
   end
   redis.call("DEL", KEYS[i + 1])

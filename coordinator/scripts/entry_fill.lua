@@ -18,7 +18,7 @@
 -- I2 The lease is used up.
 
 if redis.call("GET", KEYS[2]) ~= ARGV[1] then return { 0 } end
-if pending_of(redis.call("GET", KEYS[1])) > 0 then return { 0 } end
+if pending_of(numbers_of(KEYS[1])) > 0 then return { 0 } end
 local change = next_change(KEYS[3], KEYS[4])
 local soft_at, hard_at = lifetimes(change.now, tonumber(ARGV[2]), tonumber(ARGV[3]))
 announce(change, KEYS[3], KEYS[4], ARGV[6], ARGV[7], ARGV[5])

@@ -16,7 +16,7 @@
 -- I1 A load under way cannot fill any more.
 -- I2 A pending write-behind stays pending, and so the entry does not expire.
 
-local pending = pending_of(redis.call("GET", KEYS[1]))
+local pending = pending_of(numbers_of(KEYS[1]))
 local change = next_change(KEYS[3], KEYS[4])
 local soft_at, hard_at = lifetimes(change.now, tonumber(ARGV[1]), tonumber(ARGV[2]))
 local entry = envelope(change.version, soft_at, hard_at, pending, ARGV[3])

@@ -1,6 +1,6 @@
 -- Give up a shard's ordered work, so that another may take it at once.
 --
--- KEYS[1] own    hash   o owner, e epoch, u until
+-- KEYS[1] own    hash   o owner, t its token, e epoch, u until
 -- ARGV[1] owner  node id
 -- ARGV[2] epoch  the owner's
 -- Returns 1, or 0 if another owns it by now
@@ -9,5 +9,5 @@
 
 local known = redis.call("HMGET", KEYS[1], "o", "e")
 if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return 0 end
-redis.call("HSET", KEYS[1], "o", "", "u", "0")
+redis.call("HDEL", KEYS[1], "o", "t", "u")
 return 1

@@ -15,8 +15,8 @@
 --
 -- I1 At most one job of a key is under way at a time.
 
-local entry = redis.call("GET", KEYS[1])
-if version_of(entry) > tonumber(ARGV[3]) or pending_of(entry) > 0 then return 0 end
+local numbers = numbers_of(KEYS[1])
+if version_of(numbers) > tonumber(ARGV[3]) or pending_of(numbers) > 0 then return 0 end
 if redis.call("EXISTS", KEYS[2]) == 1 then return 0 end
 if redis.call("XLEN", KEYS[3]) >= tonumber(ARGV[5]) then return -1 end
 redis.call("XADD", KEYS[3], "*", "j", ARGV[4])

@@ -108,7 +108,7 @@ def command(
         kill=kill,
         data_dir=data_dir,
     )
-    configure_logs(Log(level="warning"), instance="dev", stream=sys.stderr)
+    configure_logs(Log(level="error"), instance="dev", stream=sys.stderr)
     try:
         outcome = anyio.run(_run, plan, as_json)
     except ExceptionGroup as group:

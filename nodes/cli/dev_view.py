@@ -21,7 +21,7 @@ from ..demo.session import Outcome, Plan
 from .sources import wants_color
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 __all__ = ["View", "outcome_lines", "view_for"]
 
@@ -195,10 +195,11 @@ def _summary(scene: Scene) -> str:
     return "  |  ".join(parts)
 
 
-def _table(scene: Scene) -> Table:
+def _table(scene: Scene) -> Group:
+    from rich.console import Group
     from rich.table import Table
 
-    table = Table(title=_summary(scene), title_justify="left", title_style="")
+    table = Table()
     for name in ("node", "url", "state", "events waiting", "writes waiting"):
         table.add_column(name)
     for node in scene.nodes:
@@ -206,7 +207,7 @@ def _table(scene: Scene) -> Table:
         told = ("-", "-") if backlog is None else (str(backlog.events), str(backlog.writes))
         state = "[green]ready[/]" if node.up else "[red]down[/]"
         table.add_row(node.name, node.url, state, *told)
-    return table
+    return Group(_summary(scene), table)
 
 
 def _percent(part: int, whole: int) -> str:

@@ -107,7 +107,7 @@ class Child:
                 with anyio.move_on_after(wait_s):
                     await self.wait()
                     break
-                log.warning("child.hangs", name=self.name, pid=self.pid, signal=number.name)
+                log.error("child.hangs", name=self.name, pid=self.pid, signal=number.name)
             self.kill()
             await self._close_pipes()
 

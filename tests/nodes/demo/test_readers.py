@@ -7,15 +7,17 @@ from collections import Counter
 
 import anyio
 from aiohttp import web
-from valkeyd import free_port
 
 from forebay.nodes.demo.flights import read_day
 from forebay.nodes.demo.readers import Readers, Tally, airport_weights
+from valkeyd import free_port
 
 DAY = read_day()
 
 
-def read(tally: Tally, version: int, floor: int, *, stale: bool = False, tier: str = "near") -> None:
+def read(
+    tally: Tally, version: int, floor: int, *, stale: bool = False, tier: str = "near"
+) -> None:
     tally.read("n", "JFK", tier=tier, stale=stale, version=version, floor=floor, ms=float(version))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import socket
 import threading
@@ -11,12 +12,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from valkeyd import ValkeyServer
 
 from forebay.nodes.demo.flights import events_of, read_day
 from forebay.nodes.demo.replayer import QUIET_MIN_MAX, Publisher, Replayer, main, offsets_s
 from forebay.nodes.demo.wire import Refused, Wire
 from forebay.schemas.events import Write, read_event
+from valkeyd import ValkeyServer
 
 DAY = read_day()
 EVENTS = events_of(DAY)
@@ -178,7 +179,7 @@ def test_it_is_never_ahead_of_its_schedule() -> None:
 def test_the_schedule_is_the_day_without_its_night() -> None:
     """Offsets rise from 0 to the duration; no pause is longer than the cut one."""
     offsets = offsets_s(EVENTS, 100)
-    gaps = [later - earlier for earlier, later in zip(offsets, offsets[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(offsets)]
 
     assert offsets[0] == 0
     assert offsets[-1] == pytest.approx(100)
