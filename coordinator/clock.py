@@ -4,6 +4,8 @@ I1  Durations are measured on the monotonic clock only; the wall clock is never 
 I2  ``ServerClock.now_ms`` follows the server's TIME: an offset to the monotonic clock,
     taken at the middle of the fastest round trip of late. It serves to compare with the
     lifetimes that the server stamped into entries, never to order events.
+I3  A look that contradicts the estimate replaces it, however slow it was: the server's clock
+    was set, or is that of another server now.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ class ServerClock:
         """Take in a TIME reply; returns by how many seconds the estimate moved."""
         round_trip = received_at - sent_at
         stale = received_at - self._taken_at > _FORGET_AFTER_S
-        if round_trip > self._round_trip_s and not stale:
-            return 0.0
         offset = server_us / 1e6 - (sent_at + received_at) / 2
         moved = offset - self._offset_s if self.known else 0.0
+        # Each of the two is right to half its round trip.
+        agrees = abs(moved) <= (round_trip + self._round_trip_s) / 2
+        if round_trip > self._round_trip_s and agrees and not stale:
+            return 0.0
         self._offset_s, self._round_trip_s, self._taken_at = offset, round_trip, received_at
         return moved
 

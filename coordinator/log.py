@@ -4,16 +4,20 @@ I1  ``live_until`` is a promise on the node's own clock: up to then, every chang
     acknowledged ``staleness_ms`` ago or earlier has been applied here. It is moved on only by
     a read of our own that came back, and counts from the moment that read was sent.
 I2  Notices of a shard are applied in the order of their ids, each once. The next id is
-    seq + 1, or 0 of a later epoch; anything else is a gap, and the shard is reset: its
-    ``generation`` goes up, so that whatever was remembered of it is asked for again.
+    seq + 1 of the same epoch; after anything else, a later epoch too, the shard is reset:
+    its ``generation`` goes up, so that whatever was remembered of it is asked for again.
+    So it is after a notice that cannot be read, or whose application failed.
 I3  The doorbell only makes it fast. A bell out of order makes its shard suspect at once
-    (``live_until`` falls) and starts a read; a lost bell costs at most one sweep.
+    (``live_until`` falls), until a read that was sent after it; a lost bell costs at most
+    one sweep. A bell that the next read does not confirm resets its shard.
 I4  After a reconnect nothing is believed until the server's run id was compared. Another run
     id may have lost the end of a log and given its ids again: every shard is reset.
 
 A sweep is one XREAD over all shards, several times a second; it does not block, so it can
 share the multiplexed link. Owning a position for longer than the log is kept is not needed:
-what was trimmed is seen as a gap.
+what was trimmed is seen as a gap, and so is a log that is gone (FLUSHALL). An epoch is the
+server's time when the log was begun: that a log was lost and begun anew between two sweeps
+goes unseen only if the server's clock was set back before.
 """
 
 from __future__ import annotations
@@ -26,41 +30,26 @@ import structlog
 from anyio.abc import TaskStatus
 from msgspec import Struct
 
-from ..schemas.errors import ForebayError
+from ..schemas.errors import ForebayError, ServerRefused
 from ..schemas.keys import Names
-from ..schemas.notices import Notice, Position, read_bell, read_notice
+from ..schemas.notices import Dropped, Notice, Position, read_bell, read_notice, write_notice
 from .clock import Clock
 from .instruments import Instruments
-from .link import Commands
+from .link import Arg, Commands, Reply
+from .scripting import Call, Scripts, load_scripts, run_many
+from .shard_view import ShardView
 
 __all__ = ["Follower", "FollowerStatistics", "ResetReason", "ShardView"]
 
 log = structlog.get_logger(__name__)
 
-ResetReason = Literal["trimmed", "epoch", "run_id", "newer"]
+ResetReason = Literal["trimmed", "epoch", "run_id", "false_bell", "newer", "failed"]
 Apply = Callable[[int, int, Notice], None]
-_PAGE = 1_000
+_TOGETHER = 4_096  # notices in one reply, over all shards: some 30 ms of the loop's time
+_PAGE_MIN = 16
 _SWEEPS_PER_PROMISE = 2.5
-
-
-class ShardView:
-    """What this node knows of one shard's log."""
-
-    __slots__ = ("epoch", "generation", "live_until", "number", "seq")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.epoch = 0
-        self.seq = 0
-        self.live_until = float("-inf")
-        self.generation = 0
-
-    def __repr__(self) -> str:
-        return f"<ShardView {self.number} at {self.epoch}-{self.seq} generation {self.generation}>"
-
-    @property
-    def position(self) -> Position:
-        return Position(self.epoch, self.seq)
+_BELLLESS_S = 0.05  # from sweep to sweep while there is no doorbell, or after a failure
+_BEGIN = write_notice(Dropped(()))
 
 
 class FollowerStatistics(Struct, frozen=True, kw_only=True):
@@ -75,7 +64,8 @@ class Follower:
     """Follows all logs of a namespace.
 
     ``apply(shard, version, notice)`` is called for every notice, in order, and must not
-    suspend; ``reset(shard)`` when everything remembered of a shard became doubtful.
+    suspend; ``reset(shard)`` when everything remembered of a shard became doubtful. Applying
+    a notice twice must do no harm: after a failure it may have been applied in part.
     """
 
     def __init__(
@@ -89,16 +79,20 @@ class Follower:
         run_id: Callable[[], Awaitable[str]],
         apply: Apply,
         reset: Callable[[int], None],
+        scripts: Scripts | None = None,
     ) -> None:
         self.views = tuple(ShardView(number) for number in range(names.shards))
         self.live_until = float("-inf")  #: the earliest of all shards; read on every hit
+        self._names = names
         self._logs = tuple(names.part(number, "log") for number in range(names.shards))
         self._by_log = {
             name.encode(): view for name, view in zip(self._logs, self.views, strict=True)
         }
         self._commands = commands
+        self._begin = (scripts or load_scripts())["log_begin"]
         self._clock = clock
         self._staleness_s = staleness_ms / 1000
+        self._interval_s = self._staleness_s / _SWEEPS_PER_PROMISE
         self._instruments = instruments
         self._run_id = run_id
         self._known_run_id = ""
@@ -108,7 +102,8 @@ class Follower:
         self._connection = 0
         self._verified = -1
         self._doorbell_live = False
-        self._sweeps = self._notices = self._resets = 0
+        self._fault: type[ForebayError] | None = None  # of the last sweep
+        self._reads = self._sweeps = self._notices = self._resets = 0
 
     def statistics(self) -> FollowerStatistics:
         now = self._clock.monotonic()
@@ -122,7 +117,7 @@ class Follower:
 
     def staleness_s(self) -> float:
         """How far back the oldest proof of being current lies."""
-        return max(0.0, self._clock.monotonic() - self.live_until + self._staleness_s)
+        return self._clock.monotonic() - min(view.proved_at for view in self.views)
 
     def connection_changed(self) -> None:
         """To be called whenever the connection was lost or made: see I4."""
@@ -142,8 +137,9 @@ class Follower:
         view, position = self.views[message.shard], message.position
         if position <= view.position:
             return
-        if self._connection == self._verified and _follows(view, position):
-            self._take(view, position, message.version, message.notice)
+        if self._connection == self._verified and view.may_be_told(position):
+            view.tell(position, message.version)
+            self._take_in(view, message.version, message.notice)
         else:
             self._suspect((view,))
 
@@ -152,71 +148,106 @@ class Follower:
         started = False
         while True:
             self._wake = anyio.Event()
-            failed = False
-            try:
-                await self.sweep()
-            except ForebayError as error:
-                failed = True
-                log.debug("sweep.failed", error=str(error))
-            if not failed and not started:
-                started = True
-                task_status.started()
-            wait_s = 0.05 if failed or not self._doorbell_live else self._interval_s
-            with anyio.move_on_after(wait_s):
-                await self._wake.wait()
-            if failed:
-                await anyio.sleep(0.02)
+            if await self._try_to_sweep():
+                if not started:
+                    started = True
+                    task_status.started()
+                wait_s = self._interval_s if self._doorbell_live else _BELLLESS_S
+                with anyio.move_on_after(wait_s):
+                    await self._wake.wait()
+            else:
+                await anyio.sleep(_BELLLESS_S)
+
+    async def _try_to_sweep(self) -> bool:
+        try:
+            await self.sweep()
+        except ForebayError as error:
+            # Once for each kind: a server that is away for an hour fills no disk.
+            if type(error) is not self._fault:
+                log.warning("sweep.failed", error=str(error))
+            self._fault = type(error)
+            return False
+        self._fault = None
+        return True
 
     async def sweep(self) -> None:
         """Read every log from our position; when it returns, all shards are live.
 
         Raises:
-            Unavailable: the server did not answer; nothing was proved.
+            Unavailable, ServerRefused: nothing was proved.
         """
-        if self._connection != self._verified:
-            await self._verify()
         pending: Sequence[ShardView] = self.views
         while pending:
-            pending = await self._read(pending)
+            if self._connection != self._verified:
+                await self._verify()
+                pending = self.views
+            else:
+                pending = await self._read(pending)
         self._sweeps += 1
 
-    async def _read(self, views: Sequence[ShardView]) -> list[ShardView]:
+    async def _read(self, views: Sequence[ShardView]) -> Sequence[ShardView]:
+        """One page of each; returns those of which there is more to read."""
         connection, sent_at = self._connection, self._clock.monotonic()
+        self._reads += 1
+        number, page = self._reads, max(_PAGE_MIN, _TOGETHER // len(views))
         streams = [self._logs[view.number] for view in views]
-        positions = [f"{view.epoch}-{view.seq}" for view in views]
-        reply = await self._commands.call("XREAD", "COUNT", _PAGE, "STREAMS", *streams, *positions)
+        positions = [view.ask() for view in views]
+        read: list[Arg] = ["XREAD", "COUNT", page, "STREAMS", *streams, *positions]
+        replies = await self._commands.call_many([read, ["EXISTS", *streams]])
         if connection != self._connection:
-            return list(self.views)
-        unfinished = []
-        for name, entries in reply or ():
+            return views
+        found, there = _all_granted(replies)
+        unfinished = set()
+        for name, entries in found or ():
             view = self._by_log[bytes(name)]
             self._take_page(view, entries)
-            if len(entries) == _PAGE:
-                unfinished.append(view)
-        self._prove(views, unfinished, sent_at)
-        return unfinished
+            if len(entries) == page:
+                unfinished.add(view.number)
+        strayed = {v.number for v in views if v.strayed and v.number not in unfinished}
+        if (strayed or there < len(views)) and await self._find_lost(strayed):
+            return views
+        return self._prove(views, unfinished, number, sent_at)
 
-    def _prove(self, views: Sequence[ShardView], but: Sequence[ShardView], sent_at: float) -> None:
+    async def _find_lost(self, strayed: set[int]) -> bool:
+        """Begin the logs anew that are gone, and reset their shards; false if there is none."""
+        connection, ends = self._connection, await self._ends()
+        if connection != self._connection:
+            return True
+        lost = [view for view in self.views if ends[view.number].epoch != view.epoch]
+        for view in lost:
+            self._start_over(view, ends[view.number], "epoch")
+        for view in self.views:
+            if view.number in strayed and view not in lost:
+                self._start_over(view, ends[view.number], "false_bell")
+        return bool(lost or strayed)
+
+    def _prove(
+        self, views: Sequence[ShardView], unfinished: set[int], number: int, sent_at: float
+    ) -> list[ShardView]:
+        """Move the promise on; returns those of which this read proved nothing."""
         until = sent_at + self._staleness_s
-        for view in views:
-            if view not in but:
-                view.live_until = until
+        unproved = [
+            view
+            for view in views
+            if view.number in unfinished or not view.prove(number, sent_at, until)
+        ]
         self.live_until = min(view.live_until for view in self.views)
+        return unproved
 
     def _take_page(self, view: ShardView, entries: Sequence[Any]) -> None:
         for raw_id, fields in entries:
+            if view.confirms(raw_id, fields[1]):
+                continue
             position = Position.parse(bytes(raw_id))
-            if position <= view.position:
-                continue  # a bell brought it while the read was under way
-            if position.epoch == view.epoch and not _follows(view, position):
-                self._forget(view, "trimmed")
-            version, notice = _fields(fields)
-            self._take(view, position, version, notice)
+            if view.contradicts(position):
+                self._forget(view, "false_bell")
+            elif not view.follows(position):
+                self._forget(view, "trimmed" if position.epoch == view.epoch else "epoch")
+            view.start_over(position)
+            self._take_in(view, *_fields(fields))
 
-    def _take(self, view: ShardView, position: Position, version: int, raw: bytes) -> None:
-        if position.epoch != view.epoch and (view.epoch or position.seq):
-            self._forget(view, "epoch")
-        view.epoch, view.seq = position.epoch, position.seq
+    def _take_in(self, view: ShardView, version: int, raw: bytes) -> None:
+        """Apply the notice at the position."""
         self._notices += 1
         notice = read_notice(raw)
         if notice is None:
@@ -224,7 +255,12 @@ class Follower:
             self._forget(view, "newer")
             return
         self._instruments.counts["notices_applied", type(notice).__name__.lower()] += 1
-        self._apply(view.number, version, notice)
+        try:
+            self._apply(view.number, version, notice)
+        except Exception:
+            # To be raised into the doorbell, it would be logged and the notice lost for good.
+            log.exception("notice.failed", shard=view.number, position=str(view.position))
+            self._forget(view, "failed")
 
     def _forget(self, view: ShardView, reason: ResetReason) -> None:
         view.generation += 1
@@ -234,48 +270,63 @@ class Follower:
 
     def _suspect(self, views: Sequence[ShardView]) -> None:
         for view in views:
-            view.live_until = float("-inf")
+            view.doubt(self._reads)
         self.live_until = float("-inf")
         self._wake.set()
 
     async def _verify(self) -> None:
+        """Compare run ids; done if the connection is still the same afterwards."""
         connection = self._connection
         run_id = await self._run_id()
-        if run_id != self._known_run_id:
-            await self._start_over(connection)
-            if self._known_run_id:
-                log.warning("log.restarted", reason="the server's run id changed")
-        if connection == self._connection:
-            self._known_run_id = run_id
-            self._verified = connection
-
-    async def _start_over(self, connection: int) -> None:
-        replies = await self._commands.call_many(
-            [("XREVRANGE", name, "+", "-", "COUNT", 1) for name in self._logs]
-        )
+        ends = None if run_id == self._known_run_id else await self._ends()
         if connection != self._connection:
             return
-        for view, reply in zip(self.views, replies, strict=True):
-            if isinstance(reply, ForebayError):
-                raise reply
-            last = Position.parse(bytes(reply[0][0])) if reply else Position(0, 0)
-            view.epoch, view.seq = last.epoch, last.seq
+        if ends is not None:
             if self._known_run_id:
-                self._forget(view, "run_id")
+                log.warning("log.restarted", reason="the server's run id changed")
+            for view in self.views:
+                self._start_over(view, ends[view.number], "run_id")
+        self._known_run_id, self._verified = run_id, connection
 
-    @property
-    def _interval_s(self) -> float:
-        return self._staleness_s / _SWEEPS_PER_PROMISE
+    async def _ends(self) -> Sequence[Position]:
+        """Where the logs end now; those that are not there are begun."""
+        part, bell = self._names.part, self._names.bell
+        calls = [
+            Call(
+                script=self._begin,
+                keys=[part(view.number, "head"), part(view.number, "log")],
+                args=[_BEGIN, bell, view.number],
+            )
+            for view in self.views
+        ]
+        return [_end(reply) for reply in await run_many(self._commands, calls)]
+
+    def _start_over(self, view: ShardView, end: Position, reason: ResetReason) -> None:
+        view.start_over(end)
+        if self._known_run_id:  # otherwise nothing is remembered yet
+            self._forget(view, reason)
 
 
-def _follows(view: ShardView, position: Position) -> bool:
-    if position.epoch == view.epoch:
-        return position.seq == view.seq + 1
-    return position.epoch > view.epoch and position.seq == 0
+def _all_granted(replies: Sequence[Reply]) -> Sequence[Reply]:
+    for reply in replies:
+        if isinstance(reply, ForebayError):
+            raise reply
+    return replies
+
+
+def _end(reply: Reply) -> Position:
+    """0-0 if it is not known: whatever comes next is a gap then."""
+    if isinstance(reply, ServerRefused) and reply.code == "OOM":
+        return Position(0, 0)
+    if isinstance(reply, ForebayError):
+        raise reply
+    return Position(0, 0) if reply is None else Position.parse(bytes(reply))
 
 
 def _fields(fields: Sequence[Any]) -> tuple[int, bytes]:
+    """The version and the notice; what was not written by us has none that could be read."""
     found = {
         bytes(name): bytes(value) for name, value in zip(fields[::2], fields[1::2], strict=True)
     }
-    return int(found.get(b"v", b"0")), found.get(b"n", b"")
+    version = found.get(b"v", b"")
+    return (int(version), found.get(b"n", b"")) if version.isdigit() else (0, b"")

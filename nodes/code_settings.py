@@ -44,13 +44,15 @@ def in_code(namespace: str | None, settings: Settings | None) -> Resolved:
     return Resolved(settings=resolved.settings, origins=origins)
 
 
-def with_namespace(resolved: Resolved, namespace: str) -> Resolved:
-    """These settings with this namespace, unless somebody has set another."""
-    if resolved.origins.get("node.namespace", "default") != "default":
+def with_namespace(resolved: Resolved, in_code: Resolved) -> Resolved:
+    """These settings, with the namespace given in code if nobody has set another."""
+    name = "node.namespace"
+    if resolved.origins.get(name, "default") != "default":
         return resolved
+    namespace, origin = in_code.settings.node.namespace, in_code.origins[name]
     node = msgspec.structs.replace(resolved.settings.node, namespace=namespace)
     settings = msgspec.structs.replace(resolved.settings, node=node)
-    return Resolved(settings=settings, origins=resolved.origins | {"node.namespace": _ORIGIN})
+    return Resolved(settings=settings, origins={**resolved.origins, name: origin})
 
 
 def _given(settings: Settings) -> dict[str, object]:

@@ -8,9 +8,18 @@
     async with node:
         await product(42)
 
-Everything is declared before the node is started; settings come from the environment and
-from forebay.toml, unless they are given. A node that has sinks also does the cluster's
-ordered work, unless ``workers.enabled`` says otherwise.
+I1  Everything is declared before the node is started, and checked then; what cannot work is a
+    ConfigError or InvalidKey where it is declared.
+I2  Settings come from the environment and from forebay.toml, unless they are given in code; a
+    namespace given in code is a default for these.
+I3  A node runs once at a time, and may be started again after it has stopped.
+I4  Each start has an identity of its own in the cluster, also where ``node.id`` is the same:
+    two processes are never taken for one owner.
+I5  Leaving the block drains first, also when it is cancelled; what the block raised comes out
+    as it is (see ``life``).
+
+A node that has sinks also does the cluster's ordered work, unless ``workers.enabled`` says
+otherwise.
 """
 
 from __future__ import annotations
@@ -18,54 +27,50 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
-import anyio
 import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
 
 from ..coordinator.instruments import Instruments
 from ..coordinator.scripting import run
-from ..schemas.errors import Backpressure, ConfigError, ForebayError
+from ..schemas.errors import Backpressure, ForebayError, LoaderError
 from ..schemas.events import NewerSchema, read_event
+from ..schemas.keys import check_key
 from ..schemas.settings import Settings
 from ..schemas.settings_sources import Resolved
 from . import status
-from .cache.cached import Cached, Declaration
-from .running import Hook, Running, running
-from .sinks.base import Sink, Write
-from .sinks.callables import CallableSink
+from .cache.cached import Cached
+from .code_settings import in_code, with_namespace
+from .declarations import Declarations, refuse_one_string
+from .life import Life
+from .running import Running, running
 from .web.face import Check, Read
-from .workers.routes import Routes
 
 __all__ = ["Node"]
 
 log = structlog.get_logger(__name__)
 
-P = ParamSpec("P")
-T = TypeVar("T")
-Loader = Callable[P, Awaitable[T]]
-SinkFunction = Callable[[list[Write[Any]]], Awaitable[None]]
 
-
-class Node:
-    """Declare caches and sinks on it, then use it as ``async with node``.
-
-    ``namespace`` is a default: FOREBAY_NAMESPACE and the like go before it.
-    """
+class Node(Declarations):
+    """Declare caches and sinks on it, then use it as ``async with node``."""
 
     def __init__(self, namespace: str | None = None, *, settings: Settings | None = None) -> None:
-        self._namespace = namespace
-        self._resolved = None if settings is None else Resolved(settings=settings, origins={})
-        self._routes = Routes()
-        self._on_start: list[Hook] = []
-        self._on_stop: list[Hook] = []
+        """``settings`` are then all there are; without, FOREBAY_NAMESPACE and the like go
+        before ``namespace``.
+
+        Raises:
+            ConfigError: one of them cannot be used.
+        """
+        super().__init__()
+        self._in_code = in_code(namespace, settings)
+        self._resolved = self._in_code if settings is not None else None
         self._running: Running | None = None
-        self._stack = AsyncExitStack()
+        self._life: Life | None = None
         self._id = ""
         self.registry = CollectorRegistry()
         self.instruments = Instruments(self.registry)
@@ -73,79 +78,15 @@ class Node:
         self.drained: bool | None = None  #: whether the last drain was finished in time
 
     def __repr__(self) -> str:
-        state = "running" if self._running else "not running"
-        return f"<Node {self._namespace or 'default'} {self._id or '-'} {state}>"
-
-    def cached(
-        self,
-        template: str,
-        *,
-        ttl: float,
-        stale_for: float = 0.0,
-        negative_ttl: float | None = None,
-        tags: Sequence[str] = (),
-        name: str = "",
-    ) -> Callable[[Loader[P, T]], Cached[P, T]]:
-        """Cache what a loader returns. Times in seconds.
-
-        Args:
-            template: the key, with every parameter of the loader as a field.
-            ttl: how long a value is fresh.
-            stale_for: how much longer it may be served while a new one is loaded.
-            negative_ttl: how long None is remembered; by default like ``ttl``, at most 10 s.
-            tags: labels by which entries are invalidated together; may have fields too.
-            name: in metrics and logs; by default the function's.
-
-        Raises:
-            ConfigError, InvalidKey: the declaration cannot work.
-        """
-        declared = Declaration(
-            template=template,
-            ttl=ttl,
-            stale_for=stale_for,
-            negative_ttl=negative_ttl,
-            tags=tuple(tags),
-            name=name,
-        )
-
-        def declare(loader: Loader[P, T]) -> Cached[P, T]:
-            self._only_before_start()
-            made: Cached[P, T] = Cached(loader, declared)
-            made.policy(Settings().cache)  # so that wrong lifetimes are refused here
-            self._routes.add_cache(made)
-            return made
-
-        return declare
-
-    def sink(
-        self, template: str, sink: Sink | None = None
-    ) -> Callable[[SinkFunction], SinkFunction]:
-        """Where write-behind puts the values of these keys: a sink, or a decorated function."""
-        self._only_before_start()
-        if sink is not None:
-            self._routes.add_sink(template, sink)
-
-        def declare(function: SinkFunction) -> SinkFunction:
-            self._routes.add_sink(template, CallableSink(function.__name__, function))
-            return function
-
-        return declare
-
-    def on_start(self, hook: Hook) -> Hook:
-        """Run before the workers start, when caches can be used already."""
-        self._only_before_start()
-        self._on_start.append(hook)
-        return hook
-
-    def on_stop(self, hook: Hook) -> Hook:
-        """Run after the drain, in the reverse order."""
-        self._only_before_start()
-        self._on_stop.append(hook)
-        return hook
+        state = "running" if self._running else "starting" if self._begun else "not running"
+        settings = self._running.settings if self._running else self._in_code.settings
+        return f"<Node {settings.node.namespace} {self._id or '-'} {state}>"
 
     def configure(self, resolved: Resolved) -> None:
-        """Take these settings instead of looking for them."""
+        """Take these settings instead of looking for them; they replace those given in code."""
         self._only_before_start()
+        if self._resolved is self._in_code:
+            log.warning("node.settings_replaced", reason="those in code are not looked at")
         self._resolved = resolved
 
     async def __aenter__(self) -> Self:
@@ -156,21 +97,23 @@ class Node:
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
+    ) -> bool:
         parts = self.parts
+        assert self._life is not None
         try:
-            await self._stack.__aexit__(exc_type, exc, traceback)
+            return await self._life.end(exc)
         finally:
             self.drained = parts.drained
+            self._forget()
             log.info("node.stopped", drained=self.drained)
 
     async def drain(self) -> bool:
         """Take no new work, finish what is under way, hand over the rest; before stopping.
 
-        Returns false if ``workers.drain_ms`` was not enough: others do what was left.
+        It is not cut short by cancellation. Returns false if ``workers.drain_ms`` was not
+        enough: others do what was left.
         """
-        with anyio.CancelScope(shield=True):
-            return await self.parts.drain()
+        return await self.parts.drain()
 
     async def start(self, *, workers: bool | None = None) -> Self:
         """Connect, become current, and start; ``workers`` where the settings do not say.
@@ -180,28 +123,30 @@ class Node:
         """
         self._only_before_start()
         resolved = self._settings()
-        settings = resolved.settings
-        self._id = settings.node.id or _made_up_id()
-        wanted = settings.workers.enabled
-        if wanted is None:
-            wanted = bool(self._routes.sinks) if workers is None else workers
-        async with AsyncExitStack() as stack:
-            stack.callback(self._forget)
-            self._running = await stack.enter_async_context(
-                running(
-                    settings,
-                    self._routes,
-                    self.instruments,
-                    node_id=self._id,
-                    origins=dict(resolved.origins),
-                    workers=wanted,
-                    on_start=self._on_start,
-                    on_stop=self._on_stop,
-                )
-            )
-            self._stack = stack.pop_all()
-        log.info("node.running", namespace=settings.node.namespace, workers=wanted)
+        self._id = resolved.settings.node.id or _made_up_id()
+        self._begun, self.drained = True, None
+        self._life = Life(self._living(resolved, otherwise=workers))
+        try:
+            await self._life.begin()
+        except BaseException:
+            self._forget()
+            raise
+        log.info("node.running", namespace=self.namespace, workers=self.parts.crew is not None)
         return self
+
+    @asynccontextmanager
+    async def _living(self, resolved: Resolved, *, otherwise: bool | None) -> AsyncGenerator[None]:
+        settings = resolved.settings
+        works = settings.workers.enabled
+        if works is None:
+            works = bool(self._routes.sinks) if otherwise is None else otherwise
+        node_id = _unique(self._id) if settings.node.id else self._id
+        async with running(
+            settings, self._routes, self.instruments, node_id=node_id, origins=resolved.origins
+        ) as parts:
+            self._running = parts
+            async with parts.at_work(workers=works, on_start=self._on_start, on_stop=self._on_stop):
+                yield
 
     @property
     def instance(self) -> str:
@@ -237,9 +182,13 @@ class Node:
         before it returns, elsewhere within ``max_staleness_ms``.
 
         Raises:
-            Unavailable: the outcome may be unknown; repeat it.
+            InvalidKey: nothing was done. Unavailable: the outcome may be unknown; repeat it.
         """
-        await self.parts.invalidate(tuple(keys), tuple(tags), soft)
+        refuse_one_string("keys", keys)
+        refuse_one_string("tags", tags)
+        checked_keys = [check_key(key) for key in keys]
+        checked_tags = [check_key(tag, name="tag") for tag in tags]
+        await self.parts.invalidate(checked_keys, checked_tags, soft)
 
     async def publish(self, events: Sequence[bytes]) -> list[str]:
         """Put events, as JSON, into the ingress stream, all or none; returns their ids.
@@ -259,11 +208,21 @@ class Node:
         return [bytes(each).decode() for each in reply]
 
     async def read(self, key: str) -> Read | None:
-        """The value of a key through the cache that declares it; None if none does."""
+        """The value of a key through the cache that declares it; None if none does.
+
+        Raises:
+            LoaderError: whatever the loader raised. Unavailable: by the cache's policy.
+        """
         cached = self._routes.cache_of(key)
         if cached is None:
             return None
-        hit = await cached.read_key(key)
+        try:
+            hit = await cached.read_key(key)
+        except ForebayError:
+            raise
+        except Exception as error:
+            log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
+            raise LoaderError(cached.name, key, f"{type(error).__name__}: {error}") from error
         return Read(
             json=msgspec.json.encode(hit.value),
             tier=hit.tier,
@@ -291,26 +250,10 @@ class Node:
             from .cli.sources import load
 
             resolved = load()
-        asked = self._namespace
-        origins = {"default"} if resolved.origins else {None}
-        if asked and resolved.origins.get("node.namespace") in origins:
-            node = msgspec.structs.replace(resolved.settings.node, namespace=asked)
-            settings = msgspec.structs.replace(resolved.settings, node=node)
-            resolved = Resolved(settings=settings, origins=resolved.origins)
-        return resolved
+        return with_namespace(resolved, self._in_code)
 
     def _forget(self) -> None:
-        self._running = None
-
-    def _only_before_start(self) -> None:
-        if self._running is not None:
-            raise ConfigError(
-                setting="the node",
-                value=repr(self),
-                origin="the code",
-                problem="it is running already",
-                fix="declare everything before `async with node:`",
-            )
+        self._running, self._life, self._begun = None, None, False
 
 
 def _name_of(event: bytes, bytes_max: int) -> str:
@@ -322,3 +265,7 @@ def _name_of(event: bytes, bytes_max: int) -> str:
 
 def _made_up_id() -> str:
     return f"{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+def _unique(name: str) -> str:
+    return f"{name}~{secrets.token_hex(4)}"

@@ -8,9 +8,7 @@ U2  Notices reach every cache of this node, in order, before the next one is loo
 U3  A drain takes no new work, finishes what is under way, hands over what is owned, and takes
     at most ``drain_ms``; the last worker of a namespace also empties the queues. There is one
     drain, however often it is asked for, and cancelling whoever asked does not cut it short.
-U4  After the drain every ``on_stop`` hook runs, the last declared first, whatever happened
-    before: not cancelled, but for ``HOOK_LIMIT_S`` at most. What the block raised comes out
-    as it is; only if it raised nothing, the first error of a hook does.
+U4  After the drain every ``on_stop`` hook runs, whatever happened before (see ``hooks``).
 U5  A server that cannot be used is one StartupError, up to the first proof of being current.
 """
 
@@ -18,7 +16,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -44,17 +42,15 @@ from .cache.reads import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
 from .cache.waits import KeyWaits
+from .hooks import Hook, run_in_the_end
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
 from .workers.routes import Routes
 
-__all__ = ["HOOK_LIMIT_S", "Hook", "Running", "running"]
+__all__ = ["Running", "running"]
 
 log = structlog.get_logger(__name__)
-
-Hook = Callable[[], Awaitable[object]]
-HOOK_LIMIT_S = 10.0
 
 
 class Running:
@@ -241,7 +237,7 @@ class Running:
         self, *, workers: bool, on_start: Sequence[Hook], on_stop: Sequence[Hook]
     ) -> AsyncGenerator[None]:
         """Run the hooks and the workers, and drain in the end."""
-        async with _stopped_by(on_stop), AsyncExitStack() as stack:
+        async with run_in_the_end(on_stop), AsyncExitStack() as stack:
             for hook in on_start:
                 await hook()
             if workers:
@@ -265,11 +261,11 @@ class Running:
     async def drain(self) -> bool:
         """Finish what is under way and hand over the rest, once; false if time ran out."""
         self.draining = True
-        with anyio.CancelScope(shield=True):
+        with anyio.CancelScope(shield=True):  # the crew's own limit bounds it
             async with self._drain_once:
                 if self.drained is None:
                     self.drained = self.crew is None or await self.crew.drain()
-                return self.drained
+        return bool(self.drained)
 
 
 @asynccontextmanager
@@ -321,29 +317,3 @@ def _faults_of(backend: Backend, settings: Settings, origins: Mapping[str, str])
 
 def _left_alone(target: Target, error: Unavailable) -> StartupError:
     return target.fault(f"it went away during the start: {error.reason}", "see what its log says")
-
-
-@asynccontextmanager
-async def _stopped_by(hooks: Sequence[Hook]) -> AsyncGenerator[None]:
-    """Runs these in the end, in the reverse order (U4)."""
-    well = False
-    try:
-        yield
-        well = True
-    finally:
-        failures = [each for hook in reversed(hooks) if (each := await _failure_of(hook))]
-        raised = failures.pop(0) if failures and well else None
-        for failure in failures:
-            log.error("hook.failed", exc_info=failure)
-        if raised is not None:
-            raise raised
-
-
-async def _failure_of(hook: Hook) -> Exception | None:
-    with anyio.move_on_after(HOOK_LIMIT_S, shield=True):
-        try:
-            await hook()
-        except Exception as error:
-            return error
-        return None
-    return ForebayError(f"the on_stop hook {hook!r} took longer than {HOOK_LIMIT_S:g} s")

@@ -1,7 +1,9 @@
 """How a node is: its checks for probes, its gauges for Prometheus, its numbers for people.
 
-Checks and gauges read memory only; ``stats`` asks the server too, and says so if it does
-not answer.
+S1  Checks and gauges read memory only.
+S2  ``stats`` has the same keys at all times. It asks the server too; while that does not
+    answer, what only the server knows is null, and ``unavailable`` says why.
+S3  A running node has started: what happens to Valkey afterwards fails readiness alone.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..coordinator.link import Reply
+from ..coordinator.link import Arg, Reply
 from ..schemas.errors import ForebayError
 from ..schemas.keys import EVENTS
 from .running import Running
@@ -24,6 +26,7 @@ __all__ = ["checks", "gauges", "stats"]
 
 _READY: frozenset[Gate] = frozenset(("ready",))
 _START: frozenset[Gate] = frozenset(("ready", "start"))
+_OF_THE_SERVER = ("keys", "memory", "backlog", "dead_letters")
 
 
 def checks(node: Node) -> Sequence[Check]:
@@ -37,7 +40,7 @@ def checks(node: Node) -> Sequence[Check]:
     found = [
         _check("valkey", link.connected, "not connected", _READY),
         _check("breaker", state == "closed", f"the breaker is {state}", _READY),
-        _check("log", not suspect, f"{suspect} shards are not known to be current", _START),
+        _check("log", not suspect, f"{suspect} shards are not known to be current", _READY),
         _check("drain", not parts.draining, "draining", _READY),
     ]
     for name, delivery in parts.crew.deliveries.items() if parts.crew else ():
@@ -94,11 +97,15 @@ def _bring_up_to_date(node: Node) -> None:
 
 
 async def stats(node: Node) -> dict[str, object]:
-    """One document for people and scripts."""
+    """One document for people and scripts; what its fields mean is told by ``web.stats``."""
+    from .. import __version__
+
     _bring_up_to_date(node)
     parts = node.parts
     crew = parts.crew
     return {
+        "version": __version__,
+        "uptime_s": round(parts.clock.monotonic() - parts.started_at, 3),
         "backend": {
             "why": parts.backend.choice.why,
             "kind": parts.backend.facts.kind,
@@ -128,32 +135,38 @@ async def stats(node: Node) -> dict[str, object]:
 
 async def _asked(parts: Running) -> dict[str, object]:
     """What only the server knows."""
-    link, names = parts.backend.link, parts.names
+    names, shards = parts.names, range(parts.names.shards)
     try:
-        keys = await link.call("DBSIZE")
-        backlog = {"events": await _waiting(parts, EVENTS, names.events, "events")}
-        lengths = await link.call_many(
-            [("XLEN", names.part(shard, "writes")) for shard in range(names.shards)]
-        )
-        backlog["writes"] = sum(n for n in lengths if isinstance(n, int))
+        (keys,) = await _replies(parts, [("DBSIZE",)])
+        events = await _waiting(parts, EVENTS, names.events, "events")
+        writes = await _replies(parts, [("XLEN", names.part(n, "writes")) for n in shards])
+        dead = await _replies(parts, [("XLEN", names.part(n, "dead")) for n in (EVENTS, *shards)])
         memory = await _memory(parts)
-        dead = await link.call_many(
-            [("XLEN", names.part(shard, "dead")) for shard in range(EVENTS, names.shards)]
-        )
     except ForebayError as error:
-        return {"keys": None, "memory": None, "backlog": None, "unavailable": str(error)}
-    dead_letters = sum(n for n in dead if isinstance(n, int))
-    return {"keys": keys, "memory": memory, "backlog": backlog, "dead_letters": dead_letters}
+        return {**dict.fromkeys(_OF_THE_SERVER), "unavailable": str(error)}
+    backlog = {"events": events, "writes": sum(map(int, writes))}
+    found = (keys, memory, backlog, sum(map(int, dead)))
+    return {**dict(zip(_OF_THE_SERVER, found, strict=True)), "unavailable": None}
+
+
+async def _replies(parts: Running, commands: Sequence[Sequence[Arg]]) -> list[Reply]:
+    """All of them, or the first refusal raised."""
+    replies = await parts.backend.link.call_many(commands)
+    for reply in replies:
+        if isinstance(reply, ForebayError):
+            raise reply
+    return replies
 
 
 async def _waiting(parts: Running, shard: int, stream: str, name: str) -> int:
     """Entries behind the checkpoint; what was done is trimmed, so all that is there waits."""
-    length, done, last = await parts.backend.link.call_many(
+    length, done, last = await _replies(
+        parts,
         [
             ("XLEN", stream),
             ("HGET", parts.names.part(shard, "done"), name),
             ("XREVRANGE", stream, "+", "-", "COUNT", 1),
-        ]
+        ],
     )
     if _id(done) and last and _id(last[0][0]) == _id(done):
         return 0

@@ -34,11 +34,13 @@ __all__ = [
     "decompressed",
     "make_tail",
     "read_entry",
+    "version_of",
 ]
 
 MAGIC = b"\xfbE1"
 FOREVER_MS = 9_999_999_999_999
 _HEADER = 66
+_BEYOND = 10**17  #: more than 16 digits can say
 _JSON_STARTS = b'{["-0123456789tfn \t\r\n'
 _UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError)
 
@@ -105,6 +107,13 @@ def read_entry(raw: bytes, *, bytes_max: int) -> Entry:
     if raw[:1] and raw[0] in _JSON_STARTS:
         return _read_legacy(raw)
     raise InvalidEntry("bad_magic" if len(raw) >= _HEADER else "too_short")
+
+
+def version_of(raw: bytes) -> int:
+    """At least what the scripts take for the version of these bytes, readable or not."""
+    if raw[:3] != MAGIC:
+        return 0
+    return int(raw[4:20]) if raw[4:20].isdigit() else _BEYOND
 
 
 def _read(raw: bytes) -> Entry:

@@ -23,6 +23,7 @@ __all__ = [
     "InvalidEvent",
     "InvalidKey",
     "LoaderError",
+    "NewerSchema",
     "NotShareable",
     "PoisonSinkError",
     "ProcessFailed",
@@ -35,7 +36,13 @@ __all__ = [
 ]
 
 EventFault = Literal[
-    "undecodable", "oversized", "unknown_type", "wrong_field", "no_sink", "sink_refused"
+    "undecodable",
+    "oversized",
+    "unknown_type",
+    "wrong_field",
+    "no_sink",
+    "sink_refused",
+    "server_refused",
 ]
 EntryFault = Literal[
     "too_short", "bad_magic", "newer_format", "bad_header", "bad_codec", "oversized", "bad_value"
@@ -161,6 +168,14 @@ class InvalidEvent(ForebayError):
         self.problem = problem
         self.field = field
         self.fix = fix
+
+
+class NewerSchema(ForebayError):
+    """Raised for an event of a type that a newer version of Forebay knows; it is held."""
+
+    def __init__(self, type_name: str) -> None:
+        super().__init__(f"{type_name} is newer than this node")
+        self.type_name = type_name
 
 
 class InvalidEntry(ForebayError):

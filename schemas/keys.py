@@ -17,12 +17,15 @@ I1  All names of a shard share one hash tag, so one script may touch them all.
 I2  ``shard_of`` is crc32(key) % shards: any language can compute it.
 I3  A key never contains what Valkey, a glob or a template reads as more than a letter:
     such a key is refused by ``check_key``; values put into a template are escaped.
+I4  Values of different text never give the same key of a template, and ``match`` gives back
+    the text of each; a key that the template would have spelt otherwise is none of its keys.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from enum import Enum
 from urllib.parse import quote, unquote
 from zlib import crc32
 
@@ -36,6 +39,8 @@ EVENTS = -1  #: stands for the ingress stream where a shard number is asked for
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f{}*?\[\]\\\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SAFE = "-._~@/"
+_NOT_TEXT = (bytes, bytearray, memoryview, list, tuple, dict, set, frozenset)
+_INT_MAX = 10**18  #: so short that no key gets too long by it
 
 
 def check_key(key: str, *, name: str = "key") -> str:
@@ -65,24 +70,30 @@ def shard_of(key: str, shards: int) -> int:
 class KeyTemplate:
     """A pattern such as ``product:{id}``: makes keys from values, and values from keys.
 
-    A value is escaped so that it never looks like the literal parts; ``:`` is escaped too.
+    In a value, everything but letters, digits and ``-._~@/`` is percent-encoded; and of
+    these, what stands between two fields.
     """
 
-    __slots__ = ("_literals", "_pattern", "fields", "text")
+    __slots__ = ("_encoded", "_literals", "_pattern", "_safe", "fields", "text")
 
     def __init__(self, text: str) -> None:
         literals, fields = _FIELD.split(text)[::2], _FIELD.findall(text)
         if len(set(fields)) != len(fields):
             raise InvalidKey("key template", text, "names a field twice")
         check_key("".join(literals) or "x", name="key template")
-        if any(not part for part in literals[1:-1]):
-            raise InvalidKey("key template", text, "has two fields with nothing between them")
+        if any(all(map(_alike, part)) for part in literals[1:-1]):
+            problem = "needs something like ':' or '-' between two fields"
+            raise InvalidKey("key template", text, problem)
         self.text = text
         self.fields = tuple(fields)
         self._literals = tuple(literals)
+        between = set("".join(literals[1:-1]))
+        self._safe = "".join(each for each in _SAFE if each not in between)
+        # quote() leaves some characters as they are, whatever it is told.
+        self._encoded = {ord(each): f"%{ord(each):02X}" for each in between & set(_SAFE)}
         groups = [re.escape(literals[0])]
         for field, literal in zip(fields, literals[1:], strict=True):
-            groups += [f"(?P<{field}>[^:]+)", re.escape(literal)]
+            groups += [f"(?P<{field}>[A-Za-z0-9%{re.escape(self._safe)}]+)", re.escape(literal)]
         self._pattern = re.compile("".join(groups))
 
     def __repr__(self) -> str:
@@ -92,13 +103,14 @@ class KeyTemplate:
         """The key of these values.
 
         Raises:
-            InvalidKey: a value is missing, None, bytes or empty, or the key is too long.
+            InvalidKey: a value is missing, empty, or of a kind that has no text of its own; or
+                the key is too long.
         """
         parts = [self._literals[0]]
         for field, literal in zip(self.fields, self._literals[1:], strict=True):
-            parts += [_escaped(field, values.get(field)), literal]
+            parts += [self._escaped(field, values.get(field)), literal]
         key = "".join(parts)
-        if len(key) > KEY_BYTES_MAX:
+        if len(key) > KEY_BYTES_MAX or len(key.encode()) > KEY_BYTES_MAX:
             raise InvalidKey("key", key, f"has over {KEY_BYTES_MAX} bytes")
         return key
 
@@ -108,7 +120,7 @@ class KeyTemplate:
         head, tail = self._literals
 
         def of_one(value: object) -> str:
-            if type(value) is int:
+            if type(value) is int and -_INT_MAX < value < _INT_MAX:
                 return f"{head}{value}{tail}"
             return self.format({field: value})
 
@@ -119,21 +131,45 @@ class KeyTemplate:
         found = self._pattern.fullmatch(key)
         if found is None:
             return None
-        return {field: unquote(value) for field, value in found.groupdict().items()}
+        fields = {field: unquote(value) for field, value in found.groupdict().items()}
+        return fields if "%" not in key or self._respelt(fields) == key else None
+
+    def _respelt(self, fields: Mapping[str, str]) -> str | None:
+        try:
+            return self.format(fields)
+        except InvalidKey:
+            return None
+
+    def _escaped(self, field: str, value: object) -> str:
+        text = _text_of(field, value)
+        if text.isascii() and text.isalnum():
+            return text
+        try:
+            escaped = quote(text, safe=self._safe)
+        except UnicodeEncodeError:
+            raise InvalidKey(field, ascii(text), "is not valid Unicode") from None
+        return escaped.translate(self._encoded) if self._encoded else escaped
 
 
-def _escaped(field: str, value: object) -> str:
-    if value is None or isinstance(value, bytes | bytearray | memoryview):
+def _alike(character: str) -> bool:
+    """Whether it may stand in a value that was escaped."""
+    return character == "%" or (character.isascii() and character.isalnum())
+
+
+def _text_of(field: str, value: object) -> str:
+    if isinstance(value, Enum):
+        value = value.value
+    kind = type(value)
+    nameless = kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__
+    if value is None or nameless or isinstance(value, _NOT_TEXT):
         raise InvalidKey(field, repr(value), "cannot be part of a key")
-    text = str(value)
+    try:
+        text = str(value)
+    except ValueError:
+        raise InvalidKey(field, "the number", "has too many digits") from None
     if not text:
         raise InvalidKey(field, text, "is empty, and cannot be part of a key")
-    if text.isascii() and text.isalnum():
-        return text
-    try:
-        return quote(text, safe=_SAFE)
-    except UnicodeEncodeError:
-        raise InvalidKey(field, ascii(text), "is not valid Unicode") from None
+    return text
 
 
 class Names:

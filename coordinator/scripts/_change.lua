@@ -48,8 +48,8 @@ local function envelope(version, soft_at, hard_at, pending, tail)
 end
 
 -- The numbers of an entry; empty if there is none, or something that is no string.
-local function numbers_of(entry)
-  local found = redis.pcall("GETRANGE", entry, 0, 61)
+local function numbers_of(key)
+  local found = redis.pcall("GETRANGE", key, 0, 61)
   return type(found) == "string" and found or ""
 end
 

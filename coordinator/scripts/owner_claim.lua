@@ -10,8 +10,8 @@
 -- I2 Asked again with the same token, the same epoch is returned, and the lease is renewed.
 -- I3 It works when memory is full: the owners are those who empty the streams.
 
-local now = redis.call("TIME")
-now = now[1] * 1000000 + now[2]
+local t = redis.call("TIME")
+local now = t[1] * 1000000 + t[2]
 local known = redis.call("HMGET", KEYS[1], "o", "t", "e", "u")
 local epoch, till = tonumber(known[3]) or 0, tonumber(known[4]) or 0
 local ours = known[1] == ARGV[1] and known[2] == ARGV[3]

@@ -23,9 +23,9 @@ from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints
 
 import msgspec
 
-from ...schemas.errors import ConfigError, ForebayError
+from ...schemas.errors import ConfigError, ForebayError, InvalidKey
 from ...schemas.jobs import Invalidates, RefreshJob, WriteJob
-from ...schemas.keys import KeyTemplate
+from ...schemas.keys import KeyTemplate, check_key
 from ...schemas.settings import CacheDefaults, Limits
 from .loads import Core, Hit, LoadCall, LoadPath, Packed
 from .near import NearCache, NearEntry
@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 _LONGEST_S = 366 * 86_400
 _NEGATIVE_S_MAX = 10.0
+_INVALIDATES_MAX = 1_000  #: what a write job may carry
 
 
 class Declaration(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,15 +85,20 @@ class Cached(Generic[P, T]):
         self.name = declared.name or loader.__name__
         self.declared = declared
         self.template = KeyTemplate(declared.template)
-        self.near_hits = 0
+        self._near_hits_before = 0
         self._loader = loader
-        self._tags = [KeyTemplate(tag) for tag in declared.tags]
+        tags = [KeyTemplate(tag) for tag in declared.tags]
+        self._tags = [_tag_of(tag) for tag in tags]
         self._signature = inspect.signature(loader)
         self._parameters = tuple(self._signature.parameters)
-        hints = get_type_hints(loader)
+        self._plain = all(
+            each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+            for each in self._signature.parameters.values()
+        )
+        hints = get_type_hints(loader, include_extras=True)
         self._types = {name: hints.get(name, str) for name in self._parameters}
         self.value_type: Any = hints.get("return", Any)
-        _check_fields(self.template, self._tags, self._parameters, self.name)
+        _check_fields(self.template, tags, self._parameters, self.name)
         self.key = self._fast_key() or self._slow_key
         self._path: ReadPath[T] | None = None
         self._near_get: Callable[[str], NearEntry | None] = _not_running
@@ -110,7 +116,6 @@ class Cached(Generic[P, T]):
         key = self.key(*args, **kwargs)
         entry = self._near_get(key)
         if entry is not None:
-            self.near_hits += 1
             value: T = entry.value
             return value
         hit = await self.path.read(key, self._call(args, kwargs))
@@ -121,7 +126,6 @@ class Cached(Generic[P, T]):
         key = self.key(*args, **kwargs)
         entry = self._near_get(key)
         if entry is not None:
-            self.near_hits += 1
             return self.path.hit_of(entry)
         return await self.path.read(key, self._call(args, kwargs))
 
@@ -138,9 +142,13 @@ class Cached(Generic[P, T]):
 
         Raises:
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
+            InvalidKey: one in ``invalidates`` cannot be a key, or there are too many.
         """
         *arguments, value = args
-        after = Invalidates(keys=tuple(invalidates_keys), tags=tuple(invalidates_tags))
+        after = Invalidates(
+            keys=_checked("invalidates_keys", invalidates_keys),
+            tags=_checked("invalidates_tags", invalidates_tags),
+        )
         return await self.write_value(self.key(*arguments), value, after)
 
     async def write_value(self, key: str, value: T | None, after: Invalidates) -> Receipt:
@@ -154,9 +162,11 @@ class Cached(Generic[P, T]):
             receipt = await path.shared.write(
                 job, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
             )
-            if receipt.stamp is not None and value is not None:
-                size = len(packed.payload or b"")
-                path.loads.keep_stamped(reservation, receipt.stamp, value, tags, size)
+            if receipt.stamp is not None:
+                path.noticed(key, receipt.stamp.version)
+                if value is not None:
+                    size = len(packed.payload or b"")
+                    path.loads.keep_stamped(reservation, receipt.stamp, value, tags, size)
         finally:
             path.near.release(reservation)
         return receipt
@@ -180,19 +190,31 @@ class Cached(Generic[P, T]):
         """As ``get_with_info``, for a key of this cache's template."""
         entry = self._near_get(key)
         if entry is not None:
-            self.near_hits += 1
             return self.path.hit_of(entry)
         return await self.path.read(key, self._call_of(key))
 
     async def do_refresh(self, job: RefreshJob) -> bool:
         """Load a key again under the lease that the job carries; false: it was refused."""
-        reservation = self.path.near.reserve(job.key)
+        near, loads = self.path.near, self.path.loads
         try:
             call = self._call_of(job.key)
-            hit = await self.path.loads.load_and_fill(job.key, call, job.token, reservation)
+        except Exception:
+            await loads.give_back(job.key, job.token)
+            raise
+        reservation = near.reserve(job.key)
+        try:
+            lease = await loads.taken_over(job.key, job.token, call.tags)
+            if lease is None:
+                return False
+            hit = await loads.load_and_fill(lease, call, reservation)
         finally:
-            self.path.near.release(reservation)
+            near.release(reservation)
         return hit.version > 0
+
+    @property
+    def near_hits(self) -> int:
+        """Since the declaration, over all starts of the node."""
+        return self._near_hits_before + (self._path.near.hits if self._path else 0)
 
     @property
     def path(self) -> ReadPath[T]:
@@ -214,11 +236,12 @@ class Cached(Generic[P, T]):
             compress_over_bytes=defaults.compress_over_bytes,
         )
         loads = LoadPath(core, self.name, self.policy(defaults), codec, near)
-        self._path = ReadPath(core, loads, loads_max=limits.loads_max)
+        self._path = ReadPath(core, loads, limits=limits, staleness_ms=defaults.max_staleness_ms)
         self._near_get = near.get
         return self._path
 
     def unbind(self) -> None:
+        self._near_hits_before = self.near_hits
         self._path = None
         self._near_get = _not_running
 
@@ -256,9 +279,11 @@ class Cached(Generic[P, T]):
         return fields
 
     def _tags_of(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(tag.format(fields) for tag in self._tags)
+        return tuple([tag(fields) for tag in self._tags])
 
     def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._plain and not kwargs and len(args) == len(self._parameters):
+            return dict(zip(self._parameters, args, strict=True))
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.arguments
@@ -272,9 +297,24 @@ class Cached(Generic[P, T]):
         of_one = self.template.formatter()
 
         def key(*args: Any, **kwargs: Any) -> str:
-            return of_one(*args) if len(args) == 1 else self._slow_key(*args, **kwargs)
+            if len(args) == 1 and not kwargs:
+                return of_one(args[0])
+            return self._slow_key(*args, **kwargs)
 
         return key
+
+
+def _tag_of(template: KeyTemplate) -> Callable[[Mapping[str, Any]], str]:
+    if len(template.fields) != 1:
+        return template.format
+    (field,), of_one = template.fields, template.formatter()
+    return lambda fields: of_one(fields[field])
+
+
+def _checked(name: str, keys: Sequence[str]) -> tuple[str, ...]:
+    if len(keys) > _INVALIDATES_MAX:
+        raise InvalidKey(name, f"{len(keys)} keys", f"are over {_INVALIDATES_MAX}")
+    return tuple([check_key(key, name=name) for key in keys])
 
 
 def _check_fields(

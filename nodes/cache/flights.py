@@ -1,108 +1,190 @@
-"""Single flight in the process: one load per key, however many callers wait.
+"""Single flight in the process: one look at the shared tier, and one load, per key.
 
-F1  The load belongs to the node's task group. Cancelling a waiter, also the first one,
-    cancels neither the load nor another waiter.
-F2  A caller who comes after a notice for the key never joins a load that began before it.
-F3  Each waiter gets an exception object of its own.
-F4  At most ``loads_max`` loads run; one more is refused with Backpressure.
+A flight begins as a look, in the task of the caller who came first; most end there. When
+there is nothing to serve, it goes on as a load, in the node's task group.
+
+F1  Cancelling a caller, also the first one, cancels neither a load nor another caller; a
+    look that is cut short is repeated by one of those who wait for it.
+F2  A caller who comes after a notice for the key never joins a flight that began before it;
+    nor, where notices may be missing, one for which ``heard_since`` does not vouch.
+F3  Each caller gets an exception object of its own, with the one that was raised as cause.
+F4  At most ``loads_max`` loads run and ``waiters_max`` callers wait; one more is refused with
+    Backpressure.
+F5  A loader that asks for what it is loading gets a LoaderError, instead of waiting for itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from contextvars import ContextVar
+from typing import Final, Generic, TypeVar
 
 from anyio.abc import TaskGroup
 
-from ...schemas.errors import Backpressure, ForebayError, LoaderError, Unavailable
+from ...coordinator.clock import Clock
+from ...schemas.errors import Backpressure, LoaderError, Unavailable
+from .failures import own_copy
 
 __all__ = ["Flights"]
 
-T = TypeVar("T")
+C = TypeVar("C")
+R = TypeVar("R")
+
+_flying: ContextVar[tuple[object, ...]] = ContextVar("forebay_flying", default=())
 
 
-class Flights(Generic[T]):
-    def __init__(self, tasks: TaskGroup, *, cache: str, loads_max: int) -> None:
+class _Failed:
+    __slots__ = ("error",)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class _Abandoned:
+    __slots__ = ()
+
+
+_ABANDONED: Final = _Abandoned()
+
+
+class _Flight(Generic[C, R]):
+    __slots__ = ("began_at", "call", "waiters")
+
+    def __init__(self, call: C, began_at: float) -> None:
+        self.call = call
+        self.began_at = began_at
+        self.waiters: dict[asyncio.Future[R | _Failed | _Abandoned], None] = {}
+
+
+class Flights(Generic[C, R]):
+    """``look(key, call)`` gives a result, or an int that ``load(key, call, int)`` is told."""
+
+    def __init__(
+        self,
+        tasks: TaskGroup,
+        *,
+        cache: str,
+        look: Callable[[str, C], Awaitable[R | int]],
+        load: Callable[[str, C, int], Awaitable[R]],
+        heard_since: Callable[[float], bool],
+        clock: Clock,
+        loads_max: int,
+        waiters_max: int,
+    ) -> None:
         self._tasks = tasks
         self._cache = cache
+        self._look = look
+        self._load = load
+        self._heard_since = heard_since
+        self._monotonic = clock.monotonic
         self._loads_max = loads_max
-        self._flights: dict[str, asyncio.Future[T]] = {}
-        self._running = 0
+        self._waiters_max = waiters_max
+        self._flights: dict[str, _Flight[C, R]] = {}
+        self._loads = 0
+        self._waiting = 0
+
+    def __repr__(self) -> str:
+        return f"<Flights of {self._cache}: {self._loads} loads, {self._waiting} waiting>"
 
     def __len__(self) -> int:
-        return self._running
+        """Loads that run."""
+        return self._loads
 
     def __contains__(self, key: str) -> bool:
         return key in self._flights
 
-    async def join(self, key: str, load: Callable[[], Awaitable[T]]) -> T:
-        """The result of the load of this key: the one under way, or a new one."""
-        future = self._flights.get(key)
-        if future is None:
-            future = self._start(key, load)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            if future.cancelled():
-                raise Unavailable("the node is stopping") from None
-            raise
-        except Exception as error:
-            raise _own_copy(error, self._cache, key) from error
+    @property
+    def waiting(self) -> int:
+        return self._waiting
 
-    def begin(self, key: str, load: Callable[[], Awaitable[T]]) -> bool:
-        """Start a load that nobody waits for; false if one is under way or none may start."""
-        if key in self._flights or self._running >= self._loads_max:
-            return False
-        self._start(key, load)
-        return True
+    async def join(self, key: str, call: C) -> R:
+        """The result of the flight of this key: the one under way, or a new one.
+
+        Raises:
+            Backpressure: too many loads, or too many who wait.
+            Whatever look or load raised.
+        """
+        while True:
+            flight = self._flights.get(key)
+            if flight is None or not self._heard_since(flight.began_at):
+                return await self._lead(key, call)
+            outcome = await self._end_of(key, flight)
+            if not isinstance(outcome, _Abandoned):
+                return outcome
 
     def detach(self, key: str) -> None:
         """Something was said of the key: later callers start anew (F2)."""
         self._flights.pop(key, None)
 
+    def detach_where(self, concerned: Callable[[C], bool]) -> None:
+        """As ``detach``, for all flights whose call is concerned."""
+        for key in [key for key, each in self._flights.items() if concerned(each.call)]:
+            del self._flights[key]
+
     def detach_all(self) -> None:
         self._flights.clear()
 
-    def _start(self, key: str, load: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
-        if self._running >= self._loads_max:
-            raise Backpressure(f"loads of {self._cache}", self._running, self._loads_max)
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(_retrieved)
-        self._flights[key] = future
-        self._running += 1
-        self._tasks.start_soon(self._run, key, future, load, name=f"load {self._cache}")
-        return future
-
-    async def _run(
-        self, key: str, future: asyncio.Future[T], load: Callable[[], Awaitable[T]]
-    ) -> None:
+    async def _lead(self, key: str, call: C) -> R:
+        flight: _Flight[C, R] = _Flight(call, self._monotonic())
+        self._flights[key] = flight
         try:
-            result = await load()
+            found = await self._look(key, call)
+            if isinstance(found, int):
+                self._start(key, flight, found)
         except Exception as error:
-            future.set_exception(error)
-        except BaseException:
-            future.cancel()
+            self._land(key, flight, _Failed(error))
             raise
-        else:
-            future.set_result(result)
+        except BaseException:
+            self._land(key, flight, _ABANDONED)
+            raise
+        if not isinstance(found, int):
+            self._land(key, flight, found)
+            return found
+        outcome = await self._end_of(key, flight)
+        assert not isinstance(outcome, _Abandoned)  # only looks are
+        return outcome
+
+    async def _end_of(self, key: str, flight: _Flight[C, R]) -> R | _Abandoned:
+        if flight in _flying.get():
+            raise LoaderError(self._cache, key, "it asks for what it is loading itself")
+        if self._waiting >= self._waiters_max:
+            raise Backpressure(f"callers of {self._cache}", self._waiting, self._waiters_max)
+        future = asyncio.get_running_loop().create_future()
+        flight.waiters[future] = None
+        self._waiting += 1
+        try:
+            outcome: R | _Failed | _Abandoned = await future
         finally:
-            self._running -= 1
-            if self._flights.get(key) is future:
-                del self._flights[key]
+            self._waiting -= 1
+            flight.waiters.pop(future, None)
+        if isinstance(outcome, _Failed):
+            raise own_copy(outcome.error, self._cache, key) from outcome.error
+        return outcome
 
+    def _start(self, key: str, flight: _Flight[C, R], seen: int) -> None:
+        if self._loads >= self._loads_max:
+            raise Backpressure(f"loads of {self._cache}", self._loads, self._loads_max)
+        try:
+            self._tasks.start_soon(self._run, key, flight, seen, name=f"load {self._cache}")
+        except RuntimeError as error:  # the task group is closed
+            raise Unavailable("the node is stopped") from error
+        self._loads += 1
 
-def _retrieved(future: asyncio.Future[Any]) -> None:
-    if not future.cancelled():
-        future.exception()
+    async def _run(self, key: str, flight: _Flight[C, R], seen: int) -> None:
+        _flying.set((*_flying.get(), flight))
+        outcome: R | _Failed = _Failed(Unavailable("the node is stopping"))
+        try:
+            outcome = await self._load(key, flight.call, seen)
+        except Exception as error:
+            outcome = _Failed(error)
+        finally:
+            self._loads -= 1
+            self._land(key, flight, outcome)
 
-
-def _own_copy(error: Exception, cache: str, key: str) -> Exception:
-    if isinstance(error, ForebayError):
-        return error
-    try:
-        twin = copy.copy(error)
-    except Exception:
-        twin = LoaderError(cache, key, f"{type(error).__name__}: {error}")
-    return twin if type(twin) is type(error) else LoaderError(cache, key, repr(error))
+    def _land(self, key: str, flight: _Flight[C, R], outcome: R | _Failed | _Abandoned) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        for future in flight.waiters:
+            if not future.done():
+                future.set_result(outcome)

@@ -2,12 +2,16 @@
 
 L1  A loader runs under the fill lease of its key, and tags are captured before it starts;
     without the lease nothing is stored, though the callers get what was loaded.
-L2  The lease is given back when the loader fails or is cancelled, within a second.
+L2  The lease is given back when the loader fails or is cancelled, within a second; so is one
+    of which it is not known whether it was granted or used.
 L3  An error is given to the callers, never stored, and invalidates nothing.
+L4  A loader may neither take longer than its lease, nor end the node by being cancelled from
+    inside: both are its failure.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Generic, Literal, TypeVar
@@ -24,17 +28,19 @@ from ...schemas.entry import EntryMeta
 from ...schemas.errors import ForebayError, InvalidEntry, LoaderError
 from .near import NearCache, NearEntry, Reservation
 from .policy import Policy
-from .shared import SharedTier, Stamp
+from .shared import Granted, Held, Newer, SharedTier, Stamp
 from .tags import TagTable
 from .values import ValueCodec
 from .waits import KeyWaits
 
-__all__ = ["Core", "Hit", "LoadCall", "LoadPath", "Packed", "Tier"]
+__all__ = ["Core", "Hit", "Lease", "LoadCall", "LoadPath", "Packed", "Tier"]
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 Tier = Literal["near", "shared", "source"]
+
+_OF_LEASE = 0.9  #: what a loader may use of its lease; the rest is for the fill
 
 
 class Core(Struct, kw_only=True):
@@ -72,6 +78,14 @@ class LoadCall(Struct, Generic[T], frozen=True):
     tags: Sequence[str] = ()
 
 
+class Lease(Struct, frozen=True):
+    """The right to fill a key, with the tag versions that its value will carry."""
+
+    key: str
+    token: str
+    tags: Mapping[str, int]
+
+
 class Packed(Struct, frozen=True):
     """A value, ready to be stored. ``payload`` is its msgpack; None for a known absence."""
 
@@ -93,52 +107,94 @@ class LoadPath(Generic[T]):
         self.near = near
         self._core = core
 
-    async def load_and_fill(
-        self, key: str, call: LoadCall[T], token: str, reservation: Reservation
-    ) -> Hit[T]:
-        """Run the loader, and store its value if the lease with this token is still there."""
-        filled = False
+    async def begin(
+        self, key: str, token: str, tags: Sequence[str], *, seen: int
+    ) -> Lease | Newer | Held:
+        """Take the fill lease of a key, or learn what stands in the way.
+
+        Raises:
+            Unavailable, ServerRefused: the lease is not held.
+        """
+        shared, lease_ms = self._core.shared, self.policy.lease_ms
         try:
-            tags = await self.tags_of(call.tags)
-            value = await self._run_loader(key, call)
-            packed = self._packed(key, value, tags)
-            stamp = await self._fill(key, token, packed) if packed else None
-            filled = packed is not None
-        finally:
-            if not filled:
-                await self._give_back(key, token)
+            outcome = await shared.begin(key, token, lease_ms=lease_ms, seen=seen)
+            if isinstance(outcome, Granted):
+                return Lease(key, token, await self.tags_of(tags))
+        except BaseException:
+            await self.give_back(key, token)  # it may have been granted
+            raise
+        return outcome
+
+    async def taken_over(self, key: str, token: str, tags: Sequence[str]) -> Lease | None:
+        """The lease that a refresh job carries; None if it is over.
+
+        Raises:
+            Unavailable, ServerRefused: it is not known.
+        """
+        try:
+            if await self._core.shared.holds(key, token):
+                return Lease(key, token, await self.tags_of(tags))
+        except BaseException:
+            await self.give_back(key, token)
+            raise
+        return None
+
+    async def load_and_fill(
+        self, lease: Lease, call: LoadCall[T], reservation: Reservation
+    ) -> Hit[T]:
+        """Run the loader, and store its value if the lease is still there."""
+        stamp = None
+        try:
+            value = await self._run_loader(lease.key, call)
+            packed = self._packed(lease.key, value, lease.tags)
+            if packed is not None:
+                stamp = await self._fill(lease, packed)
+        except BaseException:
+            await self.give_back(lease.key, lease.token)
+            raise
+        if packed is None:
+            await self.give_back(lease.key, lease.token)
         size = len(packed.payload or b"") if packed else 0
         if stamp is None:
             return Hit(value=value, tier="source", version=0, age_ms=0, size=size)
-        self.keep_stamped(reservation, stamp, value, tags, size)
+        self.keep_stamped(reservation, stamp, value, lease.tags, size)
         return Hit(value=value, tier="source", version=stamp.version, age_ms=0, size=size)
 
     async def tags_of(self, tags: Sequence[str]) -> Mapping[str, int]:
         """Current versions of these tags."""
         return await self._core.tags.versions(tags, trust=self.live) if tags else {}
 
-    async def _fill(self, key: str, token: str, packed: Packed) -> Stamp | None:
+    async def _fill(self, lease: Lease, packed: Packed) -> Stamp | None:
+        core, key = self._core, lease.key
         try:
-            stamp = await self._core.shared.fill(
-                key, token, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
+            stamp = await core.shared.fill(
+                key, lease.token, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
             )
         except ForebayError as error:
             log.warning("fill.failed", cache=self.name, key=key, error=str(error))
+            # Beside the callers, who have waited long enough.
+            core.tasks.start_soon(self.give_back, key, lease.token)
             return None
         if stamp is None:
-            self._core.instruments.counts["fills_refused", self.name] += 1
+            core.instruments.counts["fills_refused", self.name] += 1
         return stamp
 
     async def _run_loader(self, key: str, call: LoadCall[T]) -> T:
         core, started = self._core, self._core.clock.monotonic()
         result = "error"
         try:
-            with anyio.move_on_after(0.9 * self.policy.lease_ms / 1000):
+            with anyio.move_on_after(_OF_LEASE * self.policy.lease_ms / 1000):
                 value = await call.run()
                 result = "loaded"
                 return value
             result = "timeout"
             raise LoaderError(self.name, key, "it took longer than its lease")
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled us: it waited for something that was cancelled.
+            raise LoaderError(self.name, key, "it was cancelled from inside") from error
         finally:
             core.instruments.observe(
                 "loader_seconds", core.clock.monotonic() - started, self.name, result
@@ -186,9 +242,10 @@ class LoadPath(Generic[T]):
         tags: Mapping[str, int],
         size: int,
     ) -> None:
-        """Keep in the near cache what this node stored itself."""
+        """Keep in the near cache what is stored under this stamp."""
         core = self._core
         offset_s = core.server_clock.offset_s
+        state_of = core.tags.state
         self.near.keep(
             reservation,
             NearEntry(
@@ -200,11 +257,12 @@ class LoadPath(Generic[T]):
                 gone_at=stamp.hard_at_ms / 1000 - offset_s,
                 written_at=stamp.version / 1e6 - offset_s,
                 view=reservation.view,
-                tags=tuple((core.tags.state(tag), version) for tag, version in tags.items()),
+                tags=tuple([(state_of(tag), version) for tag, version in tags.items()]),
             ),
         )
 
-    async def _give_back(self, key: str, token: str) -> None:
+    async def give_back(self, key: str, token: str) -> None:
+        """Let the next one load; costs nothing if the lease is gone already."""
         with anyio.move_on_after(1, shield=True):
             try:
                 await self._core.shared.release(key, token)
@@ -212,6 +270,7 @@ class LoadPath(Generic[T]):
                 log.debug("lease.kept", cache=self.name, key=key, error=str(error))
 
     async def bypass(self, key: str, call: LoadCall[T]) -> Hit[T]:
+        """Ask the source and store nothing."""
         value = await self._run_loader(key, call)
         return Hit(value=value, tier="source", version=0, age_ms=0)
 

@@ -3,7 +3,8 @@
 N1  A hit is served only while the entry is fresh, the follower's promise holds, the shard
     was not reset since, and every tag is still at the version embedded in the entry.
 N2  A value is kept only under a reservation that was made before it was read or written;
-    every notice for the key in between raises the lowest version that may be kept.
+    every notice for the key in between raises the lowest version that may be kept. What is
+    known to be newer removes what is older, also when it cannot be kept itself.
 N3  Never more than ``entries_max`` entries or ``bytes_max`` bytes; eviction is SIEVE (Zhang
     et al., NSDI '24): a hit sets a bit, the hand passes from old to new and takes the first
     without. No timers: what expired is found when it is read, or evicted.
@@ -77,7 +78,14 @@ class NearEntry:
         return f"<NearEntry {self.key} version {self.version}>"
 
     def tags_hold(self) -> bool:
-        return all(state.version <= version for state, version in self.tags)
+        for state, version in self.tags:  # noqa: SIM110  # on every hit; all() is slower
+            if state.version > version:
+                return False
+        return True
+
+    def tags_may_hold(self) -> bool:
+        """As ``tags_hold``, but what is not known speaks for the entry."""
+        return all(not state.known or state.version <= version for state, version in self.tags)
 
 
 class Reservation:
@@ -147,9 +155,12 @@ class NearCache:
             return entry
         return None
 
-    def peek(self, key: str) -> NearEntry | None:
-        """The entry whatever its state: for explaining, and for serving while disconnected."""
-        return self._entries.get(key)
+    def presumable(self, key: str) -> NearEntry | None:
+        """The entry, if nothing is known against serving it as stale while disconnected."""
+        entry = self._entries.get(key)
+        if entry is not None and self._monotonic() < entry.gone_at and entry.tags_may_hold():
+            return entry
+        return None
 
     def reserve(self, key: str) -> Reservation:
         """To be made before the shared tier is read (N2)."""
@@ -169,6 +180,11 @@ class NearCache:
     def keep(self, reservation: Reservation, entry: NearEntry) -> bool:
         """Store what came back, unless a notice said meanwhile that it is old."""
         present = self._entries.get(entry.key)
+        if present is not None and (
+            present.version < entry.version or present.generation != present.view.generation
+        ):
+            self._remove(present)
+            present = None
         if (
             entry.version < reservation.floor
             or (present is not None and present.version > entry.version)
@@ -194,8 +210,8 @@ class NearCache:
         entry = self._entries.get(key)
         if entry is not None and entry.version == since:
             entry.version, entry.fresh_until = version, fresh_until
-        else:
-            self.drop(key, version)
+            entry.gone_at = max(entry.gone_at, fresh_until)
+        self.drop(key, version)
 
     def clear(self) -> None:
         for held in self._reservations.values():

@@ -25,8 +25,6 @@ class Policy(Struct, frozen=True, kw_only=True):
     negative_ms: int = 0  #: lifetime of a known absence; 0: absences are not cached
     lease_ms: int = 10_000
     jitter: float = 0.0
-    value_bytes_max: int = 1_048_576
-    compress_over_bytes: int = 1_024
     on_disconnected: Literal["bypass", "stale", "fail"] = "bypass"
 
 

@@ -22,8 +22,11 @@ from ...schemas.jobs import RefreshJob, WriteJob, write_job
 from ...schemas.keys import Names
 from ...schemas.notices import Bumped, Changed, Dropped, Notice, write_notice
 from ...schemas.settings import Durable
+from .failures import own_copy
 
 __all__ = ["Granted", "Held", "Newer", "Receipt", "SharedTier", "Stamp"]
+
+_Wanted = asyncio.Future[bytes | None]
 
 _TOGETHER = 200
 TAG_KEEP_MS = 30 * 86_400_000  #: tag versions unused for longer are made anew
@@ -77,23 +80,21 @@ class SharedTier:
         self._scripts = scripts
         self._origin = origin
         self._durable = durable
-        self._asked: dict[str, asyncio.Future[bytes | None]] = {}
+        self._asked: dict[str, list[_Wanted]] = {}
         self._reading: set[asyncio.Task[None]] = set()
 
-    async def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> _Wanted:
         """The stored bytes of an entry; reads of the same tick share a round trip.
 
         Raises:
             Unavailable, ServerRefused: nothing was read.
         """
-        name = self.names.entry(key)
-        future = self._asked.get(name)
-        if future is None:
-            loop = asyncio.get_running_loop()
-            if not self._asked:
-                loop.call_soon(self._flush)
-            future = self._asked[name] = loop.create_future()
-        return await asyncio.shield(future)
+        loop = asyncio.get_running_loop()
+        if not self._asked:
+            loop.call_soon(self._flush)
+        future: _Wanted = loop.create_future()
+        self._asked.setdefault(self.names.entry(key), []).append(future)
+        return future
 
     def _flush(self) -> None:
         asked, self._asked = self._asked, {}
@@ -104,25 +105,20 @@ class SharedTier:
             self._reading.add(task)
             task.add_done_callback(self._reading.discard)
 
-    async def _read(self, names: list[str], futures: list[asyncio.Future[bytes | None]]) -> None:
+    async def _read(self, names: list[str], wanted: list[list[_Wanted]]) -> None:
         try:
             replies = await self._reader.call("MGET", *names)
-        except BaseException as error:
-            for future in futures:
-                if not future.done():
-                    future.set_exception(error)
-                    future.exception()
-            if not isinstance(error, ForebayError):
-                raise
+        except ForebayError as error:
+            for future in _unanswered(wanted):
+                future.set_exception(own_copy(error, "entries", ""))
             return
-        for future, reply in zip(futures, replies, strict=True):
-            if not future.done():
-                future.set_result(None if reply is None else bytes(reply))
-
-    async def get_fresh(self, key: str) -> bytes | None:
-        """The stored bytes, from the primary."""
-        reply = await self._commands.call("GET", self.names.entry(key))
-        return None if reply is None else bytes(reply)
+        except BaseException:
+            for future in _unanswered(wanted):
+                future.cancel()
+            raise
+        for futures, reply in zip(wanted, replies, strict=True):
+            for future in _unanswered((futures,)):
+                future.set_result(reply)
 
     async def begin(
         self, key: str, token: str, *, lease_ms: int, seen: int
@@ -277,6 +273,11 @@ class SharedTier:
             versions.update(zip(part, map(int, reply), strict=True))
         return versions
 
+    async def holds(self, key: str, token: str) -> bool:
+        """Whether the fill lease of this key is there, and has this token."""
+        holder: bytes | None = await self._commands.call("GET", self.names.lease(key))
+        return holder == token.encode()
+
     async def release(self, key: str, token: str) -> None:
         """Give a fill lease back."""
         await run(self._commands, self._scripts["lease_release"], [self.names.lease(key)], [token])
@@ -327,6 +328,10 @@ class SharedTier:
             each = shards[shard]
             for start in range(0, len(each), _TOGETHER):
                 yield shard, tuple(each[start : start + _TOGETHER])
+
+
+def _unanswered(wanted: Iterable[Iterable[_Wanted]]) -> list[_Wanted]:
+    return [future for futures in wanted for future in futures if not future.done()]
 
 
 def _stamp(reply: Sequence[Reply]) -> Stamp:

@@ -3,7 +3,8 @@
 T1  A ``TagState`` that is known is at least as new as every notice applied so far; it is
     followed through the log from the moment it was looked up.
 T2  When the tag's shard was reset, its state is unknown again: entries that carry it do
-    not hold until it was looked up anew.
+    not hold until it was looked up anew, or a notice told its version. A reset while the
+    server is being asked counts too.
 T3  States live as long as an entry of the near cache refers to them; a few more are kept.
 """
 
@@ -65,7 +66,7 @@ class TagTable:
         return state
 
     def bump(self, tag: str, version: int) -> None:
-        """A notice said so."""
+        """A notice, or the server, said so."""
         state = self._states.get(tag)
         if state is not None and (not state.known or version > state.version):
             state.version = version
@@ -80,23 +81,30 @@ class TagTable:
     async def versions(self, tags: Sequence[str], *, trust: bool) -> Mapping[str, int]:
         """Current versions; asks the server for the unknown ones, or for all without trust."""
         states = [self.state(tag) for tag in tags]
-        missing = [state for state in states if not (trust and state.known)]
-        asked: Mapping[str, int] = {}
-        if missing:
-            generations = list(self._generations)
-            asked = await self._capture([state.tag for state in missing])
-            for state in missing:
-                if generations[state.shard] == self._generations[state.shard]:
-                    self._learn(state, asked[state.tag])
+        asked: dict[str, int] = {}
+        while missing := [
+            each for each in states if each.tag not in asked and not (trust and each.known)
+        ]:
+            generations = [self._generations[each.shard] for each in missing]
+            asked.update(await self._capture([each.tag for each in missing]))
+            for state, generation in zip(missing, generations, strict=True):
+                if generation == self._generations[state.shard]:
+                    self.bump(state.tag, asked[state.tag])
         return {
-            state.tag: max(asked.get(state.tag, 0), state.version if state.known else 0)
-            for state in states
+            each.tag: max(asked.get(each.tag, 0), each.version if each.known else 0)
+            for each in states
         }
 
-    @staticmethod
-    def _learn(state: TagState, version: int) -> None:
-        if not state.known or version > state.version:
-            state.version = version
+    def hold_as_known(self, embedded: Mapping[str, int]) -> bool | None:
+        """Whether an entry with these tag versions is valid; None if that has to be asked."""
+        found: bool | None = True
+        for tag, version in embedded.items():
+            state = self._states.get(tag)
+            if state is None or not state.known:
+                found = None
+            elif state.version > version:
+                return False
+        return found
 
     def hold(self, embedded: Mapping[str, int], current: Mapping[str, int]) -> bool:
         """Whether an entry with these tag versions is still valid."""

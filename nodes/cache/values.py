@@ -17,7 +17,6 @@ from ...schemas.errors import InvalidEntry
 __all__ = ["ValueCodec"]
 
 T = TypeVar("T")
-_UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError)
 
 
 class ValueCodec(Generic[T]):
@@ -53,7 +52,7 @@ class ValueCodec(Generic[T]):
         """The value of msgpack bytes; raises InvalidEntry."""
         try:
             value: T = self._packed.decode(payload)
-        except _UNDECODABLE as error:
+        except Exception as error:  # a type's own __post_init__ may raise anything
             raise InvalidEntry("bad_value", str(error)) from error
         return value
 
@@ -92,5 +91,5 @@ class ValueCodec(Generic[T]):
             return self.unpack(payload)
         try:
             return self.convert(payload)
-        except _UNDECODABLE as error:
+        except Exception as error:  # see unpack
             raise InvalidEntry("bad_value", str(error)) from error

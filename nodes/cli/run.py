@@ -1,19 +1,26 @@
 """`forebay run --app module:attribute`: a node as a process of its own.
 
-SIGTERM or SIGINT drains it: readiness fails, what is under way is finished, ownership is
-handed over, and the exit code is 0, or 4 if time ran out. A second signal stops at once.
+P1  The first SIGTERM or SIGINT drains: readiness fails, what is under way is finished,
+    ownership is handed over; the exit code is 0, or 4 if time ran out.
+P2  A second signal ends the process at once, also while the application holds the event
+    loop up: 128 + its number. So does a first one before there is anything to drain.
+P3  A server of our own that dies takes the node with it: whoever started us starts both.
+P4  What is wrong with the application or the settings is one line and exit code 2.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import random
 import signal
 import sys
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import anyio
@@ -22,7 +29,8 @@ import structlog
 
 from ...coordinator.background import background_tasks
 from ...coordinator.clock import SystemClock
-from ...schemas.errors import ConfigError
+from ...coordinator.embedded import EmbeddedServer
+from ...schemas.errors import ConfigError, ForebayError, ProcessFailed
 from ...schemas.settings_sources import Resolved
 from ..logs import configure_logs
 from ..node import Node
@@ -32,6 +40,7 @@ from .sources import errors_told, load, setting_options, wants_color
 log = structlog.get_logger(__name__)
 
 _DRAIN_TOO_LONG = 4
+_SIGNALLED = 128
 
 
 @click.command("run")
@@ -45,8 +54,7 @@ def command(
 ) -> int:
     """Run a node as a worker until it is told to stop."""
     with errors_told():
-        given = {**flags} if port is None else {**flags, "http.port": port}
-        resolved = load(config, given)
+        resolved = load(config, flags if port is None else {**flags, "port": port})
         settings = resolved.settings
         configure_logs(
             settings.log,
@@ -57,28 +65,42 @@ def command(
         )
         node = load_app(app) if app else Node()
         node.configure(resolved)
-        return _loop_run(node, resolved)
+        code: int = anyio.run(run_node, node, resolved, backend_options=_fast_loop())
+        return code
 
 
 def load_app(target: str) -> Node:
     """The node, or what a function without arguments returns.
 
     Raises:
-        ConfigError: there is no such module or attribute, or it is no node.
+        ConfigError: there is no such module or attribute, it fails, or it is no node.
     """
     module_name, _, attribute = target.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
         for part in (attribute or "node").split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise _no_app(target, str(error)) from error
-    if callable(found) and not isinstance(found, Node):
-        found = found()
+        if callable(found) and not isinstance(found, Node):
+            found = found()
+    except ForebayError:
+        raise
+    except Exception as error:
+        raise _no_app(target, _what_failed(error)) from error
     if not isinstance(found, Node):
         raise _no_app(target, f"it is a {type(found).__name__}, not a node")
     return found
+
+
+def _what_failed(error: Exception) -> str:
+    """The error, and which line of the application it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (__file__, importlib.__file__)
+    places = [f for f in frames if f.filename not in ours and not f.filename.startswith("<")]
+    where = f" ({places[-1].filename}, line {places[-1].lineno})" if places else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}{where}"
 
 
 def _no_app(target: str, problem: str) -> ConfigError:
@@ -91,31 +113,33 @@ def _no_app(target: str, problem: str) -> ConfigError:
     )
 
 
-def _loop_run(node: Node, resolved: Resolved) -> int:
-    options: dict[str, Any] = {}
+def _fast_loop() -> dict[str, Any]:
     try:
         import uvloop
-
-        options["loop_factory"] = uvloop.new_event_loop
     except ImportError:
-        pass
-    code: int = anyio.run(run_node, node, resolved, backend_options=options)
-    return code
+        return {}
+    return {"loop_factory": uvloop.new_event_loop}
 
 
 async def run_node(node: Node, resolved: Resolved) -> int:
     """Serve until a signal comes; returns the exit code."""
     stop = anyio.Event()
-    async with background_tasks() as tasks:
-        await tasks.start(_watch_signals, stop)
-        await node.start(workers=True)
-        async with AsyncExitStack() as stack:
-            stack.push_async_exit(node.__aexit__)
-            url = await _serve(stack, node, resolved)
-            log.info("node.started", url=url, node=node.instance)
-            await stop.wait()
-            finished = await node.drain()
-    return 0 if finished else _DRAIN_TOO_LONG
+    with anyio.CancelScope() as life:
+        with _signals() as signals:
+            signals.first = lambda _: life.cancel()
+            async with AsyncExitStack() as stack:
+                await node.start(workers=True)
+                stack.push_async_exit(node.__aexit__)
+                tasks = await stack.enter_async_context(background_tasks())
+                tasks.start_soon(_fail_with, node.parts.backend.server)
+                url = await _serve(stack, node, resolved)
+                signals.first = lambda _: stop.set()
+                log.info("node.started", url=url, node=node.instance)
+                await stop.wait()
+                log.info("node.draining", signal=signals.name)
+                finished = await node.drain()
+        return 0 if finished else _DRAIN_TOO_LONG
+    return _SIGNALLED + signals.number
 
 
 async def _serve(stack: AsyncExitStack, node: Node, resolved: Resolved) -> str:
@@ -135,14 +159,38 @@ async def _serve(stack: AsyncExitStack, node: Node, resolved: Resolved) -> str:
     return address.url
 
 
-async def _watch_signals(
-    stop: anyio.Event, *, task_status: Any = anyio.TASK_STATUS_IGNORED
-) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for received in signals:
-            if stop.is_set():
-                log.warning("node.killed", signal=received.name)
-                os._exit(128 + received)
-            log.info("node.draining", signal=received.name)
-            stop.set()
+async def _fail_with(server: EmbeddedServer | None) -> None:
+    if server is not None:
+        await server.died.wait()
+        raise ProcessFailed("the embedded valkey-server", "ended by itself; its log says why")
+
+
+class _Signals:
+    """What came, and what to do when the first one comes: called in the event loop."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.first: Callable[[int], None] = lambda _: None
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    """Handlers of the interpreter, not of the loop: they run while the loop is held up, too."""
+    signals, loop = _Signals(), asyncio.get_running_loop()
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if signals.number:
+            os._exit(_SIGNALLED + number)
+        signals.number = number
+        loop.call_soon_threadsafe(lambda: signals.first(number))
+
+    before = {each: signal.signal(each, handle) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

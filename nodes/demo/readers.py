@@ -18,9 +18,8 @@ import argparse
 import random
 import signal
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import TextIO
 
@@ -30,6 +29,7 @@ import msgspec
 from anyio.abc import TaskGroup
 from msgspec import Struct
 
+from ...coordinator.clock import Clock, SystemClock
 from .flights import Flight, read_day
 
 __all__ = ["IN_FLIGHT_MAX", "ReadReport", "Readers", "Tally", "airport_weights", "main"]
@@ -125,7 +125,7 @@ class Readers:
         rate: float,
         flights: Sequence[Flight],
         choices: random.Random,
-        monotonic: Callable[[], float] = time.monotonic,
+        clock: Clock | None = None,
     ) -> None:
         self.tally = Tally()
         self._nodes = nodes
@@ -134,7 +134,7 @@ class Readers:
         self._airports = list(weights)
         self._cumulated = list(accumulate(weights.values()))
         self._choices = choices
-        self._monotonic = monotonic
+        self._monotonic = (clock or SystemClock()).monotonic
         self._places = anyio.Semaphore(IN_FLIGHT_MAX)
 
     async def run(self) -> None:

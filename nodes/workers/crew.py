@@ -34,6 +34,8 @@ __all__ = ["Crew", "WorkParts", "crew"]
 
 log = structlog.get_logger(__name__)
 
+_BLOCK_MS_MAX = 500  # a connection that is silent for two command timeouts is dropped
+
 
 class WorkParts(Struct, kw_only=True):
     """What the workers need of their node."""
@@ -82,6 +84,7 @@ class Crew:
             parts.dead_letters,
             core,
             durable=parts.settings.durable,
+            block_ms=min(_BLOCK_MS_MAX, parts.settings.valkey.command_timeout_ms),
         )
         retain = parts.settings.durable.log_retain
         self.trimmer = Trimmer(link, parts.names, self.ownership, core.follower, retain=retain)

@@ -1,22 +1,40 @@
 """Dead letters: what can never be applied, kept with the reason and the original bytes.
 
 They stand in a stream beside the one they came from, with the fields ``reason``,
-``problem``, ``field``, ``from`` (the id it had), ``event`` (the bytes as they came). The
-newest ``entries_max`` are kept; what is dropped for that is counted.
+``problem``, ``field``, ``fix``, ``from`` (the id it had), ``event`` (the bytes as they came).
+
+D1  ``bury`` returns when the server has all of them; else it raises, and nothing may be
+    taken as done.
+D2  A crash between burying and the checkpoint buries again: of several with the same
+    ``from`` one is meant.
+D3  About the newest ``entries_max`` are kept in each stream; what is dropped is counted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import structlog
+from msgspec import Struct
 
 from ...coordinator.instruments import Instruments
-from ...coordinator.link import Commands
-from ...schemas.errors import InvalidEvent
+from ...coordinator.link import Arg, Commands
+from ...schemas.errors import ForebayError, InvalidEvent
 from ...schemas.keys import Names
 
-__all__ = ["DeadLetters"]
+__all__ = ["DeadLetter", "DeadLetters"]
 
 log = structlog.get_logger(__name__)
+
+_TOGETHER = 64
+_LOGGED_MAX = 10
+_TEXT_MAX = 1_000
+
+
+class DeadLetter(Struct, frozen=True):
+    entry_id: str
+    raw: bytes
+    error: InvalidEvent
 
 
 class DeadLetters:
@@ -29,21 +47,47 @@ class DeadLetters:
         self._entries_max = entries_max
         self.buried = 0
 
-    async def bury(self, shard: int, entry_id: str, raw: bytes, error: InvalidEvent) -> None:
-        """Keep one; returns when the server has it."""
+    async def bury(self, shard: int, letters: Sequence[DeadLetter]) -> None:
+        """Keep these; EVENTS for those of the ingress stream.
+
+        Raises:
+            Unavailable, ServerRefused: some are not kept, or it is unknown.
+        """
         name = self._names.part(shard, "dead")
-        await self._commands.call(
-            "XADD", name, "MAXLEN", "~", self._entries_max, "*",
-            "reason", error.fault, "problem", error.problem, "field", error.field,
-            "fix", error.fix, "from", entry_id, "event", raw,
-        )  # fmt: skip
-        self.buried += 1
-        self._instruments.counts["dead_letters", error.fault] += 1
-        log.warning(
-            "event.dead_lettered",
-            reason=error.fault,
-            problem=error.problem[:300],
-            field=error.field,
-            entry=entry_id,
-            stream=name,
+        for start in range(0, len(letters), _TOGETHER):
+            await self._keep(name, letters[start : start + _TOGETHER])
+        for letter in letters[:_LOGGED_MAX]:
+            log.warning(
+                "event.dead_lettered",
+                reason=letter.error.fault,
+                problem=letter.error.problem[:300],
+                field=letter.error.field,
+                entry=letter.entry_id,
+                stream=name,
+            )
+        if len(letters) > _LOGGED_MAX:
+            log.warning("event.dead_lettered", more=len(letters) - _LOGGED_MAX, stream=name)
+
+    async def _keep(self, name: str, letters: Sequence[DeadLetter]) -> None:
+        trim = ("XTRIM", name, "MAXLEN", "~", self._entries_max)
+        *added, dropped = await self._commands.call_many(
+            [*(_added(name, e) for e in letters), trim]
         )
+        for letter, reply in zip(letters, added, strict=True):
+            if isinstance(reply, ForebayError):
+                raise reply
+            self.buried += 1
+            self._instruments.counts["dead_letters", letter.error.fault] += 1
+        if isinstance(dropped, int) and dropped:
+            self._instruments.counts["limit_reached", "dead_letters"] += dropped
+            log.error("dead_letters.dropped", count=dropped, stream=name)
+
+
+def _added(name: str, letter: DeadLetter) -> list[Arg]:
+    error = letter.error
+    return [
+        "XADD", name, "*",
+        "reason", error.fault, "problem", error.problem[:_TEXT_MAX],
+        "field", error.field[:_TEXT_MAX], "fix", error.fix,
+        "from", letter.entry_id, "event", letter.raw,
+    ]  # fmt: skip

@@ -3,9 +3,11 @@
 G1  The checkpoint moves past an event when it was applied, is a dead letter, or is held.
 G2  After a crash a batch is applied again; marks make the repetition harmless (plan P2).
 G3  No event stops the ones behind it: what can never be applied goes to the dead letters,
-    what a newer node can read is held and published again when one takes over.
+    what a newer node can read is held and published again when one takes over (twice, if it
+    dies in the midst of it). Of held events there is a bound; one more is a dead letter.
 G4  A write is refused by a full stream only as long as it is full: ingress waits, and so,
     by the bound of its own stream, do the publishers.
+G5  Refreshes are hints: they are applied last, and dropped where anything stands against it.
 
 Reading blocks, so it has a connection of its own.
 """
@@ -15,28 +17,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import anyio
-import msgspec
 import structlog
 from anyio.abc import TaskStatus
 
 from ...coordinator.link import Commands, Reply
 from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Call, Scripts, run
-from ...schemas.errors import (
-    Backpressure,
-    Fenced,
-    ForebayError,
-    InvalidEntry,
-    InvalidEvent,
-    ServerRefused,
-)
-from ...schemas.events import NewerSchema, Refresh, Write, read_event
-from ...schemas.jobs import RefreshJob, WriteJob
+from ...coordinator.scripting import Scripts, run
+from ...schemas.errors import Fenced, ForebayError, InvalidEvent, NewerSchema, ServerRefused
+from ...schemas.events import Write, read_event
 from ...schemas.keys import EVENTS, Names
 from ...schemas.settings import Durable
 from ..cache.loads import Core
-from .dead_letters import DeadLetters
-from .plan import Invalidation, Step, Taken, WriteStep, plan
+from .applier import Applier
+from .dead_letters import DeadLetter, DeadLetters
+from .plan import Taken, plan
+from .requests import RefreshRequests
 from .routes import Routes
 
 __all__ = ["Ingress"]
@@ -44,8 +39,10 @@ __all__ = ["Ingress"]
 log = structlog.get_logger(__name__)
 
 _BATCH = 500
-_BLOCK_MS = 500
-_ANY = 1 << 62
+_RETRY_S = 0.2
+_YIELD_S = 2.0
+_LOOK_S = 0.25
+_PAGE = 100
 _NO_FIELD = InvalidEvent(
     "wrong_field",
     "the entry has no field 'event'",
@@ -67,7 +64,9 @@ class Ingress:
         core: Core,
         *,
         durable: Durable,
+        block_ms: int = 500,
     ) -> None:
+        """``block_ms``: shorter than what the blocking connection takes for silence."""
         self._commands = commands
         self._blocking = blocking
         self._names = names
@@ -75,15 +74,23 @@ class Ingress:
         self._ownership = ownership
         self._routes = routes
         self._dead_letters = dead_letters
-        self._core = core
         self._durable = durable
+        self._block_ms = block_ms
+        self._node_id = core.node_id
         self._clock = core.clock
         self._server_clock = core.server_clock
         self._instruments = core.instruments
+        self._applier = Applier(commands, routes, core)
+        self._requests = RefreshRequests(routes, core)
         self._owner = anyio.Event()
         self._idle = anyio.Event()
         self._busy = False
         self._yielding = False
+        self._failure: type[Exception] | None = None
+
+    def __repr__(self) -> str:
+        state = "yielding" if self._yielding else "busy" if self._busy else "idle"
+        return f"<Ingress of {self._names.events} {state}>"
 
     def gained(self, tenure: Tenure) -> None:
         if tenure.resource == EVENTS:
@@ -91,13 +98,13 @@ class Ingress:
             self._owner.set()
 
     def lost(self, tenure: Tenure) -> None:
-        """Seen by itself: the tenure is looked at before every batch."""
+        """Seen by itself: the tenure is looked at before every step."""
 
     async def yielding(self, tenures: Sequence[Tenure]) -> None:
         """Take no further batch, and wait for the one under way."""
         if any(tenure.resource == EVENTS for tenure in tenures):
             self._yielding = True
-            with anyio.move_on_after(2):
+            with anyio.move_on_after(_YIELD_S):
                 while self._busy:
                     await self._idle.wait()
 
@@ -108,68 +115,93 @@ class Ingress:
             tenure = self._ownership.in_force(EVENTS)
             if tenure is None or self._yielding:
                 self._owner = anyio.Event()
-                with anyio.move_on_after(0.25):
+                with anyio.move_on_after(_LOOK_S):
                     await self._owner.wait()
                 continue
             try:
                 await self._serve(tenure)
-            except (ForebayError, Fenced) as error:
-                log.warning("ingress.interrupted", error=str(error))
-                await anyio.sleep(0.2)
+            except Fenced as error:
+                log.info("ingress.given_up", error=str(error))
+            except ForebayError as error:
+                say = log.debug if type(error) is self._failure else log.warning
+                say("ingress.interrupted", error=str(error))
+                self._failure = type(error)
+                await anyio.sleep(_RETRY_S)
 
     async def _serve(self, tenure: Tenure) -> None:
         """Apply batch after batch as long as the tenure is in force."""
-        await self._publish_held()
+        await self._publish_held(tenure)
         done = self._names.part(EVENTS, "done")
         reply = await self._commands.call("HGET", done, "events")
         position = "0-0" if reply is None else bytes(reply).decode()
-        while self._ownership.in_force(EVENTS) is tenure and not self._yielding:
-            reply = await self._blocking.call(
-                "XREAD", "COUNT", _BATCH, "BLOCK", _BLOCK_MS,
-                "STREAMS", self._names.events, position,
-                timeout_ms=_BLOCK_MS + 2_000,
-            )  # fmt: skip
-            if not reply or self._yielding:
+        while self._ours(tenure):
+            entries = await self._read(position)
+            if not entries or not self._ours(tenure):
                 continue
             self._busy = True
             try:
-                position = await self._apply(tenure, reply[0][1])
+                position = await self._apply(tenure, entries)
+                self._failure = None
             finally:
                 self._busy = False
                 self._idle.set()
                 self._idle = anyio.Event()
 
+    async def _read(self, position: str) -> Sequence[Sequence[Reply]]:
+        reply = await self._blocking.call(
+            "XREAD", "COUNT", _BATCH, "BLOCK", self._block_ms,
+            "STREAMS", self._names.events, position,
+            timeout_ms=self._block_ms + 2_000,
+        )  # fmt: skip
+        entries: Sequence[Sequence[Reply]] = reply[0][1] if reply else ()
+        return entries
+
+    def _ours(self, tenure: Tenure) -> bool:
+        return self._ownership.in_force(EVENTS) is tenure and not self._yielding
+
+    def _check(self, tenure: Tenure) -> None:
+        if not self._ours(tenure):
+            raise Fenced("the ingress stream", tenure.epoch, 0)
+
     async def _apply(self, tenure: Tenure, entries: Sequence[Sequence[Reply]]) -> str:
         started = self._clock.monotonic()
-        batch = []
+        batch: list[Taken] = []
+        letters: list[DeadLetter] = []
         for raw_id, fields in entries:
-            taken = await self._take(bytes(raw_id).decode(), fields)
+            taken = await self._take(bytes(raw_id).decode(), fields, letters)
             if taken is not None:
                 batch.append(taken)
-        await self._carry_out(plan(batch, self._names), tenure)
-        await self._refresh(batch)
+        steps = plan(batch, self._names)
+        letters += await self._applier.apply(steps, lambda: self._check(tenure))
+        await self._dead_letters.bury(EVENTS, letters)
+        await self._requests.carry_out([taken.event.body for taken in batch])
         last_id = bytes(entries[-1][0]).decode()
         await self._commit(tenure, last_id)
         self._measure(batch, started)
         return last_id
 
-    async def _take(self, entry_id: str, fields: Sequence[bytes] | None) -> Taken | None:
+    async def _take(
+        self, entry_id: str, fields: Sequence[bytes] | None, letters: list[DeadLetter]
+    ) -> Taken | None:
         """The event of an entry; None if it was put aside."""
-        found = dict(zip(map(bytes, (fields or ())[::2]), (fields or ())[1::2], strict=True))
-        raw = bytes(found.get(b"event", b""))
+        found = dict(zip((fields or ())[::2], (fields or ())[1::2], strict=True))
+        raw = found.get(b"event")
         try:
-            if b"event" not in found:
+            if raw is None:
                 raise _NO_FIELD
             event = read_event(raw, bytes_max=self._durable.event_bytes_max)
             if isinstance(event.body, Write):
                 self._check_route(event.body)
-            return Taken(entry_id, event)
+            return Taken(entry_id, event, raw)
         except NewerSchema as error:
-            await self._hold(entry_id, raw, error)
+            if await self._hold(entry_id, raw or b"", error):
+                return None
+            fault = InvalidEvent("unknown_type", f"{error}, and too many are held", field="type")
         except InvalidEvent as error:
-            original = raw or b" ".join(bytes(part) for part in fields or ())
-            await self._dead_letters.bury(EVENTS, entry_id, original, error)
-            self._instruments.counts["events_processed", "unknown", "dead"] += 1
+            fault = error
+        original = b" ".join(fields or ()) if raw is None else raw
+        letters.append(DeadLetter(entry_id, original, fault))
+        self._instruments.counts["events_processed", "unknown", "dead"] += 1
         return None
 
     def _check_route(self, body: Write) -> None:
@@ -181,126 +213,40 @@ class Ingress:
                 fix="declare one with @node.sink, or invalidate instead",
             )
 
-    async def _hold(self, entry_id: str, raw: bytes, error: NewerSchema) -> None:
+    async def _hold(self, entry_id: str, raw: bytes, error: NewerSchema) -> bool:
+        """Keep it for a newer node, once, under the id that it had; false: there is no room."""
         held = self._names.part(EVENTS, "held")
-        await self._commands.call("XADD", held, "*", "event", raw, "from", entry_id)
+        if await self._commands.call("XLEN", held) >= self._durable.dead_letters_max:
+            self._instruments.counts["limit_reached", "held"] += 1
+            return False
+        try:
+            await self._commands.call("XADD", held, entry_id, "event", raw)
+        except ServerRefused:
+            if not await self._commands.call("XRANGE", held, entry_id, entry_id):
+                raise
+            return True  # it was held before the crash
         self._instruments.counts["events_processed", "unknown", "held"] += 1
         log.error("event.held", entry=entry_id, error=str(error))
+        return True
 
-    async def _publish_held(self) -> None:
+    async def _publish_held(self, tenure: Tenure) -> None:
         """Give events that this node can read, and an older one could not, another try."""
-        held = self._names.part(EVENTS, "held")
-        for raw_id, fields in await self._commands.call("XRANGE", held, "-", "+", "COUNT", 1_000):
-            raw = bytes(fields[1])
-            try:
-                read_event(raw, bytes_max=self._durable.event_bytes_max)
-            except NewerSchema:
-                continue
-            except InvalidEvent:
-                log.warning("event.unheld", entry=bytes(raw_id).decode())
-            await self._commands.call("XADD", self._names.events, "*", "event", raw)
-            await self._commands.call("XDEL", held, raw_id)
+        held, start = self._names.part(EVENTS, "held"), "-"
+        while page := await self._commands.call("XRANGE", held, start, "+", "COUNT", _PAGE):
+            for raw_id, fields in page:
+                self._check(tenure)
+                await self._publish_again(held, raw_id, bytes(fields[1]))
+            start = f"({bytes(page[-1][0]).decode()}"
 
-    async def _carry_out(self, steps: Sequence[Step], tenure: Tenure) -> None:
-        calls = [(step, call) for step in steps if (call := await self._call_of(step)) is not None]
-        replies = await self._send([call for _, call in calls])
-        for (step, call), reply in zip(calls, replies, strict=True):
-            if isinstance(step, WriteStep):
-                await self._settle(step, call, reply, tenure)
-            elif isinstance(reply, ServerRefused):
-                raise reply
-
-    async def _call_of(self, step: Step) -> Call | None:
-        shared = self._core.shared
-        if isinstance(step, Invalidation):
-            if step.kind == "tags":
-                (calls,) = shared.bump_calls(step.names, mark=step.mark).values()
-            else:
-                (calls,) = shared.invalidate_calls(
-                    step.names, soft=step.soft, mark=step.mark
-                ).values()
-            return calls[0]
+    async def _publish_again(self, held: str, raw_id: bytes, raw: bytes) -> None:
         try:
-            return await self._write_call(step)
-        except (msgspec.MsgspecError, InvalidEntry) as error:
-            fault = InvalidEvent("wrong_field", str(error), field="value")
-            raw = bytes(step.body.value)
-            await self._dead_letters.bury(EVENTS, step.taken.id, raw, fault)
-            self._instruments.counts["events_processed", "write", "dead"] += 1
-            return None
-
-    async def _write_call(self, step: WriteStep) -> Call:
-        event, body = step.taken.event, step.body
-        ttl_ms = int(body.ttl * 1000) if body.ttl else None
-        packer = self._routes.packer_of(body.key)
-        packed = await packer.pack_published(body.key, bytes(body.value), ttl_ms)
-        job = WriteJob(
-            key=body.key,
-            value=packed.payload,
-            invalidates=body.invalidates,
-            event_id=event.id,
-            traceparent=event.traceparent,
-        )
-        return self._core.shared.write_call(
-            job,
-            soft_ms=packed.soft_ms,
-            hard_ms=packed.hard_ms,
-            tail=packed.tail,
-            mark=step.mark,
-        )
-
-    async def _send(self, calls: Sequence[Call]) -> list[Reply]:
-        """Run the scripts in order. Those that the server did not know run once more.
-
-        Among these, a later mark may have got in before: then it is run without its mark,
-        since it is no repetition.
-        """
-        replies = await self._commands.call_many([call.by_sha() for call in calls])
-        for at, reply in enumerate(replies):
-            if isinstance(reply, ServerRefused) and reply.code == "NOSCRIPT":
-                call = calls[at]
-                replies[at] = await run(self._commands, call.script, call.keys, call.args)
-                if replies[at][0] == 2:
-                    replies[at] = await self._unmarked(call)
-        return replies
-
-    async def _unmarked(self, call: Call) -> Reply:
-        args = list(call.args)
-        args[9 if call.script.name == "entry_write" else 3] = ""
-        return await run(self._commands, call.script, call.keys, args)
-
-    async def _settle(self, step: WriteStep, call: Call, reply: Reply, tenure: Tenure) -> None:
-        """See a write through: wait while its stream is full."""
-        key, counts = step.body.key, self._instruments.counts
-        while True:
-            if isinstance(reply, ServerRefused):
-                raise reply
-            try:
-                receipt = self._core.shared.receipt(key, reply)
-            except Backpressure as full:
-                counts["limit_reached", "writes"] += 1
-                log.warning("ingress.held_back", error=str(full))
-                await anyio.sleep(0.1)
-                if self._ownership.in_force(EVENTS) is not tenure:
-                    raise
-                reply = await self._unmarked(call)
-            else:
-                counts[
-                    "events_processed", "write", "applied" if receipt.stamp else "duplicate"
-                ] += 1
-                return
-
-    async def _refresh(self, batch: Sequence[Taken]) -> None:
-        for taken in batch:
-            if not isinstance(taken.event.body, Refresh):
-                continue
-            for key in taken.event.body.keys:
-                cached = self._routes.cache_of(key)
-                if cached is not None:
-                    job = RefreshJob(cache=cached.name, key=key, token=self._core.ids())
-                    lease_ms = cached.path.policy.lease_ms
-                    await self._core.shared.refresh(job, lease_ms=lease_ms, seen=_ANY)
-            self._instruments.counts["events_processed", "refresh", "applied"] += 1
+            read_event(raw, bytes_max=self._durable.event_bytes_max)
+        except NewerSchema:
+            return
+        except InvalidEvent as error:
+            log.warning("event.unheld", entry=bytes(raw_id).decode(), error=str(error))
+        await self._commands.call("XADD", self._names.events, "*", "event", raw)
+        await self._commands.call("XDEL", held, raw_id)
 
     async def _commit(self, tenure: Tenure, last_id: str) -> None:
         ms, _, seq = last_id.partition("-")
@@ -309,7 +255,7 @@ class Ingress:
             self._commands,
             self._scripts["checkpoint_commit"],
             [part(EVENTS, "own"), part(EVENTS, "done"), self._names.events],
-            [self._core.node_id, tenure.epoch, "events", last_id, f"{ms}-{int(seq) + 1}"],
+            [self._node_id, tenure.epoch, "events", last_id, f"{ms}-{int(seq) + 1}"],
         )
         if not reply[0]:
             self._ownership.fenced(tenure)

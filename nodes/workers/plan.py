@@ -1,16 +1,17 @@
 """From a batch of events to the scripts that apply them: a pure decision.
 
-P1  Within a shard, scripts stand in the order of the events.
-P2  Each script carries a mark, the place of its newest event in the ingress stream. The
-    shard refuses a mark that is not newer than the last one, so a batch that is applied
-    again after a crash has no second effect.
-P3  Neighbouring invalidations of a shard become one script, of at most 200 keys.
+P1  Within a shard, steps stand in the order of the events, and so do their marks: each is
+    later than the one before.
+P2  A mark is the place of a step's newest event in the ingress stream, and depends on nothing
+    else. The shard refuses one that is not later than its newest, so a batch that is applied
+    again after a crash, whole or cut elsewhere, writes nothing twice. Keys whose invalidation
+    was merged with later ones may be invalidated once more, which costs a load at most.
+P3  Neighbouring invalidations of a shard become one step, of at most 200 keys.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -18,10 +19,11 @@ from msgspec import Struct
 from ...schemas.events import Event, Invalidate, Write
 from ...schemas.keys import Names
 
-__all__ = ["Invalidation", "Step", "Taken", "WriteStep", "mark_of", "plan"]
+__all__ = ["Invalidation", "Step", "Taken", "WriteStep", "mark_of", "plan", "singly"]
 
 _TOGETHER = 200
 _TAGS_FROM = 10_001
+Kind = Literal["keys", "tags"]
 
 
 class Taken(Struct, frozen=True):
@@ -29,19 +31,28 @@ class Taken(Struct, frozen=True):
 
     id: str
     event: Event
+    raw: bytes  #: as it was published
 
 
 class Invalidation:
-    """Keys, or tags, of one shard to invalidate."""
+    """Keys, or tags, of one shard to invalidate; each with the last event that named it."""
 
-    __slots__ = ("kind", "mark", "names", "shard", "soft")
+    __slots__ = ("kind", "last", "names", "shard", "soft")
 
-    def __init__(self, shard: int, kind: Literal["keys", "tags"], soft: bool) -> None:
+    def __init__(self, shard: int, kind: Kind, soft: bool) -> None:
         self.shard = shard
-        self.kind: Literal["keys", "tags"] = kind
+        self.kind: Kind = kind
         self.soft = soft
-        self.names: dict[str, None] = {}
-        self.mark = ""
+        self.names: dict[str, tuple[Taken, int]] = {}
+        self.last: tuple[Taken, int]
+
+    def add(self, name: str, taken: Taken, place: int) -> None:
+        self.names[name] = self.last = taken, place
+
+    @property
+    def mark(self) -> str:
+        taken, place = self.last
+        return mark_of(taken.id, place)
 
     def __repr__(self) -> str:
         return f"<Invalidation of {len(self.names)} {self.kind} of {self.shard} at {self.mark}>"
@@ -49,9 +60,12 @@ class Invalidation:
 
 class WriteStep(Struct, frozen=True):
     shard: int
-    mark: str
     taken: Taken
     body: Write
+
+    @property
+    def mark(self) -> str:
+        return mark_of(self.taken.id, 0)
 
 
 Step = Invalidation | WriteStep
@@ -62,42 +76,47 @@ def mark_of(entry_id: str, place: int) -> str:
     0 the key written, 1.. keys, 10001.. tags; it does not depend on where a batch begins.
     """
     ms, _, seq = entry_id.partition("-")
-    return f"{int(ms):015}-{int(seq):012}-{place:05}"
+    return f"{int(ms):020}-{int(seq):020}-{place:05}"
 
 
 def plan(batch: Sequence[Taken], names: Names) -> list[Step]:
     """The steps of a batch; refreshes, which need no order, are left out."""
-    steps: dict[int, list[Step]] = defaultdict(list)
+    steps: dict[int, list[Step]] = {}
+    shard_of = names.shard
     for taken in batch:
         body = taken.event.body
         if isinstance(body, Invalidate):
-            _add(steps, taken, "keys", body.keys, body.soft, names)
-            _add(steps, taken, "tags", body.tags, False, names)
+            for place, key in enumerate(body.keys, 1):
+                shard = shard_of(key)
+                _open(steps, shard, "keys", body.soft).add(key, taken, place)
+            for place, tag in enumerate(body.tags, _TAGS_FROM):
+                _open(steps, shard_of(tag), "tags", False).add(tag, taken, place)
         elif isinstance(body, Write):
-            shard = names.shard(body.key)
-            steps[shard].append(WriteStep(shard, mark_of(taken.id, 0), taken, body))
+            shard = shard_of(body.key)
+            steps.setdefault(shard, []).append(WriteStep(shard, taken, body))
     return [step for shard in sorted(steps) for step in steps[shard]]
 
 
-def _add(
-    steps: dict[int, list[Step]],
-    taken: Taken,
-    kind: Literal["keys", "tags"],
-    what: Sequence[str],
-    soft: bool,
-    names: Names,
-) -> None:
-    first = 1 if kind == "keys" else _TAGS_FROM
-    for place, name in enumerate(what, first):
-        shard = names.shard(name)
-        last = steps[shard][-1] if steps[shard] else None
-        if (
-            not isinstance(last, Invalidation)
-            or last.kind != kind
-            or last.soft != soft
-            or len(last.names) >= _TOGETHER
-        ):
-            last = Invalidation(shard, kind, soft)
-            steps[shard].append(last)
-        last.names[name] = None
-        last.mark = mark_of(taken.id, place)
+def _open(steps: dict[int, list[Step]], shard: int, kind: Kind, soft: bool) -> Invalidation:
+    """The step that takes the next name: the shard's last if that is of the same sort."""
+    queue = steps.setdefault(shard, [])
+    last = queue[-1] if queue else None
+    if (
+        isinstance(last, Invalidation)
+        and last.kind == kind
+        and last.soft == soft
+        and len(last.names) < _TOGETHER
+    ):
+        return last
+    opened = Invalidation(shard, kind, soft)
+    queue.append(opened)
+    return opened
+
+
+def singly(step: Invalidation) -> Iterable[Invalidation]:
+    """The same, a step for each name, in the order of their marks."""
+    places = sorted(step.names.items(), key=lambda item: mark_of(item[1][0].id, item[1][1]))
+    for name, (taken, place) in places:
+        single = Invalidation(step.shard, step.kind, step.soft)
+        single.add(name, taken, place)
+        yield single

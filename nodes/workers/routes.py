@@ -1,7 +1,8 @@
 """Which cache and which sink a key belongs to.
 
 A key's template tells. All workers of a namespace run the same application, so that
-whoever owns a shard knows the routes of all its keys.
+whoever owns a shard knows the routes of all its keys. A sink's name is what its checkpoints
+go by: two sinks never share one.
 """
 
 from __future__ import annotations
@@ -68,13 +69,20 @@ class Routes:
         self.caches[cached.name] = cached
 
     def add_sink(self, template: str, sink: Sink) -> None:
+        problem = fix = ""
         if any(route.template.text == template for route in self.sinks):
+            problem = "there is a sink for this key template already"
+            fix = "declare one sink for each template"
+        elif any(s.name == sink.name and s is not sink for s in self.all_sinks()):
+            problem = f"another sink has the name {sink.name}, and so its checkpoints"
+            fix = "give each sink a name of its own"
+        if problem:
             raise ConfigError(
                 setting="the sink",
                 value=template,
                 origin="its declaration",
-                problem="there is a sink for this key template already",
-                fix="declare one sink for each template",
+                problem=problem,
+                fix=fix,
             )
         self.sinks.append(SinkRoute(KeyTemplate(template), sink))
 

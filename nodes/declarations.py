@@ -1,0 +1,146 @@
+"""What is declared on a node: caches, sinks, and what runs when it starts and stops.
+
+D1  What cannot work is refused where it is declared: lifetimes, templates that do not fit
+    their function, a name or template that is there already.
+D2  A decorator leaves the function's types as they were.
+D3  Nothing is declared on a node that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, overload
+
+from ..schemas.errors import ConfigError, InvalidKey
+from ..schemas.settings import Settings
+from .cache.cached import Cached, Declaration, lifetime_ms
+from .hooks import Hook
+from .sinks.base import Sink, Write
+from .sinks.callables import CallableSink
+from .workers.routes import Routes
+
+__all__ = ["Declarations", "refuse_one_string"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Loader = Callable[P, Awaitable[T]]
+SinkFunction = Callable[[list[Write[Any]]], Awaitable[None]]
+S = TypeVar("S", bound=SinkFunction)
+H = TypeVar("H", bound=Hook)
+
+
+class Declarations:
+    def __init__(self) -> None:
+        self._routes = Routes()
+        self._on_start: list[Hook] = []
+        self._on_stop: list[Hook] = []
+        self._begun = False  # from the beginning of a start to the end of its stop
+
+    def cached(
+        self,
+        template: str,
+        *,
+        ttl: float,
+        stale_for: float = 0.0,
+        negative_ttl: float | None = None,
+        tags: Sequence[str] = (),
+        name: str = "",
+    ) -> Callable[[Loader[P, T]], Cached[P, T]]:
+        """Cache what a loader returns. Times in seconds.
+
+        Args:
+            template: the key, with every parameter of the loader as a field.
+            ttl: how long a value is fresh.
+            stale_for: how much longer it may be served while a new one is loaded.
+            negative_ttl: how long None is remembered; by default like ``ttl``, at most 10 s.
+            tags: labels by which entries are invalidated together; may have fields too.
+            name: in metrics and logs; by default the function's.
+
+        Raises:
+            ConfigError, InvalidKey: the declaration cannot work.
+        """
+        refuse_one_string("tags", tags)
+        lifetime_ms("ttl", ttl)
+        declared = Declaration(
+            template=template,
+            ttl=ttl,
+            stale_for=stale_for,
+            negative_ttl=negative_ttl,
+            tags=tuple(tags),
+            name=name,
+        )
+
+        def declare(loader: Loader[P, T]) -> Cached[P, T]:
+            self._only_before_start()
+            made: Cached[P, T] = Cached(loader, declared)
+            made.policy(Settings().cache)  # so that wrong lifetimes are refused here
+            self._routes.add_cache(made)
+            return made
+
+        return declare
+
+    @overload
+    def sink(self, template: str, sink: Sink) -> None: ...
+
+    @overload
+    def sink(self, template: str) -> Callable[[S], S]: ...
+
+    def sink(self, template: str, sink: Sink | None = None) -> Callable[[S], S] | None:
+        """Where write-behind puts the values of these keys: a sink, or a decorated function.
+
+        Raises:
+            ConfigError, InvalidKey: the declaration cannot work.
+        """
+        if sink is not None:
+            self._add_sink(template, sink)
+            return None
+
+        def declare(function: S) -> S:
+            self._add_sink(template, CallableSink(function.__name__, function))
+            return function
+
+        return declare
+
+    def on_start(self, hook: H) -> H:
+        """Run before the workers start, when the node can be used already."""
+        self._only_before_start()
+        self._on_start.append(hook)
+        return hook
+
+    def on_stop(self, hook: H) -> H:
+        """Run after the drain, the last declared first; also if the start failed at a hook.
+
+        It is cancelled after ten seconds. What it raises is raised by the block, unless
+        that has raised something itself.
+        """
+        self._only_before_start()
+        self._on_stop.append(hook)
+        return hook
+
+    def _add_sink(self, template: str, sink: Sink) -> None:
+        self._only_before_start()
+        for other in self._routes.all_sinks():
+            if other.name == sink.name and other is not sink:
+                raise ConfigError(
+                    setting="the sink",
+                    value=f"{sink.name} of {template}",
+                    origin="its declaration",
+                    problem="another sink has that name",
+                    fix="give each function or sink a name of its own",
+                )
+        self._routes.add_sink(template, sink)
+
+    def _only_before_start(self) -> None:
+        if self._begun:
+            raise ConfigError(
+                setting="the node",
+                value=repr(self),
+                origin="the code",
+                problem="it is running already",
+                fix="declare everything before `async with node:`, and start it once",
+            )
+
+
+def refuse_one_string(name: str, given: Sequence[str]) -> None:
+    if isinstance(given, str):
+        raise InvalidKey(name, given, "is one string; write a list of them")

@@ -1,0 +1,174 @@
+"""Applying the steps of a batch, shard by shard.
+
+A1  Of each shard one step is under way at a time, and the next follows when it was applied:
+    nothing can overtake a write that a full stream, or a server that forgot its scripts, put
+    off. Shards go side by side.
+A2  A step is repeated with its mark, never without, so it takes effect once.
+A3  A write that its stream has no room for is tried again as long as the work is ours; the
+    shards that have room are done first.
+A4  What can never be applied (a value of the wrong type, a name that holds something else)
+    comes back as a dead letter, and the steps behind it go on. Faults of the server as a
+    whole are raised.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import anyio
+import structlog
+
+from ...coordinator.link import Commands, Reply
+from ...coordinator.scripting import Call, run_many
+from ...schemas.errors import (
+    Backpressure,
+    ForebayError,
+    InvalidEntry,
+    InvalidEvent,
+    InvalidKey,
+    ServerRefused,
+)
+from ...schemas.jobs import WriteJob
+from ..cache.loads import Core
+from .dead_letters import DeadLetter
+from .plan import Invalidation, Step, WriteStep, singly
+from .routes import Routes
+
+__all__ = ["Applier"]
+
+log = structlog.get_logger(__name__)
+
+_TOGETHER = 64
+_FULL_S = 0.1
+_FOR_GOOD = frozenset({"WRONGTYPE", "ERR"})  #: of one name; other codes concern the server
+_OF_THE_VALUE = (InvalidEntry, InvalidKey)
+
+Queues = dict[int, deque[Step]]
+
+
+class Applier:
+    def __init__(self, commands: Commands, routes: Routes, core: Core) -> None:
+        self._commands = commands
+        self._routes = routes
+        self._shared = core.shared
+        self._counts = core.instruments.counts
+
+    async def apply(self, steps: Sequence[Step], check: Callable[[], None]) -> list[DeadLetter]:
+        """Apply all of them; ``check`` raises when the work is not ours any more.
+
+        Returns those that can never be applied. Raises:
+            Unavailable, ServerRefused: some may not have been applied; repeat them all.
+        """
+        queues: Queues = {}
+        for step in steps:
+            queues.setdefault(step.shard, deque()).append(step)
+        letters: list[DeadLetter] = []
+        while queues:
+            check()
+            full: list[Backpressure] = []
+            shards = list(queues)
+            for start in range(0, len(shards), _TOGETHER):
+                heads = [queues[shard] for shard in shards[start : start + _TOGETHER]]
+                full += await self._advance(heads, letters)
+            queues = {shard: queue for shard, queue in queues.items() if queue}
+            if queues and len(full) == len(queues):
+                await self._wait(full)
+        return letters
+
+    async def _wait(self, full: Sequence[Backpressure]) -> None:
+        self._counts["limit_reached", "writes"] += len(full)
+        log.warning("ingress.held_back", streams=len(full), error=str(full[0]))
+        await anyio.sleep(_FULL_S)
+
+    async def _advance(
+        self, queues: Sequence[deque[Step]], letters: list[DeadLetter]
+    ) -> list[Backpressure]:
+        """One step further in each; returns the streams that had no room."""
+        sent: list[tuple[deque[Step], Call]] = []
+        for queue in queues:
+            call = await self._call_of(queue[0], letters)
+            if call is None:
+                queue.popleft()
+            else:
+                sent.append((queue, call))
+        replies = await run_many(self._commands, [call for _, call in sent])
+        full = []
+        for (queue, _), reply in zip(sent, replies, strict=True):
+            try:
+                self._settle(queue, reply, letters)
+            except Backpressure as error:
+                full.append(error)
+        return full
+
+    def _settle(self, queue: deque[Step], reply: Reply, letters: list[DeadLetter]) -> None:
+        step = queue[0]
+        if isinstance(reply, ServerRefused):
+            self._refused(queue, reply, letters)
+        elif isinstance(step, WriteStep):
+            receipt = self._shared.receipt(step.body.key, reply)
+            queue.popleft()
+            result = "duplicate" if receipt.stamp is None else "applied"
+            self._counts["events_processed", "write", result] += 1
+        else:
+            queue.popleft()
+
+    def _refused(self, queue: deque[Step], error: ServerRefused, letters: list[DeadLetter]) -> None:
+        if error.code not in _FOR_GOOD:
+            raise error
+        step = queue.popleft()
+        if isinstance(step, Invalidation) and len(step.names) > 1:
+            queue.extendleft(reversed(list(singly(step))))
+            return
+        fault = InvalidEvent("server_refused", str(error), fix="see what is stored under its name")
+        self._bury(step, fault, letters)
+
+    async def _call_of(self, step: Step, letters: list[DeadLetter]) -> Call | None:
+        """The script of a step; None if there can be none."""
+        if isinstance(step, Invalidation):
+            if step.kind == "tags":
+                calls = self._shared.bump_calls(step.names, mark=step.mark)
+            else:
+                calls = self._shared.invalidate_calls(step.names, soft=step.soft, mark=step.mark)
+            return calls[step.shard][0]
+        try:
+            return await self._write_call(step)
+        except ForebayError as error:
+            if not isinstance(error, _OF_THE_VALUE):
+                raise
+            fault = InvalidEvent("wrong_field", str(error), field="value", fix="see the cache")
+        except Exception as error:
+            # Whatever a type of the application's raises when it is made of a wrong value.
+            problem = f"{type(error).__name__}: {error}"
+            fix = "send what the cache's type demands"
+            fault = InvalidEvent("wrong_field", problem, field="value", fix=fix)
+        self._bury(step, fault, letters)
+        return None
+
+    async def _write_call(self, step: WriteStep) -> Call:
+        event, body = step.taken.event, step.body
+        ttl_ms = None if body.ttl is None else max(1, int(body.ttl * 1000))
+        packer = self._routes.packer_of(body.key)
+        packed = await packer.pack_published(body.key, bytes(body.value), ttl_ms)
+        job = WriteJob(
+            key=body.key,
+            value=packed.payload,
+            invalidates=body.invalidates,
+            event_id=event.id,
+            traceparent=event.traceparent,
+        )
+        return self._shared.write_call(
+            job,
+            soft_ms=packed.soft_ms,
+            hard_ms=packed.hard_ms,
+            tail=packed.tail,
+            mark=step.mark,
+        )
+
+    def _bury(self, step: Step, fault: InvalidEvent, letters: list[DeadLetter]) -> None:
+        if isinstance(step, WriteStep):
+            taken, name = step.taken, "write"
+        else:
+            (taken, _), name = step.last, "invalidate"
+        letters.append(DeadLetter(taken.id, taken.raw, fault))
+        self._counts["events_processed", name, "dead"] += 1

@@ -1,0 +1,292 @@
+"""A lane: one sink's way through the writes of the shards that this node owns.
+
+W1  A lane reads each shard's writes from its own checkpoint on, and moves that only past what
+    the sink has stored, the dead letters hold, or other lanes take. A crash anywhere repeats
+    work; the version guard of the sink makes the repetition harmless.
+W2  Of a stretch the newest write of each key goes to the sink (see ``Versions``).
+W3  What a write invalidates is invalidated after the sink has it, before the checkpoint; so
+    is a key whose write will never get there.
+W4  Work is handed out only while the tenure is in force and not yielding; commits carry its
+    epoch. What a sink refuses as fenced holds up its own shard only.
+W5  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
+
+All shards share one flush, so that a slow trickle over many shards makes few transactions. A
+bell starts a round; a sweep finds what bells missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import anyio
+import structlog
+
+from ...coordinator.link import Commands
+from ...coordinator.ownership import Ownership, Tenure
+from ...coordinator.scripting import Call, Scripts, run_many
+from ...schemas.errors import Fenced, ForebayError
+from ...schemas.keys import Names
+from ...schemas.settings import Workers
+from ..sinks.base import SinkBatch
+from .dead_letters import DeadLetters
+from .delivery import Delivery
+from .holdings import Holding, Place, following
+from .routes import Routes
+from .stretches import Queued, Stretch, Versions, queued
+
+__all__ = ["Invalidate", "Lane"]
+
+log = structlog.get_logger(__name__)
+
+Invalidate = Callable[[Sequence[str], Sequence[str]], Awaitable[None]]
+_SWEEP_S = 0.25
+_BYTES_MAX = 16_777_216
+_ENTRY_BYTES = 4_096  # until some were seen
+_NAMES_TOGETHER = 1_000
+
+
+class Lane:
+    def __init__(
+        self,
+        index: int,
+        delivery: Delivery | None,
+        holdings: Mapping[int, Holding],
+        commands: Commands,
+        names: Names,
+        scripts: Scripts,
+        ownership: Ownership,
+        routes: Routes,
+        dead_letters: DeadLetters,
+        *,
+        node_id: str,
+        options: Workers,
+        invalidate: Invalidate,
+        settled: Callable[[], None],
+    ) -> None:
+        """``settled`` is called after every round. The first lane also takes what belongs to
+        none; without a delivery there is nothing else.
+        """
+        self.backlog = 0  #: entries read in the last round
+        self._index = index
+        self._delivery = delivery
+        self._sink = delivery.sink.name if delivery else None
+        self._holdings = holdings
+        self._commands = commands
+        self._names = names
+        self._scripts = scripts
+        self._ownership = ownership
+        self._routes = routes
+        self._dead_letters = dead_letters
+        self._node_id = node_id
+        self._options = options
+        self._invalidate = invalidate
+        self._settled = settled
+        self._wake = anyio.Event()
+        self._rounds = 0
+        self._entry_bytes = _ENTRY_BYTES
+        self._emptied = 0  # the latest round that began when asked, and found nothing at all
+        self._failure: type[Exception] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Lane to {self._sink} {self._rounds} rounds, {self.backlog} entries in the last>"
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Flush until cancelled."""
+        while True:
+            try:
+                await self._work_until_sweep()
+            except ForebayError as error:
+                say = log.debug if type(error) is self._failure else log.warning
+                say("round.failed", sink=self._sink, error=str(error))
+                self._failure = type(error)
+                await anyio.sleep(_SWEEP_S)
+            for holding in self._holdings.values():
+                self._place(holding).rung = True
+
+    async def _work_until_sweep(self) -> None:
+        sweep_at = anyio.current_time() + _SWEEP_S
+        while (left := sweep_at - anyio.current_time()) > 0:
+            self._wake = anyio.Event()
+            if await self.round():
+                continue
+            with anyio.move_on_after(left) as swept:
+                await self._wake.wait()
+            if not swept.cancelled_caught:
+                await anyio.sleep(self._options.flush_delay_ms / 1000)
+
+    async def empty(self, settled: Callable[[], Awaitable[None]]) -> None:
+        """Wait until a round that began after now has found nothing in any shard."""
+        asked = self._rounds
+        while self._holdings and self._emptied <= asked:
+            for holding in self._holdings.values():
+                self._place(holding).rung = True
+            self._wake.set()
+            await settled()
+
+    async def round(self) -> bool:
+        """Read what waits, flush and commit it; false when nothing waited."""
+        self._rounds += 1
+        number, held = self._rounds, self._ready()
+        if not held:
+            return False
+        for holding in held:
+            place = self._place(holding)
+            place.busy, place.turn = True, number
+        try:
+            await self._locate([each for each in held if not self._place(each).position])
+            stretches = await self._read(held)
+            if stretches:
+                await self._flush_ours(stretches)
+            elif len(held) == len(self._holdings):
+                self._emptied = number
+            self._failure = None
+        finally:
+            for holding in held:
+                self._place(holding).busy = False
+            self._settled()
+        return bool(stretches)
+
+    def _ready(self) -> list[Holding]:
+        """What may be read now, the longest unread first, as much as a round takes."""
+        ready = [
+            holding
+            for holding in self._holdings.values()
+            if self._place(holding).rung and not holding.yielding and self._in_force(holding.tenure)
+        ]
+        ready.sort(key=lambda holding: self._place(holding).turn)
+        return ready[: self._options.flush_rows_max]
+
+    async def _locate(self, held: Sequence[Holding]) -> None:
+        """Where to begin: the checkpoint."""
+        replies = await self._commands.call_many(
+            [("HGET", self._names.part(each.shard, "done"), self._checkpoint) for each in held]
+        )
+        for holding, reply in zip(held, replies, strict=True):
+            if isinstance(reply, ForebayError):
+                raise reply
+            self._place(holding).position = "0-0" if reply is None else bytes(reply).decode()
+
+    async def _read(self, held: Sequence[Holding]) -> list[Stretch]:
+        rows = min(self._options.flush_rows_max, _BYTES_MAX // self._entry_bytes)
+        count = max(1, rows // len(held))
+        commands = []
+        for holding in held:
+            place = self._place(holding)
+            place.rung = False  # before reading: a bell from now on may mean what is not read
+            stream = self._names.part(holding.shard, "writes")
+            commands.append(("XREAD", "COUNT", count, "STREAMS", stream, place.position))
+        stretches = []
+        for holding, reply in zip(held, await self._commands.call_many(commands), strict=True):
+            if isinstance(reply, ForebayError):
+                raise reply
+            if reply:
+                entries = [queued(*entry) for entry in reply[0][1]]
+                self._place(holding).rung |= len(entries) >= count
+                stretches.append(Stretch(holding.tenure, entries))
+        self.backlog = sum(len(stretch.entries) for stretch in stretches)
+        if stretches:
+            self._entry_bytes = max(64, sum(each.size for each in stretches) // self.backlog)
+        return stretches
+
+    async def _flush_ours(self, stretches: Sequence[Stretch]) -> None:
+        """Flush; if that is refused as fenced, flush what is not (W4)."""
+        try:
+            await self._flush(stretches)
+        except Fenced as error:
+            ours = [stretch for stretch in stretches if self._ours([stretch])]
+            if len(ours) < len(stretches):
+                log.info("round.given_up", sink=self._sink, shards=len(stretches) - len(ours))
+                parts = [ours] if ours else []
+            elif len(ours) > 1:
+                parts = [[stretch] for stretch in ours]
+            else:
+                log.error("sink.fenced", sink=self._sink, error=str(error))
+                self._ownership.fenced(ours[0].tenure)
+                return
+            for part in parts:
+                await self._flush_ours(part)
+
+    async def _flush(self, stretches: Sequence[Stretch]) -> None:
+        versions = Versions(self._routes, self._sink, strays=self._index == 0)
+        versions.take(stretches)
+        progress = [stretch.progress for stretch in stretches]
+        while (writes := versions.writes()) and self._delivery is not None:
+            batch = SinkBatch(writes=writes, progress=progress)
+            refused = await self._delivery.deliver(batch, ours=lambda: self._ours(stretches))
+            versions.delivered(refused)
+        for shard, letters in versions.letters.items():
+            await self._dead_letters.bury(shard, letters)
+        await self._invalidate_all(*versions.after(stretches))
+        await self._commit(stretches, versions.newest)
+
+    async def _invalidate_all(self, keys: Sequence[str], tags: Sequence[str]) -> None:
+        for start in range(0, max(len(keys), len(tags)), _NAMES_TOGETHER):
+            end = start + _NAMES_TOGETHER
+            await self._invalidate(keys[start:end], tags[start:end])
+
+    async def _commit(
+        self, stretches: Sequence[Stretch], newest: Mapping[int, Mapping[str, Queued]]
+    ) -> None:
+        calls = [self._commit_call(each, newest.get(each.shard, {})) for each in stretches]
+        replies, moved = await run_many(self._commands, calls), []
+        for stretch, reply in zip(stretches, replies, strict=True):
+            if isinstance(reply, ForebayError):
+                raise reply
+            holding = self._holdings.get(stretch.shard)
+            if not reply[0]:
+                self._ownership.fenced(stretch.tenure)
+            elif holding is not None and holding.tenure is stretch.tenure:
+                self._place(holding).position = stretch.last_id
+                moved.append(holding)
+        await self._trim([holding for holding in moved if len(holding.places) > 1])
+
+    def _commit_call(self, stretch: Stretch, newest: Mapping[str, Queued]) -> Call:
+        shard, names = stretch.shard, self._names
+        holding = self._holdings.get(shard)
+        done = stretch.last_id if holding and len(holding.places) == 1 else "0-0"
+        return Call(
+            script=self._scripts["checkpoint_commit"],
+            keys=[
+                names.part(shard, "own"),
+                names.part(shard, "done"),
+                names.part(shard, "writes"),
+                *map(names.entry, newest),
+            ],
+            args=[
+                self._node_id,
+                stretch.tenure.epoch,
+                self._checkpoint,
+                stretch.last_id,
+                following(done),
+                *(entry.version for entry in newest.values()),
+            ],
+        )
+
+    async def _trim(self, moved: Sequence[Holding]) -> None:
+        """With several lanes the last of them to pass an entry trims it."""
+        await self._commands.call_many(
+            [
+                ("XTRIM", self._names.part(each.shard, "writes"), "MINID", following(each.passed))
+                for each in moved
+            ]
+        )
+
+    def _place(self, holding: Holding) -> Place:
+        return holding.places[self._index]
+
+    def _ours(self, stretches: Sequence[Stretch]) -> bool:
+        return all(self._in_force(stretch.tenure) for stretch in stretches) and not any(
+            holding.yielding
+            for stretch in stretches
+            if (holding := self._holdings.get(stretch.shard)) is not None
+        )
+
+    def _in_force(self, tenure: Tenure) -> bool:
+        return self._ownership.in_force(tenure.resource) is tenure
+
+    @property
+    def _checkpoint(self) -> str:
+        return f"writes:{self._sink}" if self._sink else "writes"

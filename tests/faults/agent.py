@@ -1,0 +1,240 @@
+"""Reads through a node's caches from inside its process, as ordered over a unix socket.
+
+A1  A probe begins no earlier than its aim after the ack; how much later, the history tells.
+A2  What a read returned is written down with the moment at which the read began.
+A3  Orders are JSON lines. ``Watch`` gets no answer; the others are answered with a line when
+    they are done.
+
+HTTP would cost more than what it asks for: thousands of reads a second are wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Self
+
+import msgspec
+
+from faults.checker import CROSSED
+from faults.history import History
+from faults.setting import AIMS, Setup
+from forebay.schemas.errors import ForebayError
+
+__all__ = ["Agent", "AgentClient", "Crowd", "Crowded", "Drive", "Driven", "Order", "Reading", "Watch"]
+
+_PROBES_MAX = 50_000
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """What the caches hold: whose version it is, and the version."""
+
+    subject: str
+    version: int
+
+
+class Watch(msgspec.Struct, frozen=True, tag="watch"):
+    """Probe the subject some time after this ack."""
+
+    subject: str
+    ack_ns: int
+
+
+class Crowd(msgspec.Struct, frozen=True, tag="crowd"):
+    """Have many callers ask for one key at once; the first ``cancelled`` give up a bit later."""
+
+    key: int
+    callers: int
+    cancelled: int = 0
+
+
+class Crowded(msgspec.Struct, frozen=True):
+    values: dict[str, int]  #: how often each answer was given
+    cancelled: int
+
+
+class Drive(msgspec.Struct, frozen=True, tag="drive"):
+    """Read these keys by turns for some time, ``rate`` reads a second."""
+
+    keys: int
+    rate: float
+    seconds: float
+
+
+class Driven(msgspec.Struct, frozen=True):
+    reads: int
+
+
+Order = Watch | Crowd | Drive
+Hit = Any  # of forebay: with value, stale, tier
+Read = Callable[[str, int], Awaitable[Hit]]
+
+
+class Agent:
+    """``read(subject, turn)`` is a read of what the subject's version stands behind."""
+
+    def __init__(
+        self,
+        name: str,
+        setup: Setup,
+        history: History,
+        *,
+        read: Read,
+        read_cold: Callable[[int], Awaitable[Reading]],
+        read_flaky: Callable[[int], Awaitable[Hit]],
+    ) -> None:
+        self._path = setup.socket(name)
+        self._bound_ms = setup.bound_ms
+        self._history = history
+        self._read = read
+        self._read_cold = read_cold
+        self._read_flaky = read_flaky
+        self._decode = msgspec.json.Decoder(Order).decode
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self._turn = 0
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_unix_server(self._serve, self._path)
+
+    async def stop(self) -> None:
+        """Give up what is under way, and close the history."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._history.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.CancelledError):  # the stop of the node; nobody waits for this task
+            async for line in reader:
+                order = self._decode(line)
+                if isinstance(order, Watch):
+                    self._watch(order)
+                else:
+                    self._spawn(self._answer(order, writer))
+        writer.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _watch(self, order: Watch) -> None:
+        assert len(self._tasks) < _PROBES_MAX
+        for aim in AIMS:
+            self._spawn(self._probe(order, int(aim * self._bound_ms)))
+
+    async def _probe(self, order: Watch, aim_ms: int) -> None:
+        due_ns = order.ack_ns + aim_ms * 1_000_000
+        while (left_ns := due_ns - time.monotonic_ns()) > 0:
+            await asyncio.sleep(left_ns / 1e9)
+        self._turn += 1
+        began_ns = time.monotonic_ns()
+        try:
+            hit = await self._read(order.subject, self._turn)
+        except ForebayError as error:
+            self._history.write(
+                "probe",
+                "fail",
+                subject=order.subject,
+                began_ns=began_ns,
+                aim_ms=aim_ms,
+                note=type(error).__name__,
+            )
+            return
+        reading: Reading = hit.value
+        self._history.write(
+            "probe",
+            "ok",
+            subject=order.subject,
+            version=reading.version,
+            began_ns=began_ns,
+            aim_ms=aim_ms,
+            stale=hit.stale,
+            tier=hit.tier,
+            note="" if reading.subject == order.subject else CROSSED,
+        )
+
+    async def _answer(self, order: Crowd | Drive, writer: asyncio.StreamWriter) -> None:
+        answer = await (self._crowd(order) if isinstance(order, Crowd) else self._drive(order))
+        writer.write(msgspec.json.encode(answer) + b"\n")
+        await writer.drain()
+
+    async def _crowd(self, order: Crowd) -> Crowded:
+        callers = [asyncio.create_task(self._cold(order.key)) for _ in range(order.callers)]
+        if order.cancelled:
+            await asyncio.sleep(0.1)  # the load is under way
+            for caller in callers[: order.cancelled]:
+                caller.cancel()
+        answers = await asyncio.gather(*callers, return_exceptions=True)
+        values: dict[str, int] = {}
+        for answer in answers:
+            if not isinstance(answer, asyncio.CancelledError):
+                values[str(answer)] = values.get(str(answer), 0) + 1
+        return Crowded(values, sum(isinstance(each, asyncio.CancelledError) for each in answers))
+
+    async def _cold(self, key: int) -> str:
+        reading = await self._read_cold(key)
+        return f"{reading.subject} {reading.version}"
+
+    async def _drive(self, order: Drive) -> Driven:
+        started, reads = time.monotonic(), 0
+        under_way: set[asyncio.Task[None]] = set()
+        while (elapsed := time.monotonic() - started) < order.seconds:
+            while reads < elapsed * order.rate:
+                task = asyncio.create_task(self._read_one(reads % order.keys))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+                reads += 1
+            await asyncio.sleep(0.005)
+        await asyncio.gather(*under_way)
+        return Driven(reads)
+
+    async def _read_one(self, key: int) -> None:
+        began_ns, subject = time.monotonic_ns(), f"flaky:{key}"
+        try:
+            hit = await self._read_flaky(key)
+        except Exception as error:  # a loader's own, too: it is what the caller gets
+            note = type(error).__name__
+            self._history.write("read", "fail", subject=subject, began_ns=began_ns, note=note)
+            return
+        self._history.write(
+            "read",
+            "ok",
+            subject=subject,
+            version=hit.value.version,
+            began_ns=began_ns,
+            stale=hit.stale,
+            tier=hit.tier,
+        )
+
+
+class AgentClient:
+    """Gives orders to an agent, and waits for the answers: ``client.ask(Crowd(...))``."""
+
+    def __init__(self, path: str, *, patience_s: float = 30.0) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(patience_s)
+        self._socket.connect(path)
+        self._lines = self._socket.makefile("rb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._socket.close()
+
+    def send(self, order: Order) -> None:
+        self._socket.sendall(msgspec.json.encode(order) + b"\n")
+
+    def crowded(self) -> Crowded:
+        return msgspec.json.decode(self._lines.readline(), type=Crowded)
+
+    def driven(self) -> Driven:
+        return msgspec.json.decode(self._lines.readline(), type=Driven)

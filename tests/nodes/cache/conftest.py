@@ -1,0 +1,109 @@
+"""Nodes on a real server, and a source that counts what it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+
+import forebay
+from forebay.schemas.settings import (
+    CacheDefaults,
+    Http,
+    Limits,
+    NodeSettings,
+    Settings,
+    Valkey,
+    Workers,
+)
+from valkeyd import ValkeyServer
+
+PATIENCE_S = 20.0  #: for whatever has to come; not what is promised
+
+
+class Source:
+    """What loaders ask: a table of values whose answers can be held back."""
+
+    def __init__(self) -> None:
+        self.values: dict[Any, Any] = {}
+        self.asked: list[Any] = []
+        self.error: BaseException | None = None
+        self.before: Callable[[], Awaitable[object]] | None = None
+        self.began = anyio.Event()
+        self._gate = anyio.Event()
+        self._gate.set()
+
+    @property
+    def loads(self) -> int:
+        return len(self.asked)
+
+    def hold(self) -> None:
+        """Keep back the answers from now on; each is what was true when it was asked."""
+        self.began, self._gate = anyio.Event(), anyio.Event()
+
+    def let_go(self) -> None:
+        self._gate.set()
+
+    async def get(self, key: Any) -> Any:
+        self.asked.append(key)
+        value, error, gate = self.values.get(key), self.error, self._gate
+        self.began.set()
+        if self.before is not None:
+            await self.before()
+        await gate.wait()
+        if error is not None:
+            raise error
+        return value
+
+
+async def until(found: Callable[[], Any], *, what: str = "it") -> Any:
+    """What ``found`` gives as soon as it is true."""
+    with anyio.move_on_after(PATIENCE_S):
+        while True:
+            got = found()
+            if isinstance(got, Awaitable):
+                got = await got
+            if got:
+                return got
+            await anyio.sleep(0.005)
+    pytest.fail(f"{what} did not come within {PATIENCE_S:g} s")
+
+
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+@pytest.fixture
+def make_node(valkey_server: ValkeyServer, namespace: str):
+    """Nodes of one namespace: ``make_node(lease_ms=500)`` with settings of the cache."""
+
+    def make(
+        server: ValkeyServer | None = None, *, limits: Limits | None = None, **cache: Any
+    ) -> forebay.Node:
+        where = Valkey(
+            url=(server or valkey_server).socket_url,
+            command_timeout_ms=2_000 if server is None else 250,
+            reconnect_jitter_ms=5,
+            reconnect_max_ms=40,
+            breaker_recovery_ms=100,
+        )
+        return forebay.Node(
+            settings=Settings(
+                node=NodeSettings(namespace=namespace, shards=4),
+                valkey=where,
+                http=Http(enabled=False),
+                workers=Workers(enabled=False),
+                cache=CacheDefaults(**cache),
+                limits=limits or Limits(),
+            )
+        )
+
+    return make
+
+
+@pytest.fixture
+def eventually():
+    return until

@@ -1,0 +1,385 @@
+"""Single flight: one look and one load for all who ask, whatever becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import pytest
+
+from forebay.nodes.cache.flights import Flights
+from forebay.schemas.errors import Backpressure, LoaderError, TimedOut, Unavailable
+
+
+class Airport:
+    """Flights whose looks and loads end when they are let."""
+
+    def __init__(self, tasks: anyio.abc.TaskGroup, **options: Any) -> None:
+        self.looks: list[str] = []
+        self.loads: list[tuple[str, str, int]] = []
+        self.found: Any = -1  #: what a look finds; an int: load
+        self.result: Any = "loaded"
+        self.look_gate, self.load_gate = anyio.Event(), anyio.Event()
+        self.look_gate.set()
+        self.load_gate.set()
+        self.heard = True
+        self.now = 0.0
+        clock: Any = SimpleNamespace(monotonic=lambda: self.now)
+        self.flights: Flights[str, Any] = Flights(
+            tasks,
+            cache="product",
+            look=self.look,
+            load=self.load,
+            heard_since=lambda moment: self.heard or moment >= self.now,
+            clock=clock,
+            **{"loads_max": 100, "waiters_max": 10_000, **options},
+        )
+
+    async def look(self, key: str, call: str) -> Any:
+        self.looks.append(key)
+        found, gate = self.found, self.look_gate
+        await gate.wait()
+        return _given(found)
+
+    async def load(self, key: str, call: str, seen: int) -> Any:
+        self.loads.append((key, call, seen))
+        result, gate = self.result, self.load_gate
+        await gate.wait()
+        return _given(result)
+
+
+def _given(result: Any) -> Any:
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+class Callers:
+    """Tasks that each join, and what each of them got."""
+
+    def __init__(self, flights: Flights[str, Any]) -> None:
+        self.flights = flights
+        self.tasks: list[asyncio.Task[Any]] = []
+
+    async def join(self, *keys: str, call: str = "") -> None:
+        for key in keys:
+            self.tasks.append(asyncio.ensure_future(self.flights.join(key, call)))
+            await anyio.sleep(0)
+        await anyio.wait_all_tasks_blocked()
+
+    async def got(self) -> list[Any]:
+        with anyio.fail_after(20):
+            return await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+@pytest.fixture
+async def tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
+    async with anyio.create_task_group() as group:
+        yield group
+        group.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def airport(tasks: anyio.abc.TaskGroup) -> Airport:
+    return Airport(tasks)
+
+
+@pytest.fixture
+async def callers(airport: Airport) -> Callers:
+    return Callers(airport.flights)
+
+
+async def test_a_thousand_callers_make_one_look_and_one_load(
+    airport: Airport, callers: Callers
+) -> None:
+    """However many ask, and all get the same."""
+    airport.look_gate, airport.load_gate = anyio.Event(), anyio.Event()
+    await callers.join(*["a"] * 500)
+    airport.look_gate.set()
+    await callers.join(*["a"] * 500)
+    assert (len(airport.flights), airport.flights.waiting) == (1, 1_000)
+    airport.load_gate.set()
+    assert await callers.got() == ["loaded"] * 1_000
+    assert (airport.looks, airport.loads) == (["a"], [("a", "", -1)])
+    assert (len(airport.flights), airport.flights.waiting) == (0, 0)
+    assert "a" not in airport.flights
+
+
+async def test_what_a_look_finds_ends_the_flight(airport: Airport, callers: Callers) -> None:
+    """No task is started, and the next caller looks again."""
+    airport.found, airport.look_gate = "found", anyio.Event()
+    await callers.join("a", "a", "b")
+    airport.look_gate.set()
+    assert await callers.got() == ["found"] * 3
+    assert await airport.flights.join("a", "") == "found"
+    assert (airport.looks, airport.loads) == (["a", "b", "a"], [])
+
+
+@pytest.mark.parametrize("stage", ["look", "load"])
+async def test_a_cancelled_leader_takes_nobody_along(
+    airport: Airport, callers: Callers, stage: str
+) -> None:
+    """F1: its load goes on; its look is repeated by one of those who wait."""
+    setattr(airport, f"{stage}_gate", anyio.Event())
+    await callers.join(*["a"] * 5)
+    callers.tasks[0].cancel()
+    await anyio.wait_all_tasks_blocked()
+    getattr(airport, f"{stage}_gate").set()
+    leader, *others = await callers.got()
+    assert isinstance(leader, asyncio.CancelledError)
+    assert others == ["loaded"] * 4
+    assert len(airport.looks) == (2 if stage == "look" else 1)
+    assert len(airport.loads) == 1
+
+
+async def test_leaders_cancelled_one_after_the_other(airport: Airport, callers: Callers) -> None:
+    """F1: as long as one caller is left, it gets its value."""
+    airport.look_gate = anyio.Event()
+    await callers.join(*["a"] * 10)
+    for task in callers.tasks[:9]:
+        task.cancel()
+        await anyio.wait_all_tasks_blocked()
+    airport.look_gate.set()
+    assert (await callers.got())[9] == "loaded"
+    assert (len(airport.looks), len(airport.loads)) == (10, 1)
+
+
+async def test_a_cancelled_waiter_disturbs_nobody(airport: Airport, callers: Callers) -> None:
+    """F1: nor does it stay on the list of those who wait."""
+    airport.load_gate = anyio.Event()
+    await callers.join(*["a"] * 100)
+    for task in callers.tasks[1:99]:
+        task.cancel()
+    await anyio.wait_all_tasks_blocked()
+    assert airport.flights.waiting == 2
+    airport.load_gate.set()
+    got = await callers.got()
+    assert (got[0], got[99]) == ("loaded", "loaded")
+    assert len(airport.loads) == 1
+
+
+async def test_a_waiter_with_a_deadline_leaves_and_the_load_goes_on(
+    airport: Airport, callers: Callers
+) -> None:
+    """F1: also with the cancel scopes of anyio, and also if nobody is left to wait."""
+    airport.load_gate = anyio.Event()
+    with anyio.move_on_after(0.01) as scope:
+        await airport.flights.join("a", "")
+    assert scope.cancelled_caught
+    assert len(airport.flights) == 1
+    await callers.join("a")
+    airport.load_gate.set()
+    assert await callers.got() == ["loaded"]
+    assert len(airport.loads) == 1
+
+
+@pytest.mark.parametrize("stage", ["look", "load"])
+@pytest.mark.parametrize("how", ["key", "call", "all"])
+async def test_who_comes_after_a_notice_does_not_join(
+    airport: Airport, callers: Callers, stage: str, how: str
+) -> None:
+    """F2: those who came before get what they asked for, and the flights do not mix."""
+    setattr(airport, f"{stage}_gate", anyio.Event())
+    airport.result = "old"
+    await callers.join("a", "a", call="red")
+    first_gate = getattr(airport, f"{stage}_gate")
+    if how == "key":
+        airport.flights.detach("b")
+        assert "a" in airport.flights
+        airport.flights.detach("a")
+    elif how == "call":
+        airport.flights.detach_where(lambda call: call == "blue")
+        assert "a" in airport.flights
+        airport.flights.detach_where(lambda call: call == "red")
+    else:
+        airport.flights.detach_all()
+    assert "a" not in airport.flights
+    if stage == "look":
+        first_gate.set()
+        await anyio.wait_all_tasks_blocked()
+    airport.result, airport.load_gate = "new", anyio.Event()
+    await callers.join("a", "a")
+    first_gate.set()
+    await anyio.wait_all_tasks_blocked()
+    assert "a" in airport.flights, "the end of the first must not end the second"
+    airport.load_gate.set()
+    assert await callers.got() == ["old", "old", "new", "new"]
+
+
+async def test_an_old_flight_is_not_joined_while_notices_may_be_missing(
+    airport: Airport, callers: Callers
+) -> None:
+    """F2: the promise counts from the caller's coming, not from the flight's beginning."""
+    airport.load_gate = anyio.Event()
+    await callers.join("a")
+    airport.heard = False
+    await callers.join("a")
+    assert len(airport.loads) == 1
+    airport.now += 1
+    await callers.join("a", "a")
+    airport.load_gate.set()
+    await callers.got()
+    assert len(airport.loads) == 2
+
+
+@pytest.mark.parametrize("stage", ["look", "load"])
+async def test_each_caller_gets_an_exception_of_its_own(
+    airport: Airport, callers: Callers, stage: str
+) -> None:
+    """F3: equal, with the one that was raised as its cause, which does not grow."""
+    error = TimedOut(250)
+    setattr(airport, "found" if stage == "look" else "result", error)
+    setattr(airport, f"{stage}_gate", anyio.Event())
+    await callers.join(*["a"] * 20)
+    getattr(airport, f"{stage}_gate").set()
+    got = await callers.got()
+    assert all(type(each) is TimedOut and each.timeout_ms == 250 for each in got)
+    assert len({id(each) for each in got}) == 20
+    copies = got if stage == "load" else got[1:]
+    assert all(each.__cause__ is error for each in copies)
+    assert len(traceback.extract_tb(error.__traceback__)) < 8
+    assert (error.__context__, error.__cause__) == (None, None)
+
+
+async def test_an_error_is_forgotten_at_once(airport: Airport) -> None:
+    """The next caller tries anew."""
+    airport.result = ValueError("no")
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no"):
+            await airport.flights.join("a", "")
+    airport.result = "well"
+    assert await airport.flights.join("a", "") == "well"
+    assert len(airport.flights) == 0
+
+
+async def test_loads_are_bounded_and_looks_are_not(tasks: anyio.abc.TaskGroup) -> None:
+    """F4: those who wait for the load that was refused are told too."""
+    airport = Airport(tasks, loads_max=2)
+    callers = Callers(airport.flights)
+    airport.load_gate = anyio.Event()
+    await callers.join("a", "b")
+    airport.look_gate = anyio.Event()
+    await callers.join("c", "c")
+    airport.look_gate.set()
+    await anyio.wait_all_tasks_blocked()
+    refused = [task.exception() for task in callers.tasks[2:]]
+    assert all(isinstance(each, Backpressure) for each in refused)
+    assert refused[0] is not refused[1]
+    airport.found = "found"
+    assert await airport.flights.join("d", "") == "found"
+    airport.load_gate.set()
+    assert (await callers.got())[:2] == ["loaded", "loaded"]
+    airport.found = -1
+    assert await airport.flights.join("c", "") == "loaded"
+
+
+async def test_those_who_wait_are_bounded(tasks: anyio.abc.TaskGroup) -> None:
+    """F4: one more is refused, and the load goes on."""
+    airport = Airport(tasks, waiters_max=3)
+    callers = Callers(airport.flights)
+    airport.load_gate = anyio.Event()
+    await callers.join("a", "a", "a")
+    with pytest.raises(Backpressure):
+        await airport.flights.join("a", "")
+    callers.tasks[2].cancel()
+    await callers.join("a")
+    airport.load_gate.set()
+    assert [each for each in await callers.got() if each == "loaded"] == ["loaded"] * 3
+
+
+async def test_a_loader_that_asks_for_itself_is_told(airport: Airport) -> None:
+    """F5: also by way of another key, or of a task of its own."""
+
+    async def load(key: str, call: str, seen: int) -> Any:
+        if key == "c":
+            async with anyio.create_task_group() as own:
+                own.start_soon(airport.flights.join, "a", "")
+        return await airport.flights.join({"a": "b", "b": "c"}[key], "")
+
+    airport.flights._load = load
+    with anyio.fail_after(20), pytest.raises(Exception) as caught:
+        await airport.flights.join("a", "")
+    error: BaseException | None = caught.value
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, LoaderError)
+    assert error.key == "a"
+    assert len(airport.flights) == 0
+
+
+async def test_a_loader_may_ask_for_what_another_loads(airport: Airport, callers: Callers) -> None:
+    """F5: waiting for others is no circle."""
+
+    async def load(key: str, call: str, seen: int) -> Any:
+        if key == "base":
+            await airport.load_gate.wait()
+            return "base"
+        return key + await airport.flights.join("base", "")
+
+    airport.flights._load, airport.load_gate = load, anyio.Event()
+    await callers.join("base", "a", "b")
+    airport.load_gate.set()
+    assert await callers.got() == ["base", "abase", "bbase"]
+
+
+async def test_the_end_of_the_node_ends_the_waiting() -> None:
+    """Loads are cancelled, and those who wait for them get Unavailable, not a cancellation."""
+    async with anyio.create_task_group() as tasks:
+        airport = Airport(tasks)
+        callers = Callers(airport.flights)
+        airport.load_gate = anyio.Event()
+        await callers.join("a", "a", "b")
+        tasks.cancel_scope.cancel()
+    got = await callers.got()
+    assert all(isinstance(each, Unavailable) for each in got)
+    assert len(airport.flights) == 0
+    with pytest.raises(Unavailable):
+        await airport.flights.join("c", "")
+    assert "c" not in airport.flights
+
+
+async def test_a_load_that_never_got_to_run_ends_the_waiting_too() -> None:
+    """The node may stop between the start of a task and its first step."""
+    async with anyio.create_task_group() as tasks:
+        airport = Airport(tasks)
+        airport.load_gate = anyio.Event()
+        task = asyncio.ensure_future(airport.flights.join("a", ""))
+        await asyncio.sleep(0)
+        tasks.cancel_scope.cancel()
+    with anyio.fail_after(20), pytest.raises(Unavailable):
+        await task
+    assert len(airport.flights) == 0
+
+
+async def test_random_cancellation_loses_nobody(airport: Airport) -> None:
+    """F1: each caller that was not cancelled gets its own key's value, and nothing is left."""
+    import random
+
+    rng, got = random.Random(5), []
+
+    async def load(key: str, call: str, seen: int) -> Any:
+        await anyio.sleep(rng.random() / 200)
+        return key
+
+    async def caller(key: str) -> None:
+        with anyio.move_on_after(rng.choice([0.001, 0.003, 20])):
+            assert await airport.flights.join(key, "") == key
+            got.append(key)
+
+    airport.flights._load = load
+    async with anyio.create_task_group() as group:
+        for number in range(2_000):
+            group.start_soon(caller, f"k{rng.randrange(20)}")
+            if number % 40 == 0:
+                await anyio.sleep(0.001)
+            if number % 7 == 0:
+                airport.flights.detach(f"k{rng.randrange(20)}")
+    assert len(got) > 600
+    with anyio.fail_after(20):
+        while len(airport.flights):
+            await anyio.sleep(0.01)
+    assert (airport.flights.waiting, airport.flights._flights) == (0, {})

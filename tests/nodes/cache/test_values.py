@@ -1,0 +1,178 @@
+"""Values as bytes: what is stored comes back, and nothing else gets through."""
+
+from __future__ import annotations
+
+import pickle
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import Struct
+
+from forebay.nodes.cache.values import ValueCodec
+from forebay.schemas.entry import Entry, EntryMeta, read_entry
+from forebay.schemas.errors import InvalidEntry
+
+LIMIT = 4_000
+HEADER = b"\xfbE1c" + b"%016d%013d%013d%016d" % (7, 1, 2, 0)
+
+
+class Product(Struct, frozen=True):
+    id: int
+    name: str
+    price: Decimal
+    tags: list[str] = []
+    seen: datetime | None = None
+
+
+class Odd(Struct):
+    number: int
+
+    def __post_init__(self) -> None:
+        if self.number == 13:
+            raise KeyError("not this one")
+
+
+products = st.builds(
+    Product,
+    id=st.integers(-(2**63), 2**63 - 1),
+    name=st.text(max_size=50),
+    price=st.decimals(allow_nan=False, allow_infinity=False, places=2, max_value=10**9),
+    tags=st.lists(st.text(max_size=10), max_size=5),
+    seen=st.none() | st.datetimes(timezones=st.just(UTC)),
+)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=30)
+    | st.floats(allow_nan=False) | st.binary(max_size=30),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=10,
+)  # fmt: skip
+
+
+def codec_of(of: Any, *, compress_over_bytes: int = 200) -> ValueCodec[Any]:
+    return ValueCodec(of, bytes_max=LIMIT, compress_over_bytes=compress_over_bytes)
+
+
+def stored(codec: ValueCodec[Any], value: Any) -> Entry:
+    return read_entry(HEADER + codec.tail(codec.pack(value), EntryMeta()), bytes_max=LIMIT)
+
+
+def fault_of(codec: ValueCodec[Any], payload: bytes, *, kind: str = "m") -> str:
+    entry = Entry(
+        version=1, soft_at_ms=1, hard_at_ms=2, kind="v", codec=kind, payload=payload,
+        meta=EntryMeta(),
+    )  # type: ignore[arg-type]  # fmt: skip
+    with pytest.raises(InvalidEntry) as caught:
+        codec.value(entry)
+    return caught.value.fault
+
+
+@given(products, st.sampled_from([0, 20, 10**6]))
+def test_a_value_of_the_declared_type_comes_back(product, compress_over_bytes) -> None:
+    """V1: compressed or not."""
+    codec = codec_of(Product, compress_over_bytes=compress_over_bytes)
+    assert codec.value(stored(codec, product)) == product
+    assert codec.unpack(codec.pack(product)) == product
+
+
+@given(plain)
+def test_without_a_type_plain_values_come_back(value) -> None:
+    """V1: of a loader that says nothing of its result."""
+    codec = codec_of(Any)
+    assert codec.value(stored(codec, value)) == value
+
+
+def test_compression_is_used_where_it_pays() -> None:
+    """Not below the threshold, and not where it makes nothing smaller."""
+    codec = codec_of(Any, compress_over_bytes=100)
+    assert stored(codec, "a" * 50).codec == "m"
+    assert stored(codec, "a" * 500).codec == "z"
+    assert len(stored(codec, "a" * 500).payload) < 50
+    noise = bytes((number * 2_654_435_761 >> 13) & 255 for number in range(300))
+    assert codec.value(stored(codec, noise)) == noise
+
+
+def test_a_negative_entry_has_no_value() -> None:
+    """None, whatever the declared type."""
+    tail = ValueCodec.negative_tail(EntryMeta(tags={"a": 1}))
+    entry = read_entry(HEADER + tail, bytes_max=LIMIT)
+    assert entry.negative
+    assert codec_of(int).value(entry) is None
+
+
+@given(st.binary(max_size=200), st.sampled_from("mzj"))
+def test_any_bytes_are_a_value_of_the_type_or_refused(payload: bytes, kind) -> None:
+    """V1: no other exception."""
+    codec = codec_of(Product)
+    entry = Entry(
+        version=1, soft_at_ms=1, hard_at_ms=2, kind="v", codec=kind, payload=payload,
+        meta=EntryMeta(),
+    )  # fmt: skip
+    try:
+        assert isinstance(codec.value(entry), Product)
+    except InvalidEntry as refused:
+        assert refused.fault == "bad_value"
+
+
+@given(products)
+def test_a_value_cut_anywhere_is_refused(product) -> None:
+    """V1: msgpack says its lengths first."""
+    payload = codec_of(Product).pack(product)
+    for length in range(len(payload)):
+        assert fault_of(codec_of(Product), payload[:length]) == "bad_value"
+
+
+@pytest.mark.parametrize(
+    ("of", "payload", "kind"),
+    [
+        (Product, msgspec.msgpack.encode({"id": 1}), "m"),
+        (Product, msgspec.msgpack.encode({"id": "1", "name": "a", "price": "1"}), "m"),
+        (int, msgspec.msgpack.encode("text"), "m"),
+        (int, b"12 ", "m"),
+        (int, b'"text"', "j"),
+        (int, b"{", "j"),
+        (int, b"", "j"),
+        (Odd, msgspec.msgpack.encode({"number": 13}), "m"),
+        (Odd, b'{"number": 13}', "j"),
+        (Any, b"\x91" * 5_0, "m"),
+        (Any, b"\x91" * 3_000, "m"),
+        (Any, b"[" * 3_000, "j"),
+        (Any, pickle.dumps({"a": 1}), "m"),
+        (int, b"\xff" * 5_000, "m"),
+    ],
+)
+def test_what_is_no_such_value_is_refused(of, payload: bytes, kind: str) -> None:
+    """V1: another type, nested too deep, too long, or what a type's own code refuses."""
+    assert fault_of(codec_of(of), payload, kind=kind) in ("bad_value", "oversized")
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_limit_counts_before_compression(over: int) -> None:
+    """V2: refused when it is encoded; just at the limit it is read again."""
+    codec = codec_of(bytes)
+    value = bytes(LIMIT - 3 + over)  # msgpack says the length in three bytes
+    if over:
+        with pytest.raises(InvalidEntry, match="oversized"):
+            codec.pack(value)
+    else:
+        assert codec.value(stored(codec, value)) == value
+
+
+@pytest.mark.parametrize("value", [object(), 2**70, "\ud800", {(1, 2): lambda: 0}])
+def test_what_cannot_be_encoded_is_refused(value) -> None:
+    """V1: the error is the same for all reasons."""
+    with pytest.raises(InvalidEntry, match="bad_value"):
+        codec_of(Any).pack(value)
+
+
+def test_published_json_is_checked_against_the_type() -> None:
+    """The publisher is told what is wrong with it."""
+    codec = codec_of(Product)
+    raw = b'{"id": 1, "name": "a", "price": "1.50"}'
+    assert codec.convert(raw) == Product(1, "a", Decimal("1.50"))
+    with pytest.raises(msgspec.ValidationError, match="id"):
+        codec.convert(b'{"id": "x", "name": "a", "price": "1"}')

@@ -1,0 +1,229 @@
+"""What a node tells of itself: checks, gauges, and the document behind /stats."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import anyio
+import msgspec
+import pytest
+from conftest import MakeServer
+
+import forebay
+from forebay.nodes.status import checks, gauges
+from forebay.schemas.settings import NodeSettings, Settings, Valkey
+from forebay.schemas.settings import Workers as WorkerSettings
+from valkeyd import ValkeyServer
+
+ALWAYS = {
+    "version": str,
+    "uptime_s": float,
+    "backend": {"why": str, "kind": str, "version": str, "run_id": str},
+    "connection": {
+        "name": str,
+        "connected": bool,
+        "connects": int,
+        "reconnects": int,
+        "calls": int,
+        "replies": int,
+        "timeouts": int,
+        "dropped_replies": int,
+        "in_flight": int,
+        "in_flight_max_seen": int,
+        "breaker": str,
+    },
+    "log": {"shards": int, "suspect": int, "sweeps": int, "notices": int, "resets": int},
+    "counters": dict,
+}
+OF_THE_SERVER = {
+    "keys": int,
+    "memory": {"used_memory": str, "maxmemory": str, "maxmemory_policy": str},
+    "backlog": {"events": int, "writes": int},
+    "dead_letters": int,
+}
+OF_A_CACHE = {"entries": int, "bytes": int, "evictions": int, "loading": int}
+OF_WORKERS = {
+    "owned": int,
+    "shards": int,
+    "events": bool,
+    "nodes": list,
+    "dead_letters": int,
+    "sinks": dict,
+}
+
+
+def shop(valkey: Valkey, namespace: str) -> forebay.Node:
+    workers = WorkerSettings(beat_ms=100, ownership_ttl_ms=1_000)
+    settings = Settings(valkey=valkey, node=NodeSettings(shards=4), workers=workers)
+    node = forebay.Node(namespace, settings=settings)
+
+    @node.cached("product:{id}", ttl=60)
+    async def product(id: int) -> int:
+        return id
+
+    @node.sink("product:{id}")
+    async def save(writes: list[forebay.Write[int]]) -> None:
+        """It takes whatever comes."""
+
+    return node
+
+
+@pytest.fixture
+async def node(valkey_server: ValkeyServer, namespace: str) -> AsyncIterator[forebay.Node]:
+    async with shop(Valkey(url=valkey_server.socket_url), namespace) as node:
+        yield node
+
+
+def misfits(document: object, shape: object, path: str = "") -> list[str]:
+    """Where the document lacks what the shape has, or has it in another type."""
+    if isinstance(shape, dict):
+        if not isinstance(document, dict):
+            return [f"{path}: {document!r}"]
+        return [
+            misfit
+            for name, part in shape.items()
+            for misfit in misfits(document.get(name, "(missing)"), part, f"{path}.{name}")
+        ]
+    assert isinstance(shape, type)
+    return [] if isinstance(document, shape) else [f"{path}: {document!r}"]
+
+
+async def test_stats_have_the_documented_shape(node: forebay.Node) -> None:
+    """S2: fields may be added, those of this list keep their names and their types."""
+    await node.publish([b'{"type":"invalidate","keys":["product:1"]}'])
+    await node.read("product:1")
+    document = msgspec.json.decode(msgspec.json.encode(await node.stats()))
+
+    assert misfits(document, {**ALWAYS, **OF_THE_SERVER}) == []
+    assert document["unavailable"] is None
+    assert misfits(document["caches"]["product"], OF_A_CACHE) == []
+    assert misfits(document["workers"], OF_WORKERS) == []
+    assert document["workers"]["sinks"] == {"save": "ok"}
+    assert document["counters"]["events_published invalidate"] == 1
+    assert 0 <= document["uptime_s"] < 60
+
+
+async def test_stats_of_a_node_without_workers(valkey_server: ValkeyServer, namespace: str) -> None:
+    """S2: ``workers`` is null where there are none, and all else is there."""
+    node = forebay.Node(namespace, settings=Settings(valkey=Valkey(url=valkey_server.socket_url)))
+    async with node:
+        document = await node.stats()
+
+    assert document["workers"] is None
+    assert document["caches"] == {}
+    assert misfits(document, {**ALWAYS, **OF_THE_SERVER}) == []
+
+
+async def test_stats_count_what_waits_and_what_is_dead(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """The backlog is what no worker has done yet, in the whole of the namespace."""
+    node = forebay.Node(namespace, settings=Settings(valkey=Valkey(url=valkey_server.socket_url)))
+    async with node:
+        names = node.parts.names
+        valkey_server.execute("XADD", names.events, "*", "event", "{}")
+        valkey_server.execute("XADD", names.part(2, "writes"), "*", "j", "x")
+        valkey_server.execute("XADD", names.part(1, "dead"), "*", "event", "x")
+        document = await node.stats()
+
+    assert document["backlog"] == {"events": 1, "writes": 1}
+    assert document["dead_letters"] == 1
+
+
+async def test_stats_say_why_the_server_is_not_asked(
+    make_server: MakeServer, namespace: str
+) -> None:
+    """S2: while Valkey is away all keys are there, null with a reason; nothing raises."""
+    server = make_server()
+    async with shop(Valkey(url=server.socket_url, command_timeout_ms=300), namespace) as node:
+        server.kill9()
+        document = await node.stats()
+        server.start()
+
+    assert misfits(document, ALWAYS) == []
+    assert {document[name] for name in OF_THE_SERVER} == {None}
+    assert "unavailable" in str(document["unavailable"])
+
+
+async def test_refused_commands_do_not_break_stats(
+    node: forebay.Node, valkey_server: ValkeyServer
+) -> None:
+    """S2: a key of another type where a stream should be is a reason, not a crash."""
+    valkey_server.execute("SET", node.parts.names.part(3, "dead"), "x")
+    document = await node.stats()
+
+    assert document["dead_letters"] is None
+    assert "WRONGTYPE" in str(document["unavailable"])
+
+
+def failing(node: forebay.Node, gate: str) -> set[str]:
+    return {each.name for each in checks(node) if each.state == "fail" and gate in each.gates}
+
+
+async def eventually(node: forebay.Node, gate: str, names: set[str]) -> None:
+    with anyio.fail_after(10):
+        while failing(node, gate) != names:
+            await anyio.sleep(0.005)
+
+
+async def test_checks_follow_the_node(make_server: MakeServer, namespace: str) -> None:
+    """S1, S3: not started: neither gate; running: both; Valkey away or draining: not ready."""
+    server = make_server()
+    valkey = Valkey(
+        url=server.socket_url, command_timeout_ms=300, reconnect_jitter_ms=5, reconnect_max_ms=50
+    )
+    node = shop(valkey, namespace)
+    assert failing(node, "start") == failing(node, "ready") == {"node"}
+
+    async with node:
+        await eventually(node, "ready", set())
+        server.kill9()
+        await eventually(node, "ready", {"valkey", "log"})
+        assert failing(node, "start") == failing(node, "live") == set()
+        server.start()
+        await eventually(node, "ready", set())
+        await node.drain()
+        await eventually(node, "ready", {"drain"})
+        assert failing(node, "start") == set()
+
+    assert failing(node, "ready") == {"node"}
+
+
+async def test_stopped_sink_warns_and_fails_nothing(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """A sink in need of a person is shown; the node serves on."""
+    async with shop(Valkey(url=valkey_server.socket_url), namespace) as node:
+        assert node.parts.crew is not None
+        node.parts.crew.deliveries["save"].stopped = "no such table"
+        (check,) = [each for each in checks(node) if each.name == "sink save"]
+        document = await node.stats()
+        node.parts.crew.deliveries["save"].stopped = ""
+
+    assert (check.state, check.detail, check.gates) == (
+        "warn",
+        "the sink is stopped: no such table",
+        frozenset(),
+    )
+    assert document["workers"]["sinks"] == {"save": "no such table"}  # type: ignore[index]
+
+
+async def test_gauges_are_there_while_the_node_runs(node: forebay.Node) -> None:
+    """What a scrape shows besides counters, with a value for each cache."""
+    await node.read("product:1")
+    found = {(name, *labels): value for name, labels, value in gauges(node)}
+
+    assert found["build_info", forebay.__version__] == 1
+    assert found["backend_up",] == 1
+    assert found["breaker_state", "valkey", "closed"] == 1
+    assert found["breaker_state", "valkey", "open"] == 0
+    assert found["cache_entries", "product"] == 1
+    assert found["cache_size_bytes", "product"] > 0
+    assert 0 <= found["log_staleness_seconds",] < 60
+
+
+def test_gauges_of_a_node_that_does_not_run() -> None:
+    """Before the start and after the stop a scrape says that nothing is up, and no more."""
+    found = list(gauges(forebay.Node("shop")))
+
+    assert found == [("build_info", (forebay.__version__,), 1.0), ("backend_up", (), 0.0)]
