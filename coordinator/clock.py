@@ -16,6 +16,7 @@ from typing import Protocol
 __all__ = ["Clock", "ServerClock", "SystemClock"]
 
 _FORGET_AFTER_S = 60.0
+_DRIFT_S = 0.005  # by how much two good clocks may part within that time
 
 
 class Clock(Protocol):
@@ -46,7 +47,7 @@ class ServerClock:
         offset = server_us / 1e6 - (sent_at + received_at) / 2
         moved = offset - self._offset_s if self.known else 0.0
         # Each of the two is right to half its round trip.
-        agrees = abs(moved) <= (round_trip + self._round_trip_s) / 2
+        agrees = abs(moved) <= (round_trip + self._round_trip_s) / 2 + _DRIFT_S
         if round_trip > self._round_trip_s and agrees and not stale:
             return 0.0
         self._offset_s, self._round_trip_s, self._taken_at = offset, round_trip, received_at

@@ -87,6 +87,7 @@ _STREAM = ("stream", ("events", "writes", "refreshes"))
 _KIND = ("kind", ("changed", "dropped", "bumped", "extended"))
 _TIER = ("tier", ("near", "shared", "source"))
 _OUTCOME = ("result", ("hit", "stale", "miss", "negative", "error"))
+_EXTERNAL = ("kind", ("set", "deleted", "flushed", "missed", "overflow"))
 _BREAKER = ("state", ("closed", "open", "half_open"))
 
 CATALOGUE = (
@@ -105,6 +106,11 @@ CATALOGUE = (
     Instrument("dead_letter_entries", "Entries in the dead letters."),
     Instrument("notices_applied_total", "Change notices applied from shard logs.", (_KIND,)),
     Instrument("log_gaps_total", "Times a shard log could not be followed.", ("reason",)),
+    Instrument(
+        "external_changes_total",
+        "Entries that others set or deleted; times when all had to be doubted.",
+        (_EXTERNAL,),
+    ),
     Instrument("log_suspect_shards", "Shards not known to be current on this node."),
     Instrument("log_staleness_seconds", "Age of the oldest proof of being current."),
     Instrument(

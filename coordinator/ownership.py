@@ -253,15 +253,15 @@ class Ownership:
         time, *owners = await self._commands.call_many(
             [("TIME",), *(("HMGET", self._own(r), "u", "t") for r in others)]
         )
-        for reply in (time, *owners):
-            if isinstance(reply, ForebayError):
-                raise reply
+        if isinstance(time, ForebayError):
+            raise time
         now_us, ours = int(time[0]) * 1_000_000 + int(time[1]), self._token.encode()
         # A lease with our token, of which we do not know: the reply to a claim was lost.
         return [
             resource
-            for resource, (until, token) in zip(others, owners, strict=True)
-            if until is None or int(until) <= now_us or token == ours
+            for resource, reply in zip(others, owners, strict=True)
+            if not isinstance(reply, ForebayError)
+            and (reply[0] is None or int(reply[0]) <= now_us or reply[1] == ours)
         ]
 
     def _may_take(self, resource: int) -> bool:

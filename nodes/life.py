@@ -51,9 +51,11 @@ class Life:
     async def end(self, error: BaseException | None) -> bool:
         """Leave the context; true if ``error`` is the cancellation that a failure caused."""
         assert self._task is not None
-        ours = self._block.__exit__(type(error) if error else None, error, None)
-        self._ending.set()
-        await self._left(self._task)
+        try:
+            ours = self._block.__exit__(type(error) if error else None, error, None)
+        finally:
+            self._ending.set()
+            await self._left(self._task)
         failure = None if self._task.cancelled() else self._task.exception()
         if failure is not None and (error is None or ours):
             raise failure
@@ -66,7 +68,9 @@ class Life:
             self._begun.set()
             await self._ending.wait()
 
-    def _over(self, _: asyncio.Task[None]) -> None:
+    def _over(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            task.exception()  # looked at, whether or not somebody is left to be told
         self._begun.set()
         if not self._ending.is_set():
             self._block.cancel()

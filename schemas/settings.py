@@ -113,6 +113,7 @@ class CacheDefaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     compress_over_bytes: Annotated[int, Meta(ge=0, le=67_108_864)] = 1_024
     lease_ms: Annotated[int, Meta(ge=100, le=600_000)] = 10_000  #: one load takes no longer
     jitter: Annotated[float, Meta(ge=0, le=0.5)] = 0.05
+    external_writers: bool = False  #: follow what others do to entries in Valkey itself
 
 
 class Durable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

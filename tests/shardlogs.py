@@ -21,9 +21,9 @@ from forebay.coordinator.link import Arg, Commands, Reply
 from forebay.coordinator.log import Follower
 from forebay.coordinator.scripting import load_scripts, run
 from forebay.schemas.keys import Names
-from forebay.schemas.notices import Dropped, Notice, write_notice
+from forebay.schemas.notices import Dropped, Notice, read_notice, write_notice
 
-__all__ = ["Between", "Broken", "Journal", "ManualClock", "Shelf", "instruments"]
+__all__ = ["SCRIPTS", "Between", "Broken", "Journal", "ManualClock", "Shelf", "instruments"]
 
 SCRIPTS = load_scripts()
 
@@ -74,6 +74,7 @@ class Shelf:
         self.names = Names(namespace, shards)
         self.written: dict[int, int] = defaultdict(int)
         self.versions: dict[int, list[int]] = defaultdict(list)
+        self.lost: dict[int, set[int]] = defaultdict(set)  #: as if they had never been
 
     async def write(self, shard: int, notice: bytes | None = None) -> bytes:
         """Write the shard's next notice; returns what its bell says."""
@@ -100,10 +101,13 @@ class Shelf:
     async def rewind(self, shard: int, left: int) -> None:
         """As after a failover: the end is lost, and its ids will be given again."""
         name = self.names.part(shard, "log")
-        entries = await self.commands.call("XRANGE", name, "-", "+", "COUNT", left)
-        add = [("XADD", name, entry_id, *fields) for entry_id, fields in entries]
+        entries = await self.commands.call("XRANGE", name, "-", "+")
+        add = [("XADD", name, entry_id, *fields) for entry_id, fields in entries[:left]]
         await self.commands.call_many([("DEL", name), *add])
-        first = int(await self.commands.call("HGET", name + ":first", "n") or 0)
+        for _, fields in entries[left:]:
+            notice = read_notice(fields[3])
+            assert isinstance(notice, Dropped)
+            self.lost[shard].update(map(int, notice.keys))
 
     async def lose(self, shard: int, *parts: str) -> None:
         await self.commands.call("DEL", *(self.names.part(shard, part) for part in parts))

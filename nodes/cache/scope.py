@@ -16,7 +16,7 @@ S4  It holds at most ``entries_max`` values of ``bytes_max`` bytes together; wha
     streams for hours must not be answered from its first second.
 S5  A loader runs ``outside`` of every scope. What it returns is stored for everyone, so it
     must not be made of what one request saw a while ago.
-S6  While no scope is open, a reader pays for one look at ``RequestScope.opened``.
+S6  While no scope is open, a reader pays for one look at ``scope.opened``.
 
 A scope inside a scope is the same one, unless ``fresh`` is asked for. No value is fetched,
 stored or invalidated here.
@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -56,7 +56,8 @@ _ENTRIES_MAX = 1_000
 _BYTES_MAX = 8 * 1024 * 1024
 _LASTS_S = 30.0
 
-_counting = Lock()  # blocks may be entered in several threads
+opened = 0  #: blocks that are entered now, in all threads
+_counting = Lock()
 
 
 class ScopeStatistics(Struct, frozen=True, kw_only=True):
@@ -67,8 +68,6 @@ class ScopeStatistics(Struct, frozen=True, kw_only=True):
 
 class RequestScope:
     """What one request has read. Made by ``request_scope``, found by ``current``."""
-
-    opened: ClassVar[int] = 0  #: scopes that are open now, of all threads
 
     def __init__(
         self,
@@ -174,7 +173,7 @@ _current: ContextVar[RequestScope | None] = ContextVar("forebay_request_scope", 
 
 def current() -> RequestScope | None:
     """The innermost scope that is open here."""
-    if not RequestScope.opened:
+    if not opened:
         return None
     scope = _current.get()
     while scope is not None and scope.closed:
@@ -204,6 +203,12 @@ def outside() -> Iterator[None]:
         _current.reset(token)
 
 
+def _count(step: int) -> None:
+    global opened  # noqa: PLW0603 - nothing is read faster, and every read looks at it
+    with _counting:
+        opened += step
+
+
 class ScopeBlock:
     """``with`` or ``async with``, once."""
 
@@ -224,8 +229,7 @@ class ScopeBlock:
             return around
         self._own = RequestScope(around=around, clock=self._clock, **self._bounds)
         self._token = _current.set(self._own)
-        with _counting:
-            RequestScope.opened += 1
+        _count(1)
         return self._own
 
     def __exit__(
@@ -238,8 +242,7 @@ class ScopeBlock:
         if token is None:
             return
         self.close()
-        with _counting:
-            RequestScope.opened -= 1
+        _count(-1)
         with suppress(ValueError):  # left in another context; what is closed serves nothing there
             _current.reset(token)
 

@@ -58,16 +58,21 @@ async def product(id: int) -> Product | None:
 async def catalog() -> list[int]:
     async with aiosqlite.connect(DATABASE) as database:
         query = "SELECT id FROM products ORDER BY id LIMIT 100"
-        return [id for (id,) in await database.execute_fetchall(query)]
+        return [row[0] for row in await database.execute_fetchall(query)]
 
 
 # First the commit, then the invalidation: the other way round, somebody could load the old
-# row in between. Should the invalidation fail, the client gets a 503, and puts it again.
+# row in between. Should the invalidation fail, the client gets a 503, and puts it again; where
+# that is not enough, write behind, as fastapi_app.py does.
 async def store(id: int, statement: str, values: Sequence[object]) -> None:
     async with aiosqlite.connect(DATABASE) as database:
         await database.execute(statement, values)
         await database.commit()
     await node.invalidate([product.key(id)], tags=["catalog"])
+
+
+def id_of(request: web.Request) -> int:
+    return int(request.match_info["id"])
 
 
 def answer(value: object, status: int = 200) -> web.Response:
@@ -77,29 +82,29 @@ def answer(value: object, status: int = 200) -> web.Response:
 
 @routes.get(PRODUCT)
 async def get_product(request: web.Request) -> web.Response:
-    id = int(request.match_info["id"])
-    found = await product(id)
-    return answer({"error": f"there is no product {id}"}, 404) if found is None else answer(found)
+    found = await product(id_of(request))
+    return answer({"error": "there is no such product"}, 404) if found is None else answer(found)
 
 
 @routes.put(PRODUCT)
 async def put_product(request: web.Request) -> web.Response:
-    id, offer = int(request.match_info["id"]), msgspec.json.decode(await request.read(), type=Offer)
+    new = id_of(request)
+    offer = msgspec.json.decode(await request.read(), type=Offer)
     statement = "INSERT OR REPLACE INTO products (id, name, price) VALUES (?, ?, ?)"
-    await store(id, statement, (id, offer.name, offer.price))
-    return answer(await product(id))
+    await store(new, statement, (new, offer.name, offer.price))
+    return answer(await product(new))
 
 
 @routes.delete(PRODUCT)
 async def delete_product(request: web.Request) -> web.Response:
-    id = int(request.match_info["id"])
-    await store(id, "DELETE FROM products WHERE id = ?", (id,))
+    old = id_of(request)
+    await store(old, "DELETE FROM products WHERE id = ?", (old,))
     return web.Response(status=204)
 
 
 @routes.get("/catalog")
 async def get_catalog(request: web.Request) -> web.Response:
-    found = [await product(id) for id in await catalog()]
+    found = [await product(each) for each in await catalog()]
     return answer([each for each in found if each is not None])
 
 

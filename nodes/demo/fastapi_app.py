@@ -63,7 +63,7 @@ async def product(id: int) -> Product | None:
 async def catalog() -> list[int]:
     async with aiosqlite.connect(DATABASE) as database:
         query = "SELECT id FROM products ORDER BY id LIMIT 100"
-        return [id for (id,) in await database.execute_fetchall(query)]
+        return [row[0] for row in await database.execute_fetchall(query)]
 
 
 # Whatever is written behind ends in this table: in order, many in one transaction, none twice.
@@ -113,7 +113,7 @@ async def delete_product(id: Id) -> None:
 
 @app.get("/catalog")
 async def get_catalog() -> list[Product]:
-    found = [await product(id) for id in await catalog()]
+    found = [await product(each) for each in await catalog()]
     return [each for each in found if each is not None]
 
 

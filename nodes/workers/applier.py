@@ -4,11 +4,11 @@ A1  Of each shard one step is under way at a time, and the next follows when it 
     nothing can overtake a write that a full stream, or a server that forgot its scripts, put
     off. Shards go side by side.
 A2  A step is repeated with its mark, never without, so it takes effect once.
-A3  A write that its stream has no room for is tried again as long as the work is ours; the
+A3  A write that its stream has no room for is tried again as long as ``check`` lets us; the
     shards that have room are done first.
-A4  What can never be applied (a value of the wrong type, a name that holds something else)
-    comes back as a dead letter, and the steps behind it go on. Faults of the server as a
-    whole are raised.
+A4  What can never be applied (a value of the wrong type, a shard whose names hold something
+    else) comes back as a dead letter, and the steps behind it go on. Faults of the server as
+    a whole are raised.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ...schemas.errors import (
 from ...schemas.jobs import WriteJob
 from ..cache.loads import Core
 from .dead_letters import DeadLetter
-from .plan import Invalidation, Step, WriteStep, singly
+from .plan import Invalidation, Step, WriteStep
 from .routes import Routes
 
 __all__ = ["Applier"]
@@ -41,7 +41,7 @@ log = structlog.get_logger(__name__)
 
 _TOGETHER = 64
 _FULL_S = 0.1
-_FOR_GOOD = frozenset({"WRONGTYPE", "ERR"})  #: of one name; other codes concern the server
+_FOR_GOOD = frozenset({"WRONGTYPE", "ERR"})  #: other codes concern the server as a whole
 _OF_THE_VALUE = (InvalidEntry, InvalidKey)
 
 Queues = dict[int, deque[Step]]
@@ -54,18 +54,23 @@ class Applier:
         self._shared = core.shared
         self._counts = core.instruments.counts
 
-    async def apply(self, steps: Sequence[Step], check: Callable[[], None]) -> list[DeadLetter]:
-        """Apply all of them; ``check`` raises when the work is not ours any more.
+    async def apply(
+        self, steps: Sequence[Step], check: Callable[[bool], None]
+    ) -> list[DeadLetter]:
+        """Apply all of them; returns those that can never be applied.
 
-        Returns those that can never be applied. Raises:
+        ``check(waiting)`` raises when the work is not ours any more, or not worth waiting for.
+
+        Raises:
             Unavailable, ServerRefused: some may not have been applied; repeat them all.
         """
         queues: Queues = {}
         for step in steps:
             queues.setdefault(step.shard, deque()).append(step)
         letters: list[DeadLetter] = []
+        waited = False
         while queues:
-            check()
+            check(waited)
             full: list[Backpressure] = []
             shards = list(queues)
             for start in range(0, len(shards), _TOGETHER):
@@ -73,13 +78,12 @@ class Applier:
                 full += await self._advance(heads, letters)
             queues = {shard: queue for shard, queue in queues.items() if queue}
             if queues and len(full) == len(queues):
-                await self._wait(full)
+                self._counts["limit_reached", "writes"] += len(full)
+                if not waited:
+                    log.warning("ingress.held_back", streams=len(full), error=str(full[0]))
+                waited = True
+                await anyio.sleep(_FULL_S)
         return letters
-
-    async def _wait(self, full: Sequence[Backpressure]) -> None:
-        self._counts["limit_reached", "writes"] += len(full)
-        log.warning("ingress.held_back", streams=len(full), error=str(full[0]))
-        await anyio.sleep(_FULL_S)
 
     async def _advance(
         self, queues: Sequence[deque[Step]], letters: list[DeadLetter]
@@ -113,15 +117,14 @@ class Applier:
         else:
             queue.popleft()
 
-    def _refused(self, queue: deque[Step], error: ServerRefused, letters: list[DeadLetter]) -> None:
+    def _refused(
+        self, queue: deque[Step], error: ServerRefused, letters: list[DeadLetter]
+    ) -> None:
         if error.code not in _FOR_GOOD:
             raise error
-        step = queue.popleft()
-        if isinstance(step, Invalidation) and len(step.names) > 1:
-            queue.extendleft(reversed(list(singly(step))))
-            return
-        fault = InvalidEvent("server_refused", str(error), fix="see what is stored under its name")
-        self._bury(step, fault, letters)
+        fix = "see what is stored under the names of this shard"
+        fault = InvalidEvent("server_refused", str(error), field="event", fix=fix)
+        self._bury(queue.popleft(), fault, letters)
 
     async def _call_of(self, step: Step, letters: list[DeadLetter]) -> Call | None:
         """The script of a step; None if there can be none."""
@@ -166,9 +169,6 @@ class Applier:
         )
 
     def _bury(self, step: Step, fault: InvalidEvent, letters: list[DeadLetter]) -> None:
-        if isinstance(step, WriteStep):
-            taken, name = step.taken, "write"
-        else:
-            (taken, _), name = step.last, "invalidate"
-        letters.append(DeadLetter(taken.id, taken.raw, fault))
-        self._counts["events_processed", name, "dead"] += 1
+        for taken in step.events():
+            letters.append(DeadLetter(taken.id, taken.raw, fault))
+            self._counts["events_processed", taken.event.name, "dead"] += 1

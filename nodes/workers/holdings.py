@@ -10,13 +10,14 @@ __all__ = ["Holding", "Place", "following"]
 class Place:
     """Where one lane is in one shard's writes."""
 
-    __slots__ = ("busy", "position", "rung", "turn")
+    __slots__ = ("busy", "emptied", "position", "rung", "turn")
 
     def __init__(self) -> None:
         self.position = ""  #: the checkpoint as committed; empty: not asked for yet
         self.rung = True  #: there may be something to read
         self.busy = False
         self.turn = 0  #: the round in which it was read last
+        self.emptied = 0  #: the round in which nothing was found
 
 
 class Holding:

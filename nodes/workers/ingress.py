@@ -101,7 +101,7 @@ class Ingress:
         """Seen by itself: the tenure is looked at before every step."""
 
     async def yielding(self, tenures: Sequence[Tenure]) -> None:
-        """Take no further batch, and wait for the one under way."""
+        """Take no further batch, and wait for the one under way, unless that waits itself."""
         if any(tenure.resource == EVENTS for tenure in tenures):
             self._yielding = True
             with anyio.move_on_after(_YIELD_S):
@@ -159,8 +159,9 @@ class Ingress:
     def _ours(self, tenure: Tenure) -> bool:
         return self._ownership.in_force(EVENTS) is tenure and not self._yielding
 
-    def _check(self, tenure: Tenure) -> None:
-        if not self._ours(tenure):
+    def _check(self, tenure: Tenure, waiting: bool) -> None:
+        """A batch under way is finished before yielding, but not if it has to wait."""
+        if self._ownership.in_force(EVENTS) is not tenure or (waiting and self._yielding):
             raise Fenced("the ingress stream", tenure.epoch, 0)
 
     async def _apply(self, tenure: Tenure, entries: Sequence[Sequence[Reply]]) -> str:
@@ -172,7 +173,7 @@ class Ingress:
             if taken is not None:
                 batch.append(taken)
         steps = plan(batch, self._names)
-        letters += await self._applier.apply(steps, lambda: self._check(tenure))
+        letters += await self._applier.apply(steps, lambda waiting: self._check(tenure, waiting))
         await self._dead_letters.bury(EVENTS, letters)
         await self._requests.carry_out([taken.event.body for taken in batch])
         last_id = bytes(entries[-1][0]).decode()
@@ -234,7 +235,7 @@ class Ingress:
         held, start = self._names.part(EVENTS, "held"), "-"
         while page := await self._commands.call("XRANGE", held, start, "+", "COUNT", _PAGE):
             for raw_id, fields in page:
-                self._check(tenure)
+                self._check(tenure, waiting=True)
                 await self._publish_again(held, raw_id, bytes(fields[1]))
             start = f"({bytes(page[-1][0]).decode()}"
 

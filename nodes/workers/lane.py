@@ -84,7 +84,6 @@ class Lane:
         self._wake = anyio.Event()
         self._rounds = 0
         self._entry_bytes = _ENTRY_BYTES
-        self._emptied = 0  # the latest round that began when asked, and found nothing at all
         self._failure: type[Exception] | None = None
 
     def __repr__(self) -> str:
@@ -118,18 +117,19 @@ class Lane:
                 await anyio.sleep(self._options.flush_delay_ms / 1000)
 
     async def empty(self, settled: Callable[[], Awaitable[None]]) -> None:
-        """Wait until a round that began after now has found nothing in any shard."""
+        """Wait until every shard was found empty in a round that began after now."""
         asked = self._rounds
-        while self._holdings and self._emptied <= asked:
-            for holding in self._holdings.values():
+        while full := [h for h in self._holdings.values() if self._place(h).emptied <= asked]:
+            for holding in full:
                 self._place(holding).rung = True
             self._wake.set()
             await settled()
 
     async def round(self) -> bool:
-        """Read what waits, flush and commit it; false when nothing waited."""
+        """Read what waits, flush and commit it; false when nothing more can wait."""
         self._rounds += 1
-        number, held = self._rounds, self._ready()
+        number, ready = self._rounds, self._ready()
+        held = ready[: self._options.flush_rows_max]
         if not held:
             return False
         for holding in held:
@@ -140,24 +140,21 @@ class Lane:
             stretches = await self._read(held)
             if stretches:
                 await self._flush_ours(stretches)
-            elif len(held) == len(self._holdings):
-                self._emptied = number
             self._failure = None
         finally:
             for holding in held:
                 self._place(holding).busy = False
             self._settled()
-        return bool(stretches)
+        return bool(stretches) or len(ready) > len(held)
 
     def _ready(self) -> list[Holding]:
-        """What may be read now, the longest unread first, as much as a round takes."""
+        """What may be read now, the longest unread first."""
         ready = [
             holding
             for holding in self._holdings.values()
             if self._place(holding).rung and not holding.yielding and self._in_force(holding.tenure)
         ]
-        ready.sort(key=lambda holding: self._place(holding).turn)
-        return ready[: self._options.flush_rows_max]
+        return sorted(ready, key=lambda holding: self._place(holding).turn)
 
     async def _locate(self, held: Sequence[Holding]) -> None:
         """Where to begin: the checkpoint."""
@@ -182,7 +179,9 @@ class Lane:
         for holding, reply in zip(held, await self._commands.call_many(commands), strict=True):
             if isinstance(reply, ForebayError):
                 raise reply
-            if reply:
+            if not reply:
+                self._place(holding).emptied = self._rounds
+            else:
                 entries = [queued(*entry) for entry in reply[0][1]]
                 self._place(holding).rung |= len(entries) >= count
                 stretches.append(Stretch(holding.tenure, entries))

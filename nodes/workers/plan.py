@@ -11,7 +11,7 @@ P3  Neighbouring invalidations of a shard become one step, of at most 200 keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -19,7 +19,7 @@ from msgspec import Struct
 from ...schemas.events import Event, Invalidate, Write
 from ...schemas.keys import Names
 
-__all__ = ["Invalidation", "Step", "Taken", "WriteStep", "mark_of", "plan", "singly"]
+__all__ = ["Invalidation", "Step", "Taken", "WriteStep", "mark_of", "plan"]
 
 _TOGETHER = 200
 _TAGS_FROM = 10_001
@@ -37,22 +37,27 @@ class Taken(Struct, frozen=True):
 class Invalidation:
     """Keys, or tags, of one shard to invalidate; each with the last event that named it."""
 
-    __slots__ = ("kind", "last", "names", "shard", "soft")
+    __slots__ = ("kind", "names", "place", "shard", "soft", "taken")
 
     def __init__(self, shard: int, kind: Kind, soft: bool) -> None:
         self.shard = shard
         self.kind: Kind = kind
         self.soft = soft
-        self.names: dict[str, tuple[Taken, int]] = {}
-        self.last: tuple[Taken, int]
+        self.names: dict[str, Taken] = {}
+        self.taken: Taken  #: the newest, and the place in it of the newest name
+        self.place: int
 
     def add(self, name: str, taken: Taken, place: int) -> None:
-        self.names[name] = self.last = taken, place
+        self.names[name] = self.taken = taken
+        self.place = place
 
     @property
     def mark(self) -> str:
-        taken, place = self.last
-        return mark_of(taken.id, place)
+        return mark_of(self.taken.id, self.place)
+
+    def events(self) -> Iterator[Taken]:
+        """Those that name something here, each once."""
+        yield from {taken.id: taken for taken in self.names.values()}.values()
 
     def __repr__(self) -> str:
         return f"<Invalidation of {len(self.names)} {self.kind} of {self.shard} at {self.mark}>"
@@ -66,6 +71,9 @@ class WriteStep(Struct, frozen=True):
     @property
     def mark(self) -> str:
         return mark_of(self.taken.id, 0)
+
+    def events(self) -> Iterator[Taken]:
+        yield self.taken
 
 
 Step = Invalidation | WriteStep
@@ -112,11 +120,3 @@ def _open(steps: dict[int, list[Step]], shard: int, kind: Kind, soft: bool) -> I
     queue.append(opened)
     return opened
 
-
-def singly(step: Invalidation) -> Iterable[Invalidation]:
-    """The same, a step for each name, in the order of their marks."""
-    places = sorted(step.names.items(), key=lambda item: mark_of(item[1][0].id, item[1][1]))
-    for name, (taken, place) in places:
-        single = Invalidation(step.shard, step.kind, step.soft)
-        single.add(name, taken, place)
-        yield single

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 from conftest import MakeServer
-from shardlogs import Between, Journal, ManualClock, Shelf
+from shardlogs import SCRIPTS, Between, Journal, ManualClock, Shelf
 
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.doorbell import Doorbell
@@ -41,12 +41,7 @@ class Scene:
     @property
     def gaps(self) -> dict[str, int]:
         counts = self.follower._instruments.counts
-        return {
-            reason: n
-            for (name, *rest), n in counts.items()
-            if name == "log_gaps"
-            for reason in rest
-        }
+        return {labels[1]: n for labels, n in counts.items() if labels[0] == "log_gaps"}
 
 
 @pytest.fixture
@@ -159,8 +154,6 @@ async def test_more_than_a_page_is_read_to_its_end(scene: Scene) -> None:
 
 def scene_write(shelf: Shelf) -> list[Arg]:
     """An invalidation of nothing, as a command."""
-    from shardlogs import SCRIPTS
-
     part = shelf.names.part
     keys = [part(1, name) for name in ("head", "log", "e0:x", "l:x")]
     notice = write_notice(Dropped(()))
@@ -329,6 +322,42 @@ async def test_what_a_stranger_rings_is_ignored(scene: Scene, payload: bytes) ->
     live_until = scene.follower.live_until
     scene.follower.bell(payload)
     assert scene.follower.live_until == live_until
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["another notice", "none"])
+async def test_a_bell_that_no_read_confirms_resets_its_shard(scene: Scene, there: bool) -> None:
+    """I3: it came late, or from a server that is not in charge; the log has the last word."""
+    shard, epoch, seq, version, _ = (await scene.shelf.write(1)).split(b" ", 4)
+    await scene.follower.sweep()
+    position, notice = int(seq) + 1, write_notice(Dropped(()))
+    if there:
+        await scene.shelf.write(1)
+    false = (shard, epoch, b"%d" % position, b"%d" % (int(version) + 1), notice)
+    scene.follower.bell(b" ".join(false))
+    assert scene.follower.views[1].seq == position
+    assert scene.journal.resets == []
+    await scene.follower.sweep()
+    assert scene.journal.resets == [1]
+    assert scene.gaps["false_bell"] == 1
+    scene.follower.bell(await scene.shelf.write(1))
+    await scene.follower.sweep()
+    assert scene.journal.applied == {1: [0, 1, 2] if there else [0, 1]}
+    assert scene.journal.resets == [1]
+    scene.journal.check()
+
+
+async def test_more_bells_than_can_be_kept_are_left_to_a_read(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bells told is remembered until it was read, and so has a limit."""
+    monkeypatch.setattr("forebay.coordinator.shard_view._TOLD_MAX", 3)
+    for _ in range(5):
+        scene.follower.bell(await scene.shelf.write(0))
+    assert scene.journal.applied == {0: [0, 1, 2]}
+    assert scene.follower.live_until == NEVER
+    await scene.follower.sweep()
+    assert scene.journal.applied == {0: [0, 1, 2, 3, 4]}
+    assert scene.journal.resets == []
 
 
 @pytest.mark.parametrize("rung", [True, False], ids=["bell", "sweep"])

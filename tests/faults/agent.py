@@ -13,18 +13,30 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
 import msgspec
-
 from faults.checker import CROSSED
 from faults.history import History
 from faults.setting import AIMS, Setup
+
 from forebay.schemas.errors import ForebayError
 
-__all__ = ["Agent", "AgentClient", "Crowd", "Crowded", "Drive", "Driven", "Order", "Reading", "Watch"]
+__all__ = [
+    "Agent",
+    "AgentClient",
+    "Crowd",
+    "Crowded",
+    "Drive",
+    "Driven",
+    "GiveUp",
+    "Order",
+    "Reading",
+    "Watch",
+]
 
 _PROBES_MAX = 50_000
 
@@ -44,16 +56,22 @@ class Watch(msgspec.Struct, frozen=True, tag="watch"):
 
 
 class Crowd(msgspec.Struct, frozen=True, tag="crowd"):
-    """Have many callers ask for one key at once; the first ``cancelled`` give up a bit later."""
+    """Have many callers ask for one key at once."""
 
     key: int
     callers: int
-    cancelled: int = 0
+
+
+class GiveUp(msgspec.Struct, frozen=True, tag="give up"):
+    """Cancel the first of the callers who ask for this key."""
+
+    key: int
+    callers: int
 
 
 class Crowded(msgspec.Struct, frozen=True):
     values: dict[str, int]  #: how often each answer was given
-    cancelled: int
+    given_up: int
 
 
 class Drive(msgspec.Struct, frozen=True, tag="drive"):
@@ -68,7 +86,7 @@ class Driven(msgspec.Struct, frozen=True):
     reads: int
 
 
-Order = Watch | Crowd | Drive
+Order = Watch | Crowd | GiveUp | Drive
 Hit = Any  # of forebay: with value, stale, tier
 Read = Callable[[str, int], Awaitable[Hit]]
 
@@ -95,6 +113,7 @@ class Agent:
         self._decode = msgspec.json.Decoder(Order).decode
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._crowds: dict[int, Sequence[asyncio.Task[str]]] = {}
         self._turn = 0
 
     async def start(self) -> None:
@@ -115,6 +134,9 @@ class Agent:
                 order = self._decode(line)
                 if isinstance(order, Watch):
                     self._watch(order)
+                elif isinstance(order, GiveUp):
+                    for caller in self._crowds[order.key][: order.callers]:
+                        caller.cancel()
                 else:
                     self._spawn(self._answer(order, writer))
         writer.close()
@@ -167,16 +189,12 @@ class Agent:
 
     async def _crowd(self, order: Crowd) -> Crowded:
         callers = [asyncio.create_task(self._cold(order.key)) for _ in range(order.callers)]
-        if order.cancelled:
-            await asyncio.sleep(0.1)  # the load is under way
-            for caller in callers[: order.cancelled]:
-                caller.cancel()
+        self._crowds[order.key] = callers
         answers = await asyncio.gather(*callers, return_exceptions=True)
-        values: dict[str, int] = {}
-        for answer in answers:
-            if not isinstance(answer, asyncio.CancelledError):
-                values[str(answer)] = values.get(str(answer), 0) + 1
-        return Crowded(values, sum(isinstance(each, asyncio.CancelledError) for each in answers))
+        given_up = sum(isinstance(each, asyncio.CancelledError) for each in answers)
+        values = Counter(map(str, answers))
+        values.pop(str(asyncio.CancelledError()), None)
+        return Crowded(dict(values), given_up)
 
     async def _cold(self, key: int) -> str:
         reading = await self._read_cold(key)

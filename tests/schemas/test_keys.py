@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 import uuid
+from contextlib import suppress
 from datetime import date
 from decimal import Decimal
 from zlib import crc32
@@ -37,7 +38,16 @@ BAD = {
     "long": "x" * 513,
     "long in bytes": "ä" * 257,
 }
-TEMPLATES = ["p:{a}", "{a}", "p:{a}:{b}", "p:{a}-{b}", "p/{a}/{b}.x", "{a}--{b}_{c}", "{a}→{b}", "k"]
+TEMPLATES = [
+    "p:{a}",
+    "{a}",
+    "p:{a}:{b}",
+    "p:{a}-{b}",
+    "p/{a}/{b}.x",
+    "{a}--{b}_{c}",
+    "{a}→{b}",
+    "k",
+]
 
 texts = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from("-_.~/@:%{}* +0aZ"),
@@ -76,10 +86,8 @@ def test_a_bad_key_is_refused(key: str) -> None:
 @given(st.text(max_size=600))
 def test_any_text_is_a_key_or_refused(text: str) -> None:
     """No other exception; and what passes fits and can be sent."""
-    try:
+    with suppress(InvalidKey):
         assert 1 <= len(check_key(text).encode()) <= KEY_BYTES_MAX
-    except InvalidKey as refused:
-        assert refused.problem
 
 
 @pytest.mark.parametrize("text", TEMPLATES)
@@ -120,7 +128,9 @@ def test_signs_of_the_template_in_values_mix_nothing_up(text: str) -> None:
 @given(texts)
 def test_a_key_of_another_template_does_not_match(value: str) -> None:
     """Routes are found by matching."""
-    assert KeyTemplate("product:{id}").match(KeyTemplate("order:{id}").format({"id": value})) is None
+    assert (
+        KeyTemplate("product:{id}").match(KeyTemplate("order:{id}").format({"id": value})) is None
+    )
     assert KeyTemplate("p:{a}").match(KeyTemplate("p:{a}:{b}").format({"a": 1, "b": value})) is None
 
 

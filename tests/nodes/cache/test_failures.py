@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
+from typing import Self
 
 import msgspec
 import pytest
@@ -40,7 +40,7 @@ class Slotted(OSError):
 
 
 class Frozen(Exception):
-    def __new__(cls, *args: object) -> Frozen:
+    def __new__(cls, *args: object) -> Self:
         if args != ("only so",):
             raise TypeError("not like this")
         return super().__new__(cls)
@@ -53,7 +53,7 @@ ERRORS = [
     FileNotFoundError(2, "No such file", "there"),
     ConnectionResetError(104, "reset"),
     UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"),
-    asyncio.TimeoutError(),
+    TimeoutError(),
     socket.gaierror(-2, "unknown"),
     ExceptionGroup("both", [ValueError(1), KeyError(2)]),
     msgspec.ValidationError("Expected int"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import anyio
+import pytest
 
 from forebay.nodes.cache.waits import KeyWaits
 
@@ -43,11 +44,9 @@ def test_nothing_is_left_of_watches_that_ended() -> None:
     third.__exit__(None, None, None)
     assert len(waits) == 0
     waits.wake("a")
-    try:
-        with waits.watch("a"):
-            raise ValueError
-    except ValueError:
-        assert len(waits) == 0
+    with pytest.raises(KeyError), waits.watch("a"):
+        {}["a"]
+    assert len(waits) == 0
 
 
 async def test_a_watch_that_was_begun_before_misses_nothing() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from random import Random
 
 import aiohttp
+import programs
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -93,21 +91,4 @@ async def client(endpoint: Address) -> AsyncIterator[aiohttp.ClientSession]:
 @pytest.fixture
 def tool() -> Callable[[str], str]:
     """The path of a program; CI must have it, elsewhere the test is skipped without."""
-
-    def found(name: str) -> str:
-        path = shutil.which(name)
-        if path is None and os.environ.get("CI") == "true":
-            pytest.fail(f"{name} is not installed")
-        if path is None:
-            pytest.skip(f"{name} is not installed")
-        return path
-
-    return found
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return programs.tool

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -13,6 +12,7 @@ import anyio
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from prometheusd import prometheus_on, query
 
 from forebay.coordinator.instruments import CATALOGUE, PREFIX, SERIES_MAX, Instruments
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from forebay.nodes.web.server import Address
     from tests.nodes.web.conftest import Station
 
-CONFIG = Path(__file__).parents[3] / "deploy" / "prometheus" / "prometheus.yml"
 CACHES = [f"cache-{number}" for number in range(10)]
 TIERS = {
     "near": ("hit", "stale", "miss"),
@@ -192,47 +191,16 @@ def test_a_histogram_counts_a_bound_into_its_own_bucket() -> None:
 
 @pytest.fixture
 async def target(endpoint: Address, station: Station) -> str:
-    """host:port of a node that applied three writes. Point it to a real node to test that."""
+    """host:port of an endpoint that counted three writes."""
     station.instruments.counts["events_processed", "write", "applied"] += 3
     return f"{endpoint.host}:{endpoint.port}"
 
 
 @pytest.fixture
-async def prometheus(
-    target: str, tool: Callable[[str], str], tmp_path: Path, free_port: int
-) -> AsyncIterator[aiohttp.ClientSession]:
+async def prometheus(target: str, tmp_path: Path) -> AsyncIterator[aiohttp.ClientSession]:
     """A client of a real Prometheus that runs with our configuration on this target."""
-    text = CONFIG.read_text()
-    assert text.count("127.0.0.1:8642") == 1
-    config = tmp_path / "prometheus.yml"
-    config.write_text(text.replace("127.0.0.1:8642", target))
-    address = f"127.0.0.1:{free_port}"
-    command = [
-        tool("prometheus"),
-        f"--config.file={config}",
-        f"--storage.tsdb.path={tmp_path / 'data'}",
-        f"--web.listen-address={address}",
-    ]
-    async with (
-        await anyio.open_process(command, stdout=subprocess.DEVNULL, stderr=None) as process,
-        aiohttp.ClientSession(f"http://{address}") as session,
-    ):
-        try:
-            yield session
-        finally:
-            process.terminate()
-            with anyio.move_on_after(10, shield=True):
-                await process.wait()
-
-
-async def query(session: aiohttp.ClientSession, expression: str) -> float | None:
-    """The single value of an expression; None while there is none."""
-    try:
-        async with session.get("/api/v1/query", params={"query": expression}) as response:
-            found = (await response.json())["data"]["result"] if response.status == 200 else []
-    except aiohttp.ClientConnectionError:
-        return None
-    return float(found[0]["value"][1]) if found else None
+    async with prometheus_on(target, tmp_path) as session:
+        yield session
 
 
 @pytest.mark.slow

@@ -1,0 +1,331 @@
+"""The scripts of tags, logs, owners and streams, on every kind of backend."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+from scriptdesk import MINUTE_MS, Desk
+
+from forebay.schemas.notices import Bumped, Dropped
+
+# tags_bump, tags_capture
+
+
+def tags_of_a_shard(desk: Desk) -> tuple[str, str]:
+    first, second = desk.keys_of(desk.shard, 2)
+    return first, second
+
+
+async def test_tags_are_captured_made_and_kept(desk: Desk) -> None:
+    """A tag that has a version keeps it; one that has none gets one, the same for all asking."""
+    one, two = tags_of_a_shard(desk)
+    (first,) = await desk.capture(one)
+    again, second = await desk.capture(one, two)
+    assert again == first
+    assert second > first
+    assert await desk.capture(two, one) == [second, first]
+    assert await desk.log() == []
+    for tag in (one, two):
+        assert 0 < await desk.commands.call("PTTL", desk.names.tag(tag)) <= MINUTE_MS
+
+
+async def test_capturing_keeps_a_version_alive(desk: Desk) -> None:
+    """What is used is not forgotten."""
+    one, _ = tags_of_a_shard(desk)
+    version = await desk.capture(one, keep_ms=1_000)
+    assert await desk.capture(one, keep_ms=MINUTE_MS) == version
+    assert await desk.commands.call("PTTL", desk.names.tag(one)) > 1_000
+
+
+async def test_a_bump_gives_later_versions_and_says_so(desk: Desk) -> None:
+    """tags_bump I1: later than any that an entry may carry."""
+    one, two = tags_of_a_shard(desk)
+    captured = await desk.capture(one, two)
+    filled = await desk.put()
+    done, version = await desk.bump(one, two)
+    assert done == 1
+    assert int(version) > max(*captured, filled)
+    assert await desk.capture(one, two) == [int(version)] * 2
+    logged = (await desk.log())[-1]
+    assert (logged.version, logged.notice) == (int(version), Bumped((one, two)))
+
+
+@pytest.mark.parametrize("how", ["capture", "bump"])
+async def test_a_tag_that_was_lost_gets_a_version_that_it_never_had(desk: Desk, how: str) -> None:
+    """tags_bump I1, tags_capture I1: also if the server's clock went back meanwhile."""
+    one, _ = tags_of_a_shard(desk)
+    future = await desk.now_us() + 3_600_000_000
+    await desk.commands.call("HSET", desk.part("head"), "v", future)
+    await desk.bump(one)
+    await desk.commands.call("DEL", desk.names.tag(one))
+    if how == "bump":
+        await desk.bump(one)
+    assert await desk.capture(one) == [future + 2]
+
+
+async def test_a_bump_is_taken_once_per_mark(desk: Desk) -> None:
+    """Events that are applied again after a crash have no second effect."""
+    one, _ = tags_of_a_shard(desk)
+    await desk.bump(one, mark="005")
+    before = await desk.everything()
+    assert await desk.bump(one, mark="005") == [2]
+    assert await desk.everything() == before
+    first, second = await desk.bump(one), await desk.bump(one)
+    assert int(first[1]) < int(second[1])
+
+
+# log_begin
+
+
+async def test_a_log_is_begun_once(desk: Desk) -> None:
+    """log_begin I1: by whoever comes first; everybody begins to follow at the same place."""
+    first = await desk.log_begin()
+    assert first is not None
+    assert first.endswith(b"-0")
+    assert await desk.log_begin() == first
+    (logged,) = await desk.log()
+    assert (str(logged.position).encode(), logged.notice) == (first, Dropped(()))
+
+
+async def test_a_log_that_has_notices_is_not_written_to(desk: Desk) -> None:
+    """log_begin I2: its end is told; of one that was trimmed empty nothing is known."""
+    await desk.put()
+    await desk.put()
+    before = await desk.everything()
+    assert await desk.log_begin() == str((await desk.log())[-1].position).encode()
+    assert await desk.everything() == before
+    await desk.commands.call("XTRIM", desk.part("log"), "MAXLEN", 0)
+    assert await desk.log_begin() is None
+    await desk.put()
+    assert [logged.position.seq for logged in await desk.log()] == [2]
+
+
+# owner_claim, owner_release
+
+
+async def test_one_owner_at_a_time(desk: Desk) -> None:
+    """Others learn who it is and how long its lease may still last."""
+    done, epoch = await desk.claim("a")
+    assert done == 1
+    refused, in_force, left_ms, owner = await desk.claim("b")
+    assert (refused, in_force, owner) == (0, epoch, b"a")
+    assert 0 < left_ms <= MINUTE_MS
+
+
+async def test_claiming_again_renews_under_the_same_epoch(desk: Desk) -> None:
+    """owner_claim I2: be it a renewal, a repetition, or late, as long as nobody came between."""
+    _, epoch = await desk.claim("a", ttl_ms=1_000)
+    before = int(await desk.commands.call("HGET", desk.part("own"), "u"))
+    assert await desk.claim("a") == [1, epoch]
+    assert int(await desk.commands.call("HGET", desk.part("own"), "u")) > before + 1_000_000
+    await desk.end_lease()
+    assert await desk.claim("a") == [1, epoch]
+    assert (await desk.claim("b"))[0] == 0
+
+
+async def test_a_lease_that_is_over_can_be_taken(desk: Desk) -> None:
+    """owner_claim I1: under a larger epoch, also back and forth."""
+    epochs = []
+    for owner in ("a", "b", "a", "b"):
+        done, epoch = await desk.claim(owner, token=owner)
+        assert done == 1
+        epochs.append(int(epoch))
+        await desk.end_lease()
+    assert epochs == sorted(set(epochs))
+
+
+async def test_the_same_node_id_with_another_token_is_another_owner(desk: Desk) -> None:
+    """owner_claim I2: two processes may share an id by mistake, and must not share a lease."""
+    _, first = await desk.claim("a", token="one")
+    assert (await desk.claim("a", token="two"))[:2] == [0, first]
+    await desk.end_lease()
+    done, second = await desk.claim("a", token="two")
+    assert done == 1
+    assert int(second) > int(first)
+
+
+async def test_an_epoch_grows_though_the_record_or_the_clock_is_lost(desk: Desk) -> None:
+    """owner_claim I1: max(previous + 1, clock)."""
+    _, first = await desk.claim("a")
+    await desk.commands.call("DEL", desk.part("own"))
+    _, second = await desk.claim("a")
+    assert int(second) > int(first)
+    future = await desk.now_us() + 3_600_000_000
+    await desk.commands.call("HSET", desk.part("own"), "e", future, "u", 1)
+    assert await desk.claim("b") == [1, str(future + 1).encode()]
+
+
+async def test_releasing_makes_way_at_once(desk: Desk) -> None:
+    """owner_release I1: the next epoch is larger; a second release, or another's, does nothing."""
+    _, epoch = await desk.claim("a")
+    assert await desk.give_up("b", int(epoch)) == 0
+    assert await desk.give_up("a", int(epoch) + 1) == 0
+    assert (await desk.claim("b"))[0] == 0
+    assert await desk.give_up("a", int(epoch)) == 1
+    assert await desk.give_up("a", int(epoch)) == 0
+    done, later = await desk.claim("b")
+    assert done == 1
+    assert int(later) > int(epoch)
+    assert await desk.give_up("a", int(epoch)) == 0
+
+
+async def test_who_claims_again_after_a_release_has_a_new_epoch(desk: Desk) -> None:
+    """owner_release: what the owner sent before must not count as what it does now."""
+    _, epoch = await desk.claim("a")
+    await desk.give_up("a", int(epoch))
+    _, later = await desk.claim("a")
+    assert int(later) > int(epoch)
+    assert (await desk.commit("a", int(epoch), "5-0"))[0] == 0
+
+
+# checkpoint_commit
+
+
+async def sunk(desk: Desk) -> tuple[int, int, str]:
+    """A claim and a pending write: the owner's epoch, the write's version and its job's id."""
+    _, epoch = await desk.claim("a")
+    _, version, _, _, job_id, _ = await desk.write("value")
+    return int(epoch), int(version), bytes(job_id).decode()
+
+
+async def test_a_commit_moves_the_checkpoint_and_trims(desk: Desk) -> None:
+    """Entries up to the checkpoint are gone, the others stay; sent twice it is the same."""
+    epoch, _, job_id = await sunk(desk)
+    await desk.write("next")
+    for _ in range(2):
+        assert await desk.commit("a", epoch, job_id) == [1]
+        assert await desk.commands.call("HGET", desk.part("done"), "writes") == job_id.encode()
+        ((_, fields),) = await desk.commands.call("XRANGE", desk.part("writes"), "-", "+")
+        assert fields[3] == b"job of next"
+
+
+async def test_what_was_sunk_may_expire_again(desk: Desk) -> None:
+    """At the time that the write gave it; the value is as it was."""
+    epoch, version, job_id = await sunk(desk)
+    before = await desk.entry()
+    assert await desk.commit("a", epoch, job_id, [("k", version)]) == [1]
+    entry = await desk.entry()
+    assert (entry.pending, entry.version, entry.payload) == (0, version, b"value")
+    assert (entry.soft_at_ms, entry.hard_at_ms) == (before.soft_at_ms, before.hard_at_ms)
+    at_ms = await desk.now_us() / 1000 + await desk.ttl_ms()
+    assert abs(at_ms - entry.hard_at_ms) < 5_000
+
+
+async def test_what_was_sunk_too_late_is_gone(desk: Desk) -> None:
+    """The sink was away for longer than the entry was to live."""
+    _, epoch = await desk.claim("a")
+    _, version, _, _, job_id, _ = await desk.write(soft_ms=1, hard_ms=1)
+    await anyio.sleep(0.005)
+    assert (await desk.entry()).pending == int(version)
+    await desk.commit("a", int(epoch), bytes(job_id).decode(), [("k", int(version))])
+    assert await desk.raw() is None
+
+
+async def test_a_newer_pending_write_is_left_alone(desk: Desk) -> None:
+    """checkpoint_commit I2: the entry still waits for the newer one."""
+    epoch, version, job_id = await sunk(desk)
+    _, newer, *_ = await desk.write("newer")
+    await desk.commit("a", epoch, job_id, [("k", version)])
+    entry = await desk.entry()
+    assert (entry.pending, entry.payload) == (int(newer), b"newer")
+    assert await desk.ttl_ms() == -1
+
+
+async def test_a_put_over_a_pending_write_stays_when_it_was_sunk(desk: Desk) -> None:
+    """The value put is kept, and expires at the time that the put gave it."""
+    epoch, version, job_id = await sunk(desk)
+    await desk.put("put", hard_ms=10 * MINUTE_MS)
+    await desk.commit("a", epoch, job_id, [("k", version)])
+    entry = await desk.entry()
+    assert (entry.pending, entry.payload) == (0, b"put")
+    assert await desk.ttl_ms() > 8 * MINUTE_MS
+
+
+async def test_what_was_invalidated_while_pending_is_dropped_when_sunk(desk: Desk) -> None:
+    """Not before, and not if a newer write or a put came after the invalidation."""
+    epoch, version, job_id = await sunk(desk)
+    await desk.invalidate()
+    assert (await desk.entry()).doomed
+    await desk.commit("a", epoch, job_id, [("k", version)])
+    assert await desk.raw() is None
+
+    _, older, *_ = await desk.write("older")
+    await desk.invalidate()
+    await desk.put("put")
+    await desk.commit("a", epoch, job_id, [("k", int(older))])
+    assert (await desk.entry()).payload == b"put"
+
+    await desk.write("older")
+    await desk.invalidate()
+    _, newer, _, _, job_id, _ = await desk.write("newer")
+    await desk.commit("a", epoch, job_id, [("k", int(newer))])
+    assert (await desk.entry()).payload == b"newer"
+
+
+@pytest.mark.parametrize("value", [None, b'{"a": 1}', b"\xfbE2?", b""])
+async def test_a_commit_does_not_touch_what_is_not_pending(desk: Desk, value: bytes | None) -> None:
+    """Whatever stands in place of the entry by now, and whatever version it is told."""
+    epoch, _, job_id = await sunk(desk)
+    name = desk.names.entry("k")
+    await desk.commands.call("DEL", name)
+    if value is not None:
+        await desk.commands.call("SET", name, value)
+    assert await desk.commit("a", epoch, job_id, [("k", 0)]) == [1]
+    assert await desk.raw() == value
+    version = await desk.put("put")
+    assert await desk.commit("a", epoch, job_id, [("k", version), ("k", 0)]) == [1]
+    assert (await desk.entry()).payload == b"put"
+
+
+@pytest.mark.parametrize("how", ["other owner", "released", "record lost", "older epoch"])
+async def test_a_commit_of_one_who_is_fenced_off_writes_nothing(desk: Desk, how: str) -> None:
+    """checkpoint_commit I1: and it says which epoch is in force."""
+    epoch, version, job_id = await sunk(desk)
+    current = str(epoch).encode()
+    if how == "other owner":
+        await desk.end_lease()
+        _, current = await desk.claim("b", token="b")
+    elif how == "released":
+        await desk.give_up("a", epoch)
+    elif how == "record lost":
+        await desk.commands.call("DEL", desk.part("own"))
+        current = b"0"
+    else:
+        epoch -= 1
+    before = await desk.everything()
+    assert await desk.commit("a", epoch, job_id, [("k", version)]) == [0, current]
+    assert await desk.everything() == before
+
+
+# roster_beat, event_publish
+
+
+async def test_the_roster_knows_who_lives(desk: Desk) -> None:
+    """roster_beat I1: until its deadline, or until it leaves; a beat sent twice is one node."""
+    assert await desk.beat("a") == {"a"}
+    assert await desk.beat("b") == {"a", "b"}
+    assert await desk.beat("b") == {"a", "b"}
+    assert await desk.beat("b", 0) == {"a"}
+    assert await desk.beat("b", 0) == {"a"}
+    await desk.beat("c", 10)
+    with anyio.fail_after(10):
+        while await desk.beat("a") != {"a"}:
+            await anyio.sleep(0.005)
+    assert await desk.commands.call("ZCARD", desk.names.nodes) == 1
+
+
+async def test_events_are_published_all_or_none(desk: Desk) -> None:
+    """event_publish I1: in order; a full stream refuses, and is not trimmed."""
+    ids = await desk.publish("one", "two", bound=3)
+    stored = await desk.commands.call("XRANGE", desk.names.events, "-", "+")
+    assert stored == [[ids[0], [b"event", b"one"]], [ids[1], [b"event", b"two"]]]
+    assert await desk.publish("three", "four", bound=3) == [0, 2]
+    assert await desk.commands.call("XLEN", desk.names.events) == 2
+    assert len(await desk.publish("three", bound=3)) == 1
+
+
+async def test_events_sent_twice_are_there_twice(desk: Desk) -> None:
+    """It is the id within the event that says they are the same."""
+    first, second = await desk.publish("same"), await desk.publish("same")
+    assert first != second
+    assert await desk.commands.call("XLEN", desk.names.events) == 2

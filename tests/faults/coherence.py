@@ -1,0 +1,169 @@
+"""Is every node as current as it says, whatever goes wrong? A run, and its figures as JSON.
+
+usage: cd tests && python -m faults.coherence [--seconds 60] [--seed 1] [--planted gaps] [--keep]
+
+Three node processes, writers that raise versions at a thousand a second and invalidate by key
+and by tag, probes of every node at X, 2X and 10X after each ack of a watched subject (X is
+``max_staleness_ms``), and the nemesis. What is right is decided afterwards, by the checker.
+
+The nodes differ in what they do while Valkey is away: the first asks the source, the second
+serves what it has, flagged, the third refuses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import msgspec
+from faults.checker import Findings, check
+from faults.history import Record, read_history
+from faults.nemesis import Fault, Nemesis, plan
+from faults.setting import AIMS, Setup
+from faults.source import Source
+from noded import NodeProcess, environ
+
+from forebay.coordinator.embedded import bound_to_owner
+from forebay.schemas.keys import Names
+from valkeyd import ValkeyServer
+
+__all__ = ["Cluster", "Outcome", "cluster", "run"]
+
+ON_DISCONNECTED = ("bypass", "stale", "fail")
+SERVER = {"appendonly": "yes", "appendfsync": "everysec"}
+_PATIENCE_S = 30.0
+_CALM_S = 1.0  #: at the end of the last probes, when everything must be well again
+
+
+class Cluster:
+    """The processes of one run, and their directory."""
+
+    def __init__(self, setup: Setup, server: ValkeyServer, nodes: Sequence[NodeProcess]) -> None:
+        self.setup = setup
+        self.server = server
+        self.nodes = nodes
+        self.names = Names(setup.namespace, setup.shards)
+        self._stack = ExitStack()
+
+    def writer(self, number: int, seconds: float) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "faults.writers", str(number), str(seconds)]
+        with (self.setup.path / f"writer-{number}.log").open("ab") as output:
+            return subprocess.Popen(
+                bound_to_owner(command, signal.SIGKILL),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environ(**self.setup.environ()),
+                process_group=0,
+            )
+
+    def history(self) -> list[Record]:
+        return read_history(self.setup.path)
+
+
+@contextmanager
+def cluster(setup: Setup, **settings: object) -> Iterator[Cluster]:
+    """Start a server and the nodes; the directory is gone afterwards."""
+    with ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix="forebay-faults-"))
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        server = stack.enter_context(ValkeyServer(config=SERVER))
+        setup = msgspec.structs.replace(setup, directory=str(directory), url=server.url)
+        Source(setup.source).close()
+        nodes = []
+        for index, name in enumerate(setup.nodes):
+            node = NodeProcess(
+                directory,
+                name=name,
+                app="faults.app:node",
+                environ={**setup.environ(), "FAULTS_NODE": name},
+                node__namespace=setup.namespace,
+                node__shards=setup.shards,
+                valkey__url=server.url,
+                **{"cache__on_disconnected": ON_DISCONNECTED[index % 3], **settings},
+            )
+            stack.callback(node.close)
+            nodes.append(node.spawn())
+        for node in nodes:
+            node.until_ready()
+        yield Cluster(setup, server, nodes)
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    seed: int
+    seconds: float
+    planted: str
+    plan: Sequence[Fault]
+    bumps_per_s: float
+    loads: int
+    calm: dict[str, dict[str, int]]  #: probes of the last second, by node: near, all, failed
+    findings: Findings
+
+
+def run(setup: Setup, *, seconds: float, patient: bool = True, keep: Path | None = None) -> Outcome:
+    """A whole run; ``patient`` waits for the probes that are due after it, and ``keep`` is
+    where histories and logs are copied to."""
+    faults = plan(setup.seed, seconds, len(setup.nodes))
+    with cluster(setup) as made:
+        writers = [made.writer(number, seconds) for number in range(setup.writers)]
+        Nemesis(made.server, made.nodes, made.names).execute(faults, seconds)
+        for number, writer in enumerate(writers):
+            code = writer.wait(_PATIENCE_S)
+            assert code == 0, (made.setup.path / f"writer-{number}.log").read_text()
+        if patient:
+            time.sleep(max(AIMS) * setup.bound_ms / 1000)
+        for node in made.nodes:
+            assert node.stop() == 0, node.said()[-2_000:]
+        records = made.history()
+        if keep is not None:
+            shutil.copytree(made.setup.path, keep, ignore=shutil.ignore_patterns("*.sock"))
+    return Outcome(
+        seed=setup.seed,
+        seconds=seconds,
+        planted=setup.planted,
+        plan=faults,
+        bumps_per_s=round(sum(r.op == "bump" and r.phase == "ok" for r in records) / seconds, 1),
+        loads=sum(r.op == "load" and r.phase == "invoke" for r in records),
+        calm=_calm(records),
+        findings=check(records, bound_ms=setup.bound_ms),
+    )
+
+
+def _calm(records: Sequence[Record]) -> dict[str, dict[str, int]]:
+    probes = [record for record in records if record.op == "probe"]
+    since_ns = max((probe.t_ns for probe in probes), default=0) - int(_CALM_S * 1e9)
+    found: dict[str, dict[str, int]] = {}
+    for probe in probes:
+        if probe.began_ns >= since_ns:
+            of = found.setdefault(probe.process, {"near": 0, "all": 0, "failed": 0})
+            of["all"] += 1
+            of["near"] += probe.tier == "near" and not probe.stale
+            of["failed"] += probe.phase != "ok"
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=1_000.0, help="bumps a second")
+    parser.add_argument("--planted", choices=["", "gaps", "blind fill"], default="")
+    parser.add_argument("--keep", type=Path, help="copy histories and logs to this directory")
+    given = parser.parse_args(arguments)
+    setup = Setup(seed=given.seed, rate=given.rate, planted=given.planted)
+    outcome = run(setup, seconds=given.seconds, keep=given.keep)
+    print(json.dumps(msgspec.to_builtins(outcome), indent=2))
+    return 0 if outcome.findings.sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What readers and the source get to see while the source is down, and afterwards.
+
+usage: cd tests && python -m faults.outage [--seconds 60] [--keep DIRECTORY]
+
+Three nodes are read from all the time, many reads a second of a few keys that live for one
+second and may be served stale for ten minutes. Then the source fails for a while. Half way
+through, half of the keys are invalidated softly, on top of it. Prints figures as JSON; the
+exit code is 1 if a reader was refused, or got something old that was not flagged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import anyio
+import msgspec
+from faults.agent import AgentClient, Drive
+from faults.coherence import Cluster, cluster
+from faults.history import Record
+from faults.setting import Setup
+from faults.source import Source
+
+import forebay
+from forebay.schemas.settings import NodeSettings, Settings, Valkey
+
+__all__ = ["KEYS", "TTL_S", "Figures", "run"]
+
+KEYS = 20
+TTL_S = 1.0  #: of the cache ``flaky`` in app.py
+_RATE = 200.0  #: reads a second, of each node
+_BEFORE_S, _AFTER_S = 2.0, 5.0
+_GRACE_S = 0.5  #: from expiry to flag: a clock that is a little off, a load under way
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """``down`` and ``after``: from when every entry has outlived its ttl to the end of the
+    outage, and from then on."""
+
+    nodes: int
+    down_s: float
+    reads: int
+    reads_failed: dict[str, int]
+    reads_down: int
+    unflagged_down: int
+    loads_down: int  #: tried, from the first moment of the outage
+    loads_down_per_key_and_s: float
+    loads_together_max: int  #: of one key, at any time
+    loads_first_second: int  #: after the outage
+    loads_after_per_key_and_s: float
+    fresh_again_s: float  #: until each key was answered with what the source has now
+
+
+def run(down_s: float, *, keep: Path | None = None) -> Figures:
+    with cluster(Setup(load_s=0.02)) as made, ExitStack() as stack:
+        source = Source(made.setup.source)
+        stack.callback(source.close)
+        for key in range(KEYS):
+            source.write(f"flaky:{key}", 1)
+        drive = Drive(KEYS, _RATE, _BEFORE_S + down_s + _AFTER_S)
+        clients = [
+            stack.enter_context(AgentClient(made.setup.socket(name), patience_s=drive.seconds + 30))
+            for name in made.setup.nodes
+        ]
+        for client in clients:
+            client.send(drive)
+        time.sleep(_BEFORE_S)
+        down_ns = time.monotonic_ns()
+        source.go_down()
+        time.sleep(down_s / 2)
+        anyio.run(_invalidate_softly, made)
+        time.sleep(max(0.0, down_s - (time.monotonic_ns() - down_ns) / 1e9))
+        for key in range(KEYS):
+            source.write(f"flaky:{key}", 2)
+        source.come_up()
+        up_ns = time.monotonic_ns()
+        for client in clients:
+            client.driven()
+        for node in made.nodes:
+            node.stop()
+        records = made.history()
+        if keep is not None:
+            shutil.copytree(made.setup.path, keep, ignore=shutil.ignore_patterns("*.sock"))
+        return _figures(records, down_ns, up_ns, len(clients))
+
+
+async def _invalidate_softly(made: Cluster) -> None:
+    settings = Settings(
+        node=NodeSettings(namespace=made.setup.namespace, shards=made.setup.shards),
+        valkey=Valkey(url=made.server.url),
+    )
+    async with forebay.Node(settings=settings) as node:
+        await node.invalidate([f"flaky:{key}" for key in range(0, KEYS, 2)], soft=True)
+
+
+def _figures(records: Sequence[Record], down_ns: int, up_ns: int, nodes: int) -> Figures:
+    reads = [record for record in records if record.op == "read"]
+    begun = [record.t_ns for record in records if record.op == "load" and record.phase == "invoke"]
+    outlived_ns = down_ns + int((TTL_S + _GRACE_S) * 1e9)
+    down = [read for read in reads if outlived_ns <= read.began_ns and read.t_ns <= up_ns]
+    fresh_ns = {read.subject: read.t_ns for read in reversed(reads) if read.version == 2}
+    tried = sum(down_ns <= t_ns <= up_ns for t_ns in begun)
+    after = sum(t_ns > up_ns for t_ns in begun)
+    down_s, after_s = (up_ns - down_ns) / 1e9, (reads[-1].t_ns - up_ns) / 1e9
+    return Figures(
+        nodes=nodes,
+        down_s=round(down_s, 3),
+        reads=len(reads),
+        reads_failed=dict(Counter(read.note for read in reads if read.phase != "ok")),
+        reads_down=len(down),
+        unflagged_down=sum(not read.stale for read in down if read.phase == "ok"),
+        loads_down=tried,
+        loads_down_per_key_and_s=round(tried / KEYS / down_s, 3),
+        loads_together_max=_together(records),
+        loads_first_second=sum(up_ns < t_ns <= up_ns + 1_000_000_000 for t_ns in begun),
+        loads_after_per_key_and_s=round(after / KEYS / after_s, 3),
+        fresh_again_s=round((max(fresh_ns.values()) - up_ns) / 1e9, 3)
+        if len(fresh_ns) == KEYS
+        else float("inf"),
+    )
+
+
+def _together(records: Sequence[Record]) -> int:
+    """The most loads of one key that ran at one time."""
+    running: Counter[str] = Counter()
+    most = 0
+    for record in records:
+        if record.op == "load":
+            running[record.subject] += 1 if record.phase == "invoke" else -1
+            most = max(most, running[record.subject])
+    return most
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long the source is down")
+    parser.add_argument("--keep", type=Path, help="copy histories and logs to this directory")
+    given = parser.parse_args(arguments)
+    figures = run(given.seconds, keep=given.keep)
+    print(json.dumps(msgspec.to_builtins(figures), indent=2))
+    return 1 if figures.reads_failed or figures.unflagged_down else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Shows that no node answers with what is older than promised, and that this would be noticed.
+
+Three node processes, writers, probes after each ack, and the nemesis; the longer run with
+figures is ``make soak``.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import msgspec
+import pytest
+from faults.coherence import cluster, run
+from faults.nemesis import KINDS, Nemesis
+from faults.setting import Planted, Setup
+from faults.source import Source
+from noded import until
+
+import forebay
+from forebay.schemas.settings import NodeSettings, Settings, Valkey
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+KEYS = 40
+
+
+def test_no_answer_is_older_than_promised_whatever_goes_wrong() -> None:
+    """Of thousands of probes, none that is not flagged returns less than what was acknowledged
+    500 ms before it began; and when all is over, every node serves from its near cache again."""
+    outcome = run(Setup(seed=7), seconds=25)
+    findings = outcome.findings
+    assert {fault.kind for fault in outcome.plan} == set(KINDS)
+    assert findings.sound, findings.violations
+    assert findings.acknowledged == findings.bumps
+    assert set(findings.probes_by_process) == {"one", "two", "three"}
+    aimed = {aim_ms: count for aim_ms, count in findings.probes_by_aim_ms.items() if aim_ms >= 500}
+    assert set(aimed) == {500, 1_000, 5_000}
+    assert min(aimed.values()) >= 4_000, aimed  # some 16,000, on a machine that is not busy
+    assert findings.flagged_share < 0.5
+    for node, calm in outcome.calm.items():
+        assert calm["near"] > 0, node
+        assert calm["failed"] == 0, node
+
+
+@pytest.mark.parametrize("planted", ["gaps", "blind fill"])
+def test_checker_finds_a_planted_fault(planted: Planted) -> None:
+    """Nodes that ignore gaps and run ids, or fill without their lease, are found out."""
+    outcome = run(Setup(seed=7, planted=planted), seconds=7, patient=False)
+    assert outcome.findings.unflagged_stale[1] > 0
+    assert not outcome.findings.sound
+
+
+async def test_log_that_was_trimmed_to_its_end_is_a_gap() -> None:
+    """What a node slept through may be gone from a log that nobody has written to since, and
+    no bell tells of it: the empty log proves nothing."""
+    with cluster(Setup(nodes=("one",), shards=8)) as made:
+        (one,), source = made.nodes, Source(made.setup.source)
+        settings = Settings(
+            node=NodeSettings(namespace=made.setup.namespace, shards=made.setup.shards),
+            valkey=Valkey(url=made.server.url),
+        )
+        keys = [f"price:{number}" for number in range(KEYS)]
+
+        def versions() -> set[int]:
+            return {
+                msgspec.json.decode(one.get(f"/v1/cache/{key}").body)["version"] for key in keys
+            }
+
+        async with forebay.Node(settings=settings) as writer:
+            assert versions() == {0}
+            one.signal(signal.SIGSTOP)
+            for key in keys:
+                source.write(key, 1)
+            await writer.invalidate(keys)
+            made.server.execute("CLIENT", "KILL", "TYPE", "pubsub")
+            Nemesis(made.server, made.nodes, made.names).trim()
+        time.sleep(made.setup.bound_ms / 1000)  # until what the node promised is over
+        one.signal(signal.SIGCONT)
+        until(lambda: one.get("/readyz").status == 200, what="readiness")
+        assert versions() == {1}
+        source.close()

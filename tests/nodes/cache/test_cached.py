@@ -1,0 +1,172 @@
+"""Declaring a cache: what cannot work is refused there, and keys are right."""
+
+from __future__ import annotations
+
+import enum
+from decimal import Decimal
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+from msgspec import Meta
+
+import forebay
+from forebay.nodes.cache.cached import Cached, Declaration, lifetime_ms
+from forebay.schemas.errors import ConfigError, ForebayError, InvalidKey
+from forebay.schemas.settings import CacheDefaults
+
+
+class Airport(enum.Enum):
+    NEWARK = "EWR"
+
+
+def cached(function: Any, template: str, **options: Any) -> Cached[Any, Any]:
+    return Cached(function, Declaration(template=template, **{"ttl": 60, **options}))
+
+
+async def by_id(id: int) -> str:
+    return str(id)
+
+
+async def by_two(kind: str, id: int = 7) -> str:
+    return f"{kind} {id}"
+
+
+async def by_name_only(*, id: int) -> str:
+    return str(id)
+
+
+async def typed(a: Airport, d: Decimal, n: Annotated[int, Meta(ge=0)], f: bool) -> int | None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("function", "template", "args", "kwargs", "key"),
+    [
+        (by_id, "p:{id}", (42,), {}, "p:42"),
+        (by_id, "p:{id}", (), {"id": 42}, "p:42"),
+        (by_id, "p:{id}", (True,), {}, "p:True"),
+        (by_id, "p:{id}", ("a b",), {}, "p:a%20b"),
+        (by_two, "p:{kind}:{id}", ("x",), {}, "p:x:7"),
+        (by_two, "p:{kind}:{id}", ("x", 8), {}, "p:x:8"),
+        (by_two, "p:{id}:{kind}", (), {"id": 8, "kind": "x"}, "p:8:x"),
+        (by_name_only, "p:{id}", (), {"id": 42}, "p:42"),
+    ],
+)
+def test_a_call_has_one_key_however_it_is_written(function, template, args, kwargs, key) -> None:
+    """Positional, by name, or by default."""
+    assert cached(function, template).key(*args, **kwargs) == key
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((), {}), ((1, 2), {}), ((1,), {"id": 1}), ((1,), {"x": 1}), ((), {"x": 1})],
+)
+def test_a_call_that_the_function_would_refuse_is_refused(args, kwargs) -> None:
+    """It must not be answered from the cache."""
+    with pytest.raises(TypeError):
+        cached(by_id, "p:{id}").key(*args, **kwargs)
+
+
+def test_values_that_make_no_key_are_refused() -> None:
+    """None is the commonest."""
+    for value in (None, "", b"x", [1]):
+        with pytest.raises(InvalidKey):
+            cached(by_id, "p:{id}").key(value)
+
+
+@pytest.mark.parametrize(
+    ("function", "template", "tags"),
+    [
+        (by_id, "p", []),
+        (by_id, "p:{other}", []),
+        (by_id, "p:{id}:{other}", []),
+        (by_two, "p:{id}", []),
+        (by_id, "p:{id}", ["t:{other}"]),
+    ],
+)
+def test_template_and_parameters_must_fit(function, template: str, tags: list[str]) -> None:
+    """Or two different calls would share an entry."""
+    with pytest.raises(ConfigError, match="template"):
+        cached(function, template, tags=tags)
+
+
+@pytest.mark.parametrize("template", ["", "p {id}", "p:{id}{id}", "{"])
+def test_a_template_must_make_keys(template: str) -> None:
+    """Refused where it is declared."""
+    with pytest.raises((ConfigError, InvalidKey)):
+        cached(by_id, template)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ms"), [(60, 60_000), (0.25, 250), (0.001, 1), (366 * 86_400, 31_622_400_000)]
+)
+def test_lifetimes_are_seconds(seconds: float, ms: int) -> None:
+    """And become milliseconds."""
+    assert lifetime_ms("ttl", seconds) == ms
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 1e-9, 1e12, float("nan"), float("inf"), "60", True])
+def test_lifetimes_that_cannot_be_meant_are_refused(seconds: Any) -> None:
+    """Zero too, where nothing would be cached."""
+    with pytest.raises(ConfigError, match="ttl"):
+        lifetime_ms("ttl", seconds)
+
+
+def test_a_stale_period_may_be_zero() -> None:
+    """So may the lifetime of absences."""
+    assert lifetime_ms("stale_for", 0, zero=True) == 0
+    policy = cached(by_id, "p:{id}", negative_ttl=0).policy(CacheDefaults())
+    assert (policy.stale_ms, policy.negative_ms) == (0, 0)
+
+
+@pytest.mark.parametrize(("ttl", "negative_ms"), [(3, 3_000), (600, 10_000)])
+def test_absences_live_ten_seconds_at_most_if_nothing_is_said(ttl: int, negative_ms: int) -> None:
+    """A row that is made now should be seen soon."""
+    assert cached(by_id, "p:{id}", ttl=ttl).policy(CacheDefaults()).negative_ms == negative_ms
+
+
+async def test_a_refresh_calls_the_loader_with_what_the_key_says() -> None:
+    """In the types of its parameters: keys are all that a job carries."""
+    got: list[Any] = []
+
+    async def load(a: Airport, d: Decimal, n: int, f: bool) -> int | None:
+        got.append((a, d, n, f))
+        return None
+
+    load.__annotations__.update(typed.__annotations__)
+    made = cached(load, "x:{a}:{d}:{n}:{f}", tags=["t:{a}:{n}", "all"])
+    values = (Airport.NEWARK, Decimal("1.50"), 3, True)
+    call = made._call_of(made.key(*values))
+    await call.run()
+    assert got == [values]
+    assert call.tags == made._call(values, {}).tags == ("t:EWR:3", "all")
+    with pytest.raises(msgspec.ValidationError):
+        made._call_of("x:EWR:1.5:-3:True")
+    with pytest.raises(ForebayError, match="no key of"):
+        made._call_of("y:1")
+
+
+def test_it_looks_like_the_function_it_wraps() -> None:
+    """Name, docstring and signature are for tools and people."""
+    made = cached(by_two, "p:{kind}:{id}")
+    assert (made.__name__, made.name, repr(made)) == (
+        "by_two", "by_two", "<Cached by_two p:{kind}:{id}>",
+    )  # fmt: skip
+    assert made.__wrapped__ is by_two
+
+
+async def test_it_needs_a_running_node() -> None:
+    """And says so."""
+    made = cached(by_id, "p:{id}")
+    for use in (made(1), made.get_with_info(1), made.invalidate(1), made.write_behind(1, "x")):
+        with pytest.raises(ForebayError, match="before its node was started"):
+            await use
+    assert made.near_hits == 0
+
+
+def test_a_node_refuses_what_cannot_work() -> None:
+    """By the decorator, in the line that is wrong."""
+    node = forebay.Node("x")
+    with pytest.raises(ConfigError, match="ttl"):
+        node.cached("p:{id}", ttl=0)(by_id)

@@ -1,0 +1,402 @@
+"""No stale fill, in any order of events: every interleaving, on the real scripts.
+
+A story is one order of the steps of a few actors, each step atomic, on a key of its own.
+All stories take their first step together, then their second, and so on; so a few thousand
+of them are a few dozen round trips. A fill is stale if it is accepted with a value that was
+overwritten in the source, and the invalidation for that is over; an entry is stale if it is
+valid in the end and differs from the source.
+
+The same check finds stale fills in scripts whose fence was taken out: otherwise it would
+prove nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import msgspec
+import pytest
+
+from forebay.coordinator.link import Link
+from forebay.coordinator.scripting import Call, Script, load_scripts, run_many
+from forebay.nodes.cache.shared import TAG_KEEP_MS, SharedTier
+from forebay.schemas.entry import EntryMeta, make_tail, read_entry
+from forebay.schemas.jobs import RefreshJob, WriteJob, write_job
+from forebay.schemas.keys import Names
+from forebay.schemas.notices import Changed, write_notice
+from forebay.schemas.settings import Durable
+from links import link_to, running
+
+Steps = Generator[Any, Any, None]  #: yields what is to be run in this step; None: nothing
+
+SCRIPTS = load_scripts()
+ANY_VERSION = 2**60
+LEASE_MS = 600_000
+TOGETHER = 2_000
+TOKEN_CHECK = r"^if .*KEYS\[2\].* ~= ARGV\[1\] then return { 0 } end$"
+PENDING_CHECK = r"^if pending_of\(.*> 0 then return { 0 } end$"
+
+
+class World:
+    """The names and scripts that the stories of a test share."""
+
+    def __init__(self, **planted: Script) -> None:
+        self.names = Names("fence", 8)
+        self.scripts = {**SCRIPTS, **planted}
+        self.tier = SharedTier(
+            None, None, self.names, self.scripts, origin="", durable=Durable()  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+class Story:
+    """One order of events on one key."""
+
+    def __init__(self, world: World, number: int, order: Sequence[str]) -> None:
+        self.world = world
+        self.order = order
+        self.key = f"k{number}"
+        self.tag = f"t{number}"
+        self.source = 0  #: the value in the source: how often it was written
+        self.settled = 0  #: the newest value whose write was followed by its invalidation
+        self.pending = False
+        self.stale_fills = 0
+        self.fills = 0
+        self.actors = {name: ACTORS[name.rstrip("12")](self, name) for name in set(order)}
+        self.replies: dict[str, Any] = dict.fromkeys(self.actors)
+
+    def step(self, at: int) -> Any:
+        """Let the actor whose turn it is act; returns what is to be sent."""
+        name = self.order[at]
+        return self.actors[name].send(self.replies.pop(name, None))
+
+    def call(self, script: str, keys: Sequence[str], *args: Any) -> Call:
+        return Call(script=self.world.scripts[script], keys=keys, args=args)
+
+    @property
+    def entry_keys(self) -> list[str]:
+        names = self.world.names
+        shard = names.shard(self.key)
+        parts = [names.part(shard, "head"), names.part(shard, "log")]
+        return [names.entry(self.key), names.lease(self.key), *parts]
+
+    @property
+    def announcement(self) -> list[Any]:
+        names = self.world.names
+        return [write_notice(Changed(self.key)), names.bell, names.shard(self.key)]
+
+
+def tail_of(value: int, tags: dict[str, int] | None = None) -> bytes:
+    meta = EntryMeta(tags=tags or {})
+    return make_tail(msgspec.msgpack.encode(value), kind="v", codec="m", meta=meta)
+
+
+def fill(story: Story, token: str, value: int, tags: dict[str, int] | None = None) -> Call:
+    lifetime = (LEASE_MS, LEASE_MS)
+    return story.call(
+        "entry_fill", story.entry_keys, token, *lifetime, tail_of(value, tags), *story.announcement
+    )
+
+
+def loader(story: Story, name: str) -> Steps:
+    """Takes the lease, reads the source, fills."""
+    granted, *_ = yield story.call("entry_begin", story.entry_keys[:2], name, LEASE_MS, ANY_VERSION)
+    value = story.source
+    yield
+    if granted:
+        yield Judged(story, value, fill(story, name, value))
+    yield
+
+
+def refresher(story: Story, name: str) -> Steps:
+    """As a loader, but its lease comes with a job."""
+    names = story.world.names
+    shard = names.shard(story.key)
+    job = write_job(RefreshJob(cache="c", key=story.key, token=name))
+    keys = [*story.entry_keys[:2], names.part(shard, "refreshes")]
+    published = yield story.call(
+        "refresh_publish", keys, name, LEASE_MS, ANY_VERSION, job, 10**6, names.work, shard
+    )
+    value = story.source
+    yield
+    if published == 1:
+        yield Judged(story, value, fill(story, name, value))
+    yield
+
+
+def tagged(story: Story, name: str) -> Steps:
+    """A loader whose value carries a tag, captured before it reads."""
+    names = story.world.names
+    granted, *_ = yield story.call("entry_begin", story.entry_keys[:2], name, LEASE_MS, ANY_VERSION)
+    head = names.part(names.shard(story.tag), "head")
+    (version,) = yield story.call("tags_capture", [head, names.tag(story.tag)], TAG_KEEP_MS)
+    value = story.source
+    yield
+    if granted:
+        yield Judged(story, value, fill(story, name, value, {story.tag: int(version)}))
+    yield
+
+
+def writer(story: Story, name: str) -> Steps:
+    """Writes the source, then invalidates."""
+    story.source += 1
+    value = story.source
+    yield
+    story.settled = max(story.settled, value)
+    (calls,) = story.world.tier.invalidate_calls([story.key]).values()
+    yield calls[0]
+
+
+def softener(story: Story, name: str) -> Steps:
+    """As a writer, but leaves a stale copy, whose age is known."""
+    story.source += 1
+    value = story.source
+    yield
+    story.settled = max(story.settled, value)
+    (calls,) = story.world.tier.invalidate_calls([story.key], soft=True).values()
+    yield calls[0]
+
+
+def bumper(story: Story, name: str) -> Steps:
+    """Writes the source, then bumps the tag."""
+    story.source += 1
+    yield
+    (calls,) = story.world.tier.bump_calls([story.tag]).values()
+    yield calls[0]
+
+
+def through(story: Story, name: str) -> Steps:
+    """Writes the source, then puts the value."""
+    story.source += 1
+    value = story.source
+    yield
+    story.settled = max(story.settled, value)
+    yield story.call(
+        "entry_put", story.entry_keys, LEASE_MS, LEASE_MS, tail_of(value), *story.announcement
+    )
+
+
+def behind(story: Story, name: str) -> Steps:
+    """Writes the entry; the sink writes the source later, then the checkpoint moves."""
+    names = story.world.names
+    shard, value = names.shard(story.key), 100
+    story.pending = True
+    reply = yield story.world.tier.write_call(
+        WriteJob(key=story.key, value=b""), soft_ms=LEASE_MS, hard_ms=LEASE_MS, tail=tail_of(value)
+    )
+    story.source = value
+    yield
+    story.pending = False
+    # Each story moves a checkpoint of its own name, and trims nothing.
+    keys = [names.part(shard, "own"), names.part(shard, "done"), names.part(shard, "writes")]
+    yield story.call(
+        "checkpoint_commit", [*keys, names.entry(story.key)],
+        "me", 1, story.key, "0-1", "0-1", int(reply[1]),
+    )  # fmt: skip
+
+
+def loss(story: Story, name: str) -> Steps:
+    """The lease record is evicted, or expires."""
+    yield ("DEL", story.entry_keys[1])
+
+
+ACTORS = {
+    each.__name__: each
+    for each in (
+        loader, refresher, tagged, writer, softener, bumper, through, behind, loss,
+    )
+}  # fmt: skip
+LEASED = {"loader", "loader1", "loader2", "refresher", "tagged", "tagged1", "tagged2"}
+LENGTHS = {
+    "loader": 3, "refresher": 3, "tagged": 4, "writer": 2, "softener": 2, "bumper": 2,
+    "through": 2, "behind": 3, "loss": 1,
+}  # fmt: skip
+
+
+class Judged:
+    """A fill, to be judged as soon as it was carried out."""
+
+    def __init__(self, story: Story, value: int, call: Call) -> None:
+        self.call = call
+        self._story = story
+        self._value = value
+
+    def judge(self, reply: Any) -> None:
+        if reply[0]:
+            self._story.fills += 1
+            overwritten = self._value < self._story.settled
+            self._story.stale_fills += overwritten or self._story.pending
+
+
+def orders(actors: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """All interleavings; of actors that only differ in number, the first always begins.
+
+    A lease is only lost while there may be one: otherwise the story is told without that.
+    """
+    left = Counter({name: LENGTHS[name.rstrip("12")] for name in actors})
+
+    def rest(done: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        if not +left:
+            yield done
+        for name in actors:
+            too_early = name.endswith("2") and f"{name[:-1]}1" not in done
+            pointless = name == "loss" and not any(
+                0 < left[each] < LENGTHS[each.rstrip("12")] for each in LEASED & left.keys()
+            )
+            if left[name] and not (too_early or pointless):
+                left[name] -= 1
+                yield from rest((*done, name))
+                left[name] += 1
+
+    return rest(())
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    stories: int
+    fills: int
+    stale_fills: int
+    stale_entries: int
+
+
+async def told(link: Link, world: World, actors: Sequence[str]) -> Verdict:
+    """Play all stories of these actors to their ends."""
+    for shard in range(world.names.shards):
+        await link.call("HSET", world.names.part(shard, "own"), "o", "me", "e", "1")
+    found: Counter[str] = Counter()
+    numbered = enumerate(orders(actors))
+    while some := list(islice(numbered, TOGETHER)):
+        stories = [Story(world, number, order) for number, order in some]
+        for at in range(len(stories[0].order)):
+            await _play(link, stories, at)
+        found["stories"] += len(stories)
+        found["fills"] += sum(story.fills for story in stories)
+        found["stale_fills"] += sum(story.stale_fills for story in stories)
+        found["stale_entries"] += await _stale_entries(link, stories)
+    return Verdict(**{name: found[name] for name in Verdict.__struct_fields__})
+
+
+async def _play(link: Link, stories: Sequence[Story], at: int) -> None:
+    acts = [(story, act) for story in stories if (act := story.step(at)) is not None]
+    calls = [act.call if isinstance(act, Judged) else act for _, act in acts]
+    scripted = [(n, call) for n, call in enumerate(calls) if isinstance(call, Call)]
+    plain = [(n, call) for n, call in enumerate(calls) if not isinstance(call, Call)]
+    replies: dict[int, Any] = {}
+    done = await run_many(link, [call for _, call in scripted], timeout_ms=30_000)
+    replies.update(zip([n for n, _ in scripted], done, strict=True))
+    done = await link.call_many([call for _, call in plain], timeout_ms=30_000)
+    replies.update(zip([n for n, _ in plain], done, strict=True))
+    for n, (story, act) in enumerate(acts):
+        assert not isinstance(replies[n], Exception), replies[n]
+        story.replies[story.order[at]] = replies[n]
+        if isinstance(act, Judged):
+            act.judge(replies[n])
+
+
+async def _stale_entries(link: Link, stories: Sequence[Story]) -> int:
+    names, stale = stories[0].world.names, 0
+    entries = await link.call("MGET", *[names.entry(story.key) for story in stories])
+    tags = await link.call("MGET", *[names.tag(story.tag) for story in stories])
+    seconds, _ = await link.call("TIME")
+    for story, raw, tag in zip(stories, entries, tags, strict=True):
+        if raw is None:
+            continue
+        entry = read_entry(raw, bytes_max=10_000)
+        valid = all(version >= int(tag) for version in entry.meta.tags.values())
+        fresh = entry.soft_at_ms > (int(seconds) + 60) * 1000
+        value = msgspec.msgpack.decode(entry.payload)
+        stale += valid and fresh and value != story.source
+    return stale
+
+
+def planted(name: str, *changes: tuple[str, str]) -> Script:
+    """A script of ours with a line taken out, or another in its place."""
+    text = SCRIPTS[name].source
+    for old, new in changes:
+        text, count = re.subn(old, new, text, flags=re.MULTILINE)
+        assert count == 1, f"{name} does not say {old!r} once"
+    return Script.of(name, text)
+
+
+@pytest.fixture
+async def link(make_server) -> AsyncIterator[Link]:
+    made = link_to(make_server().socket_url, command_timeout_ms=30_000)
+    async with running(made):
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("actors", "stories"),
+    [
+        (["loader1", "loader2", "writer1", "writer2"], 6_300),
+        (["loader1", "loader2", "writer", "loss"], 1_764),
+        (["loader", "refresher", "writer"], 560),
+        (["loader", "refresher", "softener", "loss"], 3_528),
+        (["loader1", "loader2", "through"], 280),
+        (["loader1", "loader2", "behind", "loss"], 5_880),
+        (["loader", "behind", "writer"], 560),
+        (["tagged1", "tagged2", "bumper"], 1_575),
+        (["tagged", "bumper1", "bumper2"], 210),
+        pytest.param(
+            ["loader1", "loader2", "writer1", "writer2", "loss"], 48_510, marks=pytest.mark.slow
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+async def test_no_order_of_events_leaves_a_stale_value(link: Link, actors, stories) -> None:
+    """entry_fill I1, with whatever makes a value old; also when the lease record is lost."""
+    verdict = await told(link, World(), actors)
+    assert verdict.stories == stories
+    assert (verdict.stale_fills, verdict.stale_entries) == (0, 0)
+    assert verdict.fills > stories / 20, "or nothing was tried"
+
+
+BLIND = planted("entry_fill", (TOKEN_CHECK, ""))
+LENIENT = planted(
+    "entry_fill",
+    (
+        TOKEN_CHECK,
+        'local at = redis.call("GET", KEYS[2]) if at and at ~= ARGV[1] then return { 0 } end',
+    ),
+)
+FORGETFUL = planted("entries_invalidate", (r"^  redis.call\(\"DEL\", KEYS\[i \+ 1\]\)$", ""))
+HASTY = planted("entry_fill", (TOKEN_CHECK, ""), (PENDING_CHECK, ""))
+
+
+@pytest.mark.parametrize(
+    ("script", "actors"),
+    [
+        (BLIND, ["loader1", "loader2", "writer"]),
+        (LENIENT, ["loader1", "loader2", "writer"]),
+        (FORGETFUL, ["loader1", "loader2", "writer"]),
+        (HASTY, ["loader1", "loader2", "behind"]),
+    ],
+    ids=["blind set", "an absent token will do", "the lease survives", "over a pending write"],
+)
+async def test_the_check_finds_what_a_broken_fence_lets_through(link: Link, script, actors) -> None:
+    """The negative control: stale fills, and stale entries in the end."""
+    verdict = await told(link, World(**{script.name: script}), actors)
+    assert verdict.stale_fills > 0
+    assert verdict.stale_entries > 0
+
+
+async def test_a_tag_captured_too_late_is_found(link: Link, monkeypatch) -> None:
+    """The negative control for tags: captured after the source was read."""
+
+    def late(story: Story, name: str) -> Steps:
+        steps = tagged(story, name)
+        begun = yield next(steps)
+        value = story.source
+        yield
+        names = story.world.names
+        head = names.part(names.shard(story.tag), "head")
+        (version,) = yield story.call("tags_capture", [head, names.tag(story.tag)], TAG_KEEP_MS)
+        if begun[0]:
+            yield fill(story, name, value, {story.tag: int(version)})
+        yield
+
+    monkeypatch.setitem(ACTORS, "tagged", late)
+    verdict = await told(link, World(), ["tagged1", "tagged2", "bumper"])
+    assert verdict.stale_entries > 0

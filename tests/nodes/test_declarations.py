@@ -1,0 +1,224 @@
+"""What may be declared on a node, and what its decorators do to types."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import installed
+
+import forebay
+from forebay.schemas.settings import Settings
+from forebay.schemas.settings_sources import Resolved
+
+MakeNode = Callable[..., forebay.Node]
+ROOT = Path(__file__).parents[2]
+TYPED = """
+import forebay
+from msgspec import Struct
+
+class Product(Struct):
+    id: int
+
+node = forebay.Node("shop")
+node.sink("order:{id}", forebay.SqlSink("sqlite+aiosqlite:///x.db", table="orders", key=("id",)))
+
+@node.cached("product:{id}/{lang}", ttl=60)
+async def product(id: int, lang: str = "en") -> Product:
+    return Product(id)
+
+@node.sink("product:{id}/{lang}")
+async def save(writes: list[forebay.Write[Product]]) -> None:
+    reveal_type(writes[0].value)
+
+@node.on_start
+async def warm() -> int:
+    return 1
+
+async def main() -> None:
+    async with node as same:
+        reveal_type(same)
+    reveal_type(product)
+    reveal_type(await product(42))
+    reveal_type(await product(id=42, lang="de"))
+    reveal_type((await product.get_with_info(42)).value)
+    reveal_type(save)
+    reveal_type(warm)
+    await product("42")
+    await product()
+    await product.invalidate(42, 43)
+    await node.invalidate(42)
+    forebay.Node(42)
+
+@node.cached("price:{id}", ttl=60)
+def price(id: int) -> int:
+    return id
+
+@node.sink("price:{id}")
+async def wrong(writes: list[int]) -> None: ...
+"""
+REVEALED = [
+    "service.Product | None",
+    "forebay.nodes.node.Node",
+    "forebay.nodes.cache.cached.Cached[[id: int, lang: str =], service.Product]",
+    "service.Product",
+    "service.Product",
+    "service.Product",
+    (
+        "def (writes: list[forebay.nodes.sinks.base.Write[service.Product]]) -> "
+        "typing.Coroutine[Any, Any, None]"
+    ),
+    "def () -> typing.Coroutine[Any, Any, int]",
+]
+REFUSED = [
+    'Argument 1 to "__call__" of "Cached" has incompatible type "str"; expected "int"',
+    'Missing positional argument "id" in call to "__call__" of "Cached"',
+    'Argument 2 to "invalidate" of "Cached" has incompatible type "int"; expected "str"',
+    'Argument 1 to "invalidate" of "Node" has incompatible type "int"; expected "Sequence[str]"',
+    'Argument 1 to "Node" has incompatible type "int"; expected "str | None"',
+    'Argument 1 has incompatible type "Callable[[int], int]"',
+    'Value of type variable "S" of function cannot be "Callable[[list[int]], ',
+]
+
+
+async def squared(id: int) -> int:
+    return id * id
+
+
+@pytest.mark.parametrize("ttl", [0, -1, math.nan, math.inf, 1e9, 0.0001, True, "60", None])
+def test_lifetime_that_cannot_be_is_refused(make_node: MakeNode, ttl: Any) -> None:
+    """D1: a lifetime is a number of seconds, above zero and within a year."""
+    with pytest.raises(forebay.ConfigError, match="ttl"):
+        make_node().cached("a:{id}", ttl=ttl)(squared)
+
+
+@pytest.mark.parametrize("name", ["stale_for", "negative_ttl"])
+@pytest.mark.parametrize("seconds", [-1, math.nan, math.inf, 1e9])
+def test_second_lifetimes_are_checked_too(make_node: MakeNode, name: str, seconds: float) -> None:
+    """D1: the other lifetimes may be zero, and are no more special."""
+    options: dict[str, Any] = {name: seconds}
+    with pytest.raises(forebay.ConfigError, match=name):
+        make_node().cached("a:{id}", ttl=60, **options)(squared)
+    make_node().cached("a:{id}", ttl=60, **{name: 0})(squared)
+
+
+@pytest.mark.parametrize(
+    "template,tags",
+    [
+        ("a", []),
+        ("a:{other}", []),
+        ("a:{id}:{other}", []),
+        ("a:{id}", ["b:{other}"]),
+        ("a:{id}{id}", []),
+        ("a b:{id}", []),
+        ("", []),
+        ("a:{id}", ["b*"]),
+        ("a:{id}", "catalog"),
+    ],
+)
+def test_template_that_does_not_fit_is_refused(
+    make_node: MakeNode, template: str, tags: Any
+) -> None:
+    """D1: every parameter is a field of the key, every field is a parameter; tags are a list."""
+    with pytest.raises((forebay.ConfigError, forebay.InvalidKey)):
+        make_node().cached(template, ttl=60, tags=tags)(squared)
+
+
+def test_two_caches_for_one_key_are_refused(make_node: MakeNode) -> None:
+    """D1: a second cache of the same name, or for the same keys, is a mistake."""
+    node = make_node()
+    node.cached("a:{id}", ttl=60)(squared)
+
+    with pytest.raises(forebay.ConfigError, match="declared already"):
+        node.cached("b:{id}", ttl=60)(squared)
+    with pytest.raises(forebay.ConfigError, match="declared already"):
+        node.cached("a:{id}", ttl=60, name="other")(squared)
+    node.cached("b:{id}", ttl=60, name="other")(squared)
+
+
+def test_two_sinks_of_one_name_are_refused(make_node: MakeNode) -> None:
+    """D1: by its name a sink gets its writes: two functions of one name would mix theirs."""
+    node = make_node()
+
+    def declare(template: str) -> None:
+        @node.sink(template)
+        async def save(writes: list[forebay.Write[int]]) -> None:
+            """It takes whatever comes."""
+
+    declare("a:{id}")
+    with pytest.raises(forebay.ConfigError, match="another sink has that name"):
+        declare("b:{id}")
+    with pytest.raises(forebay.ConfigError, match="for this key template"):
+        node.sink("a:{id}")(_takes_all)
+
+
+def test_one_sink_may_serve_two_templates(make_node: MakeNode, tmp_path: Path) -> None:
+    """The same sink object is one sink, however many kinds of keys it gets."""
+    node = make_node()
+    sink = forebay.SqlSink(f"sqlite+aiosqlite:///{tmp_path / 'x.db'}", table="x", key=("id",))
+    node.sink("a:{id}", sink)
+    node.sink("b:{id}", sink)
+
+    assert len(node._routes.all_sinks()) == 1
+
+
+async def test_nothing_is_declared_on_a_running_node(make_node: MakeNode) -> None:
+    """D3: caches, sinks, hooks and settings come before the start, also for a start hook."""
+    node = make_node()
+    refused: list[str] = []
+
+    def try_all() -> None:
+        tries: dict[str, Callable[[], object]] = {
+            "cached": lambda: node.cached("a:{id}", ttl=60)(squared),
+            "sink": lambda: node.sink("a:{id}")(_takes_all),
+            "on_start": lambda: node.on_start(_nothing),
+            "on_stop": lambda: node.on_stop(_nothing),
+            "configure": lambda: node.configure(Resolved(settings=Settings(), origins={})),
+        }
+        for name, attempt in tries.items():
+            with pytest.raises(forebay.ConfigError, match="running already"):
+                attempt()
+            refused.append(name)
+
+    @node.on_start
+    async def early() -> None:
+        try_all()
+
+    async with node:
+        try_all()
+    assert refused == ["cached", "sink", "on_start", "on_stop", "configure"] * 2
+    node.cached("a:{id}", ttl=60)(squared)
+
+
+async def _takes_all(writes: list[forebay.Write[Any]]) -> None:
+    """Nothing is done with them."""
+
+
+async def _nothing() -> None:
+    """Nothing is done."""
+
+
+@pytest.mark.slow
+def test_public_face_is_typed(tmp_path: Path) -> None:
+    """D2: mypy sees the loader's types through the decorators, and refuses wrong calls."""
+    installed("mypy")
+    (tmp_path / "service.py").write_text(TYPED)
+    (tmp_path / "forebay").symlink_to(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--hide-error-codes",
+         "--cache-dir", "cache", "--follow-imports", "silent", "service.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=55,
+    )  # fmt: skip
+    told = re.findall(r"^service.py:\d+: (note|error): (.*)$", done.stdout, re.MULTILINE)
+    revealed = [text.split('"', 1)[1].rstrip('"') for kind, text in told if kind == "note"]
+    refused = [text for kind, text in told if kind == "error"]
+
+    assert revealed == REVEALED, done.stdout + done.stderr
+    assert len(refused) == len(REFUSED), done.stdout
+    assert [text for text, begin in zip(refused, REFUSED, strict=True) if begin not in text] == []

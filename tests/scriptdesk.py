@@ -1,0 +1,243 @@
+"""The scripts at hand for tests: each as a method that names its arguments.
+
+A desk has a namespace of its own. Its default key is ``k``; entries, logs and records are
+read back as the rest of the project reads them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from forebay.coordinator.link import Arg, Commands, Reply
+from forebay.coordinator.scripting import load_scripts, run
+from forebay.schemas.entry import Entry, EntryMeta, make_tail, read_entry
+from forebay.schemas.keys import Names
+from forebay.schemas.notices import (
+    Bumped,
+    Changed,
+    Dropped,
+    Notice,
+    Position,
+    read_notice,
+    write_notice,
+)
+
+__all__ = ["Desk", "Logged", "tail_of"]
+
+SCRIPTS = load_scripts()
+MINUTE_MS = 60_000
+
+
+def tail_of(value: str) -> bytes:
+    return make_tail(value.encode(), kind="v", codec="m", meta=EntryMeta())
+
+
+class Logged(Struct, frozen=True):
+    """A log entry, read."""
+
+    position: Position
+    version: int
+    notice: Notice | None
+
+
+class Desk:
+    def __init__(self, commands: Commands, namespace: str, *, shards: int = 4) -> None:
+        self.commands = commands
+        self.names = Names(namespace, shards)
+        self.shard = self.names.shard("k")
+
+    async def run(self, script: str, keys: Sequence[str], *args: Arg) -> Any:
+        return await run(self.commands, SCRIPTS[script], keys, args)
+
+    def part(self, name: str, shard: int | None = None) -> str:
+        return self.names.part(self.shard if shard is None else shard, name)
+
+    # Entries
+
+    def entry_keys(self, key: str) -> list[str]:
+        names, shard = self.names, self.names.shard(key)
+        return [
+            names.entry(key),
+            names.lease(key),
+            self.part("head", shard),
+            self.part("log", shard),
+        ]
+
+    def _said(self, notice: Notice, shard: int) -> list[Arg]:
+        return [write_notice(notice), self.names.bell, shard]
+
+    async def begin(
+        self, token: str, *, key: str = "k", lease_ms: int = MINUTE_MS, seen: int = -1
+    ) -> list[Reply]:
+        keys = self.entry_keys(key)[:2]
+        return list(await self.run("entry_begin", keys, token, lease_ms, seen))
+
+    async def fill(
+        self,
+        token: str,
+        value: str = "filled",
+        *,
+        key: str = "k",
+        soft_ms: int = MINUTE_MS,
+        hard_ms: int = 2 * MINUTE_MS,
+    ) -> list[Reply]:
+        said = self._said(Changed(key), self.names.shard(key))
+        args: list[Arg] = [token, soft_ms, hard_ms, tail_of(value), *said]
+        return list(await self.run("entry_fill", self.entry_keys(key), *args))
+
+    async def put(
+        self,
+        value: str = "put",
+        *,
+        key: str = "k",
+        soft_ms: int = MINUTE_MS,
+        hard_ms: int = 2 * MINUTE_MS,
+    ) -> int:
+        said = self._said(Changed(key), self.names.shard(key))
+        args: list[Arg] = [soft_ms, hard_ms, tail_of(value), *said]
+        reply = await self.run("entry_put", self.entry_keys(key), *args)
+        return int(reply[0])
+
+    async def write(
+        self,
+        value: str = "written",
+        *,
+        key: str = "k",
+        soft_ms: int = MINUTE_MS,
+        hard_ms: int = 2 * MINUTE_MS,
+        bound: int = 100,
+        mark: str = "",
+        event_id: str = "",
+    ) -> list[Reply]:
+        shard = self.names.shard(key)
+        keys = [*self.entry_keys(key), self.part("writes", shard), self.names.seen(shard, event_id)]
+        args: list[Arg] = [soft_ms, hard_ms, tail_of(value)]
+        args += self._said(Changed(key), shard)
+        args += [f"job of {value}", bound, self.names.work, mark, MINUTE_MS if event_id else 0]
+        return list(await self.run("entry_write", keys, *args))
+
+    async def release(self, token: str, *, key: str = "k") -> int:
+        return int(await self.run("lease_release", [self.names.lease(key)], token))
+
+    async def invalidate(self, *keys: str, soft: bool = False, mark: str = "") -> list[Reply]:
+        """Keys of one shard, by default ``k``."""
+        keys = keys or ("k",)
+        names, shard = self.names, self.names.shard(keys[0])
+        slots = [self.part("head", shard), self.part("log", shard)]
+        slots += [name for key in keys for name in (names.entry(key), names.lease(key))]
+        args: list[Arg] = [*self._said(Dropped(keys, soft), shard), mark, int(soft)]
+        return list(await self.run("entries_invalidate", slots, *args))
+
+    async def refresh(self, token: str, *, key: str = "k", seen: int = -1, bound: int = 100) -> int:
+        shard = self.names.shard(key)
+        keys = [*self.entry_keys(key)[:2], self.part("refreshes", shard)]
+        args: list[Arg] = [token, MINUTE_MS, seen, f"job {token}", bound, self.names.work, shard]
+        return int(await self.run("refresh_publish", keys, *args))
+
+    # Tags
+
+    async def bump(self, *tags: str, mark: str = "", keep_ms: int = MINUTE_MS) -> list[Reply]:
+        shard = self.names.shard(tags[0])
+        keys = [self.part("head", shard), self.part("log", shard), *map(self.names.tag, tags)]
+        args: list[Arg] = [*self._said(Bumped(tags), shard), mark, keep_ms]
+        return list(await self.run("tags_bump", keys, *args))
+
+    async def capture(self, *tags: str, keep_ms: int = MINUTE_MS) -> list[int]:
+        shard = self.names.shard(tags[0])
+        keys = [self.part("head", shard), *map(self.names.tag, tags)]
+        return [int(version) for version in await self.run("tags_capture", keys, keep_ms)]
+
+    # Logs, owners, streams
+
+    async def log_begin(self, shard: int | None = None) -> bytes | None:
+        keys = [self.part("head", shard), self.part("log", shard)]
+        number = self.shard if shard is None else shard
+        reply: bytes | None = await self.run("log_begin", keys, *self._said(Dropped(()), number))
+        return reply
+
+    async def claim(self, owner: str, *, token: str = "t", ttl_ms: int = MINUTE_MS) -> list[Reply]:
+        return list(await self.run("owner_claim", [self.part("own")], owner, ttl_ms, token))
+
+    async def give_up(self, owner: str, epoch: int) -> int:
+        return int(await self.run("owner_release", [self.part("own")], owner, epoch))
+
+    async def end_lease(self) -> None:
+        await self.commands.call("HSET", self.part("own"), "u", 1)
+
+    async def commit(
+        self, owner: str, epoch: int, position: str, sunk: Sequence[tuple[str, int]] = ()
+    ) -> list[Reply]:
+        ms, _, seq = position.partition("-")
+        keys = [self.part("own"), self.part("done"), self.part("writes")]
+        keys += [self.names.entry(key) for key, _ in sunk]
+        args: list[Arg] = [owner, epoch, "writes", position, f"{ms}-{int(seq) + 1}"]
+        args += [version for _, version in sunk]
+        return list(await self.run("checkpoint_commit", keys, *args))
+
+    async def beat(self, node: str, ttl_ms: int = MINUTE_MS) -> set[str]:
+        reply = await self.run("roster_beat", [self.names.nodes], node, ttl_ms)
+        return {bytes(each).decode() for each in reply}
+
+    async def publish(self, *events: str, bound: int = 100) -> list[Reply]:
+        return list(await self.run("event_publish", [self.names.events], bound, *events))
+
+    # Reading back
+
+    async def raw(self, key: str = "k") -> bytes | None:
+        reply = await self.commands.call("GET", self.names.entry(key))
+        return None if reply is None else bytes(reply)
+
+    async def entry(self, key: str = "k") -> Entry:
+        raw = await self.raw(key)
+        assert raw is not None, f"there is no entry of {key}"
+        return read_entry(raw, bytes_max=1_000)
+
+    async def ttl_ms(self, key: str = "k") -> int:
+        return int(await self.commands.call("PTTL", self.names.entry(key)))
+
+    async def lease(self, key: str = "k") -> bytes | None:
+        reply: bytes | None = await self.commands.call("GET", self.names.lease(key))
+        return reply
+
+    async def log(self, shard: int | None = None) -> list[Logged]:
+        entries = await self.commands.call("XRANGE", self.part("log", shard), "-", "+")
+        return [
+            Logged(Position.parse(entry_id), int(fields[1]), read_notice(fields[3]))
+            for entry_id, fields in entries
+        ]
+
+    async def length(self, name: str) -> int:
+        return int(await self.commands.call("XLEN", self.part(name)))
+
+    async def everything(self) -> dict[bytes, object]:
+        """All that the namespace holds, to see whether anything was changed."""
+        found: dict[bytes, object] = {}
+        keys = await self.commands.call("KEYS", f"*{self.names.namespace}*")
+        for key in sorted(bytes(key) for key in keys):
+            match await self.commands.call("TYPE", key):
+                case b"string":
+                    found[key] = await self.commands.call("GET", key)
+                case b"hash":
+                    found[key] = await self.commands.call("HGETALL", key)
+                case b"stream":
+                    found[key] = await self.commands.call("XRANGE", key, "-", "+")
+                case b"zset":
+                    found[key] = await self.commands.call("ZRANGE", key, 0, -1)
+        return found
+
+    async def now_us(self) -> int:
+        seconds, micros = await self.commands.call("TIME")
+        return int(seconds) * 1_000_000 + int(micros)
+
+    def keys_of(self, shard: int, count: int) -> list[str]:
+        """So many keys that lie in this shard."""
+        keys, number = [], 0
+        while len(keys) < count:
+            if zlib.crc32(f"key-{number}".encode()) % self.names.shards == shard:
+                keys.append(f"key-{number}")
+            number += 1
+        return keys
