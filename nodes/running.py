@@ -7,7 +7,8 @@ U1  Inside the block every shard was live once, so the first read is already rig
 U2  Notices reach every cache of this node, in order, before the next one is looked at.
 U3  A drain takes no new work, finishes what is under way, hands over what is owned, and takes
     at most ``drain_ms``; the last worker of a namespace also empties the queues. There is one
-    drain, however often it is asked for, and cancelling whoever asked does not cut it short.
+    drain, however often it is asked for, and cancelling whoever asked does not cut it short;
+    there is none where a worker has failed.
 U4  After the drain every ``on_stop`` hook runs, whatever happened before (see ``hooks``).
 U5  A server that cannot be used is one StartupError, up to the first proof of being current.
 """
@@ -242,10 +243,8 @@ class Running:
                 await hook()
             if workers:
                 self.crew = await stack.enter_async_context(crew(self._work_parts()))
-            try:
-                yield
-            finally:
-                await self.drain()
+            yield
+            await self.drain()  # not if a worker failed, or nobody has time for it
 
     def _work_parts(self) -> WorkParts:
         return WorkParts(

@@ -198,7 +198,7 @@ IN_CLI = within("nodes/cli")
 CLI_OR_EXAMPLE = within("nodes/cli", "nodes/demo/app.py")
 CLOCK = within("coordinator/clock.py", "nodes/demo/replayer.py")
 REPLAYER = within("nodes/demo/replayer.py")  # a process of its own, as a stranger would write it
-EXAMPLE = within("nodes/demo/app.py")  # it reads as the code of those who copy it
+EXAMPLE = within("nodes/demo/app.py", "nodes/demo/fastapi_app.py", "nodes/demo/aiohttp_app.py")
 NOWHERE = within()
 
 FORBIDDEN: Mapping[str, tuple[re.Pattern[str], Callable[[Source], bool]]] = {

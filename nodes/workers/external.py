@@ -34,8 +34,8 @@ from ...coordinator.dialer import Dialer
 from ...coordinator.instruments import Instruments
 from ...coordinator.ownership import Tenure
 from ...coordinator.tracking import Tracking
-from ...schemas.errors import ForebayError, InvalidKey
-from ...schemas.keys import EVENTS, Names, check_key
+from ...schemas.errors import ForebayError
+from ...schemas.keys import EVENTS, Names
 from ...schemas.notices import Notice
 from ...schemas.settings import Valkey
 from .foreign import ForeignEntries
@@ -103,7 +103,7 @@ class ChangedEntries:
             await self._rung.wait()
 
     def take(self) -> list[str]:
-        """The keys that wait longest. What can be no cache's key is left out."""
+        """The keys that wait longest. What is no entry's name is left out."""
         names = list(islice(self._queue, _TOGETHER))
         for name in names:
             del self._queue[name]
@@ -114,8 +114,8 @@ class ChangedEntries:
 
     def _key(self, name: bytes) -> str | None:
         try:
-            key = check_key(name[self._head + len(self._part) :].decode())
-        except (UnicodeDecodeError, InvalidKey):
+            key = name[self._head + len(self._part) :].decode()
+        except UnicodeDecodeError:
             return None
         return key if self._names.entry(key).encode() == name else None
 

@@ -3,7 +3,7 @@
 B1  An entry of ours, by its magic, was told by the script that stored it; it is left alone.
 B2  Whatever else stands where an entry should, and an absence that nothing explains, is told:
     near copies of that key are dropped, and a load under way cannot fill. The entry itself is
-    not touched, so what others set is there to be read.
+    not touched, so what others set is there to be read. Keys that no cache can have are not told.
 B3  An absence is judged when every notice was applied here that can explain it; a log that
     cannot be followed so far explains nothing.
 B4  A shard that refuses costs the others nothing: its keys come back as undone.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import anyio
 import msgspec
@@ -23,8 +24,8 @@ from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.log import Follower
 from ...coordinator.scripting import Call, Scripts, run_many
 from ...schemas.entry import FOREVER_MS, MAGIC, version_of
-from ...schemas.errors import ForebayError, ServerRefused
-from ...schemas.keys import Names
+from ...schemas.errors import ForebayError, InvalidKey, ServerRefused
+from ...schemas.keys import Names, check_key
 from ...schemas.notices import Dropped, Notice, Position, write_notice
 from .lifetimes import Lifetimes
 
@@ -82,7 +83,7 @@ class ForeignEntries:
         Raises:
             Unavailable, ServerRefused: nothing may have been told; repeat it.
         """
-        foreign, absent = await self._look(keys)
+        foreign, absent = map(_possible, await self._look(keys))
         gone = await self._unexplained(absent) if absent else []
         parts = list(self._by_shard([*foreign, *gone]))
         undone: list[str] = []
@@ -187,6 +188,15 @@ class ForeignEntries:
         for shard, each in sorted(shards.items()):
             for start in range(0, len(each), _TOGETHER):
                 yield shard, each[start : start + _TOGETHER]
+
+
+def _possible(keys: Sequence[str]) -> list[str]:
+    """Those that a cache can have; of the others there are no copies."""
+    found = []
+    for key in keys:
+        with suppress(InvalidKey):
+            found.append(check_key(key))
+    return found
 
 
 def _lifetime(numbers: bytes) -> tuple[int, int]:

@@ -257,7 +257,7 @@ async def test_what_was_invalidated_while_pending_is_dropped_when_sunk(desk: Des
 
     await desk.write("older")
     await desk.invalidate()
-    _, newer, _, _, job_id, _ = await desk.write("newer")
+    _, newer, *_ = await desk.write("newer")
     await desk.commit("a", epoch, job_id, [("k", int(newer))])
     assert (await desk.entry()).payload == b"newer"
 

@@ -3,7 +3,7 @@
 ``kill pubsub``    all doorbells lose their connections; every two seconds, whatever else happens
 ``kill normal``    so do all links, with what is under way on them
 ``stop node``      a node sleeps for five seconds (SIGSTOP), and is not told
-``trim asleep``    as above, and meanwhile the logs are trimmed to their end, doorbells killed
+``trim asleep``    as above, and meanwhile doorbells are killed, and the logs trimmed to their end
 ``freeze server``  Valkey sleeps
 ``restart kept``   Valkey ends in good order, and comes back with its data
 ``restart lost``   Valkey is killed, and comes back empty
@@ -136,8 +136,8 @@ class Nemesis:
     def _trim_asleep(self, fault: Fault) -> None:
         node = self._nodes[fault.node]
         node.signal(signal.SIGSTOP)
+        self._kill_pubsub()  # or bells that it has received already tell it all
         self._wait_until(time.monotonic() + fault.lasts_s)
-        self._kill_pubsub()
         self.trim()
         node.signal(signal.SIGCONT)
 

@@ -69,11 +69,13 @@ async def test_log_that_was_trimmed_to_its_end_is_a_gap() -> None:
 
         async with forebay.Node(settings=settings) as writer:
             assert versions() == {0}
+            swept = one.stats()["log"]["sweeps"] + 2  # until reads have confirmed the bells
+            until(lambda: one.stats()["log"]["sweeps"] >= swept, what="a sweep")
             one.signal(signal.SIGSTOP)
+            made.server.execute("CLIENT", "KILL", "TYPE", "pubsub")
             for key in keys:
                 source.write(key, 1)
             await writer.invalidate(keys)
-            made.server.execute("CLIENT", "KILL", "TYPE", "pubsub")
             Nemesis(made.server, made.nodes, made.names).trim()
         time.sleep(made.setup.bound_ms / 1000)  # until what the node promised is over
         one.signal(signal.SIGCONT)

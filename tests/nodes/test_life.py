@@ -280,16 +280,20 @@ async def test_drain_is_not_cut_short_by_who_asked(make_node: MakeNode) -> None:
         assert sunk == ["a:1"]
 
 
-async def test_worker_that_fails_ends_the_node(make_node: MakeNode) -> None:
-    """A fault of ours in the background is not hidden: the body is cancelled, the fault shown."""
-    node = make_node()
-    with pytest.raises(ExceptionGroup) as caught:
+async def test_worker_that_fails_ends_the_node(
+    make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L3, U3: a fault of ours is not hidden, nor is there a drain without workers to do it."""
+    node = make_node(workers=WorkerSettings(enabled=True, drain_ms=600_000))
+    with anyio.fail_after(20), pytest.raises(ExceptionGroup) as caught:
         async with node:
-            node.parts.tasks.start_soon(_fail)
+            await until_it_owns_all(node)
+            assert node.parts.crew is not None
+            monkeypatch.setattr(node.parts.crew.ownership, "beat", _fail)
             await anyio.sleep_forever()
 
     assert caught.group_contains(Oops)
-    assert not node.is_running
+    assert (node.is_running, node.drained) == (False, None)
 
 
 async def _fail() -> None:

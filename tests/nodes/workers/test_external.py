@@ -376,7 +376,7 @@ async def test_names_that_are_no_entries_are_passed_over(shop: Shop) -> None:
         for name in (*foreign, f"{right}e0:".encode() + b"\xff"):
             shop.server.execute("SET", name, "1")
         await dealt_with(shop, node)
-        assert counted(node, "set") == 1
+        assert (counted(node, "set"), counted(node, "deleted")) == (1, 0)
 
 
 async def test_a_newer_format_is_ours(shop: Shop) -> None:
@@ -540,28 +540,60 @@ async def test_without_a_server_that_tracks_it_is_off(shop: Shop) -> None:
     assert [line["event"] for line in lines] == ["external_writers.off"]
 
 
-async def test_a_log_that_is_not_followed_explains_nothing(shop: Shop) -> None:
-    """B3: an invalidation that this node has not heard of is told again; once heard, it is not."""
+@asynccontextmanager
+async def deaf(node: forebay.Node, key: str) -> AsyncIterator[Callable[[int], None]]:
+    """The node's follower hears nothing of the key's shard, until it is told how far it is."""
+    follower = node.parts.follower
+    view, commands = follower.views[node.parts.names.shard(key)], follower._commands
+    behind = view.seq
+
+    def caught_up(seq: int) -> None:
+        view.seq = seq
+
+    follower._commands = Away()
+    caught_up(-10)
+    try:
+        yield caught_up
+    finally:
+        caught_up(behind)
+        follower._commands = commands
+
+
+async def test_old_knowledge_explains_nothing(shop: Shop) -> None:
+    """B3: an invalidation was heard of, a put since then was not; so its deletion is told."""
     async with shop.node() as node:
         foreign = worker_of(node, None)._foreign
-        apply = node.parts.follower._apply
-        heard: list[tuple[int, Notice]] = []
-        node.parts.follower._apply = lambda shard, version, notice: heard.append((version, notice))
-        await put(node, Product(7, 1))
+        await node.read("product:7")
         await node.invalidate(["product:7"])
-        view = node.parts.follower.views[node.parts.names.shard("product:7")]
-        await until(lambda: len(heard) == 2)
-        seq, view.seq = view.seq, -1  # as if the bells and sweeps were late
-        node.parts.follower._commands = Away()
-        outcome = await foreign.tell(["product:7"])
-        assert (outcome.deleted, shop.told(node)) == (1, ["product:7"])
+        await until(lambda: node.parts.follower.views[node.parts.names.shard("product:7")].seq)
+        foreign.noticed(10**16 - 1, Dropped(("product:7",)))
+        assert (await foreign.tell(["product:7"])).deleted == 0
+        async with deaf(node, "product:7"):
+            await put(node, Product(7, 1))
+            shop.server.execute("DEL", shop.entry(node, "product:7"))
+            assert (await foreign.tell(["product:7"])).deleted == 1
+        assert shop.told(node) == ["product:7"]
 
-        view.seq = seq + 1
-        for version, notice in heard:
-            foreign.noticed(version, notice)
-        outcome = await foreign.tell(["product:7"])
-        assert outcome.deleted == 0
-        node.parts.follower._apply = apply
+
+async def test_an_explanation_that_is_late_is_waited_for(shop: Shop) -> None:
+    """B3: the key's absence is seen before its invalidation is heard of; it is not told."""
+    async with shop.node() as node:
+        foreign = worker_of(node, None)._foreign
+        await node.read("product:7")
+        done = []
+
+        async def tell() -> None:
+            done.append(await foreign.tell(["product:7"]))
+
+        async with deaf(node, "product:7") as caught_up, anyio.create_task_group() as tasks:
+            await node.invalidate(["product:7"])
+            waiting = foreign._heard
+            tasks.start_soon(tell)
+            await until(lambda: foreign._heard is not waiting, what="the wait")
+            caught_up(1_000)
+            foreign.noticed(10**16 - 1, Dropped(("product:7",)))
+        assert [outcome.deleted for outcome in done] == [0]
+        assert shop.told(node) == []
 
 
 class Away:
