@@ -19,11 +19,11 @@ __all__ = ["background_tasks"]
 
 @asynccontextmanager
 async def background_tasks() -> AsyncGenerator[TaskGroup]:
-    failure: Exception | None = None
+    failure: BaseException | None = None
     async with anyio.create_task_group() as tasks:
         try:
             yield tasks
-        except Exception as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
             failure = error
         finally:
             tasks.cancel_scope.cancel()

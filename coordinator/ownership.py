@@ -131,16 +131,20 @@ class Ownership:
             self._lose(tenure, "fenced")
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Beat until cancelled."""
+        """Beat until cancelled; started after the first beat."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._hand_over)
+            await self._beat_or_tell()
             task_status.started()
             while True:
-                try:
-                    await self.beat()
-                except ForebayError as error:
-                    log.warning("beat.failed", error=str(error))
                 await anyio.sleep(self._beat_s * self._rng.uniform(0.8, 1.1))
+                await self._beat_or_tell()
+
+    async def _beat_or_tell(self) -> None:
+        try:
+            await self.beat()
+        except ForebayError as error:
+            log.warning("beat.failed", error=str(error))
 
     async def beat(self) -> None:
         """Renew what is owned; then choose what to hand over, or take what is free."""

@@ -39,7 +39,11 @@ _REFUSALS: dict[str, tuple[str, str, str]] = {
         "user name or password is wrong, or the user is disabled",
         "correct valkey.username and valkey.password",
     ),
-    "NOAUTH": ("password", "it asks for a password", "set FOREBAY_PASSWORD, or a file with it"),
+    "NOAUTH": (
+        "password",
+        "it asks for a password",
+        "set FOREBAY_VALKEY__PASSWORD, or FOREBAY_VALKEY__PASSWORD_FILE",
+    ),
     "NOPERM": (
         "username",
         "this user lacks a right",

@@ -1,10 +1,10 @@
 """The workers of a node, one by one, on a real server, to be stopped at any await.
 
-    async with workshop(server, namespace) as shop:
-        owner = await shop.ownership("one")
-        ids = await shop.publish(write("flight:1", 1))
-        async with at_work(shop.ingress(owner)):
-            await shop.applied(ids[-1])
+async with workshop(server, namespace) as shop:
+    owner = await shop.ownership("one")
+    ids = await shop.publish(write("flight:1", 1))
+    async with at_work(shop.ingress(owner)):
+        await shop.applied(ids[-1])
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Table:
         for each in batch.progress if self.fences else ():
             if self.epochs.get(each.shard, 0) > each.epoch:
                 raise Fenced(self.name, each.epoch, self.epochs[each.shard])
-        wrong = [each.key for each in batch.writes if each.value in self.poison]
+        wrong = [each.key for each in batch.writes if each.value in list(self.poison)]
         if wrong:
             raise PoisonSinkError(f"will not take {wrong[0]}")
         self.epochs.update({each.shard: each.epoch for each in batch.progress})

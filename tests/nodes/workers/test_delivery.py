@@ -221,7 +221,9 @@ async def test_progress_comes_last_and_parts_carry_the_epoch_alone() -> None:
     assert (first.progress, last.progress, last.writes) == (PROGRESS, PROGRESS, ())
     assert parts
     for part in parts:
-        assert [(each.shard, each.epoch, each.position) for each in part.progress] == [(3, 7, "0-0")]
+        assert [(each.shard, each.epoch, each.position) for each in part.progress] == [
+            (3, 7, "0-0")
+        ]
 
 
 async def test_a_late_owner_is_refused_in_the_middle_of_bisecting() -> None:

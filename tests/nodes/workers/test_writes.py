@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -107,9 +108,6 @@ async def test_all_positions_of_the_batch_go_to_the_sink(open_shop: OpenShop) ->
             assert each.epoch == owner.tenures[each.shard].epoch
 
 
-STOPS = [(at, answered) for at in range(1, 9) for answered in (False, True)]
-
-
 @pytest.mark.parametrize("stored", [False, True], ids=["before", "after"])
 async def test_a_crash_in_the_sink_has_no_second_effect(open_shop: OpenShop, stored: bool) -> None:
     """W1: before or after its commit, the next owner brings it to the same end."""
@@ -204,7 +202,8 @@ async def test_invalidations_come_after_the_sink_and_before_the_checkpoint(
         told = []
         for shard in range(SHARDS):
             told += [read_notice(entry["n"]) for entry in await shop.entries(shard, "log")]
-        assert [each.keys for each in told if isinstance(each, Dropped)] == [("board:1",)]
+        dropped = [each.keys for each in told if isinstance(each, Dropped) and each.keys]
+        assert dropped == [("board:1",)]
         assert [each.tags for each in told if isinstance(each, Bumped)] == [("airport:EWR",)]
 
 
@@ -256,7 +255,7 @@ async def test_a_sink_that_is_away_holds_up_no_other(open_shop: OpenShop, error:
             away.faults.clear()
             await shop.sunk()
         assert away.values() == {"flight:1": 4}
-        assert set(map(len, [await checkpoints(shop, "away"), await checkpoints(shop, "well")]))
+        assert await checkpoints(shop, "away") == await checkpoints(shop, "well")
 
 
 async def test_with_two_sinks_the_slower_one_decides_what_is_trimmed(open_shop: OpenShop) -> None:
@@ -288,7 +287,9 @@ async def test_poison_is_a_dead_letter_and_its_neighbours_are_stored(open_shop: 
     async with open_shop(sinks={"flight:{id}": table}) as shop:
         owner = await shop.ownership()
         keys = [shop.key(1, number=n) for n in range(5)]
-        await ingest(shop, owner, *[write(key, "bad" if n == 2 else n) for n, key in enumerate(keys)])
+        await ingest(
+            shop, owner, *[write(key, "bad" if n == 2 else n) for n, key in enumerate(keys)]
+        )
         raw = (await shop.entries(1, "writes"))[2]["j"]
         await sink_all(shop, owner)
         assert set(table.values().values()) == {0, 1, 3, 4}
@@ -587,7 +588,7 @@ async def test_a_sink_that_was_cancelled_from_within_ends_nobodys_work(
         nonlocal calls
         calls += 1
         if calls == 1:
-            future = anyio.get_current_task() and __import__("asyncio").Future()
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             future.cancel()
             await future
         await store(batch)
