@@ -9,8 +9,8 @@ from pathlib import Path
 
 import aiohttp
 import anyio
-from programs import tool
 
+from programs import tool
 from valkeyd import free_port
 
 __all__ = ["prometheus_on", "query"]

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from noded import environ
 
 import forebay
+from noded import environ
 
 
 def test_every_public_name_is_there() -> None:

@@ -29,6 +29,7 @@ from forebay.nodes.workers.delivery import Delivery
 from forebay.nodes.workers.ingress import Ingress
 from forebay.nodes.workers.writes import WriteBehind
 from forebay.schemas.errors import Fenced, PoisonSinkError
+from forebay.schemas.jobs import read_write
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.settings import Durable, NodeSettings, Settings, Valkey, Workers
 from valkeyd import ValkeyServer
@@ -104,7 +105,7 @@ class Cut:
         if self._answered:
             await send()
         self.reached.set()
-        await anyio.sleep_forever()
+        return await anyio.sleep_forever()
 
 
 class Hasty:
@@ -313,8 +314,6 @@ class Workshop:
 
     async def jobs(self) -> list[tuple[str, Any]]:
         """Keys and values of all writes that wait, shard by shard in order."""
-        from forebay.schemas.jobs import read_write
-
         found = []
         for shard in range(self.names.shards):
             for entry in await self.entries(shard, "writes"):

@@ -36,11 +36,10 @@ import valkey.asyncio
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for links and valkeyd
 
-from links import doorbell_to, running
-
 import forebay
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
+from links import doorbell_to, running
 from valkeyd import ValkeyServer
 
 TOGETHER = 500

@@ -31,7 +31,6 @@ import structlog
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for links and valkeyd
 
 from links import link_to, running
-
 from valkeyd import ValkeyServer
 
 Get = Callable[[str], Awaitable[Any]]

@@ -33,10 +33,9 @@ import structlog
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from postgresd import PostgresServer
-
 from forebay.nodes.sinks.base import Progress, SinkBatch, Write
 from forebay.nodes.sinks.sql import SqlSink
+from postgresd import PostgresServer
 
 BATCH_ROWS = 1_000
 BATCHES = 20

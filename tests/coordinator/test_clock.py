@@ -6,7 +6,6 @@ import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shardlogs import Between, ManualClock
 from structlog.testing import capture_logs
 
 from forebay.coordinator.clock import ServerClock, SystemClock
@@ -14,6 +13,7 @@ from forebay.coordinator.clock_sync import JUMP_S, ClockSync
 from forebay.coordinator.link import Arg, Reply
 from forebay.schemas.errors import Disconnected
 from links import link_to, running
+from shardlogs import Between, ManualClock
 from valkeyd import ValkeyServer
 
 EPOCH_S = 1_700_000_000.0

@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from links import dialer_to, link_to, running
 
 from forebay.schemas.errors import Disconnected, ForebayError, ServerRefused, TimedOut, Unavailable
+from links import dialer_to, link_to, running
 from valkeyd import ValkeyServer, free_port
 
 MakeServer = Callable[..., ValkeyServer]

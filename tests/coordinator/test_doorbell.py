@@ -6,10 +6,10 @@ import random
 
 import anyio
 import pytest
-from links import doorbell_to, link_to, running
 
 from forebay.coordinator.doorbell import Doorbell
 from forebay.schemas.errors import Disconnected, ServerRefused
+from links import doorbell_to, link_to, running
 from valkeyd import ValkeyServer, free_port
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from anyio.lowlevel import checkpoint
-from links import link_to, running
 
 from forebay.coordinator.breaker import Breaker
 from forebay.schemas.errors import (
@@ -20,6 +19,7 @@ from forebay.schemas.errors import (
     TimedOut,
     Unavailable,
 )
+from links import link_to, running
 from valkeyd import ValkeyServer, free_port
 
 MakeServer = Callable[..., ValkeyServer]

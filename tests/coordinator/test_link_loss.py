@@ -8,7 +8,6 @@ from collections.abc import Callable
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from links import link_to, running
 
 from forebay.coordinator.link import Link
 from forebay.schemas.errors import (
@@ -16,6 +15,7 @@ from forebay.schemas.errors import (
     Disconnected,
     TimedOut,
 )
+from links import link_to, running
 from valkeyd import ValkeyServer, free_port
 
 MakeServer = Callable[..., ValkeyServer]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from links import link_to, running
 
 from forebay.coordinator.dialer import Dialed
 from forebay.coordinator.link import Link
 from forebay.coordinator.wire import CommandWire
 from forebay.schemas.errors import Unavailable
+from links import link_to, running
 from valkeyd import ValkeyServer
 
 KEYS = 500

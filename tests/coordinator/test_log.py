@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 from conftest import MakeServer
-from shardlogs import SCRIPTS, Between, Journal, ManualClock, Shelf
 
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.doorbell import Doorbell
@@ -20,6 +19,7 @@ from forebay.coordinator.log import Follower
 from forebay.schemas.errors import ForebayError, ServerRefused
 from forebay.schemas.notices import Dropped, write_notice
 from links import doorbell_to, link_to, running
+from shardlogs import SCRIPTS, Between, Journal, ManualClock, Shelf
 from valkeyd import ValkeyServer
 
 NEVER = float("-inf")

@@ -16,13 +16,13 @@ import anyio
 import pytest
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
-from shardlogs import Between, Broken, Journal, Shelf
 
 from forebay.coordinator.link import Arg
 from forebay.coordinator.log import Follower
 from forebay.coordinator.shard_view import ShardView
 from forebay.schemas.notices import Bell, read_bell
 from links import link_to, running
+from shardlogs import Between, Broken, Journal, Shelf
 from valkeyd import ValkeyServer
 
 SHARDS = 2

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 from conftest import MakeServer
-from shardlogs import SCRIPTS, Between, ManualClock, instruments
 
 from forebay.coordinator.clock import Clock, SystemClock
 from forebay.coordinator.link import Arg, Commands, Link, Reply
@@ -19,6 +18,7 @@ from forebay.schemas.errors import ServerRefused
 from forebay.schemas.keys import EVENTS, Names
 from forebay.schemas.settings import Workers
 from links import link_to, running
+from shardlogs import SCRIPTS, Between, ManualClock, instruments
 from valkeyd import ValkeyServer
 
 ALL = set(range(EVENTS, 64))

@@ -30,10 +30,10 @@ from faults.history import Record, read_history
 from faults.nemesis import Fault, Nemesis, plan
 from faults.setting import AIMS, Setup
 from faults.source import Source
-from noded import NodeProcess, environ
 
 from forebay.coordinator.embedded import bound_to_owner
 from forebay.schemas.keys import Names
+from noded import NodeProcess, environ
 from valkeyd import ValkeyServer
 
 __all__ = ["Cluster", "Outcome", "cluster", "run"]

@@ -15,10 +15,10 @@ from faults.coherence import cluster, run
 from faults.nemesis import KINDS, Nemesis
 from faults.setting import Planted, Setup
 from faults.source import Source
-from noded import until
 
 import forebay
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
+from noded import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 

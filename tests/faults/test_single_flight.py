@@ -11,6 +11,7 @@ from faults.agent import AgentClient, Crowd, GiveUp
 from faults.coherence import Cluster, cluster
 from faults.history import Record
 from faults.setting import Setup
+
 from noded import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import installed
 
 import forebay
 from forebay.schemas.settings import Settings
 from forebay.schemas.settings_sources import Resolved
+from programs import installed
 
 MakeNode = Callable[..., forebay.Node]
 ROOT = Path(__file__).parents[2]

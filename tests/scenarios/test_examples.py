@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pytest
-from noded import PATIENCE_S, environ, until
 
 from forebay.coordinator.embedded import bound_to_owner
+from noded import PATIENCE_S, environ, until
 from valkeyd import ValkeyServer
 
 Example = Literal["fastapi", "aiohttp"]

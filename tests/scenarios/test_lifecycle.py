@@ -13,8 +13,8 @@ import msgspec
 import pytest
 import valkey
 from conftest import MakeServer
-from noded import NodeProcess, Shop, until
 
+from noded import NodeProcess, Shop, until
 from valkeyd import ValkeyServer
 
 QUICK = {"workers__ownership_ttl_ms": 1_000, "workers__beat_ms": 200}

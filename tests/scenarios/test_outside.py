@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from noded import Answer, NodeProcess, Shop, until
 from programs import tool
-
 from valkeyd import ValkeyServer
 
 Publish = Callable[[dict[str, Any]], None]

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import anyio
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
 from noded import NodeProcess, Shop, until
 from programs import tool
-from prometheus_client.parser import text_string_to_metric_families
 from prometheusd import prometheus_on, query
-
 from valkeyd import ValkeyServer
 
 SERIES_MAX = 500

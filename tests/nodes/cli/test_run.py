@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeServer
-from noded import NodeProcess, Shop, until
 
 from forebay.nodes.cli.run import load_app
 from forebay.schemas.errors import ConfigError
+from noded import NodeProcess, Shop, until
 from valkeyd import ValkeyServer, free_port
 
 APPS = {

@@ -15,12 +15,12 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from postgresd import PostgresServer
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from forebay.nodes.sinks.sql import SqlSink
+from postgresd import PostgresServer
 
 COLUMNS = "id {} PRIMARY KEY, gate VARCHAR(8), delay INTEGER, departs TIMESTAMP, version BIGINT"
 

@@ -12,13 +12,13 @@ from typing import Any
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from postgresd import PostgresServer
 from sqlalchemy import text
 
 from forebay.nodes.sinks.base import Progress, SinkBatch, Write
 from forebay.nodes.sinks.sql import SqlSink
 from forebay.schemas.errors import ConfigError, FatalSinkError, TransientSinkError
 from forebay.schemas.settings import Secret
+from postgresd import PostgresServer
 
 SECRET = "hunter2"
 OURS = "FROM pg_stat_activity WHERE application_name = 'forebay'"

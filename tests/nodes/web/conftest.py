@@ -7,10 +7,10 @@ from contextlib import AbstractAsyncContextManager
 from random import Random
 
 import aiohttp
-import programs
 import pytest
 from prometheus_client import CollectorRegistry
 
+import programs
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.instruments import Instruments
 from forebay.nodes.web.face import Check, Read

@@ -12,9 +12,9 @@ import anyio
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
-from prometheusd import prometheus_on, query
 
 from forebay.coordinator.instruments import CATALOGUE, PREFIX, SERIES_MAX, Instruments
+from prometheusd import prometheus_on, query
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import Address

@@ -18,6 +18,7 @@ from forebay.nodes.workers.holdings import Holding, following
 from forebay.schemas.errors import FatalSinkError, Fenced, PoisonSinkError, TransientSinkError
 from forebay.schemas.jobs import Invalidates, WriteJob, write_job
 from forebay.schemas.notices import Bumped, Dropped, read_notice
+from forebay.schemas.settings import NodeSettings, Settings, Valkey
 from workshop import SHARDS, Cut, Table, Workshop, at_work, until, write
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
@@ -625,8 +626,6 @@ async def test_a_fenced_error_of_ours_is_not_taken_for_the_sinks(open_shop: Open
 
 async def test_write_behind_of_a_whole_node(valkey_server: Any, namespace: str) -> None:
     """From ``write_behind`` to the sink, and back into the cache after an invalidation."""
-    from forebay.schemas.settings import NodeSettings, Settings, Valkey
-
     node = forebay.Node(
         settings=Settings(
             node=NodeSettings(namespace=namespace), valkey=Valkey(url=valkey_server.socket_url)
