@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from scriptdesk import Desk
 
 from forebay.coordinator.backend import Backend
 from forebay.schemas.settings import Valkey
+from scriptdesk import Desk
 
 Unless = Callable[[str], None]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import require
-from scriptdesk import Desk
 
+from conftest import require
 from forebay.coordinator.backend import Backend, UseFake, UseUrl
+from scriptdesk import Desk
 from valkeyd import Flavour
 
 FLAVOURS: tuple[Flavour, ...] = ("valkey", "redis7")

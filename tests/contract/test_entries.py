@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from scriptdesk import MINUTE_MS, Desk
 
 from forebay.coordinator.backend import Backend
 from forebay.schemas.notices import Changed, Dropped, read_bell
+from scriptdesk import MINUTE_MS, Desk
 
 # entry_begin, entry_fill, lease_release
 

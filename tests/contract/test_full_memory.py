@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from scriptdesk import Desk
 
 from forebay.coordinator.backend import Backend
 from forebay.schemas.errors import ServerRefused
+from scriptdesk import Desk
 
 Full = Callable[[], "asynccontextmanager[None]"]
 Act = Callable[[Desk], Awaitable[object]]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from scriptdesk import MINUTE_MS, Desk
 
 from forebay.schemas.notices import Bumped, Dropped
+from scriptdesk import MINUTE_MS, Desk
 
 # tags_bump, tags_capture
 

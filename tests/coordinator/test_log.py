@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 
 import anyio
 import pytest
-from conftest import MakeServer
 
+from conftest import MakeServer
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.doorbell import Doorbell
 from forebay.coordinator.link import Arg, Link

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import anyio
 import pytest
-from conftest import MakeServer
 
+from conftest import MakeServer
 from forebay.coordinator.clock import Clock, SystemClock
 from forebay.coordinator.link import Arg, Commands, Link, Reply
 from forebay.coordinator.ownership import Ownership, Tenure

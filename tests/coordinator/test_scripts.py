@@ -14,11 +14,11 @@ import anyio
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scriptdesk import Desk
 
 from forebay.coordinator.scripting import load_scripts
 from forebay.schemas.errors import ServerRefused
 from links import link_to, running
+from scriptdesk import Desk
 from valkeyd import ValkeyServer
 
 _numbers = count(1)

@@ -9,9 +9,9 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import MakeServer, require
 from structlog.testing import capture_logs
 
+from conftest import MakeServer, require
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.scripting import load_scripts
 from forebay.coordinator.tracking import Tracking

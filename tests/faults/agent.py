@@ -19,10 +19,10 @@ from contextlib import suppress
 from typing import Any, Self
 
 import msgspec
+
 from faults.checker import CROSSED
 from faults.history import History
 from faults.setting import AIMS, Setup
-
 from forebay.schemas.errors import ForebayError
 
 __all__ = [

@@ -11,13 +11,12 @@ import os
 import random
 from typing import Any
 
+import forebay
 from faults.agent import Agent, Reading
 from faults.history import History
 from faults.planted import plant
 from faults.setting import ITEMS, Setup, Subject
 from faults.source import Source
-
-import forebay
 
 NAME = os.environ["FAULTS_NODE"]
 SETUP = Setup.from_environ()

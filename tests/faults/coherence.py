@@ -25,12 +25,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
+
 from faults.checker import Findings, check
 from faults.history import Record, read_history
 from faults.nemesis import Fault, Nemesis, plan
 from faults.setting import AIMS, Setup
 from faults.source import Source
-
 from forebay.coordinator.embedded import bound_to_owner
 from forebay.schemas.keys import Names
 from noded import NodeProcess, environ

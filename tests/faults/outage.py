@@ -22,13 +22,13 @@ from pathlib import Path
 
 import anyio
 import msgspec
+
+import forebay
 from faults.agent import AgentClient, Drive
 from faults.coherence import Cluster, cluster
 from faults.history import Record
 from faults.setting import Setup
 from faults.source import Source
-
-import forebay
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 
 __all__ = ["KEYS", "TTL_S", "Figures", "run"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from faults.setting import Planted
-
 from forebay.coordinator.log import Follower
 from forebay.coordinator.shard_view import ShardView
 from forebay.nodes.cache.shared import SharedTier

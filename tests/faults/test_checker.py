@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from faults.checker import CROSSED, Findings, check
 from faults.history import Record
 

@@ -11,12 +11,12 @@ import time
 
 import msgspec
 import pytest
+
+import forebay
 from faults.coherence import cluster, run
 from faults.nemesis import KINDS, Nemesis
 from faults.setting import Planted, Setup
 from faults.source import Source
-
-import forebay
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 from noded import until
 

@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import pytest
+
 from faults.agent import AgentClient, Crowd, GiveUp
 from faults.coherence import Cluster, cluster
 from faults.history import Record
 from faults.setting import Setup
-
 from noded import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]

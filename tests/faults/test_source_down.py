@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from faults.outage import KEYS, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]

@@ -20,12 +20,12 @@ from contextlib import AsyncExitStack
 
 import anyio
 import msgspec
+
+import forebay
 from faults.agent import Watch
 from faults.history import History
 from faults.setting import Setup, Subject
 from faults.source import Source
-
-import forebay
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 

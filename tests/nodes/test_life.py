@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
-from conftest import MakeServer
 from structlog.testing import capture_logs
 
 import forebay
+from conftest import MakeServer
 from forebay.schemas.settings import Secret, Valkey
 from forebay.schemas.settings import Workers as WorkerSettings
 from valkeyd import ValkeyServer

@@ -8,10 +8,10 @@ from typing import Any
 import anyio
 import pytest
 import structlog
-from conftest import MakeServer
 from structlog.testing import capture_logs
 
 import forebay
+from conftest import MakeServer
 from forebay.schemas.settings import Settings, Valkey
 from valkeyd import ValkeyServer
 

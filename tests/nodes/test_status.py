@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 import anyio
 import msgspec
 import pytest
-from conftest import MakeServer
 
 import forebay
+from conftest import MakeServer
 from forebay.nodes.status import checks, gauges
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 from forebay.schemas.settings import Workers as WorkerSettings

@@ -12,8 +12,8 @@ from threading import Event, Thread
 import msgspec
 import pytest
 import valkey
-from conftest import MakeServer
 
+from conftest import MakeServer
 from noded import NodeProcess, Shop, until
 from valkeyd import ValkeyServer
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import MakeServer
 
 import forebay
+from conftest import MakeServer
 from forebay.nodes.cache.scope import outside, request_scope
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import MakeServer
 
+from conftest import MakeServer
 from forebay.nodes.cli.run import load_app
 from forebay.schemas.errors import ConfigError
 from noded import NodeProcess, Shop, until

@@ -10,10 +10,10 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
-from conftest import MakeServer
 from structlog.testing import capture_logs
 
 import forebay
+from conftest import MakeServer
 from forebay.coordinator.background import background_tasks
 from forebay.coordinator.dialer import Dialed, Dialer
 from forebay.nodes.workers.external import ExternalWriters
