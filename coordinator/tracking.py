@@ -162,7 +162,6 @@ class Tracking:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Keep the connection up until cancelled, or refused (T5)."""
-        self.refused = None
         task_status.started()
         while True:
             await self._connect_and_watch()

@@ -97,7 +97,7 @@ class Telling:
             await self.tell(inside)
 
 
-def tell(server: ValkeyServer, story: Story, kind: type[Follower] = Follower) -> None:
+def check_story(server: ValkeyServer, story: Story, kind: type[Follower] = Follower) -> None:
     """Tell a story from the beginning, read to the end, and check the journal."""
 
     async def told() -> None:
@@ -142,7 +142,7 @@ def test_each_notice_is_applied_once_in_order_or_its_shard_was_reset(
     valkey_server: ValkeyServer, story: Story
 ) -> None:
     """I2: whatever is dropped, repeated, delayed, overtaken, trimmed, deleted or reconnected."""
-    tell(valkey_server, story)  # it checks the journal
+    check_story(valkey_server, story)
 
 
 # Negative controls
@@ -208,7 +208,7 @@ def test_the_checker_finds_a_planted_fault(
 
     def fails(story: Story) -> bool:
         try:
-            tell(valkey_server, story, kind)
+            check_story(valkey_server, story, kind)
         except Broken:
             return True
         return False
