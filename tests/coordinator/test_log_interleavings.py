@@ -215,6 +215,6 @@ def test_the_checker_finds_a_planted_fault(
 
     story = find(STORIES, fails, settings=settings(QUICK, max_examples=2_000))
     with pytest.raises(Broken):
-        tell(valkey_server, story, kind)
+        check_story(valkey_server, story, kind)
     monkeypatch.undo()
-    tell(valkey_server, story)
+    check_story(valkey_server, story)

@@ -425,6 +425,23 @@ async def test_a_renewal_does_not_bring_back_what_was_given_up_meanwhile(house: 
     assert list(other.tenures) == [5]
 
 
+async def test_a_loss_learned_of_during_a_renewal_is_told_once(house: House) -> None:
+    """O2: a refused commit and a refused renewal say the same of one tenure."""
+    between = Between(house.link)
+    owner = house.owner("a", commands=between)
+    await owner.beat()
+    tenure = owner.tenures[5]
+    await house.end_lease(5)
+    await house.link.call("HSET", house.names.part(5, "own"), "o", "b", "u", 1 << 52)
+
+    async def learn() -> None:
+        owner.fenced(tenure)
+
+    await held_up(house, owner, between, learn)
+    assert house.diaries[owner].of(5) == ["gained", "lost"]
+    assert len(owner.tenures) == 64
+
+
 async def test_leaving_while_a_beat_is_under_way_leaves_nothing_behind(house: House) -> None:
     """O5: neither a lease nor a place in the roster; later beats do nothing."""
     between = Between(house.link)
