@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 INSTALL := $(PIP) install --constraint constraints.txt --editable
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: run test check lint types layers format bench clean
+.PHONY: run test soak check lint types layers format bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/for-run  ## a server, three nodes and a day of real flights; Ctrl-C ends it
@@ -19,6 +19,12 @@ run: $(VENV)/for-run  ## a server, three nodes and a day of real flights; Ctrl-C
 
 test: $(VENV)/for-test  ## all tests
 	$(BIN)/python -m pytest -n $(JOBS)
+
+SOAK_SECONDS ?= 120
+
+soak: $(VENV)/for-test  ## faults for minutes, with figures: is every node as current as it says?
+	cd tests && ../$(BIN)/python -m faults.coherence --seconds $(SOAK_SECONDS)
+	cd tests && ../$(BIN)/python -m faults.outage --seconds 60
 
 check: lint types layers  ## everything but the tests
 

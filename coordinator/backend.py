@@ -156,6 +156,12 @@ class Backend(anyio.AsyncContextManagerMixin):
         self.doorbell = Doorbell(dialer, self._settings, clock=self._clock, rng=self._rng)
         await tasks.start(self.doorbell.run)
 
+    def dialer(self, name: str) -> Dialer | None:
+        """Makes connections for a purpose of its own; the fake has none."""
+        if isinstance(self.choice, UseFake):
+            return None
+        return Dialer(self._endpoint, self._settings, f"{self._client_name}-{name}")
+
     @asynccontextmanager
     async def blocking_link(self, name: str) -> AsyncGenerator[AnyLink]:
         """A connection for one user, on which XREAD may block."""

@@ -15,7 +15,7 @@ I4  After a reconnect nothing is believed until the server's run id was compared
 
 A sweep is one XREAD over all shards, several times a second; it does not block, so it can
 share the multiplexed link. Owning a position for longer than the log is kept is not needed:
-what was trimmed is seen as a gap, and so is a log that is gone (FLUSHALL). An epoch is the
+what was trimmed is seen as a gap, be it all; so is a log that is gone (FLUSHALL). An epoch is the
 server's time when the log was begun: that a log was lost and begun anew between two sweeps
 goes unseen only if the server's clock was set back before.
 """
@@ -50,6 +50,7 @@ _PAGE_MIN = 16
 _SWEEPS_PER_PROMISE = 2.5
 _BELLLESS_S = 0.05  # from sweep to sweep while there is no doorbell, or after a failure
 _BEGIN = write_notice(Dropped(()))
+_UNKNOWN = Position(0, 0)  # whatever comes next is a gap
 
 
 class FollowerStatistics(Struct, frozen=True, kw_only=True):
@@ -193,33 +194,37 @@ class Follower:
         streams = [self._logs[view.number] for view in views]
         positions = [view.ask() for view in views]
         read: list[Arg] = ["XREAD", "COUNT", page, "STREAMS", *streams, *positions]
-        replies = await self._commands.call_many([read, ["EXISTS", *streams]])
+        replies = await self._commands.call_many([read, *(("XLEN", name) for name in streams)])
         if connection != self._connection:
             return views
-        found, there = _all_granted(replies)
+        found, *lengths = _all_granted(replies)
         unfinished = set()
         for name, entries in found or ():
             view = self._by_log[bytes(name)]
             self._take_page(view, entries)
             if len(entries) == page:
                 unfinished.add(view.number)
-        strayed = {v.number for v in views if v.strayed and v.number not in unfinished}
-        if (strayed or there < len(views)) and await self._find_lost(strayed):
+        strayed = [v for v in views if v.strayed and v.number not in unfinished]
+        empty = [view for view, length in zip(views, lengths, strict=True) if not length]
+        if (strayed or empty) and await self._find_ends(strayed, empty):
             return views
         return self._prove(views, unfinished, number, sent_at)
 
-    async def _find_lost(self, strayed: set[int]) -> bool:
-        """Begin the logs anew that are gone, and reset their shards; false if there is none."""
+    async def _find_ends(self, strayed: Sequence[ShardView], empty: Sequence[ShardView]) -> bool:
+        """Where logs end that do not say so themselves; true if they are to be read again.
+
+        From an empty one, or none, nothing follows: what was not read may be gone from it.
+        It gets a notice, whose id tells.
+        """
         connection, ends = self._connection, await self._ends()
         if connection != self._connection:
             return True
-        lost = [view for view in self.views if ends[view.number].epoch != view.epoch]
-        for view in lost:
-            self._start_over(view, ends[view.number], "epoch")
-        for view in self.views:
-            if view.number in strayed and view not in lost:
-                self._start_over(view, ends[view.number], "false_bell")
-        return bool(lost or strayed)
+        for view in strayed:
+            self._start_over(view, ends[view.number], "false_bell")
+        for view in empty:
+            if ends[view.number] == _UNKNOWN and view.position != _UNKNOWN:
+                self._start_over(view, _UNKNOWN, "epoch")
+        return bool(strayed) or any(ends[view.number] != _UNKNOWN for view in empty)
 
     def _prove(
         self, views: Sequence[ShardView], unfinished: set[int], number: int, sent_at: float
@@ -289,7 +294,7 @@ class Follower:
         self._known_run_id, self._verified = run_id, connection
 
     async def _ends(self) -> Sequence[Position]:
-        """Where the logs end now; those that are not there are begun."""
+        """Where the logs end now; those that hold nothing are begun."""
         part, bell = self._names.part, self._names.bell
         calls = [
             Call(
@@ -315,12 +320,11 @@ def _all_granted(replies: Sequence[Reply]) -> Sequence[Reply]:
 
 
 def _end(reply: Reply) -> Position:
-    """0-0 if it is not known: whatever comes next is a gap then."""
     if isinstance(reply, ServerRefused) and reply.code == "OOM":
-        return Position(0, 0)
+        return _UNKNOWN
     if isinstance(reply, ForebayError):
         raise reply
-    return Position(0, 0) if reply is None else Position.parse(bytes(reply))
+    return Position.parse(bytes(reply))
 
 
 def _fields(fields: Sequence[Any]) -> tuple[int, bytes]:

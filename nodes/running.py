@@ -38,6 +38,7 @@ from ..schemas.keys import Names
 from ..schemas.notices import Bumped, Changed, Dropped, Extended, Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
+from .cache import scope
 from .cache.loads import Core
 from .cache.reads import ReadPath
 from .cache.shared import SharedTier
@@ -140,11 +141,16 @@ class Running:
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
     ) -> None:
         """Invalidate everywhere; on this node before it returns."""
-        for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
-            self.apply(0, version, notice)
+        try:
+            for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
+                self.apply(0, version, notice)
+        finally:
+            scope.forget(keys, more=bool(tags))  # also if the outcome is unknown
 
     def apply(self, shard: int, version: int, notice: Notice) -> None:
         """Take in what a notice says."""
+        if self.crew is not None and self.crew.external is not None:
+            self.crew.external.noticed(version, notice)
         match notice:
             case Changed(key=key):
                 self._noticed(key, version)

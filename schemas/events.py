@@ -153,7 +153,8 @@ def _check(name: str, body: Body, within: str) -> None:
         fix = f"name at least one: {_example(name, within)}"
         raise InvalidEvent("wrong_field", "is empty", field=_place(within, "keys"), fix=fix)
     _check_keys(body.keys, within, "keys")
-    _check_keys(tags, within, "tags")
+    if tags:
+        _check_keys(tags, within, "tags")
 
 
 def _check_keys(keys: Sequence[str], within: str, field: str) -> None:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import pytest
+import structlog
 
 from forebay.schemas.settings import Valkey
 from valkeyd import Flavour, ValkeyServer, program
@@ -29,6 +30,13 @@ def require(flavour: Flavour) -> None:
     if os.environ.get("CI", "").lower() in ("1", "true"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_come() -> Iterator[None]:
+    """What a test configures for the logs ends with it."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

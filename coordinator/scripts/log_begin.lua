@@ -1,4 +1,4 @@
--- Where a shard's log ends; one that is not there is begun.
+-- Where a shard's log ends; one that holds no notice gets a first one.
 -- With _change.lua.
 --
 -- KEYS[1] head    hash     epoch and newest version of the shard
@@ -6,12 +6,12 @@
 -- ARGV[1] notice  msgpack  one that names nothing
 -- ARGV[2] bell    channel
 -- ARGV[3] shard   number of the shard
--- Returns the id of the last notice; nothing if they were all trimmed away
+-- Returns the id of the last notice
 --
--- I1 A follower that began here knows an epoch, so that the loss of the log cannot escape it.
+-- I1 A follower that began here knows an epoch, so that the loss of the log cannot escape it;
+--    nor, of a log that was trimmed to its end, that it had not read all.
 -- I2 A log that has notices is not written to.
 
 local last = redis.call("XREVRANGE", KEYS[2], "+", "-", "COUNT", 1)[1]
 if last then return last[1] end
-if redis.call("EXISTS", KEYS[2]) == 1 then return false end
 return announce(next_change(KEYS[1], KEYS[2]), KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])

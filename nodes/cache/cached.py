@@ -27,6 +27,7 @@ from ...schemas.errors import ConfigError, ForebayError, InvalidKey
 from ...schemas.jobs import Invalidates, RefreshJob, WriteJob
 from ...schemas.keys import KeyTemplate, check_key
 from ...schemas.settings import CacheDefaults, Limits
+from . import scope
 from .loads import Core, Hit, LoadCall, LoadPath, Packed
 from .near import NearCache, NearEntry
 from .policy import Policy
@@ -114,6 +115,9 @@ class Cached(Generic[P, T]):
             Whatever the loader raises.
         """
         key = self.key(*args, **kwargs)
+        if scope.opened and (seen := scope.current()) is not None:
+            read = functools.partial(self._read, key, args, kwargs)
+            return (await seen.read(self, key, read)).value
         entry = self._near_get(key)
         if entry is not None:
             value: T = entry.value
@@ -124,6 +128,11 @@ class Cached(Generic[P, T]):
     async def get_with_info(self, *args: P.args, **kwargs: P.kwargs) -> Hit[T]:
         """The value with its tier, age, version, and whether it is stale."""
         key = self.key(*args, **kwargs)
+        if (seen := scope.current()) is not None:
+            return await seen.read(self, key, functools.partial(self._read, key, args, kwargs))
+        return await self._read(key, args, kwargs)
+
+    async def _read(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hit[T]:
         entry = self._near_get(key)
         if entry is not None:
             return self.path.hit_of(entry)
@@ -169,6 +178,7 @@ class Cached(Generic[P, T]):
                     path.loads.keep_stamped(reservation, receipt.stamp, value, tags, size)
         finally:
             path.near.release(reservation)
+            scope.forget((key,))  # also if the outcome is unknown
         return receipt
 
     async def pack_published(self, key: str, raw_json: bytes, ttl_ms: int | None) -> Packed:
@@ -266,16 +276,19 @@ class Cached(Generic[P, T]):
 
     def _call_of(self, key: str) -> LoadCall[T]:
         fields = self._fields_of(key)
-        values = {
-            name: msgspec.convert(text, self._types[name], strict=False)
-            for name, text in fields.items()
-        }
+        try:
+            values = {
+                name: msgspec.convert(text, self._types[name], strict=False)
+                for name, text in fields.items()
+            }
+        except msgspec.ValidationError as error:
+            raise InvalidKey("key", key, f"is no key of {self.template.text}: {error}") from error
         return LoadCall(functools.partial(self._loader, **values), self._tags_of(fields))
 
     def _fields_of(self, key: str) -> Mapping[str, Any]:
         fields = self.template.match(key)
         if fields is None:
-            raise ForebayError(f"{key!r} is no key of {self.template.text}")
+            raise InvalidKey("key", key, f"is no key of {self.template.text}")
         return fields
 
     def _tags_of(self, fields: Mapping[str, Any]) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from ...schemas.entry import EntryMeta
 from ...schemas.errors import ForebayError, InvalidEntry, LoaderError
 from .near import NearCache, NearEntry, Reservation
 from .policy import Policy
+from .scope import outside
 from .shared import Granted, Held, Newer, SharedTier, Stamp
 from .tags import TagTable
 from .values import ValueCodec
@@ -183,7 +184,7 @@ class LoadPath(Generic[T]):
         core, started = self._core, self._core.clock.monotonic()
         result = "error"
         try:
-            with anyio.move_on_after(_OF_LEASE * self.policy.lease_ms / 1000):
+            with outside(), anyio.move_on_after(_OF_LEASE * self.policy.lease_ms / 1000):
                 value = await call.run()
                 result = "loaded"
                 return value

@@ -26,6 +26,8 @@ from ...schemas.settings import Settings
 from ..cache.loads import Core
 from .dead_letters import DeadLetters
 from .delivery import Delivery
+from .external import ExternalWriters
+from .foreign import ForeignEntries
 from .ingress import Ingress
 from .routes import Routes
 from .trimmer import Trimmer
@@ -90,8 +92,10 @@ class Crew:
         )
         retain = parts.settings.durable.log_retain
         self.trimmer = Trimmer(link, parts.names, self.ownership, core.follower, retain=retain)
-        self.ownership.add(self.writes)
-        self.ownership.add(self.ingress)
+        self.external = self._external(parts) if parts.settings.cache.external_writers else None
+        for successor in (self.writes, self.ingress, self.external):
+            if successor is not None:
+                self.ownership.add(successor)
 
     def _writes(self, parts: WorkParts) -> WriteBehind:
         return WriteBehind(
@@ -105,6 +109,26 @@ class Crew:
             node_id=parts.core.node_id,
             options=parts.settings.workers,
             invalidate=parts.core.invalidate,
+        )
+
+    def _external(self, parts: WorkParts) -> ExternalWriters:
+        core, link = parts.core, parts.backend.link
+        foreign = ForeignEntries(
+            link,
+            parts.names,
+            parts.scripts,
+            core.follower,
+            clock=core.clock,
+            server_clock=core.server_clock,
+        )
+        return ExternalWriters(
+            parts.backend.dialer("tracking"),
+            parts.settings.valkey,
+            parts.names,
+            foreign,
+            clock=core.clock,
+            rng=core.rng,
+            instruments=core.instruments,
         )
 
     async def drain(self) -> bool:
@@ -134,6 +158,8 @@ async def crew(parts: WorkParts) -> AsyncGenerator[Crew]:
         for delivery in made.deliveries.values():
             stack.push_async_callback(delivery.aclose)
         tasks = await stack.enter_async_context(background_tasks())
+        if made.external is not None:
+            await tasks.start(made.external.run)
         for part in (made.writes, made.ingress, made.ownership, made.trimmer):
             await tasks.start(part.run)
         yield made

@@ -38,6 +38,8 @@ __all__ = ["Ingress"]
 
 log = structlog.get_logger(__name__)
 
+Fields = Sequence[bytes] | None
+
 _BATCH = 500
 _RETRY_S = 0.2
 _YIELD_S = 2.0
@@ -169,9 +171,13 @@ class Ingress:
         batch: list[Taken] = []
         letters: list[DeadLetter] = []
         for raw_id, fields in entries:
-            taken = await self._take(bytes(raw_id).decode(), fields, letters)
-            if taken is not None:
-                batch.append(taken)
+            entry_id = bytes(raw_id).decode()
+            try:
+                batch.append(self._take(entry_id, fields))
+            except NewerSchema as error:
+                await self._hold(entry_id, fields, error, letters)
+            except InvalidEvent as error:
+                self._set_aside(entry_id, fields, error, letters)
         steps = plan(batch, self._names)
         letters += await self._applier.apply(steps, lambda waiting: self._check(tenure, waiting))
         await self._dead_letters.bury(EVENTS, letters)
@@ -181,29 +187,22 @@ class Ingress:
         self._measure(batch, started)
         return last_id
 
-    async def _take(
-        self, entry_id: str, fields: Sequence[bytes] | None, letters: list[DeadLetter]
-    ) -> Taken | None:
-        """The event of an entry; None if it was put aside."""
-        found = dict(zip((fields or ())[::2], (fields or ())[1::2], strict=True))
-        raw = found.get(b"event")
-        try:
-            if raw is None:
-                raise _NO_FIELD
-            event = read_event(raw, bytes_max=self._durable.event_bytes_max)
-            if isinstance(event.body, Write):
-                self._check_route(event.body)
-            return Taken(entry_id, event, raw)
-        except NewerSchema as error:
-            if await self._hold(entry_id, raw or b"", error):
-                return None
-            fault = InvalidEvent("unknown_type", f"{error}, and too many are held", field="type")
-        except InvalidEvent as error:
-            fault = error
+    def _take(self, entry_id: str, fields: Fields) -> Taken:
+        raw = _event_in(fields)
+        if raw is None:
+            raise _NO_FIELD
+        event = read_event(raw, bytes_max=self._durable.event_bytes_max)
+        if isinstance(event.body, Write):
+            self._check_route(event.body)
+        return Taken(entry_id, event, raw)
+
+    def _set_aside(
+        self, entry_id: str, fields: Fields, error: InvalidEvent, letters: list[DeadLetter]
+    ) -> None:
+        raw = _event_in(fields)
         original = b" ".join(fields or ()) if raw is None else raw
-        letters.append(DeadLetter(entry_id, original, fault))
+        letters.append(DeadLetter(entry_id, original, error))
         self._instruments.counts["events_processed", "unknown", "dead"] += 1
-        return None
 
     def _check_route(self, body: Write) -> None:
         if self._routes.sink_of(body.key) is None:
@@ -214,21 +213,25 @@ class Ingress:
                 fix="declare one with @node.sink, or invalidate instead",
             )
 
-    async def _hold(self, entry_id: str, raw: bytes, error: NewerSchema) -> bool:
-        """Keep it for a newer node, once, under the id that it had; false: there is no room."""
-        held = self._names.part(EVENTS, "held")
+    async def _hold(
+        self, entry_id: str, fields: Fields, error: NewerSchema, letters: list[DeadLetter]
+    ) -> None:
+        """Keep it for a newer node, once, under the id that it had."""
+        held, raw = self._names.part(EVENTS, "held"), _event_in(fields) or b""
         if await self._commands.call("XLEN", held) >= self._durable.dead_letters_max:
             self._instruments.counts["limit_reached", "held"] += 1
-            return False
+            fix = "upgrade a node, so that what is held is applied"
+            fault = InvalidEvent("unknown_type", f"{error}; too many are held", fix=fix)
+            return self._set_aside(entry_id, fields, fault, letters)
         try:
             await self._commands.call("XADD", held, entry_id, "event", raw)
         except ServerRefused:
             if not await self._commands.call("XRANGE", held, entry_id, entry_id):
                 raise
-            return True  # it was held before the crash
+            return None  # it was held before the crash
         self._instruments.counts["events_processed", "unknown", "held"] += 1
         log.error("event.held", entry=entry_id, error=str(error))
-        return True
+        return None
 
     async def _publish_held(self, tenure: Tenure) -> None:
         """Give events that this node can read, and an older one could not, another try."""
@@ -272,3 +275,10 @@ class Ingress:
             delay_ms = now_ms - int(taken.id.partition("-")[0])
             instruments.observe("event_delay_seconds", max(0, delay_ms) / 1000, name)
             instruments.observe("event_processing_seconds", took_s, name)
+
+
+def _event_in(fields: Fields) -> bytes | None:
+    """The event in an entry's fields; None if there is no such field."""
+    if fields and len(fields) == 2:
+        return fields[1] if fields[0] == b"event" else None
+    return dict(zip((fields or ())[::2], (fields or ())[1::2], strict=True)).get(b"event")

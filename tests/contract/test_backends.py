@@ -34,7 +34,7 @@ def test_ci_fails_where_a_server_is_missing(
     monkeypatch: pytest.MonkeyPatch, flavour: Flavour, ci: str
 ) -> None:
     """There, a skipped test would look like one that passed."""
-    monkeypatch.setattr("conftest.program", lambda flavour: None)
+    monkeypatch.setitem(require.__globals__, "program", lambda flavour: None)
     monkeypatch.setenv("CI", ci)
     with pytest.raises(pytest.fail.Exception, match=flavour):
         require(flavour)
@@ -45,7 +45,7 @@ def test_elsewhere_the_test_is_skipped_with_the_way_to_get_it(
     monkeypatch: pytest.MonkeyPatch, flavour: Flavour
 ) -> None:
     """Whoever lacks one server can still test on the others."""
-    monkeypatch.setattr("conftest.program", lambda flavour: None)
+    monkeypatch.setitem(require.__globals__, "program", lambda flavour: None)
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="install"):
         require(flavour)

@@ -88,16 +88,23 @@ async def test_a_log_is_begun_once(desk: Desk) -> None:
 
 
 async def test_a_log_that_has_notices_is_not_written_to(desk: Desk) -> None:
-    """log_begin I2: its end is told; of one that was trimmed empty nothing is known."""
+    """log_begin I2: its end is told."""
     await desk.put()
     await desk.put()
     before = await desk.everything()
     assert await desk.log_begin() == str((await desk.log())[-1].position).encode()
     assert await desk.everything() == before
-    await desk.commands.call("XTRIM", desk.part("log"), "MAXLEN", 0)
-    assert await desk.log_begin() is None
+
+
+async def test_a_log_that_was_trimmed_to_its_end_goes_on_where_it_was(desk: Desk) -> None:
+    """log_begin I1: so that the id tells how many there were."""
     await desk.put()
-    assert [logged.position.seq for logged in await desk.log()] == [2]
+    await desk.put()
+    epoch = (await desk.log())[-1].position.epoch
+    await desk.commands.call("XTRIM", desk.part("log"), "MAXLEN", 0)
+    assert await desk.log_begin() == f"{epoch}-2".encode()
+    await desk.put()
+    assert [logged.position.seq for logged in await desk.log()] == [2, 3]
 
 
 # owner_claim, owner_release

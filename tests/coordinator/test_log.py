@@ -225,6 +225,26 @@ async def test_a_log_trimmed_past_the_position_resets_its_shard_alone(scene: Sce
     scene.journal.check()
 
 
+async def test_a_log_trimmed_to_its_end_resets_its_shard_if_it_was_not_read(
+    scene: Scene,
+) -> None:
+    """I2: nothing follows from an empty log, be there no further notice for ever."""
+    for shard in range(2):
+        await scene.shelf.write(shard)
+    await scene.follower.sweep()
+    await scene.shelf.write(0)
+    for shard in range(2):
+        await scene.shelf.trim(shard, left=0)
+    await scene.follower.sweep()
+    assert scene.journal.resets == [0]
+    scene.journal.check()
+    for shard in range(2):
+        await scene.shelf.write(shard)
+    await scene.follower.sweep()
+    assert scene.journal.applied == {0: [0, 2], 1: [0, 1]}
+    assert scene.journal.resets == [0]
+
+
 async def test_trimming_what_was_read_is_no_gap(scene: Scene) -> None:
     """I2: what is gone was applied before; only what comes next counts."""
     for _ in range(3):
@@ -453,7 +473,7 @@ async def test_a_new_connection_is_not_believed_before_it_was_verified(
 
         follower._run_id = ask_slowly
         clients = (await shelf.commands.call("CLIENT", "LIST")).decode().splitlines()
-        (ours,) = [line for line in clients if " cmd=xread " in line or " cmd=exists " in line]
+        (ours,) = [line for line in clients if " cmd=xlen " in line]
         await shelf.commands.call("CLIENT", "KILL", "ID", ours.split()[0].removeprefix("id="))
         await until(lambda: follower.live_until == NEVER)
         with anyio.fail_after(10):

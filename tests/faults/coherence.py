@@ -87,9 +87,13 @@ def cluster(setup: Setup, **settings: object) -> Iterator[Cluster]:
                 app="faults.app:node",
                 environ={**setup.environ(), "FAULTS_NODE": name},
                 node__namespace=setup.namespace,
-                node__shards=setup.shards,
                 valkey__url=server.url,
-                **{"cache__on_disconnected": ON_DISCONNECTED[index % 3], **settings},
+                cache__max_staleness_ms=setup.bound_ms,
+                **{
+                    "node__shards": setup.shards,
+                    "cache__on_disconnected": ON_DISCONNECTED[index % 3],
+                    **settings,
+                },
             )
             stack.callback(node.close)
             nodes.append(node.spawn())
@@ -99,6 +103,7 @@ def cluster(setup: Setup, **settings: object) -> Iterator[Cluster]:
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    commit: str
     seed: int
     seconds: float
     planted: str
@@ -109,11 +114,18 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     findings: Findings
 
 
-def run(setup: Setup, *, seconds: float, patient: bool = True, keep: Path | None = None) -> Outcome:
-    """A whole run; ``patient`` waits for the probes that are due after it, and ``keep`` is
-    where histories and logs are copied to."""
+def run(
+    setup: Setup,
+    *,
+    seconds: float,
+    patient: bool = True,
+    keep: Path | None = None,
+    **settings: object,
+) -> Outcome:
+    """A whole run. ``patient`` waits for the probes that are due after it, ``keep`` is where
+    histories and logs are copied to, and ``settings`` are the nodes'."""
     faults = plan(setup.seed, seconds, len(setup.nodes))
-    with cluster(setup) as made:
+    with cluster(setup, **settings) as made:
         writers = [made.writer(number, seconds) for number in range(setup.writers)]
         Nemesis(made.server, made.nodes, made.names).execute(faults, seconds)
         for number, writer in enumerate(writers):
@@ -127,6 +139,7 @@ def run(setup: Setup, *, seconds: float, patient: bool = True, keep: Path | None
         if keep is not None:
             shutil.copytree(made.setup.path, keep, ignore=shutil.ignore_patterns("*.sock"))
     return Outcome(
+        commit=_commit(),
         seed=setup.seed,
         seconds=seconds,
         planted=setup.planted,
@@ -136,6 +149,16 @@ def run(setup: Setup, *, seconds: float, patient: bool = True, keep: Path | None
         calm=_calm(records),
         findings=check(records, bound_ms=setup.bound_ms),
     )
+
+
+def _commit() -> str:
+    """Of the working tree; empty where that cannot be told."""
+    here, git = Path(__file__).parent, shutil.which("git")
+    command = [git or "git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _calm(records: Sequence[Record]) -> dict[str, dict[str, int]]:
@@ -157,10 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1_000.0, help="bumps a second")
     parser.add_argument("--planted", choices=["", "gaps", "blind fill"], default="")
+    parser.add_argument("--bound-ms", type=int, default=500, help="X, the promised staleness")
+    parser.add_argument("--shards", type=int, default=64)
+    parser.add_argument("--set", action="append", default=[], metavar="cache.lease_ms=200")
     parser.add_argument("--keep", type=Path, help="copy histories and logs to this directory")
     given = parser.parse_args(arguments)
-    setup = Setup(seed=given.seed, rate=given.rate, planted=given.planted)
-    outcome = run(setup, seconds=given.seconds, keep=given.keep)
+    setup = Setup(seed=given.seed, rate=given.rate, planted=given.planted, bound_ms=given.bound_ms)
+    settings = dict(each.replace(".", "__", 1).split("=", 1) for each in given.set)
+    outcome = run(setup, seconds=given.seconds, keep=given.keep, **settings)
     print(json.dumps(msgspec.to_builtins(outcome), indent=2))
     return 0 if outcome.findings.sound else 1
 

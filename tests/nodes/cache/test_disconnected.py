@@ -189,6 +189,20 @@ async def test_a_server_that_refuses_is_as_good_as_away(make_node, source, serve
         assert (await row.get_with_info(2)).tier == "near"
 
 
+async def test_a_server_that_lets_nobody_read_is_as_good_as_away(make_node, source, server) -> None:
+    """R5: a right that is missing costs the cache, not the answer."""
+    node = make_node(server)
+    row = declare(node, source)
+    source.values[1] = {"n": 1}
+    async with node:
+        server.execute("ACL", "SETUSER", "default", "-mget")
+        assert await row(1) == {"n": 1}
+        assert (await row.get_with_info(1)).tier == "source"
+        server.execute("ACL", "SETUSER", "default", "+mget")
+        await row(1)
+        assert (await row.get_with_info(1)).tier == "near"
+
+
 async def test_a_value_survives_that_the_server_has_no_room_for(make_node, source, server) -> None:
     """L2: the lease was granted, the fill is refused; the value is returned, the lease is back."""
     node = make_node(server)

@@ -156,6 +156,7 @@ async def test_a_cancelled_waiter_disturbs_nobody(airport: Airport, callers: Cal
         task.cancel()
     await anyio.wait_all_tasks_blocked()
     assert airport.flights.waiting == 2
+    assert len(airport.flights._flights["a"].waiters) == 2
     airport.load_gate.set()
     got = await callers.got()
     assert (got[0], got[99]) == ("loaded", "loaded")

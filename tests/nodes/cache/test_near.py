@@ -26,7 +26,7 @@ SHARDS = 2
 OVERHEAD = NearEntry("", 0, version=0, size=0, fresh_until=0, gone_at=0, written_at=0,
                      view=ShardView(0), tags=()).size  # fmt: skip
 NAMES = Names("near", SHARDS)
-KEYS = [f"k{number}" for number in range(5)]
+KEYS = [f"k{number}" for number in range(4)]
 TAGS = ["red", "blue", "green"]
 FOREVER = float("inf")
 
@@ -108,7 +108,7 @@ class NearMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.near = Near(entries_max=4, bytes_max=4 * OVERHEAD + 90)
+        self.near = Near(entries_max=2, bytes_max=2 * OVERHEAD + 90)
         self.version = 10
         self.stored: dict[str, tuple[int, dict[str, int]]] = {}  # on the server
         self.tag_versions = dict.fromkeys(TAGS, 1)
@@ -209,7 +209,16 @@ class NearMachine(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS))
     def somebody_reads(self, key: str) -> None:
-        entry = self.near.cache.get(key)
+        self.check_hit(key, self.near.cache.get(key))
+
+    @invariant()
+    def whatever_would_be_served_is_right(self) -> None:
+        for key, entry in list(self.near.cache._entries.items()):
+            visited = entry.visited
+            self.check_hit(key, self.near.cache.get(key))
+            entry.visited = visited
+
+    def check_hit(self, key: str, entry: NearEntry | None) -> None:
         if entry is None:
             return
         assert self.near.now < self.near.follower.live_until, "the promise does not hold"
@@ -228,9 +237,9 @@ class NearMachine(RuleBasedStateMachine):
     def the_bounds_hold(self) -> None:
         cache = self.near.cache
         found = cache.statistics()
-        assert found.entries == len(cache) <= 4
+        assert found.entries == len(cache) <= 2
         assert found.bytes == sum(each.size for each in cache._entries.values())
-        assert found.bytes <= 4 * OVERHEAD + 90
+        assert found.bytes <= 2 * OVERHEAD + 90
 
     @invariant()
     def the_list_and_the_table_agree(self) -> None:
@@ -246,7 +255,7 @@ class NearMachine(RuleBasedStateMachine):
         assert cache._hand is None or cache._hand in listed
 
 
-NearMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+NearMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestNearMachine = NearMachine.TestCase
 
 
@@ -320,6 +329,24 @@ def test_what_is_kept_is_served() -> None:
     entry = near.cache.get("k1")
     assert entry is not None
     assert (entry.value, near.cache.hits) == ("k1@5", 1)
+
+
+@pytest.mark.parametrize("why", ["time", "promise", "reset", "tag", "tag unknown", "dropped"])
+def test_each_condition_of_a_hit_is_looked_at(why: str) -> None:
+    """N1: one by one; the entry is served before, and not after."""
+    near = Near()
+    near.put("k1", 5, ttl=10.0, tags={"red": 1, "blue": 1})
+    assert near.cache.get("k1") is not None
+    {
+        "time": lambda: setattr(near, "now", near.now + 10.0),
+        "promise": lambda: setattr(near.follower, "live_until", near.now),
+        "reset": lambda: setattr(near.view("k1"), "generation", 1),
+        "tag": lambda: near.tags.bump("blue", 2),
+        "tag unknown": lambda: near.tags.reset(NAMES.shard("blue")),
+        "dropped": lambda: near.cache.drop("k1", 6),
+    }[why]()
+    assert near.cache.get("k1") is None
+    assert near.cache.hits == 1
 
 
 @pytest.mark.parametrize(("notice", "kept"), [(4, True), (5, True), (6, False)])

@@ -58,7 +58,7 @@ def calls_of(server: Any, command: str) -> int:
 
 @pytest.fixture
 async def node(make_node, source) -> AsyncIterator[forebay.Node]:
-    made = make_node()
+    made = make_node(lease_ms=60_000)
     made.row = declare(made, source)
     source.values[1] = {"n": 1}
     async with made:
@@ -279,14 +279,13 @@ async def test_an_invalidation_is_visible_elsewhere_within_the_promise(
         clock = cluster[0].parts.clock
         due = clock.monotonic() + promise_s
         late: list[Row] = []
-        while clock.monotonic() < due + 0.05:
+        while len(late) < 4:
             for node in cluster[1:]:
                 asked_at = clock.monotonic()
                 value = await node.row(1)
                 if asked_at > due:
                     late.append(value)
             await anyio.sleep(0.01)
-        assert late
         assert all(value == {"n": round_ + 2} for value in late)
 
 
@@ -599,8 +598,9 @@ async def test_loads_are_bounded_and_reads_are_not(make_node, source) -> None:
         assert await bounded(203) == {"n": 203}
 
 
-async def test_a_write_is_read_at_once_where_it_was_made(node, source, valkey_server) -> None:
+async def test_a_write_is_read_at_once_where_it_was_made(node, source, monkeypatch) -> None:
     """Also a deletion, and also by those who come while a load is under way."""
+    monkeypatch.setattr(node.parts.follower, "bell", lambda payload: None)  # none comes to help
     await node.row(1)
     receipt = await node.row.write_behind(1, {"n": 5})
     hit = await node.row.get_with_info(1)
@@ -620,7 +620,9 @@ async def test_a_write_is_read_at_once_where_it_was_made(node, source, valkey_se
     assert source.asked == [1, 2]
 
 
-async def test_a_write_too_large_for_the_near_cache_is_read_at_once(make_node, source) -> None:
+async def test_a_write_too_large_for_the_near_cache_is_read_at_once(
+    make_node, source, monkeypatch
+) -> None:
     """The value that it replaces is gone from there, before any notice comes."""
     node = make_node(near_bytes_max=600)
 
@@ -630,6 +632,7 @@ async def test_a_write_too_large_for_the_near_cache_is_read_at_once(make_node, s
 
     source.values[1] = "small"
     async with node:
+        monkeypatch.setattr(node.parts.follower, "bell", lambda payload: None)
         await text(1)
         assert (await text.get_with_info(1)).tier == "near"
         await text.write_behind(1, "x" * 500)
