@@ -21,18 +21,24 @@ __all__ = [
     "LoaderError",
     "Node",
     "PoisonSinkError",
+    "RequestScopeMiddleware",
     "SqlSink",
     "StartupError",
     "TransientSinkError",
     "Unavailable",
     "Write",
     "__version__",
+    "request_scope",
+    "request_scope_middleware",
 ]
 
 if TYPE_CHECKING:
+    from .nodes.cache.scope import request_scope
     from .nodes.node import Node
     from .nodes.sinks.base import Write
     from .nodes.sinks.sql import SqlSink
+    from .nodes.web.aiohttp_middleware import request_scope_middleware
+    from .nodes.web.asgi import RequestScopeMiddleware
     from .schemas.errors import (
         Backpressure,
         ConfigError,
@@ -49,8 +55,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Node": ".nodes.node",
+    "RequestScopeMiddleware": ".nodes.web.asgi",
     "SqlSink": ".nodes.sinks.sql",
     "Write": ".nodes.sinks.base",
+    "request_scope": ".nodes.cache.scope",
+    "request_scope_middleware": ".nodes.web.aiohttp_middleware",
 }
 
 

@@ -23,7 +23,6 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 import forebay
-from forebay.nodes.web.aiohttp_middleware import request_scope_middleware
 
 DATABASE = Path("shop.db").absolute()
 TABLE = """CREATE TABLE IF NOT EXISTS products (
@@ -133,7 +132,7 @@ async def run_node(_: web.Application) -> AsyncIterator[None]:
 
 
 def make_app(_: Sequence[str] = ()) -> web.Application:
-    app = web.Application(middlewares=[errors, request_scope_middleware])
+    app = web.Application(middlewares=[errors, forebay.request_scope_middleware])
     app.add_routes(routes)
     app.cleanup_ctx.append(run_node)
     return app

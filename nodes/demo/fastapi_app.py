@@ -26,7 +26,6 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 import forebay
-from forebay.nodes.web.asgi import RequestScopeMiddleware
 
 DATABASE = Path("shop.db").absolute()
 TABLE = """CREATE TABLE IF NOT EXISTS products (
@@ -84,7 +83,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(title="Shop", lifespan=lifespan)
-app.add_middleware(RequestScopeMiddleware)
+app.add_middleware(forebay.RequestScopeMiddleware)
 
 
 async def on_sale(id: Id) -> None:

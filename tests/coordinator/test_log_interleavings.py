@@ -129,7 +129,7 @@ def check_story(server: ValkeyServer, story: Story, kind: type[Follower] = Follo
 CLEAN = "for _, key in ipairs(redis.call('KEYS', ARGV[1])) do redis.call('UNLINK', key) end"
 
 QUICK = settings(
-    max_examples=6000,
+    max_examples=300,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
