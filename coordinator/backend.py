@@ -99,14 +99,18 @@ class Backend(anyio.AsyncContextManagerMixin):
         return self.choice.endpoint.address_url if isinstance(self.choice, UseUrl) else ""
 
     async def run_id(self) -> str:
-        """Which run of the server answers now: asked anew each time.
+        """Which run of the server answers now, and of which history: asked anew each time.
 
         Raises:
             Unavailable: it does not answer.
         """
         if isinstance(self.choice, UseFake):
             return self.facts.run_id
-        return read_info(await self.link.call("INFO", "server")).get("run_id", "")
+        found = []
+        asked = {"server": "run_id", "replication": "master_replid"}
+        for section, name in asked.items():
+            found.append(read_info(await self.link.call("INFO", section)).get(name, ""))
+        return " ".join(found)
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:

@@ -214,6 +214,8 @@ def _refused(error: foreign.ResponseError, command: str) -> ServerRefused:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return ServerRefused(code, text, command)
+    if command.upper() == "XREADGROUP" and "XGROUP" in text:
+        return ServerRefused("NOGROUP", text, command)  # as a server says of a missing key
     code, _, rest = text.partition(" ")
     known = code.isupper() and code.isalpha() and len(code) > 1
     return ServerRefused(code if known else "ERR", rest if known else text, command)

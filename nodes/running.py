@@ -92,6 +92,7 @@ class Running:
             run_id=backend.run_id,
             apply=self.apply,
             reset=self._reset,
+            scripts=self.scripts,
         )
         self.shared = SharedTier(
             backend.link, backend.link, self.names, self.scripts, origin=node_id, durable=durable

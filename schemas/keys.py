@@ -99,6 +99,11 @@ class KeyTemplate:
     def __repr__(self) -> str:
         return f"KeyTemplate({self.text!r})"
 
+    @property
+    def shape(self) -> str:
+        """The text without the names of the fields: two of one shape make the same keys."""
+        return "{}".join(self._literals)
+
     def format(self, values: Mapping[str, object]) -> str:
         """The key of these values.
 

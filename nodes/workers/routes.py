@@ -58,7 +58,7 @@ class Routes:
 
     def add_cache(self, cached: Cached[Any, Any]) -> None:
         for other in self.caches.values():
-            if other.name == cached.name or other.template.text == cached.template.text:
+            if other.name == cached.name or other.template.shape == cached.template.shape:
                 raise ConfigError(
                     setting="the cache",
                     value=f"{cached.name} {cached.template.text}",
@@ -70,7 +70,7 @@ class Routes:
 
     def add_sink(self, template: str, sink: Sink) -> None:
         problem = fix = ""
-        if any(route.template.text == template for route in self.sinks):
+        if any(route.template.shape == KeyTemplate(template).shape for route in self.sinks):
             problem = "there is a sink for this key template already"
             fix = "declare one sink for each template"
         elif any(s.name == sink.name and s is not sink for s in self.all_sinks()):

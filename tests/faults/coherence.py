@@ -39,6 +39,8 @@ from valkeyd import ValkeyServer
 __all__ = ["Cluster", "Outcome", "cluster", "run"]
 
 ON_DISCONNECTED = ("bypass", "stale", "fail")
+#: Connections come back soon enough for there to be doorbells to lose every two seconds.
+RECONNECT_MAX_MS = 1_000
 SERVER = {"appendonly": "yes", "appendfsync": "everysec"}
 _PATIENCE_S = 30.0
 _CALM_S = 1.0  #: at the end of the last probes, when everything must be well again
@@ -88,6 +90,7 @@ def cluster(setup: Setup, **settings: object) -> Iterator[Cluster]:
                 environ={**setup.environ(), "FAULTS_NODE": name},
                 node__namespace=setup.namespace,
                 valkey__url=server.url,
+                valkey__reconnect_max_ms=RECONNECT_MAX_MS,
                 cache__max_staleness_ms=setup.bound_ms,
                 **{
                     "node__shards": setup.shards,
