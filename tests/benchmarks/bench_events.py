@@ -44,6 +44,7 @@ from valkeyd import ValkeyServer
 
 TOGETHER = 500
 KEYS = 5_000
+PATIENCE_S = 120.0  #: then something is wrong
 BASELINE = "valkey-py XREADGROUP+XACK"
 Count = Callable[[], int]
 
@@ -158,8 +159,9 @@ class FastStream(Consumer):
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.002)
 
 
 async def backlog_rate(consumer: Consumer, events: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from faults.agent import AgentClient, Crowd, GiveUp
 from faults.coherence import Cluster, cluster
 from faults.history import Record
 from faults.setting import Setup
+from faults.source import Source
 from noded import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -87,3 +89,24 @@ def test_leader_that_is_killed_costs_one_more_load(nodes: Nodes) -> None:
         assert agent.crowded().values == {"cold:0 0": CALLERS}
     loads = nodes.loads(0)
     assert [load.process == "one" for load in loads] == [True, False]
+
+
+def test_leader_that_sleeps_past_its_lease_brings_nothing_old_back(nodes: Nodes) -> None:
+    """When the node that loads is stopped, one other takes over; what the first one had read
+    is not stored when it wakes up, though by then the source has something else."""
+    one, source = nodes.cluster.nodes[0], Source(nodes.cluster.setup.source)
+    nodes.agents[0].send(Crowd(0, CALLERS))
+    nodes.until_loading(0)
+    one.signal(signal.SIGSTOP)
+    source.write("cold:0", 1)
+    for agent in nodes.agents[1:]:
+        agent.send(Crowd(0, CALLERS))
+    for agent in nodes.agents[1:]:
+        assert agent.crowded().values == {"cold:0 1": CALLERS}
+    one.signal(signal.SIGCONT)
+    nodes.agents[0].crowded()
+    assert len(nodes.loads(0)) == 2
+    for agent in nodes.agents:
+        agent.send(Crowd(0, 10))
+        assert agent.crowded().values == {"cold:0 1": 10}
+    source.close()
