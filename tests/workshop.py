@@ -133,7 +133,7 @@ class Table:
         self.fences = True
         self.closed = 0
 
-    async def open(self) -> None:
+    async def open(self, namespace: str = "") -> None:
         await anyio.lowlevel.checkpoint()
 
     async def write(self, batch: SinkBatch) -> None:

@@ -48,7 +48,9 @@ class Sink(Protocol):
 
     name: str
 
-    async def open(self) -> None: ...
+    async def open(self, namespace: str = "") -> None:
+        """``namespace``: whose shards these are; another's progress is no business of ours."""
+        ...
 
     async def write(self, batch: SinkBatch) -> None: ...
 

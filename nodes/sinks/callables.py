@@ -48,7 +48,7 @@ class CallableSink:
         self._fn = fn
         self._timeout_ms = timeout_ms
 
-    async def open(self) -> None:
+    async def open(self, namespace: str = "") -> None:
         """Nothing to open: what the function needs is the application's."""
 
     async def write(self, batch: SinkBatch) -> None:

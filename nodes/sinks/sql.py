@@ -39,7 +39,8 @@ _CHUNK_ROWS = 500  #: sent, or made, without letting others run; each has its ow
 
 
 class SqlSink:
-    """``name`` stands in the progress table; it must tell two sinks of a database apart."""
+    """``name`` stands, with the namespace, in the progress table; it must tell two sinks of a
+    namespace and a database apart."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class SqlSink:
         name: str = "",
     ) -> None:
         self.name = name or f"sql:{table}"
+        self._progress_of = self.name
         self._table_name = table
         self._key = tuple(key)
         self._version_column = version_column
@@ -62,12 +64,13 @@ class SqlSink:
         self._rows: Rows | None = None
         self._statements: Statements | None = None
 
-    async def open(self) -> None:
+    async def open(self, namespace: str = "") -> None:
         """Find and check the table; make the progress table where it is missing."""
         from .sql_rows import Rows
         from .sql_statements import Statements
         from .sql_tables import found, progress_table
 
+        self._progress_of = f"{namespace}/{self.name}" if namespace else self.name
         progress = progress_table(self._progress_name)
         try:
             await self._database.open()
@@ -94,7 +97,7 @@ class SqlSink:
 
         statements, rows = self._opened()
         stored, deleted = await _planned(batch.writes, rows)
-        positions = progress_rows(self.name, batch.progress)
+        positions = progress_rows(self._progress_of, batch.progress)
         async with self._database.transaction() as session:
             if positions:
                 answer = await session.execute(statements.fence, positions)
@@ -107,7 +110,7 @@ class SqlSink:
     async def progress(self, shards: Sequence[int]) -> Mapping[int, str]:
         statements, _ = self._opened()
         async with self._database.session() as session:
-            answer = await session.execute(statements.positions(self.name, shards))
+            answer = await session.execute(statements.positions(self._progress_of, shards))
             return {row.shard: f"{row.ms}-{row.seq}" for row in answer}
 
     async def aclose(self) -> None:

@@ -70,6 +70,7 @@ class Crew:
         self.deliveries = {
             sink.name: Delivery(
                 sink,
+                namespace=parts.names.namespace,
                 attempts_max=parts.settings.workers.attempts_max,
                 clock=core.clock,
                 rng=core.rng,

@@ -53,6 +53,7 @@ class Delivery:
         self,
         sink: Sink,
         *,
+        namespace: str = "",
         attempts_max: int,
         clock: Clock,
         rng: random.Random,
@@ -61,6 +62,7 @@ class Delivery:
     ) -> None:
         self.sink = sink
         self.stopped = ""  #: why, while the failure is fatal
+        self._namespace = namespace
         self._attempts_max = attempts_max
         self._clock = clock
         self._rng = rng
@@ -156,7 +158,7 @@ class Delivery:
         """Raises TransientSinkError, FatalSinkError, Fenced; PoisonSinkError of a write."""
         try:
             if not self._opened:
-                await self.sink.open()
+                await self.sink.open(self._namespace)
                 self._opened = True
             await self._write(batch)
         except (TransientSinkError, FatalSinkError, Fenced):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import anyio
 import msgspec
+import structlog
 
 import forebay
 from faults.agent import AgentClient, Drive
@@ -143,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long the source is down")
     parser.add_argument("--keep", type=Path, help="copy histories and logs to this directory")
     given = parser.parse_args(arguments)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     figures = run(given.seconds, keep=given.keep)
     print(json.dumps(msgspec.to_builtins(figures), indent=2))
     return 1 if figures.reads_failed or figures.unflagged_down else 0

@@ -347,3 +347,18 @@ async def test_any_replay_of_deletes_ends_with_the_newest(
             for one in batches[start:]:
                 await sink.write(one)
     assert await database.rows() == final(batches)
+
+
+async def test_two_namespaces_with_one_table_keep_their_progress_apart(database: Any) -> None:
+    """I3: an epoch of another namespace's owner fences nobody here."""
+    shop, mall = database.sink(), database.sink()
+    try:
+        await shop.open("shop")
+        await mall.open("mall")
+        await shop.write(batch(progress=[upto("5-0", epoch=9)]))
+        await mall.write(batch(progress=[upto("1-0", epoch=2)]))
+        assert await shop.progress([3]) == {3: "5-0"}
+        assert await mall.progress([3]) == {3: "1-0"}
+    finally:
+        await shop.aclose()
+        await mall.aclose()
