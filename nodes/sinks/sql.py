@@ -40,7 +40,8 @@ _CHUNK_ROWS = 500  #: sent, or made, without letting others run; each has its ow
 
 class SqlSink:
     """``name`` stands, with the namespace, in the progress table; it must tell two sinks of a
-    namespace and a database apart."""
+    namespace and a database apart.
+    """
 
     def __init__(
         self,
