@@ -302,7 +302,7 @@ async def test_a_sink_is_opened_before_the_first_batch_and_tried_until_it_opens(
     """V1, V4: opening fails in the same ways as writing."""
     sink, opened = Table(), []
 
-    async def open_late() -> None:
+    async def open_late(namespace: str = "") -> None:
         opened.append(len(sink.batches))
         if len(opened) < 3:
             raise TransientSinkError("not yet")
