@@ -189,22 +189,33 @@ class Ownership:
         self._declined.update(tenure.resource for tenure in tenures)
         await self._release(tenures)
 
-    async def leave(self) -> None:
+    async def leave(self, *, patient: bool = True) -> None:
         """Release everything and sign off; beats do nothing after that.
+
+        Without patience work under way is not waited for: what it commits late is fenced off.
 
         Raises:
             Unavailable: as ``give_up``.
         """
         self._leaving = True
-        await self.give_up(list(self.tenures.values()))
+        await self._give_up_all(patient)
         async with self._beating:  # the one under way might take something, or sign on again
             self._left = True
-            await self.give_up(list(self.tenures.values()))
+            await self._give_up_all(patient)
             await self._enrol(0)
+
+    async def _give_up_all(self, patient: bool) -> None:
+        if patient:
+            await self.give_up(list(self.tenures.values()))
+        else:
+            await self._let_go(list(self.tenures.values()))
 
     async def _release(self, tenures: Sequence[Tenure]) -> None:
         for successor in self._successors:
             await successor.yielding(tenures)
+        await self._let_go(tenures)
+
+    async def _let_go(self, tenures: Sequence[Tenure]) -> None:
         for tenure in tenures:
             if self.tenures.get(tenure.resource) is tenure:
                 self._lose(tenure, "released")

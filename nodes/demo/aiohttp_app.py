@@ -47,7 +47,7 @@ PRODUCT = r"/products/{id:\d{1,18}}"
 # Fresh for a minute, unless a write makes it old sooner; that there is none is remembered too.
 @node.cached("product:{id}", ttl=60, stale_for=300)
 async def product(id: int) -> Product | None:
-    async with aiosqlite.connect(DATABASE) as database:
+    async with aiosqlite.connect(DATABASE, timeout=10) as database:
         query = "SELECT name, price, id FROM products WHERE id = ?"
         rows = list(await database.execute_fetchall(query, (id,)))
     return Product(*rows[0]) if rows else None
@@ -55,7 +55,7 @@ async def product(id: int) -> Product | None:
 
 @node.cached("catalog", ttl=60, tags=["catalog"])
 async def catalog() -> list[int]:
-    async with aiosqlite.connect(DATABASE) as database:
+    async with aiosqlite.connect(DATABASE, timeout=10) as database:
         query = "SELECT id FROM products ORDER BY id LIMIT 100"
         return [row[0] for row in await database.execute_fetchall(query)]
 
@@ -64,7 +64,7 @@ async def catalog() -> list[int]:
 # row in between. Should the invalidation fail, the client gets a 503, and puts it again; where
 # that is not enough, write behind, as fastapi_app.py does.
 async def store(id: int, statement: str, values: Sequence[object]) -> None:
-    async with aiosqlite.connect(DATABASE) as database:
+    async with aiosqlite.connect(DATABASE, timeout=10) as database:
         await database.execute(statement, values)
         await database.commit()
     await node.invalidate([product.key(id)], tags=["catalog"])
@@ -124,7 +124,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def run_node(_: web.Application) -> AsyncIterator[None]:
-    async with aiosqlite.connect(DATABASE) as database:
+    async with aiosqlite.connect(DATABASE, timeout=10) as database:
         await database.execute("PRAGMA journal_mode = WAL")  # readers go on while others write
         await database.execute(TABLE)
     async with node:

@@ -52,7 +52,7 @@ node = forebay.Node("shop")
 # Fresh for a minute, unless a write makes it old sooner; that there is none is remembered too.
 @node.cached("product:{id}", ttl=60, stale_for=300)
 async def product(id: int) -> Product | None:
-    async with aiosqlite.connect(DATABASE) as database:
+    async with aiosqlite.connect(DATABASE, timeout=10) as database:
         query = "SELECT name, price, id FROM products WHERE id = ?"
         rows = list(await database.execute_fetchall(query, (id,)))
     return Product(*rows[0]) if rows else None
@@ -60,7 +60,7 @@ async def product(id: int) -> Product | None:
 
 @node.cached("catalog", ttl=60, tags=["catalog"])
 async def catalog() -> list[int]:
-    async with aiosqlite.connect(DATABASE) as database:
+    async with aiosqlite.connect(DATABASE, timeout=10) as database:
         query = "SELECT id FROM products ORDER BY id LIMIT 100"
         return [row[0] for row in await database.execute_fetchall(query)]
 
@@ -71,7 +71,7 @@ node.sink("product:{id}", forebay.SqlSink(f"sqlite+aiosqlite:///{DATABASE}", tab
 
 @node.on_start
 async def create_table() -> None:
-    async with aiosqlite.connect(DATABASE) as database:
+    async with aiosqlite.connect(DATABASE, timeout=10) as database:
         await database.execute("PRAGMA journal_mode = WAL")  # readers go on while the sink writes
         await database.execute(TABLE)
 

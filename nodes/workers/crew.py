@@ -37,7 +37,7 @@ __all__ = ["Crew", "WorkParts", "crew"]
 
 log = structlog.get_logger(__name__)
 
-_EMPTYING = 0.8  # of the time for a drain; the rest is for handing over
+_FINISHING = 0.8  # of the time for a drain; in the rest, what is unfinished is let go
 _BLOCK_MS_MAX = 500  # a connection that is silent for two command timeouts is dropped
 
 
@@ -135,19 +135,22 @@ class Crew:
     async def drain(self) -> bool:
         """Finish what is under way and hand over the rest; false if time ran out."""
         ownership, limit_s = self.ownership, self._drain_ms / 1000
-        with anyio.move_on_after(limit_s):
-            try:
+        finished = False
+        try:
+            with anyio.move_on_after(limit_s * _FINISHING):
                 events = ownership.tenures.get(EVENTS)
                 if events is not None:
                     await ownership.give_up([events])
-                with anyio.move_on_after(limit_s * _EMPTYING) as emptying:
-                    if len(ownership.nodes) <= 1:
-                        await self.writes.empty()
+                if len(ownership.nodes) <= 1:
+                    await self.writes.empty()
                 await ownership.leave()
-                return not emptying.cancelled_caught
-            except ForebayError as error:
-                log.warning("drain.incomplete", error=str(error))
-        return False
+                finished = True
+            if not finished:
+                with anyio.move_on_after(limit_s * (1 - _FINISHING)):
+                    await ownership.leave(patient=False)
+        except ForebayError as error:
+            log.warning("drain.incomplete", error=str(error))
+        return finished
 
 
 @asynccontextmanager

@@ -121,13 +121,16 @@ def run(
     setup: Setup,
     *,
     seconds: float,
+    faults: Sequence[Fault] | None = None,
     patient: bool = True,
     keep: Path | None = None,
     **settings: object,
 ) -> Outcome:
-    """A whole run. ``patient`` waits for the probes that are due after it, ``keep`` is where
-    histories and logs are copied to, and ``settings`` are the nodes'."""
-    faults = plan(setup.seed, seconds, len(setup.nodes))
+    """A whole run. ``faults`` are by default those of the seed, ``patient`` waits for the
+    probes that are due after it, ``keep`` is where histories and logs are copied to, and
+    ``settings`` are the nodes'."""
+    if faults is None:
+        faults = plan(setup.seed, seconds, len(setup.nodes))
     with cluster(setup, **settings) as made:
         writers = [made.writer(number, seconds) for number in range(setup.writers)]
         Nemesis(made.server, made.nodes, made.names).execute(faults, seconds)

@@ -1,7 +1,8 @@
 """Faults that are put into a node on purpose: a checker that does not find them proves nothing.
 
-``gaps``        bells out of order are applied as if in order, what a log lacks is not missed,
-                no reconnect is noticed nor a run id compared, and a node is always current
+``gaps``        a bell is applied whatever came before it, and what lies before it is never
+                read; the loss of a doorbell or a link is not heeded, nor another run id; and
+                the node always says that it is current
 ``blind fill``  what a loader returned is stored, whether its lease is there or not
 """
 
@@ -27,10 +28,17 @@ def plant(fault: Planted) -> None:
 
 
 def _ignore_gaps() -> None:
-    def follows(view: ShardView, position: Position) -> bool:
-        return True
+    def confirms(view: ShardView, raw_id: bytes, raw_version: bytes) -> bool:
+        return Position.parse(bytes(raw_id)) <= view.position
 
-    _replace(ShardView, "follows", follows)
+    def doorbell_changed(follower: Follower, live: bool) -> None:
+        follower._doorbell_live = True
+
+    _replace(ShardView, "follows", lambda view, position: True)
+    _replace(ShardView, "tell", lambda view, position, version: view.start_over(position))
+    _replace(ShardView, "confirms", confirms)
+    _replace(ShardView, "contradicts", lambda view, position: False)
+    _replace(Follower, "doorbell_changed", doorbell_changed)
     _replace(Follower, "connection_changed", lambda follower: None)
     Follower.live_until = property(  # type: ignore[assignment, misc]
         lambda follower: float("inf"), lambda follower, until: None

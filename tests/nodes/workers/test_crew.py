@@ -170,8 +170,10 @@ async def test_a_short_command_timeout_does_not_cut_off_ingress(
     async with node:
         crew = node.parts.crew
         assert crew is not None
-        await anyio.sleep(1.5)
         blocking: Any = crew.ingress._blocking
-        assert blocking.connects == 1
+        connects = blocking.connects
+        await anyio.sleep(1.5)
+        # Cut off at every read it would be some ten times; a busy machine may cost one.
+        assert blocking.connects <= connects + 1
         publish(valkey_server, namespace, write("flight:1", 1))
         await until(lambda: table.values() == {"flight:1": 1})
