@@ -125,7 +125,6 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 async def run_node(_: web.Application) -> AsyncIterator[None]:
     async with aiosqlite.connect(DATABASE, timeout=10) as database:
-        await database.execute("PRAGMA journal_mode = WAL")  # readers go on while others write
         await database.execute(TABLE)
     async with node:
         yield

@@ -72,7 +72,6 @@ node.sink("product:{id}", forebay.SqlSink(f"sqlite+aiosqlite:///{DATABASE}", tab
 @node.on_start
 async def create_table() -> None:
     async with aiosqlite.connect(DATABASE, timeout=10) as database:
-        await database.execute("PRAGMA journal_mode = WAL")  # readers go on while the sink writes
         await database.execute(TABLE)
 
 
