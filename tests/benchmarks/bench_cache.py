@@ -5,7 +5,7 @@ usage: python tests/benchmarks/bench_cache.py [--rounds 5] [--uvloop] [--json]
 Every row is the same work for each: a decorated function with one argument that returns a
 small dict. Clients take turns, round by round, so that whatever else the machine does falls
 on all of them; a figure is the median of the rounds. Peers take part if they are installed:
-``pip install forebay[bench]``.
+``pip install 'cashews[redis]' 'aiocache[redis]' valkey-glide``.
 """
 
 from __future__ import annotations
