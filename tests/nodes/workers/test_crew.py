@@ -171,9 +171,8 @@ async def test_a_short_command_timeout_does_not_cut_off_ingress(
         crew = node.parts.crew
         assert crew is not None
         blocking: Any = crew.ingress._blocking
-        connects = blocking.connects
         await anyio.sleep(1.5)
-        # Cut off at every read it would be some ten times; a busy machine may cost one.
-        assert blocking.connects <= connects + 1
+        # Cut off at every read it would be some ten; 0.2 s of silence may be a busy machine's.
+        assert blocking.connects <= (2 if command_timeout_ms == 100 else 1)
         publish(valkey_server, namespace, write("flight:1", 1))
         await until(lambda: table.values() == {"flight:1": 1})
