@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from ..schemas.errors import ConfigError, InvalidKey
 from ..schemas.settings import Settings
-from .cache.cached import Cached, Declaration, lifetime_ms
+from .cache.cached import Cached, Declaration
+from .cache.policy import lifetime_ms
 from .hooks import Hook
 from .sinks.base import Sink, Write
 from .sinks.callables import CallableSink

@@ -44,6 +44,7 @@ from .cache.reads import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
 from .cache.waits import KeyWaits
+from .explain.node_part import NodePart
 from .hooks import Hook, run_in_the_end
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
@@ -108,6 +109,7 @@ class Running:
             backend.link, self.names, instruments, entries_max=durable.dead_letters_max
         )
         self.refreshes = self._refreshes()
+        self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.crew: Crew | None = None
 
     def _core(self) -> Core:
@@ -188,6 +190,9 @@ class Running:
             self.follower.bell(payload)
             return
         kind, _, shard = payload.partition(b" ")
+        if kind == b"x":
+            self.explaining.asked(shard)
+            return
         if not shard.isdigit() or int(shard) >= self.names.shards:
             return
         if kind == b"w" and self.crew is not None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints
 
@@ -30,17 +29,17 @@ from ...schemas.settings import CacheDefaults, Limits
 from . import scope
 from .loads import Core, Hit, LoadCall, LoadPath, Packed
 from .near import NearCache, NearEntry
-from .policy import Policy
+from .policy import Policy, lifetime_ms
 from .reads import ReadPath
 from .shared import Receipt
 from .values import ValueCodec
+from .warming import Items, Progress, WarmReport, warm
 
-__all__ = ["Cached", "Declaration", "lifetime_ms"]
+__all__ = ["Cached", "Declaration"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LONGEST_S = 366 * 86_400
 _NEGATIVE_S_MAX = 10.0
 _INVALIDATES_MAX = 1_000  #: what a write job may carry
 
@@ -54,28 +53,6 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True):
     negative_ttl: float | None = None  #: unset: like ttl, at most ten seconds
     tags: Sequence[str] = ()
     name: str = ""
-
-
-def lifetime_ms(name: str, seconds: float, *, zero: bool = False) -> int:
-    """Checked, in milliseconds.
-
-    Raises:
-        ConfigError: it is no number, not positive, or over a year.
-    """
-    low = 0.0 if zero else 0.001
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        problem = "is not a number"
-    elif math.isnan(seconds) or not low <= seconds <= _LONGEST_S:
-        problem = f"must lie between {low:g} and {_LONGEST_S} seconds"
-    else:
-        return int(seconds * 1000)
-    raise ConfigError(
-        setting=name,
-        value=repr(seconds),
-        origin="the declaration of a cache",
-        problem=problem,
-        fix="give seconds, such as 60",
-    )
 
 
 class Cached(Generic[P, T]):
@@ -196,6 +173,24 @@ class Cached(Generic[P, T]):
         """Have every node forget the entry, before this returns on this node."""
         await self.path.invalidate(self.key(*args, **kwargs))
 
+    async def warm(
+        self,
+        items: Items,
+        *,
+        concurrency: int = 10,
+        per_second: float | None = None,
+        progress: Progress | None = None,
+    ) -> WarmReport:
+        """Load what is not fresh in the shared tier, ahead of the readers. An item is the
+        loader's argument, or a tuple of them; ``progress`` is told the report so far.
+
+        Raises:
+            ConfigError: a number cannot be used. Whatever ``items`` raises.
+        """
+        return await warm(
+            self, items, concurrency=concurrency, per_second=per_second, progress=progress
+        )
+
     async def read_key(self, key: str) -> Hit[T]:
         """As ``get_with_info``, for a key of this cache's template."""
         entry = self._near_get(key)
@@ -220,6 +215,10 @@ class Cached(Generic[P, T]):
         finally:
             near.release(reservation)
         return hit.version > 0
+
+    def tags_of_key(self, key: str) -> Sequence[str]:
+        """The declared tags of a key; InvalidKey if it is none of this cache's."""
+        return self._call_of(key).tags
 
     @property
     def near_hits(self) -> int:

@@ -162,6 +162,14 @@ class NearCache:
             return entry
         return None
 
+    def peek(self, key: str) -> NearEntry | None:
+        """The entry, whether it may be served or not; a look is no hit."""
+        return self._entries.get(key)
+
+    def reserved(self, key: str) -> int:
+        """Reads and writes under way whose result may be kept."""
+        return len(self._reservations.get(key, ()))
+
     def reserve(self, key: str) -> Reservation:
         """To be made before the shared tier is read (N2)."""
         view = self._follower.views[self._shard(key)]

@@ -8,13 +8,17 @@ D3  Between soft and hard lifetime an entry is served as stale, and refreshed.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from msgspec import Struct
 
 from ...schemas.entry import Entry
+from ...schemas.errors import ConfigError
 
-__all__ = ["Decision", "Load", "Policy", "Serve", "ServeStale", "decide"]
+__all__ = ["Decision", "Load", "Policy", "Serve", "ServeStale", "decide", "lifetime_ms"]
+
+_LONGEST_S = 366 * 86_400
 
 
 class Policy(Struct, frozen=True, kw_only=True):
@@ -61,3 +65,25 @@ def decide(entry: Entry | None, *, now_ms: int, tags_hold: bool) -> Decision:
     if now_ms >= entry.soft_at_ms:
         return ServeStale(entry)
     return Serve(entry)
+
+
+def lifetime_ms(name: str, seconds: float, *, zero: bool = False) -> int:
+    """Checked, in milliseconds.
+
+    Raises:
+        ConfigError: it is no number, not positive, or over a year.
+    """
+    low = 0.0 if zero else 0.001
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        problem = "is not a number"
+    elif math.isnan(seconds) or not low <= seconds <= _LONGEST_S:
+        problem = f"must lie between {low:g} and {_LONGEST_S} seconds"
+    else:
+        return int(seconds * 1000)
+    raise ConfigError(
+        setting=name,
+        value=repr(seconds),
+        origin="the declaration of a cache",
+        problem=problem,
+        fix="give seconds, such as 60",
+    )

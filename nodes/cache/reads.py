@@ -51,6 +51,8 @@ class ReadPath(Generic[T]):
         self.near = loads.near
         self.loads = loads
         self.shared = core.shared
+        self.waits = core.waits
+        self.clock = core.clock
         self.flights: Flights[LoadCall[T], Hit[T]] = Flights(
             core.tasks,
             cache=loads.name,
