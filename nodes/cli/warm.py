@@ -151,7 +151,7 @@ async def _warm(
 ) -> WarmReport:
     async with node:
         with view_for(cached.name, len(keys), SystemClock()) as view:
-            return await warm(
+            report = await warm(
                 cached,
                 keys,
                 by_key=True,
@@ -159,6 +159,7 @@ async def _warm(
                 per_second=per_second,
                 progress=view.update,
             )
+    return report
 
 
 def _tell(name: str, report: WarmReport, *, as_json: bool) -> None:
