@@ -4,6 +4,7 @@ J1  The verdict on an entry is the one of ``cache.policy.decide``; here it has r
 J2  A tag's value is ``<version>`` or ``<version> <hard version>``: an entry that captured less than
     the hard version is invalid, one that captured less than the version is stale. A tag without
     a value gets a new one when it is asked for, so its entries are invalid.
+J3  A change of a key concerns whatever carries a tag named after it: a dependency is such a tag.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def notice_line(
     if notice is None:
         return None
     kind, about = _said(notice)
-    meant = {*tags} if kind == "bumped" else {key}
+    meant = {"bumped": {*tags}, "extended": {key}}.get(kind, {key, *tags})
     concerned = tuple(each for each in about if each in meant)
     raw_version = fields.get(b"v", b"")
     if not concerned or not raw_version.isdigit():

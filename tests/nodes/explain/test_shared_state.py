@@ -126,13 +126,14 @@ def test_lease_of_each_kind() -> None:
         (Bumped(("x", "t2", "t1")), "bumped", ("t2", "t1")),
         (Changed("b"), None, ()),
         (Bumped(("a",)), None, ()),
-        (Dropped(("t1",)), None, ()),
+        (Dropped(("b", "t1")), "dropped", ("t1",)),
+        (Extended("t1", 1, 2, 3), None, ()),
     ],
 )
 def test_notices_that_concern_the_key_or_its_tags(
     notice: object, kind: str | None, about: tuple[str, ...]
 ) -> None:
-    """A tag that is named like the key is not the key, and the other way round."""
+    """A change of a key outdates the tag named after it; a bump leaves the key of that name."""
     fields = {b"v": b"999000000", b"n": write_notice(notice)}
     line = notice_line(3, b"7-2", fields, key="a", tags=["t1", "t2"], now_ms=NOW_MS)
 
