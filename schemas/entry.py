@@ -53,6 +53,7 @@ class EntryMeta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     etag: str = ""
     soft_ms: int = 0  #: lifetimes as asked for, so that an extension can repeat them
     stale_ms: int = 0
+    error_ms: int = 0  #: the end of its life, when only a failing loader makes it be served
 
 
 class Entry(Struct, frozen=True, kw_only=True):

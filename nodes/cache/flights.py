@@ -11,6 +11,8 @@ F3  Each caller gets an exception object of its own, with the one that was raise
 F4  At most ``loads_max`` loads run and ``waiters_max`` callers wait; one more is refused with
     Backpressure.
 F5  A loader that asks for what it is loading gets a LoaderError, instead of waiting for itself.
+F6  A caller waits for a load no longer than its ``patience_s`` allows from when it began; then it
+    gets what the look had in hand for that, and the load goes on for those who come later.
 """
 
 from __future__ import annotations
@@ -21,17 +23,26 @@ from contextvars import ContextVar
 from typing import Final, Generic, TypeVar
 
 from anyio.abc import TaskGroup
+from msgspec import Struct
 
 from ...coordinator.clock import Clock
 from ...schemas.errors import Backpressure, LoaderError, Unavailable
 from .failures import own_copy
 
-__all__ = ["Flights"]
+__all__ = ["Flights", "Todo"]
 
 C = TypeVar("C")
 R = TypeVar("R")
 
 _flying: ContextVar[tuple[object, ...]] = ContextVar("forebay_flying", default=())
+
+
+class Todo(Struct, Generic[R], frozen=True):
+    """What a look leaves to a load. The fallback is for those whose patience is at its end."""
+
+    seen: int  #: the version that will not do
+    fallback: R | None = None
+    patience_s: float | None = None
 
 
 class _Failed:
@@ -49,29 +60,32 @@ _ABANDONED: Final = _Abandoned()
 
 
 class _Flight(Generic[C, R]):
-    __slots__ = ("began_at", "call", "waiters")
+    __slots__ = ("began_at", "call", "late", "waiters")
 
     def __init__(self, call: C, began_at: float) -> None:
         self.call = call
         self.began_at = began_at
+        self.late: R | _Failed | None = None  #: what callers get who need not wait any more
         self.waiters: dict[asyncio.Future[R | _Failed | _Abandoned], None] = {}
 
 
 class Flights(Generic[C, R]):
-    """``look(key, call)`` gives a result, or an int that ``load(key, call, int)`` is told."""
+    """``look(key, call)`` gives a result, or what ``load(key, call, todo)`` has to do."""
 
     def __init__(
         self,
         tasks: TaskGroup,
         *,
         cache: str,
-        look: Callable[[str, C], Awaitable[R | int]],
-        load: Callable[[str, C, int], Awaitable[R]],
+        look: Callable[[str, C], Awaitable[R | Todo[R]]],
+        load: Callable[[str, C, Todo[R]], Awaitable[R]],
         heard_since: Callable[[float], bool],
         clock: Clock,
         loads_max: int,
         waiters_max: int,
+        served_late: Callable[[], None] = lambda: None,
     ) -> None:
+        """``served_late`` is called whenever callers get a fallback for want of patience."""
         self._tasks = tasks
         self._cache = cache
         self._look = look
@@ -80,6 +94,7 @@ class Flights(Generic[C, R]):
         self._monotonic = clock.monotonic
         self._loads_max = loads_max
         self._waiters_max = waiters_max
+        self._served_late = served_late
         self._flights: dict[str, _Flight[C, R]] = {}
         self._loads = 0
         self._waiting = 0
@@ -130,7 +145,7 @@ class Flights(Generic[C, R]):
         self._flights[key] = flight
         try:
             found = await self._look(key, call)
-            if isinstance(found, int):
+            if isinstance(found, Todo):
                 self._start(key, flight, found)
         except Exception as error:
             self._land(key, flight, _Failed(error))
@@ -138,7 +153,7 @@ class Flights(Generic[C, R]):
         except BaseException:
             self._land(key, flight, _ABANDONED)
             raise
-        if not isinstance(found, int):
+        if not isinstance(found, Todo):
             self._land(key, flight, found)
             return found
         outcome = await self._end_of(key, flight)
@@ -150,6 +165,12 @@ class Flights(Generic[C, R]):
             raise LoaderError(self._cache, key, "it asks for what it is loading itself")
         if self._waiting >= self._waiters_max:
             raise Backpressure(f"callers of {self._cache}", self._waiting, self._waiters_max)
+        outcome = await self._outcome_of(flight) if flight.late is None else flight.late
+        if isinstance(outcome, _Failed):
+            raise own_copy(outcome.error, self._cache, key) from outcome.error
+        return outcome
+
+    async def _outcome_of(self, flight: _Flight[C, R]) -> R | _Failed | _Abandoned:
         future = asyncio.get_running_loop().create_future()
         flight.waiters[future] = None
         self._waiting += 1
@@ -158,33 +179,52 @@ class Flights(Generic[C, R]):
         finally:
             self._waiting -= 1
             flight.waiters.pop(future, None)
-        if isinstance(outcome, _Failed):
-            raise own_copy(outcome.error, self._cache, key) from outcome.error
         return outcome
 
-    def _start(self, key: str, flight: _Flight[C, R], seen: int) -> None:
+    def _start(self, key: str, flight: _Flight[C, R], todo: Todo[R]) -> None:
         if self._loads >= self._loads_max:
             raise Backpressure(f"loads of {self._cache}", self._loads, self._loads_max)
         try:
-            self._tasks.start_soon(self._run, key, flight, seen, name=f"load {self._cache}")
+            self._tasks.start_soon(self._run, key, flight, todo, name=f"load {self._cache}")
         except RuntimeError as error:  # the task group is closed
             raise Unavailable("the node is stopped") from error
         self._loads += 1
 
-    async def _run(self, key: str, flight: _Flight[C, R], seen: int) -> None:
+    async def _run(self, key: str, flight: _Flight[C, R], todo: Todo[R]) -> None:
         _flying.set((*_flying.get(), flight))
         outcome: R | _Failed = _Failed(Unavailable("the node is stopping"))
+        timer = None
+        if todo.patience_s is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(todo.patience_s, self._hurry, key, flight, todo)
         try:
-            outcome = await self._load(key, flight.call, seen)
+            outcome = await self._load(key, flight.call, todo)
         except Exception as error:
             outcome = _Failed(error)
         finally:
+            if timer is not None:
+                timer.cancel()
             self._loads -= 1
             self._land(key, flight, outcome)
+
+    def _hurry(self, key: str, flight: _Flight[C, R], todo: Todo[R]) -> None:
+        """Nobody waits any longer (F6)."""
+        late: R | _Failed
+        if todo.fallback is None:
+            late = _Failed(LoaderError(self._cache, key, f"not loaded in {todo.patience_s:g} s"))
+        else:
+            late = todo.fallback
+            self._served_late()
+        flight.late = late
+        _tell(flight, late)
 
     def _land(self, key: str, flight: _Flight[C, R], outcome: R | _Failed | _Abandoned) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
-        for future in flight.waiters:
-            if not future.done():
-                future.set_result(outcome)
+        _tell(flight, outcome)
+
+
+def _tell(flight: _Flight[C, R], outcome: R | _Failed | _Abandoned) -> None:
+    for future in flight.waiters:
+        if not future.done():
+            future.set_result(outcome)
