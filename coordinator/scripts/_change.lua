@@ -82,6 +82,6 @@ local function bump_tag(tag, version, soft, keep_ms)
 end
 
 -- Whatever depends on a key carries a tag named after it; where there is no such tag, nothing does.
-local function outdate_dependents(tag, version, soft, keep_ms)
-  if redis.call("EXISTS", tag) == 1 then bump_tag(tag, version, soft, keep_ms) end
+local function outdate_dependents(named_after, version, soft, keep_ms)
+  if redis.call("EXISTS", named_after) == 1 then bump_tag(named_after, version, soft, keep_ms) end
 end
