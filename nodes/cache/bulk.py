@@ -10,13 +10,14 @@ M3  One key's failure is that key's; broken entries are misses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 import anyio
 
 from .batches import Batches, Member
 from .core import Hit, LoadCall
+from .flights import Todo
 from .reads import ReadPath
 
 __all__ = ["BulkReads"]
@@ -42,34 +43,39 @@ class BulkReads(Generic[T]):
                 far.append(key)
             else:
                 found[key] = path.hit_of(entry)
-        if far:
-            found |= await path.look_at(far)
-            misses = sorted(key for key in far if key not in found)
-            for start in range(0, len(misses), _TOGETHER):
-                part = misses[start : start + _TOGETHER]
-                found |= await self._loaded(part, wanted)
+        todos: dict[str, Todo[Hit[T]]] = {}
+        for key, seen in (await path.look_at(far) if far else {}).items():
+            if isinstance(seen, Todo):
+                todos[key] = seen
+            else:
+                found[key] = seen
+        misses = sorted(todos)
+        for start in range(0, len(misses), _TOGETHER):
+            part = {key: (wanted[key], todos[key]) for key in misses[start : start + _TOGETHER]}
+            found |= await self._loaded(part)
         return found
 
     async def _loaded(
-        self, keys: Sequence[str], wanted: Mapping[str, CallOf[T]]
+        self, wanted: Mapping[str, tuple[CallOf[T], Todo[Hit[T]]]]
     ) -> dict[str, Hit[T] | Exception]:
         found: dict[str, Hit[T] | Exception] = {}
-        group = self._batches.group(len(keys)) if self._batches else None
+        group = self._batches.group(len(wanted)) if self._batches else None
         async with anyio.create_task_group() as tasks:
-            for key in keys:
+            for key, (call, todo) in wanted.items():
                 member = group.member() if group else None
-                tasks.start_soon(self._load, key, wanted[key](member), member, found)
+                tasks.start_soon(self._load, key, call(member), todo, member, found)
         return found
 
     async def _load(
         self,
         key: str,
         call: LoadCall[T],
+        todo: Todo[Hit[T]],
         member: Member | None,
         found: dict[str, Hit[T] | Exception],
     ) -> None:
         try:
-            found[key] = await self._path.read(key, call)
+            found[key] = await self._path.load(key, call, todo)
         except Exception as error:
             found[key] = error
         finally:

@@ -90,7 +90,7 @@ class Cached(Generic[P, T]):
         if entry is not None:
             value: T = entry.value
             return value
-        hit = await self.path.read(key, self._call(args, kwargs))
+        hit = await self.path.read(key, functools.partial(self._call, args, kwargs))
         return hit.value
 
     async def get_with_info(self, *args: P.args, **kwargs: P.kwargs) -> Hit[T]:
@@ -104,7 +104,7 @@ class Cached(Generic[P, T]):
         entry = self._near_get(key)
         if entry is not None:
             return self.path.hit_of(entry)
-        return await self.path.read(key, self._call(args, kwargs))
+        return await self.path.read(key, functools.partial(self._call, args, kwargs))
 
     async def many(self, items: Iterable[Any]) -> list[T]:
         """The values of many items, in their order: one look, and one load for the misses.
@@ -221,7 +221,7 @@ class Cached(Generic[P, T]):
         entry = self._near_get(key)
         if entry is not None:
             return self.path.hit_of(entry)
-        return await self.path.read(key, self._call_of(key))
+        return await self.path.read(key, functools.partial(self._call_of, key))
 
     async def do_refresh(self, job: RefreshJob) -> bool:
         """Load a key again under the lease that the job carries; false: it was refused."""

@@ -13,7 +13,7 @@ R6  While Valkey does not answer, or refuses: ``bypass`` asks the source and sto
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar, assert_never
 
@@ -27,6 +27,7 @@ from ...schemas.settings import Limits
 from .core import Core, Hit, Lease, LoadCall
 from .flights import Flights, Todo
 from .loads import LoadPath
+from .lookups import Wanted
 from .near import NearEntry, Reservation
 from .policy import Load, Serve, ServeStale, decide
 from .shared import Held, Newer, Stamp
@@ -56,7 +57,6 @@ class ReadPath(Generic[T]):
         self.flights: Flights[LoadCall[T], Hit[T]] = Flights(
             core.tasks,
             cache=loads.name,
-            look=self._look,
             load=self._load,
             heard_since=self._heard_since,
             clock=core.clock,
@@ -83,8 +83,8 @@ class ReadPath(Generic[T]):
             size=entry.size,
         )
 
-    async def read(self, key: str, call: LoadCall[T]) -> Hit[T]:
-        """The value of a key that the near cache did not give.
+    async def read(self, key: str, call: Callable[[], LoadCall[T]]) -> Hit[T]:
+        """The value of a key that the near cache did not give; ``call`` if it is to be loaded.
 
         Raises:
             Unavailable, ServerRefused: by policy ``fail``. Backpressure: too many loads.
@@ -93,25 +93,28 @@ class ReadPath(Generic[T]):
         if self.policy.refresh_ahead and (entry := self.near.ripe(key)) is not None:
             self._have_refreshed(key, entry.version)
             return self.hit_of(entry)
-        return await self.flights.join(key, call)
+        found = await self._look(key, self._core.shared.get(key), self.near.reserve(key))
+        return await self.load(key, call(), found) if isinstance(found, Todo) else found
 
-    async def look_at(self, keys: Sequence[str]) -> dict[str, Hit[T] | Exception]:
-        """What the shared tier has to serve of these keys, asked for together; no loads."""
-        found: dict[str, Hit[T] | Exception] = {}
-        reservations = [self.near.reserve(key) for key in keys]
+    async def look_at(self, keys: Sequence[str]) -> dict[str, Hit[T] | Todo[Hit[T]] | Exception]:
+        """What the shared tier has of these keys, asked for together."""
+        asked = [(key, self._core.shared.get(key), self.near.reserve(key)) for key in keys]
+        found: dict[str, Hit[T] | Todo[Hit[T]] | Exception] = {}
         try:
-            wanted = [self._core.shared.get(key) for key in keys]
-            for key, reservation, reading in zip(keys, reservations, wanted, strict=True):
+            for key, wanted, reservation in asked:
                 try:
-                    seen = await self._usable(key, await reading, reservation)
-                except (Unavailable, ServerRefused):
-                    continue  # a single read finds out what is to be done then
-                if isinstance(seen, Hit):
-                    found[key] = seen
+                    found[key] = await self._look(key, wanted, reservation)
+                except ForebayError as error:
+                    found[key] = error
         finally:
-            for reservation in reservations:
+            for _, wanted, reservation in asked[len(found) :]:
+                wanted.cancel()
                 self.near.release(reservation)
         return found
+
+    async def load(self, key: str, call: LoadCall[T], todo: Todo[Hit[T]]) -> Hit[T]:
+        """The value of a key that the shared tier did not give."""
+        return await self.flights.join(key, call, todo)
 
     async def refresh(self, key: str, token: str, call: LoadCall[T]) -> bool:
         """Load a key again under the lease of a refresh job; false: it was refused."""
@@ -141,12 +144,12 @@ class ReadPath(Generic[T]):
         """Whether a change acknowledged after that moment, and due here by now, was heard of."""
         return self.loads.live or self._core.clock.monotonic() - moment < self._staleness_s
 
-    async def _look(self, key: str, call: LoadCall[T]) -> Hit[T] | Todo[Hit[T]]:
+    async def _look(
+        self, key: str, wanted: Wanted, reservation: Reservation
+    ) -> Hit[T] | Todo[Hit[T]]:
         """What the shared tier has to serve; or what will not do."""
-        reservation = self.near.reserve(key)
         try:
-            raw = await self._core.shared.get(key)
-            found = await self._usable(key, raw, reservation)
+            found = await self._usable(key, await wanted, reservation)
         except (Unavailable, ServerRefused) as error:
             hit = self._disconnected(key, error)
             return self._todo(_AWAY) if hit is None else hit
