@@ -19,20 +19,25 @@ __all__ = [
     "InvalidEvent",
     "InvalidKey",
     "LoaderError",
+    "Loading",
     "Node",
+    "PartialFailure",
     "PoisonSinkError",
     "RequestScopeMiddleware",
+    "SourceFailing",
     "SqlSink",
     "StartupError",
     "TransientSinkError",
     "Unavailable",
     "Write",
     "__version__",
+    "loading",
     "request_scope",
     "request_scope_middleware",
 ]
 
 if TYPE_CHECKING:
+    from .nodes.cache.loading import Loading, loading
     from .nodes.cache.scope import request_scope
     from .nodes.node import Node
     from .nodes.sinks.base import Write
@@ -47,17 +52,21 @@ if TYPE_CHECKING:
         InvalidEvent,
         InvalidKey,
         LoaderError,
+        PartialFailure,
         PoisonSinkError,
+        SourceFailing,
         StartupError,
         TransientSinkError,
         Unavailable,
     )
 
 _HOMES = {
+    "Loading": ".nodes.cache.loading",
     "Node": ".nodes.node",
     "RequestScopeMiddleware": ".nodes.web.asgi",
     "SqlSink": ".nodes.sinks.sql",
     "Write": ".nodes.sinks.base",
+    "loading": ".nodes.cache.loading",
     "request_scope": ".nodes.cache.scope",
     "request_scope_middleware": ".nodes.web.aiohttp_middleware",
 }

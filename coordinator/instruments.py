@@ -86,7 +86,7 @@ _RESULT = ("result", ("applied", "duplicate", "dead", "held"))
 _STREAM = ("stream", ("events", "writes", "refreshes"))
 _KIND = ("kind", ("changed", "dropped", "bumped", "extended"))
 _TIER = ("tier", ("near", "shared", "source"))
-_OUTCOME = ("result", ("hit", "stale", "miss", "negative", "error"))
+_OUTCOME = ("result", ("hit", "stale", "miss", "negative", "error", "refused"))
 _EXTERNAL = ("kind", ("set", "deleted", "flushed", "missed", "overflow"))
 _BREAKER = ("state", ("closed", "open", "half_open"))
 

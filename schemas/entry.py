@@ -19,7 +19,7 @@ Values themselves are decoded by the cache that knows their type.
 from __future__ import annotations
 
 import zlib
-from typing import Literal, cast
+from typing import Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -53,9 +53,10 @@ class EntryMeta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     etag: str = ""
     soft_ms: int = 0  #: lifetimes as asked for, so that an extension can repeat them
     stale_ms: int = 0
+    error_ms: int = 0  #: the end of its life, when only a failing loader makes it be served
 
 
-class Entry(Struct, frozen=True, kw_only=True):
+class Entry(Struct, frozen=True):
     """An envelope, read but not yet decoded. Times are the server's, in ms since 1970."""
 
     version: int
@@ -80,7 +81,14 @@ class _Legacy(Struct):
 
 _NO_META = EntryMeta()
 _meta_encoder = msgspec.msgpack.Encoder()
-_meta_decoder = msgspec.msgpack.Decoder(EntryMeta)
+_decode_meta = msgspec.msgpack.Decoder(EntryMeta).decode
+_FORMS: dict[bytes, tuple[Kind, Codec]] = {
+    f"{kind}{codec}".encode(): (kind, codec)
+    for kind in get_args(Kind)
+    for codec in get_args(Codec)
+    if codec != "j"
+}
+_NOTHING_PENDING = b"0" * 16
 _legacy_decoder = msgspec.json.Decoder(_Legacy)
 
 
@@ -119,29 +127,33 @@ def version_of(raw: bytes) -> int:
 def _read(raw: bytes) -> Entry:
     if len(raw) < _HEADER:
         raise InvalidEntry("too_short", f"{len(raw)} bytes")
-    kind, codec = chr(raw[62]), chr(raw[63])
+    form = _FORMS.get(raw[62:64])
     end = _HEADER + (raw[64] << 8 | raw[65])
-    if raw[3] not in b"cx" or kind not in "vn" or not raw[4:62].isdigit():
-        raise InvalidEntry("bad_header")
-    if codec not in "mzs":
-        raise InvalidEntry("bad_codec", repr(codec))
+    if form is None or raw[3] not in b"cx" or not raw[4:62].isdigit():
+        raise _bad_form(raw)
     if end > len(raw):
         raise InvalidEntry("too_short", "the meta part is cut off")
     try:
-        meta = _meta_decoder.decode(raw[_HEADER:end]) if end > _HEADER else _NO_META
+        meta = _decode_meta(raw[_HEADER:end]) if end > _HEADER else _NO_META
     except _UNDECODABLE as error:
         raise InvalidEntry("bad_header", "the meta part cannot be decoded") from error
+    pending = raw[46:62]
     return Entry(
-        version=int(raw[4:20]),
-        soft_at_ms=int(raw[20:33]),
-        hard_at_ms=int(raw[33:46]),
-        kind=cast(Kind, kind),
-        codec=cast(Codec, codec),
-        payload=raw[end:],
-        meta=meta,
-        pending=int(raw[46:62]),
-        doomed=raw[3] == 120,
+        int(raw[4:20]),
+        int(raw[20:33]),
+        int(raw[33:46]),
+        form[0],
+        form[1],
+        raw[end:],
+        meta,
+        0 if pending == _NOTHING_PENDING else int(pending),
+        raw[3] == 120,
     )
+
+
+def _bad_form(raw: bytes) -> InvalidEntry:
+    known = raw[3] in b"cx" and raw[62] in b"vn" and raw[4:62].isdigit()
+    return InvalidEntry("bad_codec", repr(chr(raw[63]))) if known else InvalidEntry("bad_header")
 
 
 def _read_legacy(raw: bytes) -> Entry:

@@ -11,6 +11,7 @@
     {shop:07}:dead      stream  dead letters of the shard's writes
     forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
     forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  roster
+    forebay:shop:failing:CACHE  string, expires  who tries the failing source of a cache
     forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  new jobs
     forebay:shop:reply:HEX  channel  answers to one who asked all nodes on :work
 
@@ -220,6 +221,14 @@ class Names:
 
     def lease(self, key: str) -> str:
         return self._lease_prefixes[crc32(key.encode()) % self.shards] + key
+
+    def of_key(self, key: str) -> tuple[str, str, str]:
+        """Entry, fill lease, and the tag that whatever depends on the key carries."""
+        return self.entry(key), self.lease(key), self.tag(key)
+
+    def failing(self, cache: str) -> str:
+        """Who of the cluster may try the failing source of this cache."""
+        return f"forebay:{self.namespace}:failing:{cache}"
 
     def tag(self, tag: str) -> str:
         return f"{self.prefixes[self.shard(tag)]}t:{tag}"

@@ -113,6 +113,9 @@ class CacheDefaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     compress_over_bytes: Annotated[int, Meta(ge=0, le=67_108_864)] = 1_024
     lease_ms: Annotated[int, Meta(ge=100, le=600_000)] = 10_000  #: one load takes no longer
     jitter: Annotated[float, Meta(ge=0, le=0.5)] = 0.05
+    throttle_ms: Millis = 1_000  #: how long a source is left alone that failed for a key
+    breaker_failures: Annotated[int, Meta(ge=1, le=1_000)] = 5  #: of loads in a row, per cache
+    breaker_recovery_ms: Millis = 2_000
     external_writers: bool = False  #: follow what others do to entries in Valkey itself
 
 

@@ -59,6 +59,8 @@ class NearEntry:
         written_at: float,
         view: ShardView,
         tags: tuple[tuple[TagState, int], ...],
+        soft_until: float | None = None,
+        negative: bool = False,
     ) -> None:
         self.key = key
         self.value = value
@@ -85,7 +87,7 @@ class NearEntry:
 
     def tags_may_hold(self) -> bool:
         """As ``tags_hold``, but what is not known speaks for the entry."""
-        return all(not state.known or state.version <= version for state, version in self.tags)
+        return all(not state.known or state.hard <= version for state, version in self.tags)
 
 
 class Reservation:
@@ -160,6 +162,9 @@ class NearCache:
         entry = self._entries.get(key)
         if entry is not None and self._monotonic() < entry.gone_at and entry.tags_may_hold():
             return entry
+        return None
+
+    def ripe(self, key: str) -> NearEntry | None:
         return None
 
     def peek(self, key: str) -> NearEntry | None:

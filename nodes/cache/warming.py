@@ -1,7 +1,8 @@
 """Warming: loading what is not fresh in the shared tier, ahead of the readers.
 
-M1  At most ``concurrency`` keys are under way at a time, and at most ``per_second`` begin in a
-    second, but for a burst of a tenth of them; what was not used is not made up for.
+M1  At most ``concurrency`` keys are under way at a time; or one part, where there is a loader
+    for many items at once. At most ``per_second`` begin in a second, but for a burst of a
+    tenth of them; what was not used is not made up for.
 M2  Items are taken in parts of at most ``TOGETHER``: an endless source of them does no harm.
 M3  A failure is counted, the first ``FAILURES_KEPT`` are kept, and the others go on. A value
     that was loaded, but could not be stored, is a failure: no other reader will find it.
@@ -16,18 +17,28 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import anyio
 from msgspec import Struct
 
 from ...coordinator.clock import Clock
 from ...schemas.errors import ConfigError, LoaderError
-from .loads import Hit
+from .core import Hit
+from .keying import Keying
 from .reads import ReadPath
 from .scope import outside
 
-__all__ = ["FAILURES_KEPT", "TOGETHER", "Failure", "Items", "Pacer", "Progress", "WarmReport"]
+__all__ = [
+    "FAILURES_KEPT",
+    "TOGETHER",
+    "Failure",
+    "How",
+    "Items",
+    "Pacer",
+    "Progress",
+    "WarmReport",
+]
 __all__ += ["Warmed", "warm"]
 
 TOGETHER = 100
@@ -57,6 +68,14 @@ class WarmReport(Struct, frozen=True, kw_only=True):
 Progress = Callable[[WarmReport], object]
 
 
+class How(TypedDict, total=False):
+    """The options of a warming."""
+
+    concurrency: int  #: keys under way at a time
+    per_second: float | None  #: keys that begin; None: no limit
+    progress: Progress | None  #: told the report so far, as each key ends
+
+
 class Warmed(Protocol):
     """What is asked of a cached function."""
 
@@ -66,9 +85,17 @@ class Warmed(Protocol):
     def key(self) -> Callable[..., str]: ...
 
     @property
+    def keying(self) -> Keying: ...
+
+    @property
     def path(self) -> ReadPath[Any]: ...
 
+    @property
+    def batched(self) -> bool: ...
+
     def get_with_info(self, *args: Any) -> Awaitable[Hit[Any]]: ...
+
+    def many_with_info(self, items: Iterable[Any]) -> Awaitable[Sequence[Hit[Any] | Exception]]: ...
 
     def read_key(self, key: str) -> Awaitable[Hit[Any]]: ...
 
@@ -111,6 +138,7 @@ class Pacer:
 
 class _Item(Struct, frozen=True):
     key: str
+    item: Any  #: as ``many_with_info`` takes it
     read: Callable[[], Awaitable[Hit[Any]]]
 
 
@@ -150,7 +178,7 @@ async def warm(
     items: Items,
     *,
     by_key: bool = False,
-    concurrency: int,
+    concurrency: int = 10,
     per_second: float | None = None,
     progress: Progress | None = None,
 ) -> WarmReport:
@@ -163,7 +191,7 @@ async def warm(
     if not 1 <= concurrency <= _CONCURRENCY_MAX:
         fix = f"give a number between 1 and {_CONCURRENCY_MAX}"
         raise _unusable("concurrency", concurrency, "is out of range", fix)
-    clock = cached.path.clock
+    clock = cached.path.loads.clock
     pacer, tally = Pacer(per_second, clock=clock), _Tally(clock, progress)
     limiter = anyio.CapacityLimiter(concurrency)
     async with aclosing(_parts(items, pacer.burst)) as parts:
@@ -204,7 +232,7 @@ async def _warm_part(
             wanted.append(_item_of(cached, item, by_key))
         except Exception as error:  # arguments that make no key
             tally.count(repr(item)[:200], error)
-    found = await _hits(wanted, limiter)
+    found = await _hits(cached, wanted, limiter)
     async with anyio.create_task_group() as tasks:
         for item, hit in zip(wanted, found, strict=True):
             if isinstance(hit, Hit) and hit.stale:
@@ -215,15 +243,19 @@ async def _warm_part(
 
 def _item_of(cached: Warmed, item: Any, by_key: bool) -> _Item:
     if by_key:
-        return _Item(item, partial(cached.read_key, item))
+        arguments = cached.keying.arguments(item)
+        return _Item(item, cached.keying.item(arguments), partial(cached.read_key, item))
     args = item if isinstance(item, tuple) else (item,)
-    return _Item(cached.key(*args), partial(cached.get_with_info, *args))
+    one_or_all = args[0] if len(args) == 1 else args
+    return _Item(cached.key(*args), one_or_all, partial(cached.get_with_info, *args))
 
 
 async def _hits(
-    wanted: Sequence[_Item], limiter: anyio.CapacityLimiter
+    cached: Warmed, wanted: Sequence[_Item], limiter: anyio.CapacityLimiter
 ) -> Sequence[Hit[Any] | Exception]:
-    """What a reader of each gets now; the place of a bulk read."""
+    """What a reader of each gets now."""
+    if cached.batched:
+        return await cached.many_with_info([each.item for each in wanted])
     found: dict[int, Hit[Any] | Exception] = {}
 
     async def read(place: int, item: _Item) -> None:
@@ -252,7 +284,7 @@ async def _have_refreshed(
     async with limiter:
         with anyio.move_on_after(path.policy.lease_ms / 1000):
             while True:
-                with path.waits.watch(item.key) as said:
+                with path.loads.waits.watch(item.key) as said:
                     found = await _try_to_read(item)
                     if isinstance(found, Exception) or not found.stale:
                         tally.count(item.key, _stored(cached, item, found), refreshed=True)

@@ -118,7 +118,7 @@ def _checked(
 
 def _add(found: dict[str, None], cached: Cached[Any, Any], place: str, key: str) -> None:
     try:
-        cached.tags_of_key(key)
+        cached.keying.arguments(key)
     except InvalidKey as error:
         raise click.UsageError(f"{place}: {error}") from None
     found[key] = None

@@ -34,7 +34,9 @@ NearVerdict = Literal[
     "no_cache", "absent", "fresh", "past", "behind", "unknown_tag", "not_current", "reset"
 ]
 TagVerdict = Literal["holds", "stale", "invalid", "lost"]
-EntryVerdict = Literal["absent", "unreadable", "fresh", "stale", "expired", "outdated", "doomed"]
+EntryVerdict = Literal[
+    "absent", "unreadable", "fresh", "stale", "kept", "expired", "outdated", "doomed"
+]
 NoticeKind = Literal["changed", "dropped", "bumped", "extended"]
 LeaseVerdict = Literal["free", "held", "failing"]
 
@@ -60,7 +62,8 @@ class NearState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reserved: int = 0  #: reads or writes under way whose result may be kept
     loading: bool = False
     connected: bool = True
-    breaker: str = "closed"
+    breaker: str = "closed"  #: of the connection
+    loader: str = "closed"  #: of the cache's loader
 
 
 class NodesState(Struct, frozen=True, kw_only=True):
@@ -87,6 +90,7 @@ class EntryState(Struct, frozen=True, kw_only=True):
     negative: bool = False
     version: int = 0
     age_ms: int | None = None
+    error_ms: int = 0  #: the end of that, when only a failing loader makes it be served
     fresh_ms: int | None = None  #: left; negative: since when that is over; None: for ever
     left_ms: int | None = None  #: until it may not be served at all
     kept_ms: int | None = None  #: until the server forgets it

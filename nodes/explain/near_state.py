@@ -10,7 +10,7 @@ from typing import Any
 from ...coordinator.backend import AnyLink
 from ...schemas.errors import InvalidKey
 from ..cache.cached import Cached
-from ..cache.loads import Core
+from ..cache.core import Core
 from ..cache.near import NearEntry
 from ..workers.routes import Routes
 from .document import NearState, NearVerdict
@@ -51,18 +51,21 @@ def _of_cache(core: Core, cached: Cached[Any, Any], key: str) -> dict[str, Any]:
         "ttl_ms": path.policy.ttl_ms,
         "stale_ms": path.policy.stale_ms,
         "on_disconnected": path.policy.on_disconnected,
-        "declared_tags": _declared_tags(cached, key),
+        "loader": path.loads.source.breaker.state,
+        "declared_tags": _declared_tags(core, cached, key),
         "reserved": path.near.reserved(key),
         "loading": key in path.flights,
         **found,
     }
 
 
-def _declared_tags(cached: Cached[Any, Any], key: str) -> tuple[str, ...]:
+def _declared_tags(core: Core, cached: Cached[Any, Any], key: str) -> tuple[str, ...]:
+    """Those of its own, and of what it depends on."""
     try:
-        return tuple(cached.tags_of_key(key)[:_TAGS_MAX])
+        tags, keys = cached.labels_of(key)
     except InvalidKey:
         return ()  # it fits the template, and no call makes it
+    return tuple([*tags, *core.behind(keys)][:_TAGS_MAX])
 
 
 def _of_entry(core: Core, entry: NearEntry) -> dict[str, Any]:

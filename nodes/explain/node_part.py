@@ -12,7 +12,7 @@ from ...coordinator.backend import Backend
 from ...schemas.errors import Backpressure
 from ...schemas.keys import check_key
 from ...schemas.settings import CacheDefaults
-from ..cache.loads import Core
+from ..cache.core import Core
 from ..workers.routes import Routes
 from .answers import Answers
 from .collect import explain

@@ -4,12 +4,12 @@ J1  The verdict on an entry is the one of ``cache.policy.decide``; here it has r
 J2  A tag's value is ``<version>`` or ``<version> <hard version>``: an entry that captured less than
     the hard version is invalid, one that captured less than the version is stale. A tag without
     a value gets a new one when it is asked for, so its entries are invalid.
-J3  A change of a key concerns whatever carries a tag named after it: a dependency is such a tag.
+J3  A write or drop of a key concerns whatever carries a tag named after it: a dependency.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import assert_never
 
 from ...coordinator.link import Reply
@@ -85,6 +85,7 @@ def entry_state(
         age_ms=max(0, now_ms - entry.version // 1000) if entry.version else None,
         fresh_ms=_left(entry.soft_at_ms, now_ms),
         left_ms=_left(entry.hard_at_ms, now_ms),
+        error_ms=entry.meta.error_ms,
         kept_ms=kept_ms if kept_ms >= 0 else None,
         soft_dropped=entry.soft_at_ms == 0,
         size=size,
@@ -110,6 +111,8 @@ def _verdict(entry: Entry, now_ms: int, tags: Sequence[TagState]) -> EntryVerdic
         return "outdated"
     if now_ms >= entry.hard_at_ms:
         return "expired"
+    if entry.meta.error_ms and now_ms >= entry.hard_at_ms - entry.meta.error_ms:
+        return "kept"
     return "stale" if now_ms >= entry.soft_at_ms or "stale" in states else "fresh"
 
 
@@ -136,8 +139,7 @@ def notice_line(
     notice = read_notice(fields.get(b"n", b""))
     if notice is None:
         return None
-    kind, about = _said(notice)
-    meant = {"bumped": {*tags}, "extended": {key}}.get(kind, {key, *tags})
+    kind, about, meant = _said(notice, key, tags)
     concerned = tuple(each for each in about if each in meant)
     raw_version = fields.get(b"v", b"")
     if not concerned or not raw_version.isdigit():
@@ -155,15 +157,18 @@ def notice_line(
     )
 
 
-def _said(notice: Notice) -> tuple[NoticeKind, tuple[str, ...]]:
+def _said(
+    notice: Notice, key: str, tags: Sequence[str]
+) -> tuple[NoticeKind, tuple[str, ...], Collection[str]]:
+    """What a notice is about, and what of that would be meant."""
     match notice:
-        case Changed(key=key):
-            return "changed", (key,)
-        case Extended(key=key):
-            return "extended", (key,)
-        case Dropped(keys=keys):
-            return "dropped", keys
-        case Bumped(tags=tags):
-            return "bumped", tags
+        case Changed(key=changed, outdates=outdates):
+            return "changed", (changed,), (key, *tags) if outdates else (key,)
+        case Extended(key=extended):
+            return "extended", (extended,), (key,)
+        case Dropped(keys=dropped):
+            return "dropped", dropped, (key, *tags)
+        case Bumped(tags=bumped):
+            return "bumped", bumped, tags
         case _:
             assert_never(notice)

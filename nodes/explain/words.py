@@ -34,6 +34,7 @@ _SHARED = {
     "fresh": "would be served fresh from the shared tier",
     "stale": "would be served stale from the shared tier, and refreshed",
     "absent": "would be loaded: the shared tier has no entry",
+    "kept": "would be loaded: the entry in the shared tier is only kept in case that fails",
     "unreadable": "would be loaded: the entry in the shared tier cannot be read",
     "expired": "would be loaded: the entry in the shared tier is past its lifetime",
     "outdated": "would be loaded: a tag outdates the entry in the shared tier",
@@ -146,6 +147,8 @@ def _lifetimes(entry: EntryState) -> str:
     else:
         fresh = _until(entry.fresh_ms, "fresh for {}", "stale since {} ago", "fresh for ever")
     gone = _until(entry.left_ms, "served for {} at most", "gone since {} ago", "served for ever")
+    if entry.error_ms:
+        gone += f" (the last {span(entry.error_ms)} only if the loader fails)"
     kept = "for ever" if entry.kept_ms is None else f"for {span(entry.kept_ms)}"
     return f"{fresh}, {gone}, kept by the server {kept}"
 
@@ -224,6 +227,8 @@ def _node(node: NearState, cache_version: int) -> Iterator[str]:
     if not node.connected or node.breaker != "closed":
         state = "the breaker is " + node.breaker if node.connected else "it is not connected"
         yield f"{state}: its policy is {node.on_disconnected or 'not needed'}"
+    if node.loader != "closed":
+        yield f"its loader fails: the breaker is {node.loader}"
     if node.cache_version != cache_version:
         yield f"reads entries of cache version {node.cache_version}, not {cache_version}"
 

@@ -69,6 +69,26 @@ async def test_items_are_arguments_or_tuples_of_them(make_node: MakeNode, source
     assert sorted(seen) == [(0, "eu"), (1, "eu"), (2, "eu")]
 
 
+async def test_a_batch_loader_is_called_for_whole_parts(make_node: MakeNode, source: Any) -> None:
+    """M1: one part at a time, and each miss is in one call."""
+    node, calls = make_node(), []
+    product = product_on(node, source)
+
+    @product.batch
+    async def products(ids: list[int]) -> dict[int, int]:
+        calls.append(sorted(ids))
+        return {each: each for each in ids}
+
+    async with node:
+        first = await product.warm(range(TOGETHER * 2))
+        again = await product.warm((n,) for n in range(TOGETHER))
+
+    assert counts(first) == (TOGETHER * 2, TOGETHER * 2, 0, 0)
+    assert calls == [list(range(TOGETHER)), list(range(TOGETHER, TOGETHER * 2))]
+    assert counts(again) == (TOGETHER, 0, TOGETHER, 0)
+    assert source.asked == []
+
+
 async def test_failures_are_counted_and_the_first_are_kept(
     make_node: MakeNode, source: Any
 ) -> None:

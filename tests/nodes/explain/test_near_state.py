@@ -26,7 +26,7 @@ def kept(
     clock: Any = SimpleNamespace(monotonic=lambda: NOW)
     near = NearCache(follower, entries_max=9, bytes_max=9_999, clock=clock)
     state = TagState("catalog", 0)
-    state.version = 5
+    state.version = state.hard = 5
     entry = NearEntry(
         "a",
         1,

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay.nodes.cache.policy import Load, Serve, ServeStale, decide
+from forebay.nodes.cache.tags import Standing
 from forebay.nodes.explain.document import TAGS_SHOWN_MAX, LeaseState
 from forebay.nodes.explain.shared_state import (
     entry_state,
@@ -38,17 +39,25 @@ def entry(**changed: object) -> Entry:
 
 
 @pytest.mark.parametrize(
-    "soft_ms,hard_ms,pending,doomed,holds",
-    list(product((-1, 0, 1), (-1, 0, 1), (0, 7), (False, True), (False, True))),
+    "soft_ms,hard_ms,error_ms,pending,doomed,tag",
+    list(
+        product(
+            (-1, 0, 1), (-1, 0, 1), (0, 1), (0, 7), (False, True), ("fresh", "stale", "invalid")
+        )
+    ),
 )
 def test_verdict_is_that_of_the_read_path(
-    soft_ms: int, hard_ms: int, pending: int, doomed: bool, holds: bool
+    soft_ms: int, hard_ms: int, error_ms: int, pending: int, doomed: bool, tag: Standing
 ) -> None:
     """J1: whatever ``decide`` does with an entry, the words say the same."""
     found = entry(
-        soft_at_ms=NOW_MS + soft_ms, hard_at_ms=NOW_MS + hard_ms, pending=pending, doomed=doomed
+        soft_at_ms=NOW_MS + soft_ms,
+        hard_at_ms=NOW_MS + hard_ms,
+        pending=pending,
+        doomed=doomed,
+        meta=EntryMeta(error_ms=error_ms),
     )
-    tags = [tag_state("t", 5, b"5" if holds else b"6")]
+    tags = [tag_state("t", 5, {"fresh": b"5", "stale": b"6 5", "invalid": b"6"}[tag])]
     told = entry_state(found, size=1, now_ms=NOW_MS, kept_ms=-1, tags=tags).state
     kind = {
         "fresh": Serve,
@@ -56,9 +65,12 @@ def test_verdict_is_that_of_the_read_path(
         "doomed": Load,
         "outdated": Load,
         "expired": Load,
+        "kept": Load,
     }[told]
 
-    assert isinstance(decide(found, now_ms=NOW_MS, tags_hold=holds), kind)
+    decision = decide(found, now_ms=NOW_MS, tags=tag)
+    assert isinstance(decision, kind)
+    assert (told == "kept") is (isinstance(decision, Load) and decision.fallback is not None)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +137,8 @@ def test_lease_of_each_kind() -> None:
         (Extended("a", 1, 2, 3), "extended", ("a",)),
         (Bumped(("x", "t2", "t1")), "bumped", ("t2", "t1")),
         (Changed("b"), None, ()),
+        (Changed("t1"), None, ()),
+        (Changed("t1", outdates=True), "changed", ("t1",)),
         (Bumped(("a",)), None, ()),
         (Dropped(("b", "t1")), "dropped", ("t1",)),
         (Extended("t1", 1, 2, 3), None, ()),
