@@ -18,6 +18,8 @@ Values themselves are decoded by the cache that knows their type.
 
 from __future__ import annotations
 
+import functools
+import threading
 import zlib
 from typing import Literal, cast
 
@@ -41,11 +43,14 @@ MAGIC = b"\xfbE1"
 FOREVER_MS = 9_999_999_999_999
 _HEADER = 66
 _BEYOND = 10**17  #: more than 16 digits can say
+_ZSTD_WINDOW_MAX = 1 << 26  #: more than any value may have
 _JSON_STARTS = b'{["-0123456789tfn \t\r\n'
 _UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError)
 
 Kind = Literal["v", "n"]  # a value; a negative entry: known absence
-Codec = Literal["m", "z", "s", "j"]  # msgpack; zlib of it; zstd of it; JSON (older forms)
+Codec = Literal[
+    "m", "z", "s", "j"
+]  # msgpack; zlib of it; zstd of it (one frame); JSON (older forms)
 
 
 class EntryMeta(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -177,25 +182,58 @@ def decompressed(entry: Entry, *, bytes_max: int) -> bytes:
         return _unzstd(entry.payload, bytes_max)
     stream = zlib.decompressobj()
     try:
-        plain = stream.decompress(entry.payload, bytes_max)
+        plain = stream.decompress(entry.payload, bytes_max + 1)
     except zlib.error as error:
         raise InvalidEntry("bad_value", "zlib") from error
-    if stream.unconsumed_tail:
-        raise InvalidEntry("oversized", f"over {bytes_max} bytes when decompressed")
+    if len(plain) > bytes_max:
+        raise _bomb(bytes_max)
     if not stream.eof or stream.unused_data:
         raise InvalidEntry("bad_value", "the compressed value is cut off or followed by garbage")
     return plain
 
 
+def _bomb(bytes_max: int) -> InvalidEntry:
+    return InvalidEntry("oversized", f"over {bytes_max} bytes when decompressed")
+
+
+class _Zstd(threading.local):
+    """One context for each thread: making one costs more than most uses of it."""
+
+    def __init__(self) -> None:
+        import zstandard
+
+        self.error: type[Exception] = zstandard.ZstdError
+        self.size_of = zstandard.frame_content_size
+        self.context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_MAX)
+
+
+@functools.cache
+def _zstd() -> _Zstd:
+    return _Zstd()
+
+
 def _unzstd(payload: bytes, bytes_max: int) -> bytes:
     try:
-        import zstandard
+        zstd = _zstd()
     except ImportError:
         raise InvalidEntry("bad_codec", "zstd; install forebay[zstd]") from None
     try:
-        size = zstandard.frame_content_size(payload)
-        if not 0 <= size <= bytes_max:
+        size = zstd.size_of(payload)  # -1: whoever wrote it did not know
+        if size > bytes_max:
             raise InvalidEntry("oversized", f"{size} bytes announced, {bytes_max} are allowed")
-        return zstandard.ZstdDecompressor().decompress(payload, max_output_size=bytes_max)
-    except zstandard.ZstdError as error:
+        plain: bytes = zstd.context.decompress(
+            payload, max_output_size=bytes_max, allow_extra_data=False
+        )
+    except zstd.error as error:
+        if _is_longer(zstd, payload, bytes_max):
+            raise _bomb(bytes_max) from None
         raise InvalidEntry("bad_value", "zstd") from error
+    return plain
+
+
+def _is_longer(zstd: _Zstd, payload: bytes, bytes_max: int) -> bool:
+    """Too large, and not cut off or damaged before that: the error is the same for all."""
+    try:
+        return len(zstd.context.stream_reader(payload).read(bytes_max + 1)) > bytes_max
+    except zstd.error:
+        return False

@@ -45,7 +45,14 @@ EventFault = Literal[
     "server_refused",
 ]
 EntryFault = Literal[
-    "too_short", "bad_magic", "newer_format", "bad_header", "bad_codec", "oversized", "bad_value"
+    "too_short",
+    "bad_magic",
+    "newer_format",
+    "bad_header",
+    "bad_codec",
+    "oversized",
+    "bad_value",
+    "wrong_type",
 ]
 
 
@@ -179,7 +186,10 @@ class NewerSchema(ForebayError):
 
 
 class InvalidEntry(ForebayError):
-    """Raised for stored bytes that are no readable entry; the reader counts a miss."""
+    """Raised for stored bytes that are no readable entry; the reader counts a miss.
+
+    And for a value that cannot be stored, before it is.
+    """
 
     def __init__(self, fault: EntryFault, problem: str = "") -> None:
         super().__init__(f"{fault}: {problem}" if problem else fault)

@@ -244,6 +244,7 @@ class Cached(Generic[P, T]):
             self.value_type,
             bytes_max=defaults.value_bytes_max,
             compress_over_bytes=defaults.compress_over_bytes,
+            compression=defaults.compression,
         )
         loads = LoadPath(core, self.name, self.policy(defaults), codec, near)
         self._path = ReadPath(core, loads, limits=limits, staleness_ms=defaults.max_staleness_ms)
