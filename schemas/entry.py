@@ -188,8 +188,12 @@ def decompressed(entry: Entry, *, bytes_max: int) -> bytes:
     if len(plain) > bytes_max:
         raise _bomb(bytes_max)
     if not stream.eof or stream.unused_data:
-        raise InvalidEntry("bad_value", "the compressed value is cut off or followed by garbage")
+        raise _not_whole()
     return plain
+
+
+def _not_whole() -> InvalidEntry:
+    return InvalidEntry("bad_value", "the compressed value is cut off or followed by garbage")
 
 
 def _bomb(bytes_max: int) -> InvalidEntry:
@@ -218,22 +222,23 @@ def _unzstd(payload: bytes, bytes_max: int) -> bytes:
     except ImportError:
         raise InvalidEntry("bad_codec", "zstd; install forebay[zstd]") from None
     try:
-        size = zstd.size_of(payload)  # -1: whoever wrote it did not know
+        size = zstd.size_of(payload)
         if size > bytes_max:
             raise InvalidEntry("oversized", f"{size} bytes announced, {bytes_max} are allowed")
-        plain: bytes = zstd.context.decompress(
-            payload, max_output_size=bytes_max, allow_extra_data=False
-        )
+        if size < 0:  # whoever wrote it did not know
+            return _unzstd_unsized(zstd, payload, bytes_max)
+        plain: bytes = zstd.context.decompress(payload, allow_extra_data=False)
     except zstd.error as error:
-        if _is_longer(zstd, payload, bytes_max):
-            raise _bomb(bytes_max) from None
         raise InvalidEntry("bad_value", "zstd") from error
     return plain
 
 
-def _is_longer(zstd: _Zstd, payload: bytes, bytes_max: int) -> bool:
-    """Too large, and not cut off or damaged before that: the error is the same for all."""
-    try:
-        return len(zstd.context.stream_reader(payload).read(bytes_max + 1)) > bytes_max
-    except zstd.error:
-        return False
+def _unzstd_unsized(zstd: _Zstd, payload: bytes, bytes_max: int) -> bytes:
+    """Twice: the first way has a limit but does not see the end, the second the reverse."""
+    if len(zstd.context.stream_reader(payload).read(bytes_max + 1)) > bytes_max:
+        raise _bomb(bytes_max)
+    stream = zstd.context.decompressobj()
+    plain: bytes = stream.decompress(payload)
+    if not stream.eof or stream.unused_data:
+        raise _not_whole()
+    return plain

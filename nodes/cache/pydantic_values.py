@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -58,10 +59,11 @@ class PydanticForm:
         _check_unmixed(of)
         adapter = pydantic.TypeAdapter(of)
         _check_comes_back(of)  # after the adapter has resolved what names were left open
+        self.published = PublishedForm(adapter.validate_json, pydantic.ValidationError)
+        self._invalid = pydantic.ValidationError
         self._dump = adapter.dump_python
         self._validate = adapter.validate_json
         self._to_json = pydantic_core.to_json
-        self._invalid = pydantic.ValidationError
         self._pack = msgspec.msgpack.Encoder().encode
         self._unpack = msgspec.msgpack.Decoder().decode
 
@@ -94,8 +96,16 @@ class PydanticForm:
         except self._invalid as error:
             raise msgspec.ValidationError(_first(error)) from None
 
-    def decode_json(self, raw: bytes) -> Any:
-        """The value of published JSON, by its aliases; raises as ``decode``."""
+
+class PublishedForm:
+    """Decodes the JSON that others publish, by its aliases."""
+
+    def __init__(self, validate: Callable[[bytes], Any], invalid: type[ValidationError]) -> None:
+        self._validate = validate
+        self._invalid = invalid
+
+    def decode(self, raw: bytes) -> Any:
+        """As ``PydanticForm.decode``."""
         try:
             return self._validate(raw)
         except self._invalid as error:
