@@ -20,7 +20,6 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
-    is_typeddict,
 )
 
 from msgspec import Struct
@@ -68,7 +67,7 @@ def classes_of(of: Any) -> tuple[type, ...]:
     if origin is Literal:
         return tuple({type(arg) for arg in args})
     kind = origin or (NoneType if of is None else of)
-    if is_typeddict(kind):
+    if _is_typed_dict(kind):
         return (dict,)
     if kind is float:
         return (float, int)
@@ -102,6 +101,11 @@ def _bare(of: Any) -> Any:
             return of
 
 
+def _is_typed_dict(kind: Any) -> bool:
+    """Also those of typing_extensions, which ``typing.is_typeddict`` does not know."""
+    return isinstance(kind, type) and issubclass(kind, dict) and hasattr(kind, "__required_keys__")
+
+
 def _is_plain_class(kind: Any) -> bool:
     """One whose instances are its values: no protocol, no stand-in of pydantic's for a str."""
     if not isinstance(kind, type) or kind in (Any, object) or getattr(kind, "_is_protocol", False):
@@ -118,7 +122,7 @@ def _fields(kind: Any) -> Iterable[Any]:
     if not isinstance(kind, type) or not (
         is_struct(kind)
         or dataclasses.is_dataclass(kind)
-        or is_typeddict(kind)
+        or _is_typed_dict(kind)
         or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
     ):
         return []

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 import pydantic
@@ -27,6 +27,7 @@ from pydantic import (
     field_serializer,
     field_validator,
 )
+from typing_extensions import TypedDict
 
 from forebay.nodes.cache.pydantic_values import has_pydantic
 from forebay.nodes.cache.values import PackedCodec, ValueCodec

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from msgspec import Meta, Struct
 from pydantic import AnyUrl, BaseModel, EmailStr
 from typing_extensions import TypeAliasType
+from typing_extensions import TypedDict as BackportedTypedDict
 
 from forebay.nodes.cache.value_types import classes_of, fits, name_of, types_in
 from forebay.nodes.cache.values import ValueCodec
@@ -59,6 +60,10 @@ class Point(NamedTuple):
 
 
 class Options(TypedDict):
+    colour: str
+
+
+class Backported(BackportedTypedDict):
     colour: str
 
 
@@ -98,6 +103,7 @@ def codec_of(of: Any) -> ValueCodec[Any]:
         (Row, Row(1)),
         (Point, Point(1)),
         (Options, {"colour": "red"}),
+        (Backported, {"colour": "red"}),
         (Colour, Colour.RED),
         (int, 1),
         (int, Level.LOW),
