@@ -19,9 +19,8 @@ Values themselves are decoded by the cache that knows their type.
 from __future__ import annotations
 
 import functools
-import threading
 import zlib
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import msgspec
 from msgspec import Struct
@@ -200,20 +199,25 @@ def _bomb(bytes_max: int) -> InvalidEntry:
     return InvalidEntry("oversized", f"over {bytes_max} bytes when decompressed")
 
 
-class _Zstd(threading.local):
-    """One context for each thread: making one costs more than most uses of it."""
+class _Zstd:
+    """What is used of zstandard. Contexts cost more to make than to use: idle ones are kept."""
 
     def __init__(self) -> None:
         import zstandard
 
         self.error: type[Exception] = zstandard.ZstdError
         self.size_of = zstandard.frame_content_size
-        self.context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_MAX)
+        self._new = functools.partial(zstandard.ZstdDecompressor, max_window_size=_ZSTD_WINDOW_MAX)
+        self.idle: list[Any] = []  # not more than threads have used at a time
+
+    def context(self) -> Any:
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return self._new()
 
 
-@functools.cache
-def _zstd() -> _Zstd:
-    return _Zstd()
+_zstd = functools.cache(_Zstd)
 
 
 def _unzstd(payload: bytes, bytes_max: int) -> bytes:
@@ -225,19 +229,21 @@ def _unzstd(payload: bytes, bytes_max: int) -> bytes:
         size = zstd.size_of(payload)
         if size > bytes_max:
             raise InvalidEntry("oversized", f"{size} bytes announced, {bytes_max} are allowed")
+        context = zstd.context()
         if size < 0:  # whoever wrote it did not know
-            return _unzstd_unsized(zstd, payload, bytes_max)
-        plain: bytes = zstd.context.decompress(payload, allow_extra_data=False)
+            return _unzstd_unsized(context, payload, bytes_max)
+        plain: bytes = context.decompress(payload, allow_extra_data=False)
     except zstd.error as error:
         raise InvalidEntry("bad_value", "zstd") from error
+    zstd.idle.append(context)
     return plain
 
 
-def _unzstd_unsized(zstd: _Zstd, payload: bytes, bytes_max: int) -> bytes:
+def _unzstd_unsized(context: Any, payload: bytes, bytes_max: int) -> bytes:
     """Twice: the first way has a limit but does not see the end, the second the reverse."""
-    if len(zstd.context.stream_reader(payload).read(bytes_max + 1)) > bytes_max:
+    if len(context.stream_reader(payload).read(bytes_max + 1)) > bytes_max:
         raise _bomb(bytes_max)
-    stream = zstd.context.decompressobj()
+    stream = context.decompressobj()
     plain: bytes = stream.decompress(payload)
     if not stream.eof or stream.unused_data:
         raise _not_whole()

@@ -240,12 +240,7 @@ class Cached(Generic[P, T]):
             bytes_max=defaults.near_bytes_max,
             clock=core.clock,
         )
-        codec: ValueCodec[T] = ValueCodec(
-            self.value_type,
-            bytes_max=defaults.value_bytes_max,
-            compress_over_bytes=defaults.compress_over_bytes,
-            compression=defaults.compression,
-        )
+        codec = ValueCodec[T].from_defaults(self.value_type, defaults)
         loads = LoadPath(core, self.name, self.policy(defaults), codec, near)
         self._path = ReadPath(core, loads, limits=limits, staleness_ms=defaults.max_staleness_ms)
         self._near_get = near.get

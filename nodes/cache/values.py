@@ -11,13 +11,13 @@ V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import msgspec
 
 from ...schemas.entry import Codec, Entry, EntryMeta, decompressed, make_tail
 from ...schemas.errors import ConfigError, InvalidEntry
-from ...schemas.settings import Compression
+from ...schemas.settings import CacheDefaults, Compression
 from .compression import compressor
 from .pydantic_values import PydanticForm, has_pydantic
 from .value_types import classes_of, fits, name_of, refused
@@ -55,6 +55,16 @@ class ValueCodec(Generic[T]):
         except Exception as error:  # unions that cannot be told apart, names not resolved, ...
             problem = " ".join(str(error).split())
             raise refused(of, problem, "declare a type that can be decoded") from error
+
+    @classmethod
+    def from_defaults(cls, of: Any, defaults: CacheDefaults) -> Self:
+        """As the settings say; raises ConfigError."""
+        return cls(
+            of,
+            bytes_max=defaults.value_bytes_max,
+            compress_over_bytes=defaults.compress_over_bytes,
+            compression=defaults.compression,
+        )
 
     @property
     def bytes_max(self) -> int:

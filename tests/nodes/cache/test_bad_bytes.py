@@ -6,9 +6,8 @@ import pickle
 import tracemalloc
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 import msgspec
 import pytest
@@ -68,6 +67,16 @@ def value_of(codec: Any, raw: bytes) -> Any:
     return codec.value(read_entry(raw, bytes_max=LIMIT))
 
 
+def is_value_or_refused(codec: Any, raw: bytes, of: Any) -> bool:
+    try:
+        found = value_of(codec, raw)
+    except InvalidEntry:
+        return True
+    if isinstance(codec, PackedCodec) and found is not None:
+        found = codec.own(found)
+    return found is None or of is Any or isinstance(found, get_origin(of) or of)
+
+
 def fault_of(codec: Any, raw: bytes) -> str:
     with pytest.raises(InvalidEntry) as caught:
         value_of(codec, raw)
@@ -104,10 +113,7 @@ def test_a_damaged_byte_is_a_value_or_refused(of, kind, compression, at, byte) -
     raw = bytearray(envelope(of, compression))
     raw[at % len(raw)] = byte
     codec = codec_of(of, kind)
-    with suppress(InvalidEntry):
-        found = value_of(codec, bytes(raw))
-        if kind is PackedCodec and found is not None:
-            codec.own(found)
+    assert is_value_or_refused(codec, bytes(raw), of)
 
 
 @types
@@ -118,8 +124,7 @@ def test_a_damaged_byte_is_a_value_or_refused(of, kind, compression, at, byte) -
 )]))  # fmt: skip
 def test_any_bytes_are_a_value_or_refused(of, kind, garbage: bytes, prefix: bytes) -> None:
     """V1: no other exception, for no type."""
-    with suppress(InvalidEntry):
-        value_of(codec_of(of, kind), prefix + garbage)
+    assert is_value_or_refused(codec_of(of, kind), prefix + garbage, of)
 
 
 @types
