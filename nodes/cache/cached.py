@@ -268,12 +268,8 @@ class Cached(Generic[P, T]):
     def bind(self, core: Core, defaults: CacheDefaults, limits: Limits) -> ReadPath[T]:
         """Called by the node when it starts."""
         policy = self.policy(defaults)
-        near = NearCache(
-            core.follower,
-            entries_max=defaults.near_entries_max,
-            bytes_max=defaults.near_bytes_max,
-            clock=core.clock,
-        )
+        slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
+        near = NearCache.from_defaults(core.follower, defaults, slack_s=slack_s, clock=core.clock)
         self._copies = Copies(self.value_type, defaults, mutable=self.declared.mutable)
         self._own = self._copies.own if self.declared.mutable else None
         codec = self._copies.codec
