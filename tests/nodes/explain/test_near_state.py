@@ -13,6 +13,7 @@ from forebay.coordinator.log import ShardView
 from forebay.nodes.cache.near import NearCache, NearEntry
 from forebay.nodes.cache.tags import TagState
 from forebay.nodes.explain.near_state import judged
+from forebay.schemas.settings import CacheDefaults
 
 NOW = 1_000.0
 
@@ -24,7 +25,7 @@ def kept(
     view = ShardView(0)
     follower: Any = SimpleNamespace(views=(view,), live_until=NOW + live_for)
     clock: Any = SimpleNamespace(monotonic=lambda: NOW)
-    near = NearCache(follower, entries_max=9, bytes_max=9_999, clock=clock)
+    near = NearCache.from_defaults(follower, CacheDefaults(), slack_s=0.0, clock=clock)
     state = TagState("catalog", 0)
     state.version = state.hard = 5
     entry = NearEntry(
