@@ -1,0 +1,65 @@
+"""Asking for refreshes: what is served as stale, or is about to end, is loaded anew by a job.
+
+K1  A key is asked for at most once a second by this node; in the cluster, its fill lease lets
+    one job through.
+K2  Readers never wait for it, and it fails in silence: the next reader asks again.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import structlog
+
+from ...schemas.errors import ForebayError
+from ...schemas.jobs import RefreshJob
+from .core import Core
+
+__all__ = ["Refreshing"]
+
+log = structlog.get_logger(__name__)
+
+_ASK_AGAIN_S = 1.0
+_ASKED_MAX = 1_000
+_REMEMBERED_MAX = 10_000
+
+
+class Refreshing:
+    """For one cache."""
+
+    def __init__(self, core: Core, cache: str, *, lease_ms: int) -> None:
+        self._core = core
+        self._cache = cache
+        self._lease_ms = lease_ms
+        self._not_before: dict[str, float] = {}
+        self._asking = 0
+
+    def __repr__(self) -> str:
+        return f"<Refreshing of {self._cache}, {self._asking} being asked for>"
+
+    def ask(self, key: str, seen: int) -> None:
+        """Have the key loaded again, unless it was since that version."""
+        now = self._core.clock.monotonic()
+        if now < self._not_before.get(key, 0.0):
+            return
+        if self._asking >= _ASKED_MAX:
+            self._core.instruments.counts["refreshes", "shed"] += 1
+            return
+        if len(self._not_before) > _REMEMBERED_MAX:
+            self._not_before.clear()
+        self._not_before[key] = now + _ASK_AGAIN_S
+        with suppress(RuntimeError):  # the task group is closed: another node will refresh
+            self._core.tasks.start_soon(self._publish, key, seen)
+            self._asking += 1
+
+    async def _publish(self, key: str, seen: int) -> None:
+        job = RefreshJob(cache=self._cache, key=key, token=self._core.ids())
+        try:
+            done = await self._core.shared.refresh(job, lease_ms=self._lease_ms, seen=seen)
+        except ForebayError as error:
+            log.debug("refresh.failed", cache=self._cache, key=key, error=str(error))
+            return
+        finally:
+            self._asking -= 1
+        result = {1: "published", 0: "not_needed", -1: "shed"}[done]
+        self._core.instruments.counts["refreshes", result] += 1
