@@ -63,6 +63,8 @@ class Packer(Generic[T]):
             return Packed(None, lifetime_ms, lifetime_ms, self._codec.negative_tail(meta), meta)
         asked_ms = ttl_ms or policy.ttl_ms
         stale_ms = policy.stale_ms if stale_ms is None else stale_ms
+        # stale_if_error counts from the end of ttl, however long the loader lets it be stale.
+        error_ms = max(0, policy.stale_ms + policy.error_ms - stale_ms) if policy.error_ms else 0
         soft_ms = self._jittered(asked_ms)
         payload = self._codec.pack(value)
         meta = EntryMeta(
@@ -70,9 +72,9 @@ class Packer(Generic[T]):
             etag=etag,
             soft_ms=asked_ms,
             stale_ms=stale_ms,
-            error_ms=policy.error_ms,
+            error_ms=error_ms,
         )
-        hard_ms = soft_ms + stale_ms + policy.error_ms
+        hard_ms = soft_ms + stale_ms + error_ms
         return Packed(payload, soft_ms, hard_ms, self._codec.tail(payload, meta), meta)
 
     def same(self, packed: Packed, previous: Entry | None) -> bool:

@@ -490,7 +490,9 @@ async def test_an_error_invalidates_nothing(node, source, valkey_server) -> None
         await node.row.do_refresh(job)
     assert stored(node, valkey_server, "row:1") == raw
     assert (await node.row.get_with_info(1)).tier == "near"
-    assert leased(node, valkey_server, "row:1") is None
+    assert leased(node, valkey_server, "row:1") == b"!", "no token: its source is left alone"
+    name = node.parts.names.lease("row:1")
+    assert 0 < valkey_server.execute("PTTL", name) <= node.settings.cache.throttle_ms
 
 
 async def test_a_loader_that_takes_longer_than_its_lease_is_stopped(
@@ -777,4 +779,6 @@ async def test_nothing_is_left_of_reads_that_ended(node, source) -> None:
     assert not path.flights._flights
     assert path.flights.waiting == 0
     assert len(node.parts.waits) == 0
-    assert not node.parts.shared._asked
+    lookups = node.parts.shared.get.__self__
+    assert not lookups._asked
+    assert not lookups._reading
