@@ -60,13 +60,14 @@ def policy_of(declared: Declaration, defaults: CacheDefaults) -> Policy:
     Raises:
         ConfigError: something cannot be meant so.
     """
+    ttl_ms = lifetime_ms("ttl", declared.ttl)
     stale_ms = lifetime_ms("stale_for", declared.stale_for, zero=True)
     error_ms = lifetime_ms("stale_if_error", declared.stale_if_error, zero=True)
     negative = declared.negative_ttl
     if negative is None:
         negative = min(declared.ttl, _NEGATIVE_S_MAX)
     return Policy(
-        ttl_ms=lifetime_ms("ttl", declared.ttl),
+        ttl_ms=ttl_ms,
         stale_ms=stale_ms,
         error_ms=max(0, error_ms - stale_ms),
         negative_ms=lifetime_ms("negative_ttl", negative, zero=True),
