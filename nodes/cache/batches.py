@@ -9,7 +9,8 @@ G1  Loads that begin in one tick of the loop share a call; those of one bulk rea
 G2  What the loader does not return is absent; an exception as a value fails that key alone. What
     it raises fails all keys of the call, each with an exception object of its own.
 G3  A call is for at most ``batch_max`` keys, and lasts no longer than ``limit_s``.
-G4  Cancelling one load leaves the call to the others; the call is made in the node's tasks.
+G4  Cancelling one load leaves the call to the others; the call is made in the node's tasks,
+    which a loader that is cancelled from inside does not end.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from anyio.abc import TaskGroup
 
 from ...schemas.errors import LoaderError, Unavailable
 from .failures import own_copy
+from .loading import under_way
 
 __all__ = ["BatchLoader", "Batches", "Group"]
 
@@ -125,7 +127,7 @@ class Batches:
 
     async def _call(self, asked: Sequence[_Asked]) -> None:
         try:
-            with anyio.move_on_after(self._limit_s) as scope:
+            with under_way(None), anyio.move_on_after(self._limit_s) as scope:
                 found = await self._loader([item for item, _ in asked])
                 self._share_out(asked, found)
             if scope.cancelled_caught:
@@ -133,6 +135,13 @@ class Batches:
                 self._fail(asked, LoaderError(self._cache, "", problem))
         except Exception as error:
             self._fail(asked, error)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                self._fail(asked, Unavailable("the node is stopping"))
+                raise
+            # Nobody cancelled us: it waited for something that was cancelled.
+            self._fail(asked, LoaderError(self._cache, "", "it was cancelled from inside"))
         except BaseException:
             self._fail(asked, Unavailable("the node is stopping"))
             raise

@@ -13,7 +13,8 @@
 A1  What it says holds for this load only. Lifetimes are checked like those of a declaration.
 A2  Tags and dependencies named here are captured after the loader has run: what was loaded is
     not stored if one of them was invalidated since the load began.
-A3  ``not_modified`` lets the entry live on as it is; where there is none, it is an error.
+A3  ``not_modified`` lets the entry live on as it is, with its tags and etag; where there is
+    none, it is an error. Otherwise the etag of the old value is not that of the new one.
 """
 
 from __future__ import annotations
@@ -57,9 +58,10 @@ class Loading:
         self.ttl_ms: int | None = None
         self.stale_ms: int | None = None
         self.stored = True
-        self.new_etag: str | None = None
+        self.new_etag: str | None = None  #: of what is loaded
         self.tags: list[str] = []
         self.dependencies: list[str] = []
+        self.kept: list[str] = []  #: tags of what was not modified
         self._previous = previous
         self._value_of = value_of
 
@@ -93,8 +95,9 @@ class Loading:
             self.ttl_ms = lifetime_ms("ttl", ttl)
         if stale_for is not None:
             self.stale_ms = lifetime_ms("stale_for", stale_for, zero=True)
-        self.new_etag = etag
-        self.stored = store
+        if etag is not None:
+            self.new_etag = etag
+        self.stored = self.stored and store
 
     def tag(self, *tags: str) -> None:
         """Have the value carry these tags too.
@@ -121,6 +124,9 @@ class Loading:
         if self._previous is None or self._previous.negative:
             problem = "it says that nothing was modified, but there is nothing"
             raise LoaderError(self.cache, self.key, problem)
+        if self.new_etag is None:
+            self.new_etag = self.etag
+        self.kept = list(self._previous.meta.tags)
         return NOT_MODIFIED
 
     def _checked(self, name: str, given: tuple[str, ...]) -> list[str]:

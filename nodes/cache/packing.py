@@ -78,8 +78,12 @@ class Packer(Generic[T]):
         return Packed(payload, soft_ms, hard_ms, self._codec.tail(payload, meta), meta)
 
     def same(self, packed: Packed, previous: Entry | None) -> bool:
-        """Whether the previous entry holds these very bytes already."""
+        """Whether the previous entry holds these very bytes already, under no fewer tags: the
+        copies of nodes, which live on with it, are followed by its tags.
+        """
         if previous is None or previous.negative or not previous.version or packed.payload is None:
+            return False
+        if packed.meta.tags.keys() - previous.meta.tags.keys():
             return False
         try:
             stored = decompressed(previous, bytes_max=self._codec.bytes_max)

@@ -78,12 +78,14 @@ class Source:
         except Exception as error:
             self._failed(key, error)
             raise
+        self._failed_key = ""
         self.breaker.succeeded()
         return value
 
     def heard(self, *, failing: bool) -> None:
         """Another node told how the source is."""
         if not failing:
+            self._failed_key = ""
             self.breaker.reset()
         elif self.breaker.closed:
             self.breaker.trip()
@@ -100,10 +102,10 @@ class Source:
         except BaseException:
             self.breaker.abandoned()
             raise
-        if not ours:
-            self.breaker.failed()  # another node finds out
-            raise SourceFailing(self.cache, key, self.breaker.retry_after_ms)
-        return True
+        if ours or self.breaker.closed:  # another node found out meanwhile
+            return ours
+        self.breaker.failed()  # another node finds out
+        raise SourceFailing(self.cache, key, self.breaker.retry_after_ms)
 
     async def _probe(self, key: str, load: Callable[[], Awaitable[T]]) -> T:
         try:
