@@ -38,6 +38,7 @@ __all__ = ["ReadPath"]
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+_Asked = tuple[str, Wanted, Reservation]
 _AWAY = -2  #: as ``seen``: Valkey could not be asked
 _POLL_MS = 250
 _ASK_AGAIN_S = 1.0
@@ -103,7 +104,7 @@ class ReadPath(Generic[T]):
         try:
             for key, wanted, reservation in asked:
                 try:
-                    found[key] = await self._look(key, wanted, reservation)
+                    found[key] = await self._look(key, wanted, reservation, beside=asked)
                 except ForebayError as error:
                     found[key] = error
         finally:
@@ -145,11 +146,11 @@ class ReadPath(Generic[T]):
         return self.loads.live or self._core.clock.monotonic() - moment < self._staleness_s
 
     async def _look(
-        self, key: str, wanted: Wanted, reservation: Reservation
+        self, key: str, wanted: Wanted, reservation: Reservation, beside: Sequence[_Asked] = ()
     ) -> Hit[T] | Todo[Hit[T]]:
         """What the shared tier has to serve; or what will not do."""
         try:
-            found = await self._usable(key, await wanted, reservation)
+            found = await self._usable(key, await wanted, reservation, beside)
         except (Unavailable, ServerRefused) as error:
             hit = self._disconnected(key, error)
             return self._todo(_AWAY) if hit is None else hit
@@ -160,7 +161,11 @@ class ReadPath(Generic[T]):
         return found
 
     async def _usable(
-        self, key: str, raw: bytes | None, reservation: Reservation
+        self,
+        key: str,
+        raw: bytes | None,
+        reservation: Reservation,
+        beside: Sequence[_Asked] = (),
     ) -> Hit[T] | Todo[Hit[T]]:
         """A hit, or what will not do."""
         try:
@@ -171,7 +176,7 @@ class ReadPath(Generic[T]):
         decision = decide(
             entry,
             now_ms=self._core.server_clock.now_ms(),
-            tags="fresh" if entry is None or not entry.meta.tags else await self._standing(entry),
+            tags="fresh" if entry is None or not entry.meta.tags else await self._standing(entry, beside),
             refresh_ahead=self.policy.refresh_ahead,
         )
         match decision:
@@ -320,10 +325,12 @@ class ReadPath(Generic[T]):
     def _unreadable(self, error: InvalidEntry) -> None:
         self._core.instruments.counts["cache_decode_errors", self.name, error.fault] += 1
 
-    async def _standing(self, entry: Entry) -> Standing:
+    async def _standing(self, entry: Entry, beside: Sequence[_Asked]) -> Standing:
         embedded, tags, live = entry.meta.tags, self._core.tags, self.loads.live
         if live and (known := tags.stand_as_known(embedded)) is not None:
             return known
+        if live and beside:  # one question for all that came with it
+            return standing(embedded, await tags.versions(_tags_of(beside), trust=True))
         return standing(embedded, await tags.versions(tuple(embedded), trust=live))
 
     def _have_refreshed(self, key: str, version: int) -> None:
@@ -351,3 +358,14 @@ class ReadPath(Generic[T]):
             self._asking -= 1
         result = {1: "published", 0: "not_needed", -1: "shed"}[done]
         self._core.instruments.counts["refreshes", result] += 1
+
+
+def _tags_of(asked: Sequence[_Asked]) -> Sequence[str]:
+    """The tags of all entries that have come and can be read."""
+    tags: dict[str, int] = {}
+    for _, wanted, _ in asked:
+        came = wanted.done() and not wanted.cancelled() and wanted.exception() is None
+        if came and (raw := wanted.result()):
+            with suppress(InvalidEntry):
+                tags |= read_entry(raw, bytes_max=len(raw)).meta.tags
+    return list(tags)

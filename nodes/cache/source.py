@@ -3,7 +3,8 @@
 A circuit breaker, shared by the nodes of a cluster:
 
 O1  After ``failures`` failed loads in a row, of which no two neighbours were of the same key,
-    the source counts as failing; every node is told, and asks it nothing for a while.
+    or of one call of a batch loader, the source counts as failing; every node is told, and
+    asks it nothing for a while.
 O2  While it fails, one load in the whole cluster is let through in each recovery time.
 O3  When that one succeeds, every node is told, and loads go on.
 O4  What says nothing of the source (``harmless`` errors, cancellation) changes nothing.
@@ -56,6 +57,7 @@ class Source:
         self._recovery_ms = recovery_ms
         self._harmless = harmless
         self._failed_key = ""
+        self._failed_call: BaseException | None = None
 
     def __repr__(self) -> str:
         return f"<Source of {self.cache} {self.breaker.state}>"
@@ -78,7 +80,7 @@ class Source:
         except Exception as error:
             self._failed(key, error)
             raise
-        self._failed_key = ""
+        self._failed_key, self._failed_call = "", None
         self.breaker.succeeded()
         return value
 
@@ -136,7 +138,9 @@ class Source:
     def _failed(self, key: str, error: Exception) -> None:
         if isinstance(error, self._harmless) or key == self._failed_key:
             return
-        self._failed_key = key
+        if isinstance(error.__cause__, CallFailed) and error.__cause__ is self._failed_call:
+            return
+        self._failed_key, self._failed_call = key, error.__cause__
         before = self.breaker.closed
         self.breaker.failed()
         if before and not self.breaker.closed:

@@ -291,7 +291,7 @@ async def test_an_invalidation_is_visible_elsewhere_within_the_promise(
 
 @pytest.mark.parametrize("by", ["key", "tag"])
 async def test_what_was_invalidated_while_it_was_loaded_is_not_stored(
-    node, source, valkey_server, by: str
+    node, source, valkey_server, eventually, by: str
 ) -> None:
     """L1: the callers from before get it; later ones do not wait for it, and load anew (R3)."""
     source.hold()
@@ -304,7 +304,7 @@ async def test_what_was_invalidated_while_it_was_loaded_is_not_stored(
         tasks.start_soon(call, "leader")
         await source.began.wait()
         tasks.start_soon(call, "waiter")
-        await anyio.wait_all_tasks_blocked()
+        await eventually(lambda: node.row.path.flights.waiting == 2)
         source.values[1] = {"n": 2}
         if by == "key":
             await node.row.invalidate(1)
