@@ -23,13 +23,14 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ...schemas.errors import LoaderError, Unavailable
-from .failures import own_copy
+from .failures import CallFailed, own_copy
+from .flights import flying, flying_with
 from .loading import under_way
 
 __all__ = ["BatchLoader", "Batches", "Group"]
 
 BatchLoader = Callable[[list[Any]], Awaitable[Mapping[Any, Any]]]
-_Asked = tuple[Any, asyncio.Future[Any]]
+_Asked = tuple[Any, asyncio.Future[Any], tuple[object, ...]]  #: with the loads that wait for it
 
 BATCH_MAX = 1_000
 
@@ -105,7 +106,7 @@ class Batches:
     async def load(self, item: Any, member: Member | None = None) -> Any:
         """The value of one item, from a call for several."""
         loop = asyncio.get_running_loop()
-        asked: _Asked = item, loop.create_future()
+        asked: _Asked = item, loop.create_future(), flying()
         if member is None or not member.ask(asked):
             if not self._tick:
                 loop.call_soon(self._flush_tick)
@@ -127,8 +128,9 @@ class Batches:
 
     async def _call(self, asked: Sequence[_Asked]) -> None:
         try:
-            with under_way(None), anyio.move_on_after(self._limit_s) as scope:
-                found = await self._loader([item for item, _ in asked])
+            above = [flight for _, _, flights in asked for flight in flights]
+            with flying_with(above), under_way(None), anyio.move_on_after(self._limit_s) as scope:
+                found = await self._loader([item for item, _, _ in asked])
                 self._share_out(asked, found)
             if scope.cancelled_caught:
                 problem = "the batch took longer than its lease"
@@ -150,7 +152,7 @@ class Batches:
         if not isinstance(found, Mapping):
             problem = f"the batch loader returned {type(found).__name__}, and no mapping"
             raise LoaderError(self._cache, "", problem)
-        for item, future in asked:
+        for item, future, _ in asked:
             value = found.get(item)
             if future.done():
                 continue
@@ -160,6 +162,9 @@ class Batches:
                 future.set_result(value)
 
     def _fail(self, asked: Sequence[_Asked], error: Exception) -> None:
-        for item, future in asked:
+        call = CallFailed(f"a call for {len(asked)} keys of {self._cache}")
+        for item, future, _ in asked:
             if not future.done():
-                future.set_exception(own_copy(error, self._cache, str(item)))
+                twin = own_copy(error, self._cache, str(item))
+                twin.__cause__ = call
+                future.set_exception(twin)

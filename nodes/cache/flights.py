@@ -17,7 +17,8 @@ F6  A caller waits for a load no longer than its ``patience_s`` allows from when
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
@@ -28,12 +29,27 @@ from ...coordinator.clock import Clock
 from ...schemas.errors import Backpressure, LoaderError, Unavailable
 from .failures import own_copy
 
-__all__ = ["Flights", "Todo"]
+__all__ = ["Flights", "Todo", "flying", "flying_with"]
 
 C = TypeVar("C")
 R = TypeVar("R")
 
 _flying: ContextVar[tuple[object, ...]] = ContextVar("forebay_flying", default=())
+
+
+def flying() -> tuple[object, ...]:
+    """The loads that the code here runs for."""
+    return _flying.get()
+
+
+@contextmanager
+def flying_with(flights: Iterable[object]) -> Iterator[None]:
+    """For a call that several loads share."""
+    token = _flying.set(tuple(dict.fromkeys(flights)))
+    try:
+        yield
+    finally:
+        _flying.reset(token)
 
 
 class Todo(Struct, Generic[R], frozen=True):

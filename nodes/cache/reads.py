@@ -22,7 +22,6 @@ import structlog
 
 from ...schemas.entry import Entry, read_entry, version_of
 from ...schemas.errors import ForebayError, InvalidEntry, ServerRefused, SourceFailing, Unavailable
-from ...schemas.jobs import RefreshJob
 from ...schemas.settings import Limits
 from .core import Core, Hit, Lease, LoadCall
 from .flights import Flights, Todo
@@ -30,6 +29,7 @@ from .loads import LoadPath
 from .lookups import Wanted
 from .near import NearEntry, Reservation
 from .policy import Load, Serve, ServeStale, decide
+from .refreshing import RefreshRequests
 from .shared import Held, Newer, Stamp
 from .tags import Standing, standing
 
@@ -41,8 +41,6 @@ T = TypeVar("T")
 _Asked = tuple[str, Wanted, Reservation]
 _AWAY = -2  #: as ``seen``: Valkey could not be asked
 _POLL_MS = 250
-_ASK_AGAIN_S = 1.0
-_REFRESHES_ASKED_MAX = 1_000
 
 
 class ReadPath(Generic[T]):
@@ -67,8 +65,7 @@ class ReadPath(Generic[T]):
         )
         self._core = core
         self._staleness_s = loads.policy.staleness_ms / 1000
-        self._refreshes: dict[str, float] = {}
-        self._asking = 0
+        self._refreshes = RefreshRequests(core, loads.name, lease_ms=loads.policy.lease_ms)
 
     def __repr__(self) -> str:
         return f"<ReadPath {self.name}: {len(self.near)} near, {len(self.flights)} loads>"
@@ -92,7 +89,7 @@ class ReadPath(Generic[T]):
             Whatever the loader raised.
         """
         if self.policy.refresh_ahead and (entry := self.near.ripe(key)) is not None:
-            self._have_refreshed(key, entry.version)
+            self._refreshes.ask(key, entry.version)
             return self.hit_of(entry)
         found = await self._look(key, self._core.shared.get(key), self.near.reserve(key))
         return await self.load(key, call(), found) if isinstance(found, Todo) else found
@@ -188,7 +185,7 @@ class ReadPath(Generic[T]):
                 hit = self._hit(entry, stale=True)
                 if hit is not None:
                     self.loads.count("shared", "stale")
-                    self._have_refreshed(key, entry.version)
+                    self._refreshes.ask(key, entry.version)
             case _:
                 assert_never(decision)
         return self._todo(entry.version) if hit is None else hit
@@ -200,7 +197,7 @@ class ReadPath(Generic[T]):
             return None
         self.loads.count("shared", "negative" if entry.negative else "hit")
         if decision.refresh:
-            self._have_refreshed(key, entry.version)
+            self._refreshes.ask(key, entry.version)
         if decision.keep and entry.version:
             stamp = Stamp(entry.version, entry.soft_at_ms, entry.hard_at_ms)
             lifetime_ms = 0 if decision.refresh else entry.meta.soft_ms
@@ -332,32 +329,6 @@ class ReadPath(Generic[T]):
         if live and beside:  # one question for all that came with it
             return standing(embedded, await tags.versions(_tags_of(beside), trust=True))
         return standing(embedded, await tags.versions(tuple(embedded), trust=live))
-
-    def _have_refreshed(self, key: str, version: int) -> None:
-        now = self._core.clock.monotonic()
-        if now < self._refreshes.get(key, 0.0):
-            return
-        if self._asking >= _REFRESHES_ASKED_MAX:
-            self._core.instruments.counts["refreshes", "shed"] += 1
-            return
-        if len(self._refreshes) > 10_000:
-            self._refreshes.clear()
-        self._refreshes[key] = now + _ASK_AGAIN_S
-        with suppress(RuntimeError):  # the task group is closed: another node will refresh
-            self._core.tasks.start_soon(self._publish_refresh, key, version)
-            self._asking += 1
-
-    async def _publish_refresh(self, key: str, seen: int) -> None:
-        job = RefreshJob(cache=self.name, key=key, token=self._core.ids())
-        try:
-            done = await self._core.shared.refresh(job, lease_ms=self.policy.lease_ms, seen=seen)
-        except ForebayError as error:
-            log.debug("refresh.failed", cache=self.name, key=key, error=str(error))
-            return
-        finally:
-            self._asking -= 1
-        result = {1: "published", 0: "not_needed", -1: "shed"}[done]
-        self._core.instruments.counts["refreshes", result] += 1
 
 
 def _tags_of(asked: Sequence[_Asked]) -> Sequence[str]:

@@ -27,6 +27,7 @@ from ...coordinator.breaker import Breaker
 from ...coordinator.link import Commands
 from ...schemas.errors import BreakerOpen, ForebayError, SourceFailing
 from ...schemas.keys import Names
+from .failures import CallFailed
 
 __all__ = ["Source"]
 
@@ -87,7 +88,7 @@ class Source:
     def heard(self, *, failing: bool) -> None:
         """Another node told how the source is."""
         if not failing:
-            self._failed_key = ""
+            self._failed_key, self._failed_call = "", None
             self.breaker.reset()
         elif self.breaker.closed:
             self.breaker.trip()
@@ -149,7 +150,7 @@ class Source:
 
     def _recovered(self) -> None:
         self.breaker.succeeded()
-        self._failed_key = ""
+        self._failed_key, self._failed_call = "", None
         log.info("source.recovered", cache=self.cache)
         self._tell("o")
 
