@@ -152,6 +152,10 @@ class LoadPath(Generic[T]):
     def _shown(self, entry: Entry) -> T:
         return self._own(self._decoded(entry))
 
+    def is_depended_on(self, key: str) -> bool:
+        """Whether something that was read here may carry the tag named after this key."""
+        return key in self._core.tags
+
     def _decoded(self, entry: Entry) -> T:
         value: T = self.codec.value(entry)  # type: ignore[assignment]  # None is T's own then
         return value

@@ -34,11 +34,13 @@ class TagVersions(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """What the server said of a tag. ``made``: it had none, and got this version now."""
+    """What the server said of a tag. ``made``: it had none, and got this version now; it says
+    when a key of its shard was last changed, as a version, or 1.
+    """
 
     version: int
     hard: int
-    made: bool = False
+    made: int = 0
 
 
 class TagState:
@@ -145,11 +147,12 @@ class TagTable:
 
         ``since``: the server's clock, in microseconds, before it ran. None if one was bumped
         since then: what was loaded may be from before the bump. ``traced``: those that are
-        only bumped where they exist; one that had to be made may have missed a bump.
+        only bumped where they exist; one that had to be made may have missed the change of a key.
         """
         found = await self._ask([self.state(tag) for tag in tags])
         for tag, each in found.items():
-            if each.version > since and (not each.made or tag in traced):
+            bumped = each.version if not each.made else each.made if tag in traced else 0
+            if bumped > since:
                 return None
         return {tag: each.version for tag, each in found.items()}
 
