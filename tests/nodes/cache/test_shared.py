@@ -208,6 +208,7 @@ async def test_an_unchanged_value_lives_on(tier: SharedTier, link: Link, names: 
     logged = await link.call("XREVRANGE", names.part(names.shard("k"), "log"), "+", "-")
     assert read_notice(logged[0][1][3]) == Extended("k", stamp.version, 90_000, 95_000)
 
+
 async def test_versions_grow_and_lifetimes_are_the_servers(tier: SharedTier, link: Link) -> None:
     """S3: whatever way a value is stored."""
     stamps = [await tier.put("k", **LIFETIME) for _ in range(3)]
@@ -305,6 +306,7 @@ async def test_what_depends_on_a_key_is_outdated_with_it(tier: SharedTier, soft:
     assert (await tier.capture(["k"]))["k"] == Captured(stamp.version, stamp.version)
     await tier.put("other", **LIFETIME)
     assert (await tier.capture(["other"]))["other"].made
+
 
 async def test_a_full_stream_refuses_a_write_and_changes_nothing(link: Link, names: Names) -> None:
     """Backpressure, with how full it is before."""
