@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 from ..schemas.errors import ConfigError, InvalidKey
 from ..schemas.settings import LEASE_MS_MAX, CacheDefaults
 from .cache.cached import Cached
-from .cache.declaration import Declaration, policy_of
+from .cache.declaration import Declaration, exceptions, policy_of
 from .cache.policy import OnDisconnected
 from .hooks import Hook
 from .sinks.base import Sink, Write
@@ -94,7 +94,7 @@ class Declarations:
             depends_on=tuple(depends_on),
             max_staleness=max_staleness,
             on_disconnected=on_disconnected,
-            harmless=tuple(harmless),
+            harmless=exceptions("harmless", harmless),
             mutable=mutable,
             name=name,
         )

@@ -162,6 +162,15 @@ class Desk:
         args: list[Arg] = [*self._said(Dropped(keys, soft), shard), mark, int(soft), MINUTE_MS]
         return list(await self.run("entries_invalidate", slots, *args))
 
+    async def touch(self, *keys: str) -> list[Reply]:
+        """Keys of one shard, by default ``k``."""
+        keys = keys or ("k",)
+        names, shard = self.names, self.names.shard(keys[0])
+        slots = [self.part("head", shard), self.part("log", shard)]
+        slots += [name for key in keys for name in names.of_key(key)]
+        said = self._said(Dropped(keys, soft=True), shard)
+        return list(await self.run("entry_touch", slots, *said, MINUTE_MS))
+
     async def refresh(self, token: str, *, key: str = "k", seen: int = -1, bound: int = 100) -> int:
         shard = self.names.shard(key)
         keys = [*self.entry_keys(key)[:2], self.part("refreshes", shard)]

@@ -281,9 +281,7 @@ async def test_a_late_tag_is_asked_for_though_it_is_known(table: TagTable, serve
     assert table.state("a").version == 700
 
 
-Bumps = st.lists(
-    st.tuples(st.sampled_from("abc"), st.integers(1, 9), st.booleans()), max_size=20
-)
+Bumps = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9), st.booleans()), max_size=20)
 
 
 @given(Bumps, st.randoms())
