@@ -197,7 +197,8 @@ class Desk:
         shard = self.names.shard(tags[0])
         keys = [self.part("head", shard), *map(self.names.tag, tags)]
         found = [int(each) for each in await self.run("tags_capture", keys, MINUTE_MS)]
-        return list(zip(found[::3], found[1::3], found[2::3], strict=True))
+        self.changed = found[2::3]  # when a key of the shard was last changed, if it was made
+        return [(v, hard, int(made > 0)) for v, hard, made in zip(*[iter(found)] * 3, strict=True)]
 
     # Logs, owners, streams
 

@@ -30,7 +30,7 @@ from .loading import under_way
 __all__ = ["BatchLoader", "Batches", "Group"]
 
 BatchLoader = Callable[[list[Any]], Awaitable[Mapping[Any, Any]]]
-_Asked = tuple[Any, asyncio.Future[Any], tuple[object, ...]]  #: with the loads that wait for it
+_Asked = tuple[Any, asyncio.Future[Any], tuple[Any, ...]]  #: with the loads that wait for it
 
 BATCH_MAX = 1_000
 

@@ -54,7 +54,6 @@ class Loading:
     ) -> None:
         self.cache = cache
         self.key = key
-        self.etag = previous.meta.etag if previous else ""  #: of what is stored now
         self.ttl_ms: int | None = None
         self.stale_ms: int | None = None
         self.stored = True
@@ -64,13 +63,15 @@ class Loading:
         self.kept: list[str] = []  #: tags of what was not modified
         self._previous = previous
         self._value_of = value_of
+        tagged = previous is not None and previous.meta.etag and self.previous is not None
+        self.etag = previous.meta.etag if previous and tagged else ""  #: of what is stored now
 
     def __repr__(self) -> str:
         return f"<Loading {self.cache} {self.key}>"
 
     @property
     def previous(self) -> Any:
-        """The value that is stored now, stale or invalid; None if there is none."""
+        """The value that is stored now, stale or invalid; None if there is none to be read."""
         if self._previous is None:
             return None
         try:
@@ -121,7 +122,7 @@ class Loading:
         Raises:
             LoaderError: nothing is stored.
         """
-        if self._previous is None or self._previous.negative:
+        if self._previous is None or self.previous is None:
             problem = "it says that nothing was modified, but there is nothing"
             raise LoaderError(self.cache, self.key, problem)
         if self.new_etag is None:

@@ -121,7 +121,8 @@ class ReadPath(Generic[T]):
             lease = await self.loads.taken_over(key, token, call.tags)
             if lease is None:
                 return False
-            hit = await self.loads.load_and_fill(lease, call, reservation)
+            with self.flights.alone(key, call):
+                hit = await self.loads.load_and_fill(lease, call, reservation)
         finally:
             self.near.release(reservation)
         return hit.version > 0

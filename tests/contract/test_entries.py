@@ -368,7 +368,9 @@ async def test_where_nothing_depends_on_a_key_no_tag_is_made(desk: Desk, how: st
     await prepared(desk, how)
     await OUTDATING[how][0](desk)
     assert await desk.commands.call("EXISTS", desk.names.tag("k")) == 0
+    version = (await desk.log())[-1].version
     assert (await desk.captured("k"))[0][2] == 1
+    assert desk.changed == [version], "whoever makes the tag is told of it"
 
 
 async def test_what_is_loaded_outdates_nothing(desk: Desk) -> None:

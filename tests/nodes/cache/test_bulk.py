@@ -52,7 +52,7 @@ class Table:
 
 
 def declare(node: forebay.Node, table: Table, **options: Any) -> Cached[Any, Row | None]:
-    @node.cached("row:{id}", **{"ttl": 600.0, "tags": ["rows", "row:{id}"], **options})
+    @node.cached("row:{id}", **{"ttl": 600.0, "tags": ["rows", "number:{id}"], **options})
     async def row(id: int) -> Row | None:
         raise AssertionError("the batch loader is there")
 

@@ -27,6 +27,7 @@ class Server:
         self.gate = anyio.Event()
         self.gate.set()
         self.error: Exception | None = None
+        self.changed = 1  #: when a key of the shard was changed
 
     async def capture(self, tags: Sequence[str]) -> Mapping[str, Captured]:
         self.asked.append(list(tags))
@@ -40,7 +41,7 @@ class Server:
         made = tag not in self.versions
         found = self.versions.setdefault(tag, 100)
         version, hard = found if isinstance(found, tuple) else (found, found)
-        return Captured(version, hard, made)
+        return Captured(version, hard, self.changed if made else 0)
 
 
 def hard(**versions: int) -> dict[str, TagVersions]:
@@ -269,8 +270,11 @@ async def test_a_tag_that_had_no_version_was_not_bumped(table: TagTable, server:
     """Bumps make the tags that they name; those of what others depend on they do not."""
     assert await table.discovered(["a"], since=50) == {"a": 100}
     assert await table.discovered(["a"], since=50) is None
-    assert await table.discovered(["b"], since=50, traced={"b"}) is None
-    assert await table.discovered(["b"], since=150, traced={"b"}) == {"b": 100}
+    assert await table.discovered(["b"], since=50, traced={"b"}) == {"b": 100}
+    server.changed = 70
+    assert await table.discovered(["c"], since=50, traced={"c"}) is None
+    assert await table.discovered(["d"], since=80, traced={"d"}) == {"d": 100}
+    assert await table.discovered(["e"], since=50) == {"e": 100}
 
 
 async def test_a_late_tag_is_asked_for_though_it_is_known(table: TagTable, server: Server) -> None:
