@@ -111,6 +111,9 @@ class CacheDefaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     version: Annotated[int, Meta(ge=0, le=1_000_000)] = 0  #: raising it forgets everything
     near_entries_max: Count = 100_000
     near_bytes_max: Count = 67_108_864
+    near_value_bytes_max: Annotated[int, Meta(ge=1, le=67_108_864)] = 262_144
+    near_negatives_max: Count = 10_000  #: known absences, beside the entries with a value
+    near_policy: Literal["sieve", "lru"] = "sieve"  #: who has to go when there is no room
     max_staleness_ms: Millis = 500
     on_disconnected: Literal["bypass", "stale", "fail"] = "bypass"
     value_bytes_max: Annotated[int, Meta(ge=1, le=67_108_864)] = 1_048_576

@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
-from ...coordinator.breaker import Breaker
 from ...schemas.errors import ConfigError, ForebayError, InvalidKey, PartialFailure
 from ...schemas.jobs import Invalidates, RefreshJob, WriteJob
 from ...schemas.keys import check_key
@@ -40,7 +39,8 @@ from .packing import Packed
 from .policy import Policy
 from .reads import ReadPath
 from .shared import Receipt
-from .source import Source
+from .source import source_of
+from .warming import How, Items, WarmReport, warm
 
 __all__ = ["Cached"]
 
@@ -152,6 +152,11 @@ class Cached(Generic[P, T]):
         own = self._copies.own_hit
         return [own(hit) if isinstance(hit := found[key], Hit) else hit for key in keys]
 
+    @property
+    def batched(self) -> bool:
+        """Whether there is a loader for many items at once."""
+        return self._batch_loader is not None
+
     def batch(self, loader: B) -> B:
         """Declare a loader for many items at once: it gets a list, and returns a mapping."""
         if self._batch_loader is not None or self._path is not None:
@@ -224,6 +229,10 @@ class Cached(Generic[P, T]):
         """Have every node forget the entry, before this returns on this node."""
         await self.path.invalidate(self.key(*args, **kwargs))
 
+    async def warm(self, items: Items, **how: Unpack[How]) -> WarmReport:
+        """Load what is not fresh in the shared tier, ahead of the readers; see ``warming.warm``."""
+        return await warm(self, items, **how)
+
     async def read_key(self, key: str) -> Hit[T]:
         """As ``get_with_info``, for a key of this cache's template."""
         entry = self._near_get(key)
@@ -259,16 +268,12 @@ class Cached(Generic[P, T]):
     def bind(self, core: Core, defaults: CacheDefaults, limits: Limits) -> ReadPath[T]:
         """Called by the node when it starts."""
         policy = self.policy(defaults)
-        near = NearCache(
-            core.follower,
-            entries_max=defaults.near_entries_max,
-            bytes_max=defaults.near_bytes_max,
-            clock=core.clock,
-        )
+        slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
+        near = NearCache.from_defaults(core.follower, defaults, slack_s=slack_s, clock=core.clock)
         self._copies = Copies(self.value_type, defaults, mutable=self.declared.mutable)
         self._own = self._copies.own if self.declared.mutable else None
         codec = self._copies.codec
-        source = self._source(core, defaults)
+        source = source_of(core, self.name, self.declared, defaults)
         loads = LoadPath(core, self.name, policy, codec, near, source, self._copies.own)
         self._path = ReadPath(core, loads, limits=limits)
         if self._batch_loader is not None:
@@ -277,24 +282,6 @@ class Cached(Generic[P, T]):
         self._behind = core.behind
         self._near_get = near.get
         return self._path
-
-    def _source(self, core: Core, defaults: CacheDefaults) -> Source:
-        breaker = Breaker(
-            f"loader {self.name}",
-            failures=defaults.breaker_failures,
-            recovery_ms=defaults.breaker_recovery_ms,
-            clock=core.clock,
-        )
-        return Source(
-            self.name,
-            breaker,
-            core.commands,
-            core.shared.names,
-            core.tasks,
-            node_id=core.node_id,
-            recovery_ms=defaults.breaker_recovery_ms,
-            harmless=self.declared.harmless,
-        )
 
     def unbind(self) -> None:
         self._near_hits_before = self.near_hits

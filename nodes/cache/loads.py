@@ -68,6 +68,8 @@ class LoadPath(Generic[T]):
         self.source = source
         self.pack = Packer(policy, codec, core.rng).pack
         self._packer = Packer(policy, codec, core.rng)
+        self.waits = core.waits
+        self.clock = core.clock
         self._own = own
         self._core = core
         self._slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
