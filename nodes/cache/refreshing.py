@@ -1,6 +1,6 @@
 """Asking the cluster for a refresh of what this node serves: a job for whoever has the loader.
 
-V1  This node asks for a key once a second at most, however many read it.
+V1  This node asks for one version to be replaced once a second at most, however many read it.
 V2  At most a thousand questions are under way; what goes beyond is shed, and counted.
 V3  A question that fails is forgotten: the next reader asks again.
 """
@@ -31,7 +31,7 @@ class RefreshRequests:
         self._core = core
         self._cache = cache
         self._lease_ms = lease_ms
-        self._not_before: dict[str, float] = {}
+        self._asked: dict[str, tuple[int, float]] = {}  #: for which version, and until when
         self._asking = 0
 
     def __repr__(self) -> str:
@@ -40,14 +40,15 @@ class RefreshRequests:
     def ask(self, key: str, seen: int) -> None:
         """Have what is newer than this version loaded, unless that was asked for just now."""
         now = self._core.clock.monotonic()
-        if now < self._not_before.get(key, 0.0):
+        asked_for, until = self._asked.get(key, (-1, 0.0))
+        if seen <= asked_for and now < until:
             return
         if self._asking >= _ASKED_MAX:
             self._core.instruments.counts["refreshes", "shed"] += 1
             return
-        if len(self._not_before) > _REMEMBERED_MAX:
-            self._not_before.clear()
-        self._not_before[key] = now + _ASK_AGAIN_S
+        if len(self._asked) > _REMEMBERED_MAX:
+            self._asked.clear()
+        self._asked[key] = seen, now + _ASK_AGAIN_S
         with suppress(RuntimeError):  # the task group is closed: another node will refresh
             self._core.tasks.start_soon(self._publish, key, seen)
             self._asking += 1

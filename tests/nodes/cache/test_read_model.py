@@ -246,8 +246,8 @@ NAMES = [
 ]  # fmt: skip
 Programs = st.lists(
     st.tuples(st.sampled_from(NAMES), st.integers(0, 1), st.integers(0, 1)),
-    min_size=4,
-    max_size=25,
+    min_size=15,
+    max_size=40,
 )
 
 
@@ -282,7 +282,7 @@ def explore(portal: BlockingPortal, world: World, *, examples: int, phases: Any 
 def test_no_order_of_events_contradicts_the_model(world) -> None:
     """Near cache, shared tier, flights, leases, tags and fallbacks together."""
     portal, made = world
-    explore(portal, made, examples=120)
+    explore(portal, made, examples=80)
     assert made.reads > 300
     assert made.stale > 10
     assert made.refused > 5
