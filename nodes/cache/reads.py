@@ -174,7 +174,9 @@ class ReadPath(Generic[T]):
         decision = decide(
             entry,
             now_ms=self._core.server_clock.now_ms(),
-            tags="fresh" if entry is None or not entry.meta.tags else await self._standing(entry, beside),
+            tags="fresh"
+            if entry is None or not entry.meta.tags
+            else await self._standing(entry, beside),
             refresh_ahead=self.policy.refresh_ahead,
         )
         match decision:

@@ -144,7 +144,9 @@ async def test_a_loader_given_lifetime_does_not_move_the_end_of_the_fallback(
         for number, hard_s in ((0, 660), (300, 660), (900, 960)):
             await page(number)
             hit = await page.get_with_info(number)
-            raw = await node.parts.backend.link.call("GET", node.parts.names.entry(f"page:{number}"))
+            raw = await node.parts.backend.link.call(
+                "GET", node.parts.names.entry(f"page:{number}")
+            )
             assert int(bytes(raw)[33:46]) == hit.version // 1_000 + hard_s * 1_000
 
 
@@ -388,7 +390,7 @@ async def test_one_load_in_each_recovery_time_finds_out(make_pair, source, event
                 for cached in pair.caches:
                     await fails(cached(number), Exception)
         took_s = clock.monotonic() - began
-        assert 5 <= took_s / recovery_s + 1
+        assert took_s / recovery_s + 1 >= 5
         assert number > 20, "many read meanwhile"
 
 

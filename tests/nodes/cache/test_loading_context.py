@@ -195,9 +195,7 @@ async def test_other_content_is_no_extension(pages, source, eventually) -> None:
     await eventually(told)
 
 
-async def test_equal_content_under_another_tag_is_followed_by_it(
-    pages, source, eventually
-) -> None:
+async def test_equal_content_under_another_tag_is_followed_by_it(pages, source, eventually) -> None:
     """Near N1: the copies of other nodes, too, are old with a tag that is new to the entry."""
     one, two = pages
     await one.cached(1)
@@ -288,7 +286,9 @@ async def test_a_named_tag_that_was_bumped_during_the_load_keeps_it_out(
     assert source.loads == 2
 
 
-async def test_a_value_survives_whose_named_tags_cannot_be_asked_for(make_node, source, make_server):
+async def test_a_value_survives_whose_named_tags_cannot_be_asked_for(
+    make_node, source, make_server
+):
     """Loads L2: the callers get it, though it is not stored; the source is not to blame."""
     server = make_server()
     page = Page(make_node(server), source, tags=[])
@@ -342,7 +342,7 @@ async def test_a_batch_loader_has_no_load_of_one_key(make_node) -> None:
 async def test_each_load_has_its_own(pages, source) -> None:
     """A1: loads at the same time, and a load inside a load, do not hear each other."""
     node = pages[0].node
-    pages[0].say = lambda load: load.keep(ttl=load.key.endswith("1") and 5 or 50)
+    pages[0].say = lambda load: load.keep(ttl=(load.key.endswith("1") and 5) or 50)
     async with anyio.create_task_group() as tasks:
         source.hold()
         tasks.start_soon(pages[0].cached, 1)

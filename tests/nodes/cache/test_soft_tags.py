@@ -140,9 +140,7 @@ async def test_an_event_may_be_soft(make_node, nodes, source, eventually) -> Non
         await eventually(lambda: fresh_on(nodes[1], {"n": 11}))
 
 
-async def test_what_may_not_be_served_stale_ends_with_its_lifetime(
-    nodes, source, grow_old
-) -> None:
+async def test_what_may_not_be_served_stale_ends_with_its_lifetime(nodes, source, grow_old) -> None:
     """Policy D2: softly invalidated or not."""
     await nodes[0].invalidate(tags=["rows"], soft=True)
     grow_old("row:1", 1_300.0, nodes[0].row)
