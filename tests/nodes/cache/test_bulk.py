@@ -434,7 +434,7 @@ async def test_a_batch_loader_that_asks_for_its_own_keys_is_told(nodes, make_nod
 
     @loop.batch
     async def loops(ids: list[int]) -> dict[int, int]:
-        return {id: await loop(min(ids)) for id in ids}
+        return {each: await loop(min(ids)) for each in ids}
 
     async with node:
         with anyio.fail_after(5):

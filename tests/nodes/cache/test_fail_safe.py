@@ -1,10 +1,10 @@
-"""What readers get while the loader fails: what was kept for that, flagged; and the source rests."""
+"""What readers get while the loader fails: what was kept for that, flagged; the source rests."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, Self
 
 import anyio
 import pytest
@@ -48,7 +48,7 @@ class Pair:
     def breakers(self) -> list[str]:
         return [cached.path.loads.source.breaker.state for cached in self.caches]
 
-    async def __aenter__(self) -> Pair:
+    async def __aenter__(self) -> Self:
         self._stack = AsyncExitStack()
         for node in self.nodes:
             await self._stack.enter_async_context(node)

@@ -331,7 +331,7 @@ async def test_a_batch_loader_has_no_load_of_one_key(make_node) -> None:
     @row.batch
     async def rows(ids: list[int]) -> dict[int, int]:
         forebay.loading().keep(ttl=1)
-        return {id: id for id in ids}
+        return {each: each for each in ids}
 
     async with node:
         for call in (row(1), row.many([1])):
@@ -341,7 +341,6 @@ async def test_a_batch_loader_has_no_load_of_one_key(make_node) -> None:
 
 async def test_each_load_has_its_own(pages, source) -> None:
     """A1: loads at the same time, and a load inside a load, do not hear each other."""
-    node = pages[0].node
     pages[0].say = lambda load: load.keep(ttl=(load.key.endswith("1") and 5) or 50)
     async with anyio.create_task_group() as tasks:
         source.hold()
@@ -354,7 +353,6 @@ async def test_each_load_has_its_own(pages, source) -> None:
     assert sorted((load.key, load.ttl_ms) for load in pages[0].seen) == [
         ("page:1", 5_000), ("page:2", 50_000),
     ]  # fmt: skip
-    assert node.is_running
 
 
 async def test_a_loader_that_needs_another_cache_keeps_its_own_load(make_node, source) -> None:

@@ -116,12 +116,12 @@ class World:
         self._first += 10
         self.failing = False
         ids = [self._first, self._first + 1]
-        self.rows = {id: Row() for id in ids}
+        self.rows = {each: Row() for each in ids}
         self.asked = dict.fromkeys(ids, 0)
         for name, node, key in program:
             await getattr(self, name)(node, ids[key])
-            for id in ids:
-                assert self.asked[id] <= self.rows[id].may_load, f"{id} was loaded too often"
+            for each, row in self.rows.items():
+                assert self.asked[each] <= row.may_load, f"{each} was loaded too often"
         self.failing = False
         await self.quiet()
 
@@ -221,7 +221,7 @@ class World:
 
     async def quiet(self) -> None:
         """No load and no refresh is under way, and what they stored is known."""
-        leases = [self.nodes[0].parts.names.lease(f"row:{id}") for id in self.rows]
+        leases = [self.nodes[0].parts.names.lease(f"row:{each}") for each in self.rows]
         with anyio.fail_after(PATIENCE_S):
             while (
                 any(cached.path._refreshes._asking for cached in self.caches)
@@ -229,8 +229,8 @@ class World:
                 or any(found not in (None, b"!") for found in await self.link.call("MGET", *leases))
             ):
                 await anyio.sleep(0.002)
-        for id, row in self.rows.items():
-            raw = await self.link.call("GET", self.nodes[0].parts.names.entry(f"row:{id}"))
+        for each, row in self.rows.items():
+            raw = await self.link.call("GET", self.nodes[0].parts.names.entry(f"row:{each}"))
             version = 0 if raw is None else int(bytes(raw)[4:20])
             if version != row.entry:
                 row.entry, row.age_s, row.soft, row.invalid = version, 0.0, False, False
