@@ -14,7 +14,6 @@ import pytest
 from forebay.nodes.cache.flights import Flights, Todo
 from forebay.schemas.errors import Backpressure, LoaderError, TimedOut, Unavailable
 
-
 ABSENT: Todo[Any] = Todo(-1)
 
 
