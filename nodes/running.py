@@ -44,6 +44,7 @@ from .cache.reads import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
 from .cache.waits import KeyWaits
+from .explain.node_part import NodePart
 from .hearing import Hearing
 from .hooks import Hook, run_in_the_end
 from .workers.crew import Crew, WorkParts, crew
@@ -113,6 +114,7 @@ class Running:
             backend.link, self.names, instruments, entries_max=durable.dead_letters_max
         )
         self.refreshes = self._refreshes()
+        self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.crew: Crew | None = None
 
     def _core(self) -> Core:
@@ -165,6 +167,9 @@ class Running:
         """A doorbell message of either channel."""
         if channel == self.names.bell.encode():
             self.follower.bell(payload)
+            return
+        if payload.startswith(b"x "):
+            self.explaining.asked(payload[2:])
             return
         told = {b"r": self.refreshes.bell}
         if self.crew is not None:

@@ -18,8 +18,9 @@ Values themselves are decoded by the cache that knows their type.
 
 from __future__ import annotations
 
+import functools
 import zlib
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -41,11 +42,14 @@ MAGIC = b"\xfbE1"
 FOREVER_MS = 9_999_999_999_999
 _HEADER = 66
 _BEYOND = 10**17  #: more than 16 digits can say
+_ZSTD_WINDOW_MAX = 1 << 26  #: more than any value may have
 _JSON_STARTS = b'{["-0123456789tfn \t\r\n'
 _UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError)
 
 Kind = Literal["v", "n"]  # a value; a negative entry: known absence
-Codec = Literal["m", "z", "s", "j"]  # msgpack; zlib of it; zstd of it; JSON (older forms)
+Codec = Literal[
+    "m", "z", "s", "j"
+]  # msgpack; zlib of it; zstd of it (one frame); JSON (older forms)
 
 
 class EntryMeta(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -189,25 +193,70 @@ def decompressed(entry: Entry, *, bytes_max: int) -> bytes:
         return _unzstd(entry.payload, bytes_max)
     stream = zlib.decompressobj()
     try:
-        plain = stream.decompress(entry.payload, bytes_max)
+        plain = stream.decompress(entry.payload, bytes_max + 1)
     except zlib.error as error:
         raise InvalidEntry("bad_value", "zlib") from error
-    if stream.unconsumed_tail:
-        raise InvalidEntry("oversized", f"over {bytes_max} bytes when decompressed")
+    if len(plain) > bytes_max:
+        raise _bomb(bytes_max)
     if not stream.eof or stream.unused_data:
-        raise InvalidEntry("bad_value", "the compressed value is cut off or followed by garbage")
+        raise _not_whole()
     return plain
+
+
+def _not_whole() -> InvalidEntry:
+    return InvalidEntry("bad_value", "the compressed value is cut off or followed by garbage")
+
+
+def _bomb(bytes_max: int) -> InvalidEntry:
+    return InvalidEntry("oversized", f"over {bytes_max} bytes when decompressed")
+
+
+class _Zstd:
+    """What is used of zstandard. Contexts cost more to make than to use: idle ones are kept."""
+
+    def __init__(self) -> None:
+        import zstandard
+
+        self.error: type[Exception] = zstandard.ZstdError
+        self.size_of = zstandard.frame_content_size
+        self._new = functools.partial(zstandard.ZstdDecompressor, max_window_size=_ZSTD_WINDOW_MAX)
+        self.idle: list[Any] = []  # not more than threads have used at a time
+
+    def context(self) -> Any:
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return self._new()
+
+
+_zstd = functools.cache(_Zstd)
 
 
 def _unzstd(payload: bytes, bytes_max: int) -> bytes:
     try:
-        import zstandard
+        zstd = _zstd()
     except ImportError:
         raise InvalidEntry("bad_codec", "zstd; install forebay[zstd]") from None
     try:
-        size = zstandard.frame_content_size(payload)
-        if not 0 <= size <= bytes_max:
+        size = zstd.size_of(payload)
+        if size > bytes_max:
             raise InvalidEntry("oversized", f"{size} bytes announced, {bytes_max} are allowed")
-        return zstandard.ZstdDecompressor().decompress(payload, max_output_size=bytes_max)
-    except zstandard.ZstdError as error:
+        context = zstd.context()
+        if size < 0:  # whoever wrote it did not know
+            return _unzstd_unsized(context, payload, bytes_max)
+        plain: bytes = context.decompress(payload, allow_extra_data=False)
+    except zstd.error as error:
         raise InvalidEntry("bad_value", "zstd") from error
+    zstd.idle.append(context)
+    return plain
+
+
+def _unzstd_unsized(context: Any, payload: bytes, bytes_max: int) -> bytes:
+    """Twice: the first way has a limit but does not see the end, the second the reverse."""
+    if len(context.stream_reader(payload).read(bytes_max + 1)) > bytes_max:
+        raise _bomb(bytes_max)
+    stream = context.decompressobj()
+    plain: bytes = stream.decompress(payload)
+    if not stream.eof or stream.unused_data:
+        raise _not_whole()
+    return plain

@@ -189,7 +189,10 @@ class NewerSchema(ForebayError):
 
 
 class InvalidEntry(ForebayError):
-    """Raised for stored bytes that are no readable entry; the reader counts a miss."""
+    """Raised for stored bytes that are no readable entry; the reader counts a miss.
+
+    And for a value that cannot be stored, before it is.
+    """
 
     def __init__(self, fault: EntryFault, problem: str = "") -> None:
         super().__init__(f"{fault}: {problem}" if problem else fault)

@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
-from ...coordinator.breaker import Breaker
 from ...schemas.errors import ConfigError, ForebayError, InvalidKey, PartialFailure
 from ...schemas.jobs import Invalidates, RefreshJob, WriteJob
 from ...schemas.keys import check_key
@@ -30,6 +29,7 @@ from ...schemas.settings import CacheDefaults, Limits
 from . import scope
 from .batches import Batches, BatchLoader, Member
 from .bulk import BulkReads
+from .copies import Copies
 from .core import Core, Hit, LoadCall
 from .declaration import Declaration, policy_of
 from .keying import Keying
@@ -39,8 +39,8 @@ from .packing import Packed
 from .policy import Policy
 from .reads import ReadPath
 from .shared import Receipt
-from .source import Source
-from .values import ValueCodec
+from .source import source_of
+from .warming import How, Items, WarmReport, warm
 
 __all__ = ["Cached"]
 
@@ -67,6 +67,8 @@ class Cached(Generic[P, T]):
         self._batch_loader: BatchLoader | None = None
         self._batches: Batches | None = None
         self._behind: Callable[[Sequence[str]], Sequence[str]] = list
+        self._copies: Copies[T] = Copies(self.value_type, CacheDefaults(), mutable=declared.mutable)
+        self._own: Callable[[Any], T] | None = None
         self._near_hits_before = 0
         self._path: ReadPath[T] | None = None
         self._near_get: Callable[[str], NearEntry | None] = _not_running
@@ -85,20 +87,24 @@ class Cached(Generic[P, T]):
         key = self.key(*args, **kwargs)
         if scope.opened and (seen := scope.current()) is not None:
             read = functools.partial(self._read, key, args, kwargs)
-            return (await seen.read(self, key, read)).value
+            return self._copies.own((await seen.read(self, key, read)).value)
         entry = self._near_get(key)
-        if entry is not None:
-            value: T = entry.value
-            return value
-        hit = await self.path.read(key, functools.partial(self._call, args, kwargs))
-        return hit.value
+        if entry is None:
+            hit = await self.path.read(key, functools.partial(self._call, args, kwargs))
+            kept: Any = hit.value
+        else:
+            kept = entry.value
+        value: T = kept if self._own is None else self._own(kept)
+        return value
 
     async def get_with_info(self, *args: P.args, **kwargs: P.kwargs) -> Hit[T]:
         """The value with its tier, age, version, and whether it is stale."""
         key = self.key(*args, **kwargs)
         if (seen := scope.current()) is not None:
-            return await seen.read(self, key, functools.partial(self._read, key, args, kwargs))
-        return await self._read(key, args, kwargs)
+            hit = await seen.read(self, key, functools.partial(self._read, key, args, kwargs))
+        else:
+            hit = await self._read(key, args, kwargs)
+        return self._copies.own_hit(hit)
 
     async def _read(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hit[T]:
         entry = self._near_get(key)
@@ -143,7 +149,13 @@ class Cached(Generic[P, T]):
             found = await reads.read(wanted)
         else:
             found = await seen.read_many(self, wanted, reads.read)
-        return [found[key] for key in keys]
+        own = self._copies.own_hit
+        return [own(hit) if isinstance(hit := found[key], Hit) else hit for key in keys]
+
+    @property
+    def batched(self) -> bool:
+        """Whether there is a loader for many items at once."""
+        return self._batch_loader is not None
 
     def batch(self, loader: B) -> B:
         """Declare a loader for many items at once: it gets a list, and returns a mapping."""
@@ -184,7 +196,8 @@ class Cached(Generic[P, T]):
         """As ``write_behind``, by key."""
         path = self.path
         tags = await path.loads.tags_of(self._labels_of(self.keying.fields(key)))
-        packed = path.loads.pack(value, tags)
+        kept = self._copies.kept(value)
+        packed = path.loads.pack(kept, tags)
         job = WriteJob(key=key, value=packed.payload, invalidates=after)
         reservation = path.near.reserve(key)
         try:
@@ -195,7 +208,7 @@ class Cached(Generic[P, T]):
                 path.noticed(key, receipt.stamp.version)
                 if value is not None:
                     size = len(packed.payload or b"")
-                    path.loads.keep_stamped(reservation, receipt.stamp, value, tags, size)
+                    path.loads.keep_stamped(reservation, receipt.stamp, kept, tags, size)
         finally:
             path.near.release(reservation)
             scope.forget((key,))  # also if the outcome is unknown
@@ -216,12 +229,21 @@ class Cached(Generic[P, T]):
         """Have every node forget the entry, before this returns on this node."""
         await self.path.invalidate(self.key(*args, **kwargs))
 
+    async def warm(self, items: Items, **how: Unpack[How]) -> WarmReport:
+        """Load what is not fresh in the shared tier, ahead of the readers; see ``warming.warm``."""
+        return await warm(self, items, **how)
+
     async def read_key(self, key: str) -> Hit[T]:
         """As ``get_with_info``, for a key of this cache's template."""
         entry = self._near_get(key)
         if entry is not None:
-            return self.path.hit_of(entry)
-        return await self.path.read(key, functools.partial(self._call_of, key))
+            return self._copies.own_hit(self.path.hit_of(entry))
+        hit = await self.path.read(key, functools.partial(self._call_of, key))
+        return self._copies.own_hit(hit)
+
+    def value_of(self, payload: bytes) -> T:
+        """The value of msgpack bytes; raises InvalidEntry."""
+        return self._copies.own(self._copies.codec.unpack(payload))
 
     async def do_refresh(self, job: RefreshJob) -> bool:
         """Load a key again under the lease that the job carries; false: it was refused."""
@@ -246,18 +268,13 @@ class Cached(Generic[P, T]):
     def bind(self, core: Core, defaults: CacheDefaults, limits: Limits) -> ReadPath[T]:
         """Called by the node when it starts."""
         policy = self.policy(defaults)
-        near = NearCache(
-            core.follower,
-            entries_max=defaults.near_entries_max,
-            bytes_max=defaults.near_bytes_max,
-            clock=core.clock,
-        )
-        codec: ValueCodec[T] = ValueCodec(
-            self.value_type,
-            bytes_max=defaults.value_bytes_max,
-            compress_over_bytes=defaults.compress_over_bytes,
-        )
-        loads = LoadPath(core, self.name, policy, codec, near, self._source(core, defaults))
+        slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
+        near = NearCache.from_defaults(core.follower, defaults, slack_s=slack_s, clock=core.clock)
+        self._copies = Copies(self.value_type, defaults, mutable=self.declared.mutable)
+        self._own = self._copies.own if self.declared.mutable else None
+        codec = self._copies.codec
+        source = source_of(core, self.name, self.declared, defaults)
+        loads = LoadPath(core, self.name, policy, codec, near, source, self._copies.own)
         self._path = ReadPath(core, loads, limits=limits)
         if self._batch_loader is not None:
             limit_s = _BATCH_OF_LEASE * policy.lease_ms / 1000
@@ -265,24 +282,6 @@ class Cached(Generic[P, T]):
         self._behind = core.behind
         self._near_get = near.get
         return self._path
-
-    def _source(self, core: Core, defaults: CacheDefaults) -> Source:
-        breaker = Breaker(
-            f"loader {self.name}",
-            failures=defaults.breaker_failures,
-            recovery_ms=defaults.breaker_recovery_ms,
-            clock=core.clock,
-        )
-        return Source(
-            self.name,
-            breaker,
-            core.commands,
-            core.shared.names,
-            core.tasks,
-            node_id=core.node_id,
-            recovery_ms=defaults.breaker_recovery_ms,
-            harmless=self.declared.harmless,
-        )
 
     def unbind(self) -> None:
         self._near_hits_before = self.near_hits
@@ -300,18 +299,19 @@ class Cached(Generic[P, T]):
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], member: Member | None = None
     ) -> LoadCall[T]:
         keying = self.keying
+        run = self._copies.keeping(functools.partial(self._loader, *args, **kwargs))
         if self._batches is None and not keying.labelled:
-            return LoadCall(functools.partial(self._loader, *args, **kwargs))
+            return LoadCall(run)
         values = keying.bound(args, kwargs)
         labels = self._labels_of(values) if keying.labelled else ()
         if self._batches is None:
-            return LoadCall(functools.partial(self._loader, *args, **kwargs), labels)
+            return LoadCall(run, labels)
         return self._batched(self._batches, keying.item(values), labels, member)
 
     def _batched(
         self, batches: Batches, item: Any, labels: Sequence[str], member: Member | None
     ) -> LoadCall[T]:
-        run = functools.partial(batches.load, item, member)
+        run = self._copies.keeping(functools.partial(batches.load, item, member))
         return LoadCall(run, labels, member.leave if member else None)
 
     def _call_of(self, key: str) -> LoadCall[T]:
@@ -319,7 +319,8 @@ class Cached(Generic[P, T]):
         labels = self._labels_of(self.keying.fields(key))
         if self._batches is not None:
             return self._batched(self._batches, self.keying.item(values), labels, None)
-        return LoadCall(functools.partial(self._loader, **values), labels)
+        run = self._copies.keeping(functools.partial(self._loader, **values))
+        return LoadCall(run, labels)
 
     def _labels_of(self, fields: Mapping[str, Any]) -> Sequence[str]:
         """All tags that a value carries: its own, those of what it depends on."""

@@ -14,7 +14,7 @@ L5  A value that is there already, byte for byte, only has its life extended.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, Literal, TypeVar
 
 import anyio
@@ -58,7 +58,9 @@ class LoadPath(Generic[T]):
         codec: ValueCodec[T],
         near: NearCache,
         source: Source,
+        own: Callable[[T], T],
     ) -> None:
+        """``own`` makes a loader's own copy of what is kept."""
         self.name = name
         self.policy = policy
         self.codec = codec
@@ -66,6 +68,9 @@ class LoadPath(Generic[T]):
         self.source = source
         self.pack = Packer(policy, codec, core.rng).pack
         self._packer = Packer(policy, codec, core.rng)
+        self.waits = core.waits
+        self.clock = core.clock
+        self._own = own
         self._core = core
         self._slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
 
@@ -113,7 +118,7 @@ class LoadPath(Generic[T]):
         self, lease: Lease, call: LoadCall[T], reservation: Reservation
     ) -> Hit[T]:
         """Run the loader, and store its value if the lease is still there."""
-        load = Loading(self.name, lease.key, lease.previous, self._decoded)
+        load = Loading(self.name, lease.key, lease.previous, self._shown)
         try:
             value = await self._ask(lease.key, call, load)
             if value is NOT_MODIFIED:
@@ -145,6 +150,9 @@ class LoadPath(Generic[T]):
             return {}
         found = await self._core.tags.versions(tags, trust=self.live)
         return {tag: each.version for tag, each in found.items()}
+
+    def _shown(self, entry: Entry) -> T:
+        return self._own(self._decoded(entry))
 
     def _decoded(self, entry: Entry) -> T:
         value: T = self.codec.value(entry)  # type: ignore[assignment]  # None is T's own then
@@ -245,6 +253,8 @@ class LoadPath(Generic[T]):
                 return value
             result = "timeout"
             raise LoaderError(self.name, key, "it took longer than its lease")
+        except InvalidEntry as error:
+            raise LoaderError(self.name, key, error.problem) from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -306,7 +316,7 @@ class LoadPath(Generic[T]):
 
     async def bypass(self, key: str, call: LoadCall[T]) -> Hit[T]:
         """Ask the source and store nothing."""
-        value = await self._ask(key, call, Loading(self.name, key, None, self._decoded))
+        value = await self._ask(key, call, Loading(self.name, key, None, self._shown))
         return Hit(value=value, tier="source", version=0, age_ms=0)
 
     def count(self, tier: Tier, result: str) -> None:

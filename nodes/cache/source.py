@@ -26,8 +26,11 @@ from ...coordinator.breaker import Breaker
 from ...coordinator.link import Commands
 from ...schemas.errors import BreakerOpen, ForebayError, SourceFailing
 from ...schemas.keys import Names
+from ...schemas.settings import CacheDefaults
+from .core import Core
+from .declaration import Declaration
 
-__all__ = ["Source"]
+__all__ = ["Source", "source_of"]
 
 log = structlog.get_logger(__name__)
 
@@ -156,3 +159,24 @@ class Source:
     async def _publish(self, word: str) -> None:
         with anyio.move_on_after(1), suppress(ForebayError):
             await self._commands.call("PUBLISH", self._names.work, f"{word} {self.cache}")
+
+
+def source_of(core: Core, cache: str, declared: Declaration, defaults: CacheDefaults) -> Source:
+    """The source of a cache that was declared so."""
+    recovery_ms = defaults.breaker_recovery_ms
+    breaker = Breaker(
+        f"loader {cache}",
+        failures=defaults.breaker_failures,
+        recovery_ms=recovery_ms,
+        clock=core.clock,
+    )
+    return Source(
+        cache,
+        breaker,
+        core.commands,
+        core.shared.names,
+        core.tasks,
+        node_id=core.node_id,
+        recovery_ms=recovery_ms,
+        harmless=declared.harmless,
+    )

@@ -142,4 +142,4 @@ class Routes:
         if payload is None:
             return None
         cached = self.cache_of(key)
-        return _any.decode(payload) if cached is None else cached.path.codec.unpack(payload)
+        return _any.decode(payload) if cached is None else cached.value_of(payload)
