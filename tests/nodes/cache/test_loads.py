@@ -115,7 +115,7 @@ async def test_a_bulk_read_does_not_wait_for_another_s_load_to_begin_its_own(
         calls.append(ids)
         if 1 in ids:
             await gate.wait()
-        return {id: id * id for id in ids}
+        return {each: each * each for each in ids}
 
     async with node:
         single = asyncio.ensure_future(item(1))
