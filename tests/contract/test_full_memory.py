@@ -54,11 +54,16 @@ async def some_state(desk: Desk) -> None:
     await desk.beat("a")
 
 
+async def extend(desk: Desk) -> None:
+    since = (await desk.entry("stale")).version
+    await desk.extend("mine", since, key="stale")
+
+
 REFUSED: dict[str, Act] = {
     "entry_begin": lambda desk: desk.begin("mine", seen=1 << 62),
     "entry_fill": lambda desk: desk.fill("mine", key="absent"),
     "entry_begin of one left alone": lambda desk: desk.begin("next", key="failed", seen=1 << 62),
-    "entry_extend": lambda desk: extend(desk),
+    "entry_extend": extend,
     "lease_fail": lambda desk: desk.fail("mine", key="stale"),
     "entry_put": lambda desk: desk.put("newer"),
     "entry_put with a tag": lambda desk: desk.put("newer", key="base"),
@@ -76,11 +81,6 @@ REFUSED: dict[str, Act] = {
     "event_publish": lambda desk: desk.publish("one", "two"),
     "log_begin": lambda desk: desk.log_begin(empty_shard(desk)),
 }
-
-
-async def extend(desk: Desk) -> None:
-    since = (await desk.entry("stale")).version
-    await desk.extend("mine", since, key="stale")
 
 
 def empty_shard(desk: Desk) -> int:

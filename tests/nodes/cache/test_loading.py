@@ -94,9 +94,9 @@ def test_tags_and_dependencies_are_kept_in_order() -> None:
 def test_what_cannot_be_a_tag_or_key_is_refused(bad: str) -> None:
     """It says which of the two it was to be; nothing of the call is taken."""
     load = load_of()
-    with pytest.raises(InvalidKey, match="^tag "):
+    with pytest.raises(InvalidKey, match=r"^tag "):
         load.tag("good", bad)
-    with pytest.raises(InvalidKey, match="^key "):
+    with pytest.raises(InvalidKey, match=r"^key "):
         load.depends_on("good", bad)
     assert (load.tags, load.dependencies) == ([], [])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay.coordinator.breaker import Breaker
@@ -167,6 +167,7 @@ async def test_a_success_ends_the_row(cluster: Cluster) -> None:
     assert source.breaker.state == "open"
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "c", "+"]), max_size=30))
 async def test_the_row_is_what_the_contract_says(row: list[str]) -> None:
     """O1: against the plainest account of it."""
