@@ -34,7 +34,7 @@ class Hearing:
         self._waits = waits
         self._clock = clock
         self._server_clock = server_clock
-        self._shards = shards
+        self._shards = {str(shard).encode(): shard for shard in range(shards)}
 
     def apply(self, version: int, notice: Notice) -> None:
         """Take in what a notice says."""
@@ -68,8 +68,8 @@ class Hearing:
             for path in self.paths:
                 if path.name.encode() == rest:
                     path.loads.source.heard(failing=kind == b"f")
-        elif kind in told and rest.isdigit() and int(rest) < self._shards:
-            told[kind](int(rest))
+        elif kind in told and rest in self._shards:
+            told[kind](self._shards[rest])
 
     def _noticed(self, key: str, version: int) -> None:
         for path in self.paths:

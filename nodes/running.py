@@ -155,7 +155,9 @@ class Running:
             for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
                 self.apply(0, version, notice)
         finally:
-            scope.forget(keys, more=bool(tags))  # also if the outcome is unknown
+            # Also if the outcome is unknown; with what depends on them, whatever that is.
+            more = bool(tags) or any(key in self.tags for key in keys)
+            scope.forget(keys, more=more)
 
     def apply(self, shard: int, version: int, notice: Notice) -> None:
         """Take in what a notice says."""

@@ -211,7 +211,9 @@ class Cached(Generic[P, T]):
                     path.loads.keep(reservation, receipt.stamp, kept, tags, size)
         finally:
             path.near.release(reservation)
-            scope.forget((key,))  # also if the outcome is unknown
+            scope.forget(
+                (key,), more=path.loads.is_depended_on(key)
+            )  # also if the outcome is unknown
         return receipt
 
     async def pack_published(self, key: str, raw_json: bytes, ttl_ms: int | None) -> Packed:

@@ -21,7 +21,14 @@ import anyio
 import structlog
 
 from ...schemas.entry import Entry, read_entry
-from ...schemas.errors import ForebayError, InvalidEntry, LoaderError, SourceFailing
+from ...schemas.errors import (
+    ForebayError,
+    InvalidEntry,
+    LoaderError,
+    ServerRefused,
+    SourceFailing,
+    Unavailable,
+)
 from .core import Core, Hit, Lease, LoadCall, Tier
 from .loading import NOT_MODIFIED, Loading, under_way
 from .near import NearCache, NearEntry, Reservation
@@ -148,6 +155,10 @@ class LoadPath(Generic[T]):
     def _shown(self, entry: Entry) -> T:
         return self._own(self._decoded(entry))
 
+    def is_depended_on(self, key: str) -> bool:
+        """Whether something that was read here may carry the tag named after this key."""
+        return key in self._core.tags
+
     def _decoded(self, entry: Entry) -> T:
         value: T = self.codec.value(entry)  # type: ignore[assignment]  # None is T's own then
         return value
@@ -159,22 +170,33 @@ class LoadPath(Generic[T]):
         tags = lease.tags
         if not load.stored or (value is None and not self.policy.negative_ms):
             return None, tags
-        named = [*load.tags, *self._core.behind(load.dependencies)]
-        if more := [tag for tag in dict.fromkeys(named) if tag not in tags]:
-            found = await self._core.tags.discovered(more, since=lease.since)
-            if found is None:
-                self._core.instruments.counts["fills_refused", self.name] += 1
-                return None, tags
-            tags = {**tags, **found}
+        more = await self._named(lease, load)
+        if more is None:
+            return None, tags
+        tags = {**tags, **more}
         try:
-            etag = load.etag if load.new_etag is None else load.new_etag
             packed = self._packer.pack(
-                value, tags, ttl_ms=load.ttl_ms, stale_ms=load.stale_ms, etag=etag
+                value, tags, ttl_ms=load.ttl_ms, stale_ms=load.stale_ms, etag=load.new_etag or ""
             )
         except InvalidEntry as error:
             self._not_packed(lease.key, error)
             return None, tags
         return packed, tags
+
+    async def _named(self, lease: Lease, load: Loading) -> Mapping[str, int] | None:
+        """The versions of the tags that the loader named; None if one was bumped meanwhile."""
+        traced = {*load.kept, *self._core.behind(load.dependencies)}
+        more = [tag for tag in dict.fromkeys((*load.tags, *traced)) if tag not in lease.tags]
+        if not more:
+            return {}
+        try:
+            found = await self._core.tags.discovered(more, since=lease.since, traced=traced)
+        except (Unavailable, ServerRefused) as error:
+            log.warning("fill.failed", cache=self.name, key=lease.key, error=str(error))
+            return None
+        if found is None:
+            self._core.instruments.counts["fills_refused", self.name] += 1
+        return found
 
     def _not_packed(self, key: str, error: InvalidEntry) -> None:
         if error.fault == "wrong_type":

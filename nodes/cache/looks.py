@@ -7,6 +7,8 @@ Q3  A fresh value goes to the near cache, if the reservation made before the rea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Generic, TypeVar, assert_never
 
 from ...schemas.entry import Entry, read_entry, version_of
@@ -14,33 +16,39 @@ from ...schemas.errors import InvalidEntry
 from .core import Core, Hit
 from .flights import Todo
 from .loads import LoadPath
+from .lookups import Wanted
 from .near import Reservation
 from .policy import Load, Serve, ServeStale, decide
-from .refreshing import Refreshing
+from .refreshing import RefreshRequests
 from .tags import Standing, standing
 
-__all__ = ["Looks"]
+__all__ = ["Asked", "Looks"]
 
 T = TypeVar("T")
+Asked = tuple[str, Wanted, Reservation]
 
 
 class Looks(Generic[T]):
     """For one cache."""
 
-    def __init__(self, core: Core, loads: LoadPath[T], refreshing: Refreshing) -> None:
+    def __init__(self, core: Core, loads: LoadPath[T], refreshes: RefreshRequests) -> None:
         self._loads = loads
         self._codec = loads.codec
         self._policy = loads.policy
-        self._refreshing = refreshing
+        self._refreshes = refreshes
         self._tags = core.tags
         self._now_ms = core.server_clock.now_ms
         self._counts = core.instruments.counts
         self._hit_label = ("cache_requests", loads.name, "shared", "hit")
 
     async def look(
-        self, key: str, raw: bytes | None, reservation: Reservation
+        self,
+        key: str,
+        raw: bytes | None,
+        reservation: Reservation,
+        beside: Sequence[Asked] = (),
     ) -> Hit[T] | Todo[Hit[T]]:
-        """A hit, or what will not do, of these stored bytes."""
+        """A hit, or what will not do, of these stored bytes; ``beside`` is asked for with them."""
         try:
             entry = None if raw is None else read_entry(raw, bytes_max=self._codec.bytes_max)
         except InvalidEntry as error:
@@ -50,7 +58,9 @@ class Looks(Generic[T]):
         decision = decide(
             entry,
             now_ms,
-            "fresh" if entry is None or not entry.meta.tags else await self._standing(entry),
+            "fresh"
+            if entry is None or not entry.meta.tags
+            else await self._standing(entry, beside),
             self._policy.refresh_ahead,
         )
         match decision:
@@ -62,7 +72,7 @@ class Looks(Generic[T]):
                 hit = self._hit(entry, now_ms, stale=True)
                 if hit is not None:
                     self._loads.count("shared", "stale")
-                    self._refreshing.ask(key, entry.version)
+                    self._refreshes.ask(key, entry.version)
             case Load(seen=seen, fallback=fallback):
                 return self.todo(seen, fallback)
             case _:
@@ -84,7 +94,7 @@ class Looks(Generic[T]):
         else:
             self._loads.count("shared", "negative")
         if decision.refresh:
-            self._refreshing.ask(key, entry.version)
+            self._refreshes.ask(key, entry.version)
         if decision.keep and entry.version:
             lifetime_ms = 0 if decision.refresh else entry.meta.soft_ms
             self._loads.keep(reservation, entry, hit.value, entry.meta.tags, hit.size, lifetime_ms)
@@ -103,8 +113,21 @@ class Looks(Generic[T]):
     def _unreadable(self, error: InvalidEntry) -> None:
         self._counts["cache_decode_errors", self._loads.name, error.fault] += 1
 
-    async def _standing(self, entry: Entry) -> Standing:
+    async def _standing(self, entry: Entry, beside: Sequence[Asked]) -> Standing:
         embedded, tags, live = entry.meta.tags, self._tags, self._loads.live
         if live and (known := tags.stand_as_known(embedded)) is not None:
             return known
+        if live and beside:  # one question for all that came with it
+            return standing(embedded, await tags.versions(_tags_of(beside), trust=True))
         return standing(embedded, await tags.versions(tuple(embedded), trust=live))
+
+
+def _tags_of(asked: Sequence[Asked]) -> Sequence[str]:
+    """The tags of all entries that have come and can be read."""
+    tags: dict[str, int] = {}
+    for _, wanted, _ in asked:
+        came = wanted.done() and not wanted.cancelled() and wanted.exception() is None
+        if came and (raw := wanted.result()):
+            with suppress(InvalidEntry):
+                tags |= read_entry(raw, bytes_max=len(raw)).meta.tags
+    return list(tags)

@@ -25,11 +25,11 @@ from ...schemas.settings import Limits
 from .core import Core, Hit, Lease, LoadCall
 from .flights import Flights, Todo
 from .loads import LoadPath
-from .looks import Looks
+from .looks import Asked, Looks
 from .lookups import Wanted
 from .near import NearEntry, Reservation
 from .policy import ahead_ms
-from .refreshing import Refreshing
+from .refreshing import RefreshRequests
 from .shared import Held, Newer
 
 __all__ = ["ReadPath"]
@@ -63,8 +63,8 @@ class ReadPath(Generic[T]):
         )
         self._core = core
         self._staleness_s = loads.policy.staleness_ms / 1000
-        self._refreshing = Refreshing(core, loads.name, lease_ms=loads.policy.lease_ms)
-        self._looks: Looks[T] = Looks(core, loads, self._refreshing)
+        self._refreshes = RefreshRequests(core, loads.name, lease_ms=loads.policy.lease_ms)
+        self._looks: Looks[T] = Looks(core, loads, self._refreshes)
 
     def __repr__(self) -> str:
         return f"<ReadPath {self.name}: {len(self.near)} near, {len(self.flights)} loads>"
@@ -88,7 +88,7 @@ class ReadPath(Generic[T]):
             Whatever the loader raised.
         """
         if self.policy.refresh_ahead and (entry := self.near.ripe(key)) is not None:
-            self._refreshing.ask(key, entry.version)
+            self._refreshes.ask(key, entry.version)
             return self.hit_of(entry)
         found = await self._look(key, self._core.shared.get(key), self.near.reserve(key))
         return await self.load(key, call(), found) if isinstance(found, Todo) else found
@@ -100,7 +100,7 @@ class ReadPath(Generic[T]):
         try:
             for key, wanted, reservation in asked:
                 try:
-                    found[key] = await self._look(key, wanted, reservation)
+                    found[key] = await self._look(key, wanted, reservation, beside=asked)
                 except ForebayError as error:
                     found[key] = error
         finally:
@@ -120,7 +120,8 @@ class ReadPath(Generic[T]):
             lease = await self.loads.taken_over(key, token, call.tags)
             if lease is None:
                 return False
-            hit = await self.loads.load_and_fill(lease, call, reservation)
+            with self.flights.alone(key, call):
+                hit = await self.loads.load_and_fill(lease, call, reservation)
         finally:
             self.near.release(reservation)
         return hit.version > 0
@@ -147,11 +148,11 @@ class ReadPath(Generic[T]):
         return self.loads.live or self._core.clock.monotonic() - moment < self._staleness_s
 
     async def _look(
-        self, key: str, wanted: Wanted, reservation: Reservation
+        self, key: str, wanted: Wanted, reservation: Reservation, beside: Sequence[Asked] = ()
     ) -> Hit[T] | Todo[Hit[T]]:
         """What the shared tier has to serve; or what will not do."""
         try:
-            found = await self._looks.look(key, await wanted, reservation)
+            found = await self._looks.look(key, await wanted, reservation, beside)
         except (Unavailable, ServerRefused) as error:
             hit = self._disconnected(key, error)
             return self._looks.todo(_AWAY) if hit is None else hit

@@ -1,8 +1,8 @@
-"""Asking for refreshes: what is served as stale, or is about to end, is loaded anew by a job.
+"""Asking the cluster for a refresh of what this node serves: a job for whoever has the loader.
 
-K1  A key is asked for at most once a second by this node; in the cluster, its fill lease lets
-    one job through.
-K2  Readers never wait for it, and it fails in silence: the next reader asks again.
+V1  This node asks for one version to be replaced once a second at most, however many read it.
+V2  At most a thousand questions are under way; what goes beyond is shed, and counted.
+V3  A question that fails is forgotten: the next reader asks again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...schemas.errors import ForebayError
 from ...schemas.jobs import RefreshJob
 from .core import Core
 
-__all__ = ["Refreshing"]
+__all__ = ["RefreshRequests"]
 
 log = structlog.get_logger(__name__)
 
@@ -24,30 +24,31 @@ _ASKED_MAX = 1_000
 _REMEMBERED_MAX = 10_000
 
 
-class Refreshing:
-    """For one cache."""
+class RefreshRequests:
+    """Of one cache."""
 
     def __init__(self, core: Core, cache: str, *, lease_ms: int) -> None:
         self._core = core
         self._cache = cache
         self._lease_ms = lease_ms
-        self._not_before: dict[str, float] = {}
+        self._asked: dict[str, tuple[int, float]] = {}  #: for which version, and until when
         self._asking = 0
 
     def __repr__(self) -> str:
-        return f"<Refreshing of {self._cache}, {self._asking} being asked for>"
+        return f"<RefreshRequests of {self._cache}, {self._asking} under way>"
 
     def ask(self, key: str, seen: int) -> None:
-        """Have the key loaded again, unless it was since that version."""
+        """Have what is newer than this version loaded, unless that was asked for just now."""
         now = self._core.clock.monotonic()
-        if now < self._not_before.get(key, 0.0):
+        asked_for, until = self._asked.get(key, (-1, 0.0))
+        if seen <= asked_for and now < until:
             return
         if self._asking >= _ASKED_MAX:
             self._core.instruments.counts["refreshes", "shed"] += 1
             return
-        if len(self._not_before) > _REMEMBERED_MAX:
-            self._not_before.clear()
-        self._not_before[key] = now + _ASK_AGAIN_S
+        if len(self._asked) > _REMEMBERED_MAX:
+            self._asked.clear()
+        self._asked[key] = seen, now + _ASK_AGAIN_S
         with suppress(RuntimeError):  # the task group is closed: another node will refresh
             self._core.tasks.start_soon(self._publish, key, seen)
             self._asking += 1
