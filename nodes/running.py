@@ -49,6 +49,7 @@ from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
 from .workers.routes import Routes
+from .writing import Writing
 
 __all__ = ["Running", "running"]
 
@@ -104,6 +105,11 @@ class Running:
             cached.bind(self.core, settings.cache, settings.limits)
             for cached in routes.caches.values()
         ]
+        self.writing = Writing(
+            backend, self.names, self.scripts, routes, self.core, settings.valkey
+        )
+        for cached in routes.caches.values():
+            cached.bind_writes(self.core, self.writing.parts)
         self.dead_letters = DeadLetters(
             backend.link, self.names, instruments, entries_max=durable.dead_letters_max
         )
@@ -194,6 +200,8 @@ class Running:
             self.crew.writes.bell(int(shard))
         elif kind == b"r":
             self.refreshes.bell(int(shard))
+        elif kind == b"d":
+            self.writing.checkpoint_moved(int(shard))
 
     async def check_birth(self, origins: Mapping[str, str]) -> None:
         """The number of shards was fixed when the namespace was born.
@@ -224,6 +232,7 @@ class Running:
         stack.callback(link.on_state(self._link_changed))
         await self.follower.sweep()
         self.tasks.start_soon(self.follower.run)
+        self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
             await self.tasks.start(self.refreshes.run)
 
@@ -259,6 +268,7 @@ class Running:
             names=self.names,
             scripts=self.scripts,
             routes=self.routes,
+            outlets=self.writing.outlets,
             core=self.core,
             dead_letters=self.dead_letters,
             settings=self.settings,
@@ -290,6 +300,7 @@ async def running(
         tasks = await stack.enter_async_context(background_tasks())
         stack.callback(_unbind, routes)
         self = Running(settings, backend, routes, instruments, node_id, tasks)
+        stack.push_async_callback(self.writing.aclose)
         with _faults_of(backend, settings, origins):
             await self.check_birth(origins)
             await self.follow(stack)

@@ -175,6 +175,7 @@ class Desk:
         keys = [self.part("own"), self.part("done"), self.part("writes")]
         keys += [self.names.entry(key) for key, _ in sunk]
         args: list[Arg] = [owner, epoch, "writes", position, f"{ms}-{int(seq) + 1}"]
+        args += [self.names.work, self.shard]
         args += [version for _, version in sunk]
         return list(await self.run("checkpoint_commit", keys, *args))
 

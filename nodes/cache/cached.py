@@ -5,6 +5,9 @@
 
     await product(42)                                   # typed as before
     await product.get_with_info(42)                     # with tier, age, stale, version
+    await product.put(42, value)                        # a value known to be the newest
+    await product.write_through(42, value)              # the sink, then the entry
+    await product.write_around(42, value)               # the sink, and no entry
     await product.write_behind(42, value)               # the entry now, the sink soon
     await product.invalidate(42)
 
@@ -17,32 +20,31 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints
 
 import msgspec
 
 from ...schemas.errors import ConfigError, ForebayError, InvalidKey
-from ...schemas.jobs import Invalidates, RefreshJob, WriteJob
-from ...schemas.keys import KeyTemplate, check_key
+from ...schemas.jobs import RefreshJob
+from ...schemas.keys import KeyTemplate
 from ...schemas.settings import CacheDefaults, Limits
 from . import scope
-from .loads import Core, Hit, LoadCall, LoadPath, Packed
+from .durations import lifetime_ms
+from .loads import Core, Hit, LoadCall, LoadPath
 from .near import NearCache, NearEntry
 from .policy import Policy
 from .reads import ReadPath
-from .shared import Receipt
 from .values import ValueCodec
+from .writable import Writable
+from .writes import WriteParts, WritePath
 
 __all__ = ["Cached", "Declaration", "lifetime_ms"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LONGEST_S = 366 * 86_400
 _NEGATIVE_S_MAX = 10.0
-_INVALIDATES_MAX = 1_000  #: what a write job may carry
 
 
 class Declaration(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,29 +58,7 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
 
 
-def lifetime_ms(name: str, seconds: float, *, zero: bool = False) -> int:
-    """Checked, in milliseconds.
-
-    Raises:
-        ConfigError: it is no number, not positive, or over a year.
-    """
-    low = 0.0 if zero else 0.001
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        problem = "is not a number"
-    elif math.isnan(seconds) or not low <= seconds <= _LONGEST_S:
-        problem = f"must lie between {low:g} and {_LONGEST_S} seconds"
-    else:
-        return int(seconds * 1000)
-    raise ConfigError(
-        setting=name,
-        value=repr(seconds),
-        origin="the declaration of a cache",
-        problem=problem,
-        fix="give seconds, such as 60",
-    )
-
-
-class Cached(Generic[P, T]):
+class Cached(Writable[T], Generic[P, T]):
     """Callable like the loader it wraps; must be used while its node runs."""
 
     def __init__(self, loader: Callable[P, Awaitable[T]], declared: Declaration) -> None:
@@ -138,60 +118,6 @@ class Cached(Generic[P, T]):
             return self.path.hit_of(entry)
         return await self.path.read(key, self._call(args, kwargs))
 
-    async def write_behind(
-        self,
-        *args: Any,
-        invalidates_keys: Sequence[str] = (),
-        invalidates_tags: Sequence[str] = (),
-    ) -> Receipt:
-        """Store a value now and have it written to the sink soon.
-
-        The last argument is the value (None deletes), the ones before are the loader's. Keys
-        and tags in ``invalidates`` are invalidated when the sink has the value.
-
-        Raises:
-            Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
-            InvalidKey: one in ``invalidates`` cannot be a key, or there are too many.
-        """
-        *arguments, value = args
-        after = Invalidates(
-            keys=_checked("invalidates_keys", invalidates_keys),
-            tags=_checked("invalidates_tags", invalidates_tags),
-        )
-        return await self.write_value(self.key(*arguments), value, after)
-
-    async def write_value(self, key: str, value: T | None, after: Invalidates) -> Receipt:
-        """As ``write_behind``, by key."""
-        path = self.path
-        tags = await path.loads.tags_of(self._tags_of(self._fields_of(key)))
-        packed = path.loads.pack(value, tags)
-        job = WriteJob(key=key, value=packed.payload, invalidates=after)
-        reservation = path.near.reserve(key)
-        try:
-            receipt = await path.shared.write(
-                job, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
-            )
-            if receipt.stamp is not None:
-                path.noticed(key, receipt.stamp.version)
-                if value is not None:
-                    size = len(packed.payload or b"")
-                    path.loads.keep_stamped(reservation, receipt.stamp, value, tags, size)
-        finally:
-            path.near.release(reservation)
-            scope.forget((key,))  # also if the outcome is unknown
-        return receipt
-
-    async def pack_published(self, key: str, raw_json: bytes, ttl_ms: int | None) -> Packed:
-        """A published value, checked against the declared type; JSON null deletes.
-
-        Raises:
-            msgspec.ValidationError: it is not of that type. InvalidEntry: it is too large.
-        """
-        path = self.path
-        value = None if raw_json.strip() == b"null" else path.codec.convert(raw_json)
-        tags = await path.loads.tags_of(self._tags_of(self._fields_of(key)))
-        return path.loads.pack(value, tags, ttl_ms)
-
     async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Have every node forget the entry, before this returns on this node."""
         await self.path.invalidate(self.key(*args, **kwargs))
@@ -250,9 +176,15 @@ class Cached(Generic[P, T]):
         self._near_get = near.get
         return self._path
 
+    def bind_writes(self, core: Core, parts: WriteParts) -> None:
+        """Called by the node after ``bind``."""
+        self._writes = WritePath(
+            core, parts, self.path, lambda key: self._tags_of(self._fields_of(key))
+        )
+
     def unbind(self) -> None:
         self._near_hits_before = self.near_hits
-        self._path = None
+        self._path = self._writes = None
         self._near_get = _not_running
 
     def policy(self, defaults: CacheDefaults) -> Policy:
@@ -322,12 +254,6 @@ def _tag_of(template: KeyTemplate) -> Callable[[Mapping[str, Any]], str]:
         return template.format
     (field,), of_one = template.fields, template.formatter()
     return lambda fields: of_one(fields[field])
-
-
-def _checked(name: str, keys: Sequence[str]) -> tuple[str, ...]:
-    if len(keys) > _INVALIDATES_MAX:
-        raise InvalidKey(name, f"{len(keys)} keys", f"are over {_INVALIDATES_MAX}")
-    return tuple([check_key(key, name=name) for key in keys])
 
 
 def _check_fields(

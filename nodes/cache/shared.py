@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.scripting import Call, Scripts, run, run_many
-from ...schemas.errors import Backpressure, ForebayError
+from ...schemas.errors import Backpressure, ForebayError, Level
 from ...schemas.jobs import RefreshJob, WriteJob, write_job
 from ...schemas.keys import Names
 from ...schemas.notices import Bumped, Changed, Dropped, Notice, write_notice
@@ -41,12 +41,13 @@ class Stamp(Struct, frozen=True):
 
 
 class Receipt(Struct, frozen=True, kw_only=True):
-    """What became of a write-behind. ``pressure``: how full the shard's stream is, 0 to 1."""
+    """What became of a write. ``pressure``: how full the shard's stream is, 0 to 1."""
 
-    stamp: Stamp | None  #: None: a repetition, nothing was changed
+    stamp: Stamp | None  #: of the entry; None: none was stored
     shard: int
     job_id: str = ""
     pressure: float = 0.0
+    reached: Level = "accepted"
 
 
 class Granted(Struct, frozen=True):
@@ -142,7 +143,7 @@ class SharedTier:
         reply = await run(
             self._commands,
             self._scripts["entry_fill"],
-            self._entry_keys(key),
+            self.entry_keys(key),
             [token, soft_ms, hard_ms, tail, *self._announcement(key, Changed(key, self._origin))],
         )
         return _stamp(reply[1:]) if reply[0] else None
@@ -152,7 +153,7 @@ class SharedTier:
         reply = await run(
             self._commands,
             self._scripts["entry_put"],
-            self._entry_keys(key),
+            self.entry_keys(key),
             [soft_ms, hard_ms, tail, *self._announcement(key, Changed(key, self._origin))],
         )
         return _stamp(reply)
@@ -166,7 +167,7 @@ class SharedTier:
         return Call(
             script=self._scripts["entry_write"],
             keys=[
-                *self._entry_keys(key),
+                *self.entry_keys(key),
                 names.part(shard, "writes"),
                 names.seen(shard, job.event_id),
             ],
@@ -297,7 +298,7 @@ class SharedTier:
             )
         )
 
-    def _entry_keys(self, key: str) -> list[str]:
+    def entry_keys(self, key: str) -> list[str]:
         names, shard = self.names, self.names.shard(key)
         return [
             names.entry(key),
