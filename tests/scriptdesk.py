@@ -120,6 +120,9 @@ class Desk:
         args += [f"job of {value}", bound, self.names.work, mark, MINUTE_MS if event_id else 0]
         return list(await self.run("entry_write", keys, *args))
 
+    async def begin_write(self, token: str, *, key: str = "k") -> list[Reply]:
+        return list(await self.run("write_begin", self.entry_keys(key), token, MINUTE_MS))
+
     async def release(self, token: str, *, key: str = "k") -> int:
         return int(await self.run("lease_release", [self.names.lease(key)], token))
 

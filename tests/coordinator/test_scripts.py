@@ -112,6 +112,7 @@ MISPLACED: dict[str, tuple[str, Act]] = {
     "entry_write with jobs": ("writes", lambda desk: desk.write()),
     "entry_fill": ("log", lambda desk: desk.fill("mine", key="k")),
     "entries_invalidate": ("head", lambda desk: desk.invalidate()),
+    "write_begin": ("head", lambda desk: desk.begin_write("mine")),
     "tags_bump": ("head", lambda desk: desk.bump("k")),
     "tags_capture": ("head", lambda desk: desk.capture("k")),
     "refresh_publish": ("refreshes", lambda desk: desk.refresh("mine", key="k", seen=1 << 62)),
