@@ -196,7 +196,7 @@ async def test_a_lost_connection_of_its_own_costs_a_new_marker(
     replica.sigstop()
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_unconfirmed, pair, 400)
+            tasks.start_soon(expect_unconfirmed, pair, 400)
             await until(lambda: len(pair.replication._marked) == 1)
             connects = pair.link.connects
             pair.link._wire.drop("the test says so")
@@ -206,7 +206,7 @@ async def test_a_lost_connection_of_its_own_costs_a_new_marker(
     await pair.confirm()
 
 
-async def _unconfirmed(pair: Pair, timeout_ms: int) -> None:
+async def expect_unconfirmed(pair: Pair, timeout_ms: int) -> None:
     with pytest.raises(Unconfirmed):
         await pair.confirm(timeout_ms=timeout_ms)
 
@@ -229,7 +229,7 @@ async def test_a_marker_that_the_link_does_not_read_confirms_nothing(pair: Pair)
         return b"older" if args[0] == "GET" else await call(*args, timeout_ms=timeout_ms)
 
     pair.backend.link.call = elsewhere  # type: ignore[method-assign]
-    await _unconfirmed(pair, LONG_MS)
+    await expect_unconfirmed(pair, LONG_MS)
 
 
 async def test_a_primary_that_became_a_replica_confirms_nothing(
@@ -238,7 +238,7 @@ async def test_a_primary_that_became_a_replica_confirms_nothing(
     """R1: it refuses the marker."""
     await pair.confirm()
     primary.execute("REPLICAOF", "127.0.0.1", make_server().port)
-    await _unconfirmed(pair, LONG_MS)
+    await expect_unconfirmed(pair, LONG_MS)
 
 
 async def test_cancelling_one_costs_the_others_nothing(pair: Pair, replica: ValkeyServer) -> None:
@@ -248,7 +248,7 @@ async def test_cancelling_one_costs_the_others_nothing(pair: Pair, replica: Valk
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(pair.confirm)
-            await _unconfirmed(pair, 20)
+            await expect_unconfirmed(pair, 20)
             async with anyio.create_task_group() as others:
                 others.start_soon(pair.confirm)
                 await until(lambda: len(pair.replication._marked | pair.replication._new) >= 2)
@@ -263,9 +263,9 @@ async def test_the_end_tells_those_who_wait(primary: ValkeyServer) -> None:
     """Unconfirmed at once, not when their time is up; so do those who come later."""
     async with anyio.create_task_group() as outside:
         async with pair_of(primary) as pair:
-            outside.start_soon(_unconfirmed, pair, 10 * LONG_MS)
+            outside.start_soon(expect_unconfirmed, pair, 10 * LONG_MS)
             await until(lambda: len(pair.replication._marked) == 1)
-        await _unconfirmed(pair, LONG_MS)
+        await expect_unconfirmed(pair, LONG_MS)
 
 
 async def test_a_server_that_cannot_wait_confirms_nothing() -> None:
@@ -275,5 +275,5 @@ async def test_a_server_that_cannot_wait_confirms_nothing() -> None:
         pair = Pair(None, backend, 1)  # type: ignore[arg-type]
         async with anyio.create_task_group() as tasks:
             await tasks.start(pair.replication.run)
-            await _unconfirmed(pair, LONG_MS)
+            await expect_unconfirmed(pair, LONG_MS)
             tasks.cancel_scope.cancel()

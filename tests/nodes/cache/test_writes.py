@@ -162,7 +162,7 @@ def stored(table: Table, value: str | None, key: str = KEY) -> None:
     table.rows[key] = (table.rows.get(key, (0, None))[0] + 1, value)
 
 
-async def agree(*places: Place, on: str | None) -> None:
+async def check_all_read(*places: Place, on: str | None) -> None:
     """All nodes read this value within their staleness, and it is the row."""
     assert places[0].table.values().get(KEY) == on
     for place in places:
@@ -199,7 +199,7 @@ async def test_a_write_around_leaves_no_entry(here: Place, there: Place) -> None
     receipt = await write(here, "around", "new")
     assert (receipt.stamp, receipt.reached) == (None, "sink")
     assert (here.near(), await here.entry(), await here.lease()) == (None, None, None)
-    await agree(here, there, on="new")
+    await check_all_read(here, there, on="new")
     assert here.loads + there.loads == 2
 
 
@@ -340,7 +340,7 @@ async def test_an_unknown_outcome_invalidates(here: Place, there: Place, error: 
     assert caught.value is error or isinstance(caught.value, FatalSinkError)
     assert (here.near(), await here.entry(), await here.lease()) == (None, None, None)
     stored(here.table, "new")  # it had it
-    await agree(here, there, on="new")
+    await check_all_read(here, there, on="new")
     assert here.counted("through", "unknown") == 1
 
 
@@ -422,7 +422,7 @@ async def test_a_write_waits_for_a_load_under_way(here: Place, there: Place) -> 
         await waits_for_the_lease(here)
         assert here.table.batches == []
         there.gate.set()
-    await agree(here, there, on="new")
+    await check_all_read(here, there, on="new")
     assert there.loads == 1
 
 
@@ -436,7 +436,7 @@ async def test_a_load_that_lost_its_lease_is_not_stored(here: Place, there: Plac
         await here.call("DEL", here.name("lease"))
         await write(here, "through", "new")
         there.gate.set()
-    await agree(here, there, on="new")
+    await check_all_read(here, there, on="new")
 
 
 async def test_readers_wait_for_a_write_instead_of_loading(here: Place, there: Place) -> None:
@@ -467,7 +467,7 @@ async def test_of_two_writers_one_comes_after_the_other(here: Place, there: Plac
         assert len(here.table.batches) == 1
         here.table.go_on.set()
     assert [each.value for each in here.table.stored] == ["first", "second"]
-    await agree(here, there, on="second")
+    await check_all_read(here, there, on="second")
 
 
 async def blind(place: Place, value: str) -> None:
@@ -522,7 +522,7 @@ async def through(place: Place, value: str) -> None:
 async def test_a_writer_that_was_overtaken_leaves_no_old_value(here: Place, there: Place) -> None:
     """X3: its fill is refused, and the key invalidated."""
     assert await overtaken(here, there, through) is None
-    await agree(here, there, on="second")
+    await check_all_read(here, there, on="second")
     assert here.node.instruments.counts["fills_refused", "row"] == 1
 
 
@@ -550,7 +550,7 @@ async def test_whatever_comes_between_the_row_is_what_is_read(
         else:
             await write(there, other, "second")
         here.table.go_on.set()
-    await agree(here, there, on="second" if other in ("through", "around") else "first")
+    await check_all_read(here, there, on="second" if other in ("through", "around") else "first")
 
 
 async def test_many_writers_and_readers_end_with_the_row(here: Place, there: Place) -> None:
@@ -569,7 +569,7 @@ async def test_many_writers_and_readers_end_with_the_row(here: Place, there: Pla
     async with anyio.create_task_group() as tasks:
         for number in range(4):
             tasks.start_soon(work, number)
-    await agree(here, there, on=here.table.values()[KEY])
+    await check_all_read(here, there, on=here.table.values()[KEY])
     assert await here.lease() is None
 
 
@@ -609,7 +609,7 @@ async def test_cancelled_during_a_command_leaves_nothing_stale(
         tasks.cancel_scope.cancel()
     by_way_of(here, link)
     assert await here.lease() is None
-    await agree(here, there, on="old" if at == 1 else "new")
+    await check_all_read(here, there, on="old" if at == 1 else "new")
     assert here.counted(way, "unknown") == 1
 
 
@@ -626,7 +626,7 @@ async def test_cancelled_in_the_sink_leaves_nothing_stale(
         await here.table.hanging.wait()
         tasks.cancel_scope.cancel()
     assert (here.near(), await here.entry(), await here.lease()) == (None, None, None)
-    await agree(here, there, on="new" if kept else "old")
+    await check_all_read(here, there, on="new" if kept else "old")
 
 
 async def test_cancelled_while_waiting_leaves_the_others_lease(here: Place, there: Place) -> None:
@@ -659,7 +659,7 @@ async def test_a_pending_write_behind_goes_first(open_place: OpenPlace) -> None:
         await until(lambda: len(place.parts.writing.checkpoints) > 0)
         place.table.go_on.set()
     assert [each.value for each in place.table.stored] == ["behind", "through"]
-    await agree(place, on="through")
+    await check_all_read(place, on="through")
 
 
 async def test_a_pending_write_behind_that_is_never_sunk_is_named(here: Place) -> None:
@@ -681,7 +681,7 @@ async def test_a_later_write_behind_wins(open_place: OpenPlace) -> None:
         await place.row.write_behind(1, "behind")
         place.table.go_on.set()
     await until(lambda: place.table.values()[KEY] == "behind")
-    await agree(place, on="behind")
+    await check_all_read(place, on="behind")
 
 
 class Crowded(Table):
