@@ -277,3 +277,64 @@ async def test_a_server_that_cannot_wait_confirms_nothing() -> None:
             await tasks.start(pair.replication.run)
             await expect_unconfirmed(pair, LONG_MS)
             tasks.cancel_scope.cancel()
+
+
+class Scripted:
+    """A connection that is lost and made anew once; there WAIT is answered at once."""
+
+    def __init__(self, lost: str) -> None:
+        self.connects = 1
+        self.markers = 0
+        self._lost = lost
+
+    async def ready(self) -> None:
+        await anyio.lowlevel.checkpoint()
+        self._pass("between" if self.markers else "")
+
+    async def call(self, *args: Any, timeout_ms: int | None = None) -> int:
+        await anyio.lowlevel.checkpoint()
+        self._pass("during")
+        return int(self.connects > 1)
+
+    async def call_many(self, commands: Any, *, timeout_ms: int | None = None) -> list[Any]:
+        await anyio.lowlevel.checkpoint()
+        self.markers += 1
+        return [b"OK", 0]
+
+    def _pass(self, moment: str) -> None:
+        if self._lost == moment:
+            self._lost, self.connects = "", self.connects + 1
+
+
+class Echo:
+    """A link that reads the marker back."""
+
+    connects = 1
+
+    async def call(self, *args: Any, timeout_ms: int | None = None) -> bytes:
+        return b"nonce"
+
+
+@pytest.mark.parametrize("lost", ["between", "during"])
+async def test_a_wait_on_another_connection_than_the_markers_counts_for_nothing(lost: str) -> None:
+    """R2: the marker is written again, and waited for there."""
+    own = Scripted(lost)
+
+    @asynccontextmanager
+    async def dial() -> AsyncIterator[Any]:
+        yield own
+
+    replication = Replication(
+        Echo(),  # type: ignore[arg-type]
+        dial,
+        MARKER,
+        replicas_min=1,
+        command_timeout_ms=1_000,
+        clock=SystemClock(),
+        ids=lambda: "nonce",
+    )
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(replication.run)
+        await replication.confirm(since=1, timeout_ms=LONG_MS)
+        assert own.markers == 2
+        tasks.cancel_scope.cancel()

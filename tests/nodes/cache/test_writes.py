@@ -591,6 +591,21 @@ async def test_whoever_has_the_key_too_long_is_named(here: Place, there: Place) 
 # Cancellation
 
 
+class Slowly:
+    """Commands that are sent a moment after they were called: cancelled then, they are not."""
+
+    def __init__(self, commands: Any) -> None:
+        self._commands = commands
+
+    async def call(self, *args: Any, timeout_ms: int | None = None) -> Any:
+        await anyio.sleep(0.002)
+        return await self._commands.call(*args, timeout_ms=timeout_ms)
+
+    async def call_many(self, commands: Any, *, timeout_ms: int | None = None) -> Any:
+        await anyio.sleep(0.002)
+        return await self._commands.call_many(commands, timeout_ms=timeout_ms)
+
+
 @pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("at", [1, 2], ids=["begin", "fill"])
 @pytest.mark.parametrize("way", ["through", "around"])
@@ -601,7 +616,7 @@ async def test_cancelled_during_a_command_leaves_nothing_stale(
     stored(here.table, "old")
     assert await here.row(1) == await there.row(1) == "old"
     link = here.parts.backend.link
-    cut = Cut(link, at=at, answered=answered)
+    cut = Cut(Slowly(link), at=at, answered=answered)
     by_way_of(here, cut)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(write, here, way, "new")
@@ -611,6 +626,25 @@ async def test_cancelled_during_a_command_leaves_nothing_stale(
     assert await here.lease() is None
     await check_all_read(here, there, on="old" if at == 1 else "new")
     assert here.counted(way, "unknown") == 1
+
+
+async def test_cancelled_during_the_last_invalidation(here: Place, there: Place) -> None:
+    """X3, X4: after a fill that was refused, it is carried out all the same."""
+    stored(here.table, "old")
+    link = here.parts.backend.link
+    cut = Cut(Slowly(link), at=3)
+    here.table.hang_at, here.table.hang_stored = 1, True
+    async with anyio.create_task_group() as tasks:
+        by_way_of(here, cut)
+        tasks.start_soon(write, here, "through", "new")
+        await here.table.hanging.wait()
+        await there.call("DEL", there.name("lease"))
+        await there.row.put(1, "older")
+        here.table.go_on.set()
+        await cut.reached.wait()
+        tasks.cancel_scope.cancel()
+    by_way_of(here, link)
+    await check_all_read(here, there, on="new")
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["before it is stored", "after"])
@@ -784,13 +818,32 @@ async def test_what_the_sink_refuses_is_said(open_place: OpenPlace) -> None:
     """P1: the checkpoint passes a dead letter, but the source does not have it."""
     place = await open_place(workers=True)
     place.table.poison = {"bad"}
-    for number in range(60):  # more letters than are looked at together
-        await place.row.write_behind(1000 + number, "bad")
     with pytest.raises(DeadLettered) as caught:
         await place.row.write_behind(1, "bad", until="sink", timeout=20)
     assert (caught.value.key, caught.value.reason) == (KEY, "sink_refused")
     receipt = await place.row.write_behind(1, "good", until="sink", timeout=20)
     assert receipt.reached == "sink"
+
+
+async def test_a_letter_is_found_behind_others(open_place: OpenPlace, monkeypatch: Any) -> None:
+    """P1: however many of the shard were buried since."""
+    monkeypatch.setattr(confirmations_module, "_LETTERS_TOGETHER", 1)
+    place = await open_place(workers=True)
+    place.table.poison = {"bad"}
+    receipt = await place.row.write_behind(1, "bad", until="accepted")
+    dead = place.parts.names.part(receipt.shard, "dead")
+
+    async def buried() -> bool:
+        return bool(await place.call("XLEN", dead))
+
+    await until(buried)
+    ((_, fields),) = await place.call("XRANGE", dead, "-", "+")
+    await place.call("DEL", dead)
+    for _ in range(3):
+        await place.call("XADD", dead, "*", "from", "1-1", "reason", "another")
+    await place.call("XADD", dead, "*", *fields)
+    with pytest.raises(DeadLettered):
+        await place.parts.writing.parts.confirmations._refuse_buried(KEY, receipt)
 
 
 async def test_a_write_that_a_newer_one_replaced_is_done_with_it(open_place: OpenPlace) -> None:
