@@ -14,10 +14,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Backpressure",
     "ConfigError",
+    "DeadLettered",
     "FatalSinkError",
     "ForebayError",
     "InvalidEvent",
     "InvalidKey",
+    "KeyBusy",
     "LoaderError",
     "Node",
     "PoisonSinkError",
@@ -26,6 +28,7 @@ __all__ = [
     "StartupError",
     "TransientSinkError",
     "Unavailable",
+    "Unconfirmed",
     "Write",
     "__version__",
     "request_scope",
@@ -42,15 +45,18 @@ if TYPE_CHECKING:
     from .schemas.errors import (
         Backpressure,
         ConfigError,
+        DeadLettered,
         FatalSinkError,
         ForebayError,
         InvalidEvent,
         InvalidKey,
+        KeyBusy,
         LoaderError,
         PoisonSinkError,
         StartupError,
         TransientSinkError,
         Unavailable,
+        Unconfirmed,
     )
 
 _HOMES = {

@@ -20,7 +20,8 @@ X5  No lease stays: it is used, deleted or given back. What takes longer than it
 X6  A value that no entry can hold is refused before anything is written.
 
 Not covered: a process that dies between the sink and the entry leaves the old entry until it
-expires, or is written again. B has no such gap.
+expires, or is written again; so may a sink that stores a row after it was cancelled. B has no
+such gap.
 """
 
 from __future__ import annotations
