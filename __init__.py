@@ -21,9 +21,12 @@ __all__ = [
     "InvalidKey",
     "KeyBusy",
     "LoaderError",
+    "Loading",
     "Node",
+    "PartialFailure",
     "PoisonSinkError",
     "RequestScopeMiddleware",
+    "SourceFailing",
     "SqlSink",
     "StartupError",
     "TransientSinkError",
@@ -31,11 +34,13 @@ __all__ = [
     "Unconfirmed",
     "Write",
     "__version__",
+    "loading",
     "request_scope",
     "request_scope_middleware",
 ]
 
 if TYPE_CHECKING:
+    from .nodes.cache.loading import Loading, loading
     from .nodes.cache.scope import request_scope
     from .nodes.node import Node
     from .nodes.sinks.base import Write
@@ -52,7 +57,9 @@ if TYPE_CHECKING:
         InvalidKey,
         KeyBusy,
         LoaderError,
+        PartialFailure,
         PoisonSinkError,
+        SourceFailing,
         StartupError,
         TransientSinkError,
         Unavailable,
@@ -60,10 +67,12 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "Loading": ".nodes.cache.loading",
     "Node": ".nodes.node",
     "RequestScopeMiddleware": ".nodes.web.asgi",
     "SqlSink": ".nodes.sinks.sql",
     "Write": ".nodes.sinks.base",
+    "loading": ".nodes.cache.loading",
     "request_scope": ".nodes.cache.scope",
     "request_scope_middleware": ".nodes.web.aiohttp_middleware",
 }

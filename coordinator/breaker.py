@@ -91,6 +91,17 @@ class Breaker:
             self._failures += 1
             self._retry_at, self._probing = self._clock.monotonic() + self._recovery_s, False
 
+    def trip(self) -> None:
+        """Open, or stay open, from now on: others found out that it fails."""
+        if self._retry_at is None:
+            self._opened += 1
+        self._failures = max(self._failures, self._failures_max)
+        self._retry_at, self._probing = self._clock.monotonic() + self._recovery_s, False
+
+    def reset(self) -> None:
+        """Close: others found out that it works."""
+        self._retry_at, self._probing, self._failures = None, False, 0
+
     def abandoned(self) -> None:
         """Give the probe back: it was cancelled, which says nothing of the dependency."""
         self._probing = False

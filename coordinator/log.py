@@ -36,7 +36,7 @@ from ..schemas.notices import Dropped, Notice, Position, read_bell, read_notice,
 from .clock import Clock
 from .instruments import Instruments
 from .link import Arg, Commands, Reply
-from .scripting import Call, Scripts, load_scripts, run_many
+from .scripting import Call, Scripts, granted, load_scripts, run_many
 from .shard_view import ShardView
 
 __all__ = ["Follower", "FollowerStatistics", "ResetReason", "ShardView"]
@@ -92,8 +92,8 @@ class Follower:
         self._commands = commands
         self._begin = (scripts or load_scripts())["log_begin"]
         self._clock = clock
-        self._staleness_s = staleness_ms / 1000
-        self._interval_s = self._staleness_s / _SWEEPS_PER_PROMISE
+        self.promise_s = staleness_ms / 1000
+        self._interval_s = self.promise_s / _SWEEPS_PER_PROMISE
         self._instruments = instruments
         self._run_id = run_id
         self._known_run_id = ""
@@ -197,7 +197,7 @@ class Follower:
         replies = await self._commands.call_many([read, *(("XLEN", name) for name in streams)])
         if connection != self._connection:
             return views
-        found, *lengths = _all_granted(replies)
+        found, *lengths = granted(replies)
         unfinished = set()
         for name, entries in found or ():
             view = self._by_log[bytes(name)]
@@ -230,7 +230,7 @@ class Follower:
         self, views: Sequence[ShardView], unfinished: set[int], number: int, sent_at: float
     ) -> list[ShardView]:
         """Move the promise on; returns those of which this read proved nothing."""
-        until = sent_at + self._staleness_s
+        until = sent_at + self.promise_s
         unproved = [
             view
             for view in views
@@ -310,13 +310,6 @@ class Follower:
         view.start_over(end)
         if self._known_run_id:  # otherwise nothing is remembered yet
             self._forget(view, reason)
-
-
-def _all_granted(replies: Sequence[Reply]) -> Sequence[Reply]:
-    for reply in replies:
-        if isinstance(reply, ForebayError):
-            raise reply
-    return replies
 
 
 def _end(reply: Reply) -> Position:

@@ -20,10 +20,10 @@ from importlib.resources.abc import Traversable
 
 from msgspec import Struct
 
-from ..schemas.errors import ServerRefused
+from ..schemas.errors import ForebayError, ServerRefused
 from .link import Arg, Commands, Reply
 
-__all__ = ["Call", "Script", "Scripts", "load_scripts", "run", "run_many"]
+__all__ = ["Call", "Script", "Scripts", "granted", "load_scripts", "run", "run_many"]
 
 
 _SHARED = re.compile(r"^-- With (_\w+\.lua)\.$", re.MULTILINE)
@@ -120,6 +120,14 @@ async def run_many(
         late = await commands.call_many(again, timeout_ms=timeout_ms)
         for at, reply in zip(unknown, late, strict=True):
             replies[at] = reply
+    return replies
+
+
+def granted(replies: Sequence[Reply]) -> Sequence[Reply]:
+    """These replies; raises the first that is a refusal."""
+    for reply in replies:
+        if isinstance(reply, ForebayError):
+            raise reply
     return replies
 
 

@@ -13,7 +13,9 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from ..schemas.errors import ConfigError, InvalidKey
 from ..schemas.settings import Settings
-from .cache.cached import Cached, Declaration, lifetime_ms
+from .cache.cached import Cached
+from .cache.declaration import Declaration, policy_of
+from .cache.policy import OnDisconnected
 from .hooks import Hook
 from .sinks.base import Sink, Write
 from .sinks.callables import CallableSink
@@ -42,8 +44,17 @@ class Declarations:
         *,
         ttl: float,
         stale_for: float = 0.0,
+        stale_if_error: float = 0.0,
         negative_ttl: float | None = None,
+        refresh_ahead: float | None = None,
+        soft_timeout: float | None = None,
+        hard_timeout: float | None = None,
         tags: Sequence[str] = (),
+        depends_on: Sequence[str] = (),
+        max_staleness: float | None = None,
+        on_disconnected: OnDisconnected | None = None,
+        harmless: tuple[type[Exception], ...] = (),
+        mutable: bool = False,
         name: str = "",
     ) -> Callable[[Loader[P, T]], Cached[P, T]]:
         """Cache what a loader returns. Times in seconds.
@@ -52,28 +63,46 @@ class Declarations:
             template: the key, with every parameter of the loader as a field.
             ttl: how long a value is fresh.
             stale_for: how much longer it may be served while a new one is loaded.
+            stale_if_error: how long after ``ttl`` it may be served if the loader fails.
             negative_ttl: how long None is remembered; by default like ``ttl``, at most 10 s.
+            refresh_ahead: the fraction of ``ttl`` after which a read has it loaded anew.
+            soft_timeout: how long a caller waits for the loader who could be served stale.
+            hard_timeout: how long any caller waits; the load itself goes on.
             tags: labels by which entries are invalidated together; may have fields too.
+            depends_on: keys with which entries are invalidated, and with what these depend on.
+            max_staleness: how far this node may lag behind changes elsewhere.
+            on_disconnected: what to do without Valkey: ``bypass``, ``stale`` or ``fail``.
+            harmless: exceptions of the loader that say nothing of the source's health.
+            mutable: give each caller a copy of its own.
             name: in metrics and logs; by default the function's.
 
         Raises:
             ConfigError, InvalidKey: the declaration cannot work.
         """
         refuse_one_string("tags", tags)
-        lifetime_ms("ttl", ttl)
+        refuse_one_string("depends_on", depends_on)
         declared = Declaration(
             template=template,
             ttl=ttl,
             stale_for=stale_for,
+            stale_if_error=stale_if_error,
             negative_ttl=negative_ttl,
+            refresh_ahead=refresh_ahead,
+            soft_timeout=soft_timeout,
+            hard_timeout=hard_timeout,
             tags=tuple(tags),
+            depends_on=tuple(depends_on),
+            max_staleness=max_staleness,
+            on_disconnected=on_disconnected,
+            harmless=tuple(harmless),
+            mutable=mutable,
             name=name,
         )
+        policy_of(declared, Settings().cache)  # so that what is wrong is refused here
 
         def declare(loader: Loader[P, T]) -> Cached[P, T]:
             self._only_before_start()
             made: Cached[P, T] = Cached(loader, declared)
-            made.policy(Settings().cache)  # so that wrong lifetimes are refused here
             self._routes.add_cache(made)
             return made
 

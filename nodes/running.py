@@ -35,15 +35,17 @@ from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
 from ..schemas.errors import ConfigError, ForebayError, ServerRefused, StartupError, Unavailable
 from ..schemas.keys import Names
-from ..schemas.notices import Bumped, Changed, Dropped, Extended, Notice
+from ..schemas.notices import Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
 from .cache import scope
-from .cache.loads import Core
+from .cache.core import Core
 from .cache.reads import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
 from .cache.waits import KeyWaits
+from .explain.node_part import NodePart
+from .hearing import Hearing
 from .hooks import Hook, run_in_the_end
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
@@ -84,27 +86,31 @@ class Running:
         self.draining = False
         self.drained: bool | None = None
         self._drain_once = anyio.Lock()
-        self.follower = Follower(
-            backend.link,
-            self.names,
-            clock=self.clock,
-            staleness_ms=settings.cache.max_staleness_ms,
-            instruments=instruments,
-            run_id=backend.run_id,
-            apply=self.apply,
-            reset=self._reset,
-            scripts=self.scripts,
-        )
         self.shared = SharedTier(
             backend.link, backend.link, self.names, self.scripts, origin=node_id, durable=durable
         )
         self.tags = TagTable(self.names, self.shared.capture)
         self.waits = KeyWaits()
+        self.hearing = Hearing(
+            self.tags, self.waits, self.clock, self.server_clock, shards=node.shards
+        )
+        self.follower = Follower(
+            backend.link,
+            self.names,
+            clock=self.clock,
+            staleness_ms=routes.staleness_ms(settings.cache),
+            instruments=instruments,
+            run_id=backend.run_id,
+            apply=self.apply,
+            reset=self.hearing.reset,
+            scripts=self.scripts,
+        )
         self.core = self._core()
         self.paths: list[ReadPath[Any]] = [
             cached.bind(self.core, settings.cache, settings.limits)
             for cached in routes.caches.values()
         ]
+        self.hearing.paths = self.paths
         self.writing = Writing(
             backend, self.names, self.scripts, routes, self.core, settings.valkey
         )
@@ -114,11 +120,13 @@ class Running:
             backend.link, self.names, instruments, entries_max=durable.dead_letters_max
         )
         self.refreshes = self._refreshes()
+        self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.crew: Crew | None = None
 
     def _core(self) -> Core:
         return Core(
             node_id=self.node_id,
+            commands=self.backend.link,
             shared=self.shared,
             tags=self.tags,
             follower=self.follower,
@@ -130,6 +138,7 @@ class Running:
             rng=self.rng,
             ids=lambda: secrets.token_hex(8),
             invalidate=self.invalidate,
+            behind=self.routes.behind,
         )
 
     def _refreshes(self) -> Refreshes:
@@ -158,50 +167,20 @@ class Running:
         """Take in what a notice says."""
         if self.crew is not None and self.crew.external is not None:
             self.crew.external.noticed(version, notice)
-        match notice:
-            case Changed(key=key):
-                self._noticed(key, version)
-            case Dropped(keys=keys):
-                for key in keys:
-                    self._noticed(key, version)
-            case Bumped(tags=tags):
-                self._bumped(tags, version)
-            case Extended(key=key, since=since, soft_at_ms=soft_at_ms):
-                fresh_until = soft_at_ms / 1000 - self.server_clock.offset_s
-                for path in self.paths:
-                    path.near.extend(key, since, version, fresh_until)
-                self.waits.wake(key)
-
-    def _noticed(self, key: str, version: int) -> None:
-        for path in self.paths:
-            path.noticed(key, version)
-        self.waits.wake(key)
-
-    def _bumped(self, tags: Sequence[str], version: int) -> None:
-        for tag in tags:
-            self.tags.bump(tag, version)
-            for path in self.paths:
-                path.tag_noticed(tag)
-
-    def _reset(self, shard: int) -> None:
-        self.tags.reset(shard)
-        for path in self.paths:
-            path.flights.detach_all()
+        self.hearing.apply(version, notice)
 
     def bell(self, channel: bytes, payload: bytes) -> None:
         """A doorbell message of either channel."""
         if channel == self.names.bell.encode():
             self.follower.bell(payload)
             return
-        kind, _, shard = payload.partition(b" ")
-        if not shard.isdigit() or int(shard) >= self.names.shards:
+        if payload.startswith(b"x "):
+            self.explaining.asked(payload[2:])
             return
-        if kind == b"w" and self.crew is not None:
-            self.crew.writes.bell(int(shard))
-        elif kind == b"r":
-            self.refreshes.bell(int(shard))
-        elif kind == b"d":
-            self.writing.checkpoint_moved(int(shard))
+        told = {b"r": self.refreshes.bell, b"d": self.writing.checkpoint_moved}
+        if self.crew is not None:
+            told[b"w"] = self.crew.writes.bell
+        self.hearing.word(payload, told)
 
     async def check_birth(self, origins: Mapping[str, str]) -> None:
         """The number of shards was fixed when the namespace was born.

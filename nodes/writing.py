@@ -19,9 +19,11 @@ from ..coordinator.scripting import Scripts, run
 from ..schemas.keys import Names
 from ..schemas.settings import Valkey
 from .cache.confirmations import Confirmations
-from .cache.loads import Core
+from .cache.core import Core
+from .cache.packing import Packed
+from .cache.shared import TAG_KEEP_MS, Stamp
 from .cache.waits import KeyWaits
-from .cache.write_leases import WriteLeases
+from .cache.write_leases import WriteLease, WriteLeases
 from .cache.writes import WriteParts
 from .sinks.outlet import Outlet
 from .workers.routes import Routes
@@ -44,6 +46,9 @@ class Writing:
         options: Valkey,
     ) -> None:
         self._names = names
+        self._scripts = scripts
+        self._backend = backend
+        self._shared = core.shared
         self._routes = routes
         self.outlets: Mapping[str, Outlet] = routes.outlets(names.namespace)
         self.checkpoints = KeyWaits()
@@ -57,14 +62,10 @@ class Writing:
             ids=lambda: secrets.token_hex(8),
         )
 
-        async def begin(key: str, args: list[str | int]) -> Reply:
-            keys = core.shared.entry_keys(key)
-            return await run(backend.link, scripts["write_begin"], keys, args)
-
         self.parts = WriteParts(
             outlet_of=self._outlet_of,
             leases=WriteLeases(
-                begin,
+                self._begin,
                 core.waits,
                 self.checkpoints,
                 done_of=lambda key: names.part(names.shard(key), "done"),
@@ -72,10 +73,32 @@ class Writing:
                 rng=core.rng,
                 ids=core.ids,
             ),
+            fill=self._fill,
             confirmations=Confirmations(
                 backend.link, names, self.replication, self.checkpoints, clock=core.clock
             ),
         )
+
+    async def _begin(self, key: str, args: list[str | int]) -> Reply:
+        keys = self._shared.entry_keys(key)
+        return await run(self._backend.link, self._scripts["write_begin"], keys, args)
+
+    async def _fill(self, lease: WriteLease, packed: Packed) -> Stamp | None:
+        key = lease.key
+        stored, *stamp = await run(
+            self._backend.link,
+            self._scripts["write_fill"],
+            [*self._shared.entry_keys(key), self._names.tag(key)],
+            [
+                lease.token,
+                packed.soft_ms,
+                packed.hard_ms,
+                packed.tail,
+                *self._shared.written(key),
+                TAG_KEEP_MS,
+            ],
+        )
+        return Stamp(*map(int, stamp)) if stored else None
 
     def _outlet_of(self, key: str) -> tuple[Outlet, Mapping[str, str]] | None:
         found = self._routes.sink_of(key)

@@ -18,8 +18,9 @@ Values themselves are decoded by the cache that knows their type.
 
 from __future__ import annotations
 
+import functools
 import zlib
-from typing import Literal, cast
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -41,11 +42,14 @@ MAGIC = b"\xfbE1"
 FOREVER_MS = 9_999_999_999_999
 _HEADER = 66
 _BEYOND = 10**17  #: more than 16 digits can say
+_ZSTD_WINDOW_MAX = 1 << 26  #: more than any value may have
 _JSON_STARTS = b'{["-0123456789tfn \t\r\n'
 _UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError)
 
 Kind = Literal["v", "n"]  # a value; a negative entry: known absence
-Codec = Literal["m", "z", "s", "j"]  # msgpack; zlib of it; zstd of it; JSON (older forms)
+Codec = Literal[
+    "m", "z", "s", "j"
+]  # msgpack; zlib of it; zstd of it (one frame); JSON (older forms)
 
 
 class EntryMeta(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -53,9 +57,10 @@ class EntryMeta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     etag: str = ""
     soft_ms: int = 0  #: lifetimes as asked for, so that an extension can repeat them
     stale_ms: int = 0
+    error_ms: int = 0  #: the end of its life, when only a failing loader makes it be served
 
 
-class Entry(Struct, frozen=True, kw_only=True):
+class Entry(Struct, frozen=True):
     """An envelope, read but not yet decoded. Times are the server's, in ms since 1970."""
 
     version: int
@@ -80,7 +85,14 @@ class _Legacy(Struct):
 
 _NO_META = EntryMeta()
 _meta_encoder = msgspec.msgpack.Encoder()
-_meta_decoder = msgspec.msgpack.Decoder(EntryMeta)
+_decode_meta = msgspec.msgpack.Decoder(EntryMeta).decode
+_FORMS: dict[bytes, tuple[Kind, Codec]] = {
+    f"{kind}{codec}".encode(): (kind, codec)
+    for kind in get_args(Kind)
+    for codec in get_args(Codec)
+    if codec != "j"
+}
+_NOTHING_PENDING = b"0" * 16
 _legacy_decoder = msgspec.json.Decoder(_Legacy)
 
 
@@ -119,29 +131,33 @@ def version_of(raw: bytes) -> int:
 def _read(raw: bytes) -> Entry:
     if len(raw) < _HEADER:
         raise InvalidEntry("too_short", f"{len(raw)} bytes")
-    kind, codec = chr(raw[62]), chr(raw[63])
+    form = _FORMS.get(raw[62:64])
     end = _HEADER + (raw[64] << 8 | raw[65])
-    if raw[3] not in b"cx" or kind not in "vn" or not raw[4:62].isdigit():
-        raise InvalidEntry("bad_header")
-    if codec not in "mzs":
-        raise InvalidEntry("bad_codec", repr(codec))
+    if form is None or raw[3] not in b"cx" or not raw[4:62].isdigit():
+        raise _bad_form(raw)
     if end > len(raw):
         raise InvalidEntry("too_short", "the meta part is cut off")
     try:
-        meta = _meta_decoder.decode(raw[_HEADER:end]) if end > _HEADER else _NO_META
+        meta = _decode_meta(raw[_HEADER:end]) if end > _HEADER else _NO_META
     except _UNDECODABLE as error:
         raise InvalidEntry("bad_header", "the meta part cannot be decoded") from error
+    pending = raw[46:62]
     return Entry(
-        version=int(raw[4:20]),
-        soft_at_ms=int(raw[20:33]),
-        hard_at_ms=int(raw[33:46]),
-        kind=cast(Kind, kind),
-        codec=cast(Codec, codec),
-        payload=raw[end:],
-        meta=meta,
-        pending=int(raw[46:62]),
-        doomed=raw[3] == 120,
+        int(raw[4:20]),
+        int(raw[20:33]),
+        int(raw[33:46]),
+        form[0],
+        form[1],
+        raw[end:],
+        meta,
+        0 if pending == _NOTHING_PENDING else int(pending),
+        raw[3] == 120,
     )
+
+
+def _bad_form(raw: bytes) -> InvalidEntry:
+    known = raw[3] in b"cx" and raw[62] in b"vn" and raw[4:62].isdigit()
+    return InvalidEntry("bad_codec", repr(chr(raw[63]))) if known else InvalidEntry("bad_header")
 
 
 def _read_legacy(raw: bytes) -> Entry:
@@ -177,25 +193,70 @@ def decompressed(entry: Entry, *, bytes_max: int) -> bytes:
         return _unzstd(entry.payload, bytes_max)
     stream = zlib.decompressobj()
     try:
-        plain = stream.decompress(entry.payload, bytes_max)
+        plain = stream.decompress(entry.payload, bytes_max + 1)
     except zlib.error as error:
         raise InvalidEntry("bad_value", "zlib") from error
-    if stream.unconsumed_tail:
-        raise InvalidEntry("oversized", f"over {bytes_max} bytes when decompressed")
+    if len(plain) > bytes_max:
+        raise _bomb(bytes_max)
     if not stream.eof or stream.unused_data:
-        raise InvalidEntry("bad_value", "the compressed value is cut off or followed by garbage")
+        raise _not_whole()
     return plain
+
+
+def _not_whole() -> InvalidEntry:
+    return InvalidEntry("bad_value", "the compressed value is cut off or followed by garbage")
+
+
+def _bomb(bytes_max: int) -> InvalidEntry:
+    return InvalidEntry("oversized", f"over {bytes_max} bytes when decompressed")
+
+
+class _Zstd:
+    """What is used of zstandard. Contexts cost more to make than to use: idle ones are kept."""
+
+    def __init__(self) -> None:
+        import zstandard
+
+        self.error: type[Exception] = zstandard.ZstdError
+        self.size_of = zstandard.frame_content_size
+        self._new = functools.partial(zstandard.ZstdDecompressor, max_window_size=_ZSTD_WINDOW_MAX)
+        self.idle: list[Any] = []  # not more than threads have used at a time
+
+    def context(self) -> Any:
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return self._new()
+
+
+_zstd = functools.cache(_Zstd)
 
 
 def _unzstd(payload: bytes, bytes_max: int) -> bytes:
     try:
-        import zstandard
+        zstd = _zstd()
     except ImportError:
         raise InvalidEntry("bad_codec", "zstd; install forebay[zstd]") from None
     try:
-        size = zstandard.frame_content_size(payload)
-        if not 0 <= size <= bytes_max:
+        size = zstd.size_of(payload)
+        if size > bytes_max:
             raise InvalidEntry("oversized", f"{size} bytes announced, {bytes_max} are allowed")
-        return zstandard.ZstdDecompressor().decompress(payload, max_output_size=bytes_max)
-    except zstandard.ZstdError as error:
+        context = zstd.context()
+        if size < 0:  # whoever wrote it did not know
+            return _unzstd_unsized(context, payload, bytes_max)
+        plain: bytes = context.decompress(payload, allow_extra_data=False)
+    except zstd.error as error:
         raise InvalidEntry("bad_value", "zstd") from error
+    zstd.idle.append(context)
+    return plain
+
+
+def _unzstd_unsized(context: Any, payload: bytes, bytes_max: int) -> bytes:
+    """Twice: the first way has a limit but does not see the end, the second the reverse."""
+    if len(context.stream_reader(payload).read(bytes_max + 1)) > bytes_max:
+        raise _bomb(bytes_max)
+    stream = context.decompressobj()
+    plain: bytes = stream.decompress(payload)
+    if not stream.eof or stream.unused_data:
+        raise _not_whole()
+    return plain

@@ -9,7 +9,8 @@ Values that may be secret are masked by whoever raises, before they get here.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 __all__ = [
     "Backpressure",
@@ -28,10 +29,12 @@ __all__ = [
     "LoaderError",
     "NewerSchema",
     "NotShareable",
+    "PartialFailure",
     "PoisonSinkError",
     "ProcessFailed",
     "ServerRefused",
     "SinkError",
+    "SourceFailing",
     "StartupError",
     "TimedOut",
     "TransientSinkError",
@@ -50,7 +53,14 @@ EventFault = Literal[
     "server_refused",
 ]
 EntryFault = Literal[
-    "too_short", "bad_magic", "newer_format", "bad_header", "bad_codec", "oversized", "bad_value"
+    "too_short",
+    "bad_magic",
+    "newer_format",
+    "bad_header",
+    "bad_codec",
+    "oversized",
+    "bad_value",
+    "wrong_type",
 ]
 
 
@@ -220,11 +230,15 @@ class NewerSchema(ForebayError):
 
 
 class InvalidEntry(ForebayError):
-    """Raised for stored bytes that are no readable entry; the reader counts a miss."""
+    """Raised for stored bytes that are no readable entry; the reader counts a miss.
+
+    And for a value that cannot be stored, before it is.
+    """
 
     def __init__(self, fault: EntryFault, problem: str = "") -> None:
         super().__init__(f"{fault}: {problem}" if problem else fault)
         self.fault: EntryFault = fault
+        self.problem = problem
 
 
 class LoaderError(ForebayError):
@@ -235,6 +249,30 @@ class LoaderError(ForebayError):
         self.cache = cache
         self.key = key
         self.problem = problem
+
+
+class PartialFailure(ForebayError):
+    """Raised by a bulk read of which a part failed; what was had is in ``values``."""
+
+    def __init__(
+        self, cache: str, values: Mapping[Any, Any], errors: Mapping[Any, Exception]
+    ) -> None:
+        item, first = next(iter(errors.items()))
+        super().__init__(
+            f"{len(errors)} of {len(errors) + len(values)} items of {cache} failed, "
+            f"the first {item!r}: {type(first).__name__}: {first}"
+        )
+        self.cache = cache
+        self.values = values
+        self.errors = errors
+
+
+class SourceFailing(LoaderError):
+    """Raised at once, without a call of the loader, while its source is known to fail."""
+
+    def __init__(self, cache: str, key: str, retry_after_ms: int) -> None:
+        super().__init__(cache, key, f"its source fails, next try in {retry_after_ms} ms")
+        self.retry_after_ms = retry_after_ms
 
 
 class SinkError(ForebayError):

@@ -46,10 +46,11 @@ class Changed(Struct, frozen=True, array_like=True, tag="c"):
 
     key: str
     origin: str = ""  #: node id of the writer, whose own near cache has it already
+    outdates: bool = False  #: it was written, not loaded: what depends on the key is old
 
 
 class Dropped(Struct, frozen=True, array_like=True, tag="d"):
-    """Copies of these keys must not be served as fresh any more."""
+    """Copies of these keys, and what depends on them, must not be served as fresh any more."""
 
     keys: tuple[str, ...]
     soft: bool = False  #: stale copies may still be served as such
@@ -61,6 +62,7 @@ class Bumped(Struct, frozen=True, array_like=True, tag="t"):
 
     tags: tuple[str, ...]
     origin: str = ""
+    soft: bool = False  #: they may still be served as stale
 
 
 class Extended(Struct, frozen=True, array_like=True, tag="x"):
@@ -68,8 +70,8 @@ class Extended(Struct, frozen=True, array_like=True, tag="x"):
 
     key: str
     since: int  #: the version that was extended
-    soft_at_ms: int
-    hard_at_ms: int
+    soft_ms: int  #: lifetimes, from the moment that the new version tells
+    hard_ms: int
 
 
 Notice = Changed | Dropped | Bumped | Extended

@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 __all__ = [
     "CacheDefaults",
+    "Compression",
     "Durable",
     "Http",
     "Limiter",
@@ -31,6 +32,7 @@ Port = Annotated[int, Meta(ge=0, le=65_535)]
 Millis = Annotated[int, Meta(ge=1, le=86_400_000)]
 Count = Annotated[int, Meta(ge=1, le=100_000_000)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Compression = Literal["zlib", "zstd", "none"]
 
 
 class Secret:
@@ -108,12 +110,19 @@ class CacheDefaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     version: Annotated[int, Meta(ge=0, le=1_000_000)] = 0  #: raising it forgets everything
     near_entries_max: Count = 100_000
     near_bytes_max: Count = 67_108_864
+    near_value_bytes_max: Annotated[int, Meta(ge=1, le=67_108_864)] = 262_144
+    near_negatives_max: Count = 10_000  #: known absences, beside the entries with a value
+    near_policy: Literal["sieve", "lru"] = "sieve"  #: who has to go when there is no room
     max_staleness_ms: Millis = 500
     on_disconnected: Literal["bypass", "stale", "fail"] = "bypass"
     value_bytes_max: Annotated[int, Meta(ge=1, le=67_108_864)] = 1_048_576
+    compression: Compression = "zlib"  #: of what is written; zstd needs forebay[zstd]
     compress_over_bytes: Annotated[int, Meta(ge=0, le=67_108_864)] = 1_024
     lease_ms: Annotated[int, Meta(ge=100, le=600_000)] = 10_000  #: one load takes no longer
     jitter: Annotated[float, Meta(ge=0, le=0.5)] = 0.05
+    throttle_ms: Millis = 1_000  #: how long a source is left alone that failed for a key
+    breaker_failures: Annotated[int, Meta(ge=1, le=1_000)] = 5  #: of loads in a row, per cache
+    breaker_recovery_ms: Millis = 2_000
     external_writers: bool = False  #: follow what others do to entries in Valkey itself
 
 

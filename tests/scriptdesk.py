@@ -20,6 +20,7 @@ from forebay.schemas.notices import (
     Bumped,
     Changed,
     Dropped,
+    Extended,
     Notice,
     Position,
     read_notice,
@@ -71,10 +72,36 @@ class Desk:
         return [write_notice(notice), self.names.bell, shard]
 
     async def begin(
-        self, token: str, *, key: str = "k", lease_ms: int = MINUTE_MS, seen: int = -1
+        self,
+        token: str,
+        *,
+        key: str = "k",
+        lease_ms: int = MINUTE_MS,
+        seen: int = -1,
+        patient: bool = False,
     ) -> list[Reply]:
         keys = self.entry_keys(key)[:2]
-        return list(await self.run("entry_begin", keys, token, lease_ms, seen))
+        reply = await self.run("entry_begin", keys, token, lease_ms, seen, int(patient))
+        self.begun = reply[2:]  # the server's clock; or time left, and whether the source fails
+        return list(reply[: 2 if reply[0] else 3])
+
+    async def fail(self, token: str, *, key: str = "k", throttle_ms: int = MINUTE_MS) -> int:
+        return int(await self.run("lease_fail", self.entry_keys(key)[:2], token, throttle_ms))
+
+    async def extend(
+        self,
+        token: str,
+        since: int,
+        *,
+        key: str = "k",
+        soft_ms: int = MINUTE_MS,
+        hard_ms: int = 2 * MINUTE_MS,
+        meta: EntryMeta | None = None,
+    ) -> list[Reply]:
+        said = self._said(Extended(key, since, soft_ms, hard_ms), self.names.shard(key))
+        middle = make_tail(b"", kind="v", codec="m", meta=meta or EntryMeta())
+        args: list[Arg] = [token, since, soft_ms, hard_ms, middle, *said]
+        return list(await self.run("entry_extend", self.entry_keys(key), *args))
 
     async def fill(
         self,
@@ -97,9 +124,10 @@ class Desk:
         soft_ms: int = MINUTE_MS,
         hard_ms: int = 2 * MINUTE_MS,
     ) -> int:
-        said = self._said(Changed(key), self.names.shard(key))
-        args: list[Arg] = [soft_ms, hard_ms, tail_of(value), *said]
-        reply = await self.run("entry_put", self.entry_keys(key), *args)
+        said = self._said(Changed(key, outdates=True), self.names.shard(key))
+        args: list[Arg] = [soft_ms, hard_ms, tail_of(value), *said, MINUTE_MS]
+        keys = [*self.entry_keys(key), self.names.tag(key)]
+        reply = await self.run("entry_put", keys, *args)
         return int(reply[0])
 
     async def write(
@@ -115,10 +143,20 @@ class Desk:
     ) -> list[Reply]:
         shard = self.names.shard(key)
         keys = [*self.entry_keys(key), self.part("writes", shard), self.names.seen(shard, event_id)]
+        keys.append(self.names.tag(key))
         args: list[Arg] = [soft_ms, hard_ms, tail_of(value)]
-        args += self._said(Changed(key), shard)
+        args += self._said(Changed(key, outdates=True), shard)
         args += [f"job of {value}", bound, self.names.work, mark, MINUTE_MS if event_id else 0]
+        args.append(MINUTE_MS)
         return list(await self.run("entry_write", keys, *args))
+
+    async def fill_write(
+        self, token: str, value: str = "written", *, key: str = "k"
+    ) -> list[Reply]:
+        said = self._said(Changed(key, outdates=True), self.names.shard(key))
+        args: list[Arg] = [token, MINUTE_MS, 2 * MINUTE_MS, tail_of(value), *said, MINUTE_MS]
+        keys = [*self.entry_keys(key), self.names.tag(key)]
+        return list(await self.run("write_fill", keys, *args))
 
     async def begin_write(self, token: str, *, key: str = "k") -> list[Reply]:
         return list(await self.run("write_begin", self.entry_keys(key), token, MINUTE_MS))
@@ -131,8 +169,8 @@ class Desk:
         keys = keys or ("k",)
         names, shard = self.names, self.names.shard(keys[0])
         slots = [self.part("head", shard), self.part("log", shard)]
-        slots += [name for key in keys for name in (names.entry(key), names.lease(key))]
-        args: list[Arg] = [*self._said(Dropped(keys, soft), shard), mark, int(soft)]
+        slots += [name for key in keys for name in names.of_key(key)]
+        args: list[Arg] = [*self._said(Dropped(keys, soft), shard), mark, int(soft), MINUTE_MS]
         return list(await self.run("entries_invalidate", slots, *args))
 
     async def refresh(self, token: str, *, key: str = "k", seen: int = -1, bound: int = 100) -> int:
@@ -143,16 +181,25 @@ class Desk:
 
     # Tags
 
-    async def bump(self, *tags: str, mark: str = "", keep_ms: int = MINUTE_MS) -> list[Reply]:
+    async def bump(
+        self, *tags: str, mark: str = "", keep_ms: int = MINUTE_MS, soft: bool = False
+    ) -> list[Reply]:
         shard = self.names.shard(tags[0])
         keys = [self.part("head", shard), self.part("log", shard), *map(self.names.tag, tags)]
-        args: list[Arg] = [*self._said(Bumped(tags), shard), mark, keep_ms]
+        args: list[Arg] = [*self._said(Bumped(tags), shard), mark, keep_ms, int(soft)]
         return list(await self.run("tags_bump", keys, *args))
 
     async def capture(self, *tags: str, keep_ms: int = MINUTE_MS) -> list[int]:
         shard = self.names.shard(tags[0])
         keys = [self.part("head", shard), *map(self.names.tag, tags)]
-        return [int(version) for version in await self.run("tags_capture", keys, keep_ms)]
+        return [int(version) for version in (await self.run("tags_capture", keys, keep_ms))[::3]]
+
+    async def captured(self, *tags: str) -> list[tuple[int, int, int]]:
+        """Version, hard version, and whether it was made now, of each."""
+        shard = self.names.shard(tags[0])
+        keys = [self.part("head", shard), *map(self.names.tag, tags)]
+        found = [int(each) for each in await self.run("tags_capture", keys, MINUTE_MS)]
+        return list(zip(found[::3], found[1::3], found[2::3], strict=True))
 
     # Logs, owners, streams
 

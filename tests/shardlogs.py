@@ -82,8 +82,8 @@ class Shelf:
         raw = write_notice(Dropped((str(number),))) if notice is None else notice
         if notice is None:
             self.written[shard] += 1
-        keys = [part(shard, name) for name in ("head", "log", "e0:x", "l:x")]
-        args: list[Arg] = [raw, self.names.bell, shard, "", 0]
+        keys = [part(shard, name) for name in ("head", "log", "e0:x", "l:x", "t:x")]
+        args: list[Arg] = [raw, self.names.bell, shard, "", 0, 60_000]
         _, version = await run(self.commands, SCRIPTS["entries_invalidate"], keys, args)
         self.versions[shard].append(int(version))
         return await self.last_bell(shard)

@@ -22,7 +22,7 @@ import pytest
 from valkeyd import ValkeyServer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(ROOT.glob("*.md"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 RUN_LIMIT_S = 40
 RUNNER = """
 import ast, asyncio, sys, types

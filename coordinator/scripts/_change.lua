@@ -5,6 +5,8 @@
 --    head that was lost is made anew from the end of the log.
 -- C3 XADD is the first write of a change: where it is refused (out of memory), nothing
 --    happened; where it is not, the server refuses none of the writes that follow.
+-- C4 A tag's value is its version; after a soft bump "<version> <hard version>": what carries
+--    less than the hard version is invalid, what carries less than the version is stale.
 --
 -- An entry begins: magic 3, state 1, version 16, soft_at 13, hard_at 13, pending 16 (digits).
 
@@ -62,4 +64,24 @@ end
 local function pending_of(numbers)
   if not numbers or string.sub(numbers, 1, 3) ~= "\251E1" then return 0 end
   return tonumber(string.sub(numbers, 47, 62)) or 0
+end
+
+local function tag_versions(value)
+  local version, hard = string.match(value, "^(%d+) ?(%d*)$")
+  return version, hard ~= "" and hard or version
+end
+
+local function bump_tag(tag, version, soft, keep_ms)
+  local known = soft and redis.call("GET", tag)
+  local value = version
+  if known then
+    local _, hard = tag_versions(known)
+    value = version .. " " .. (hard or version)
+  end
+  redis.call("SET", tag, value, "PX", keep_ms)
+end
+
+-- Whatever depends on a key carries a tag named after it; where there is no such tag, nothing does.
+local function outdate_dependents(named_after, version, soft, keep_ms)
+  if redis.call("EXISTS", named_after) == 1 then bump_tag(named_after, version, soft, keep_ms) end
 end

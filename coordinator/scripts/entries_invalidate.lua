@@ -3,23 +3,26 @@
 --
 -- KEYS[1] head    hash     epoch, newest version, newest ingress mark (m)
 -- KEYS[2] log     stream   notices
--- KEYS[3..] entry and lease of each key, by turns
+-- KEYS[3..] entry, lease and tag of each key, by turns
 -- ARGV[1] notice  msgpack
 -- ARGV[2] bell    channel
 -- ARGV[3] shard   number of the shard
 -- ARGV[4] mark    place in the ingress stream; empty: it does not come from there
 -- ARGV[5] soft    1: the entries stay, as stale; 0: they are deleted
+-- ARGV[6] keep_ms  how long a tag version is kept unused
 -- Returns {1, version}; {2} a repetition
 --
 -- I1 A load under way cannot fill any more.
 -- I2 An entry whose write-behind is pending is newer than the source: it stays, marked x,
 --    and is dropped when the write was sunk.
+-- I3 What depends on the keys is outdated with them, as softly.
 
 local newest = redis.call("HGET", KEYS[1], "m")
 if ARGV[4] ~= "" and newest and ARGV[4] <= newest then return { 2 } end
 local change = next_change(KEYS[1], KEYS[2])
+local version = string.format("%.0f", change.version)
 announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
-for i = 3, #KEYS, 2 do
+for i = 3, #KEYS, 3 do
   local numbers = numbers_of(KEYS[i])
   if pending_of(numbers) > 0 then
     redis.call("SETRANGE", KEYS[i], 3, "x")
@@ -30,6 +33,7 @@ for i = 3, #KEYS, 2 do
     redis.call("UNLINK", KEYS[i])
   end
   redis.call("DEL", KEYS[i + 1])
+  outdate_dependents(KEYS[i + 2], version, ARGV[5] == "1", ARGV[6])
 end
 if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "m", ARGV[4]) end
-return { 1, string.format("%.0f", change.version) }
+return { 1, version }

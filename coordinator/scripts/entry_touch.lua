@@ -3,10 +3,11 @@
 --
 -- KEYS[1] head    hash     epoch, newest version
 -- KEYS[2] log     stream   notices
--- KEYS[3..] entry and lease of each key, by turns
+-- KEYS[3..] entry, lease and tag of each key, by turns
 -- ARGV[1] notice  msgpack  says that copies of all these keys are old
 -- ARGV[2] bell    channel
 -- ARGV[3] shard   number of the shard
+-- ARGV[4] keep_ms  how long a tag version is kept unused
 -- Returns {how many, version}; {0} all of them are ours again: nothing was written
 --
 -- I1 No entry is changed: a value that others wrote is there to be read.
@@ -14,16 +15,18 @@
 --    ours stored it, and told so. The notice may name that key all the same.
 
 local foreign = {}
-for i = 3, #KEYS, 2 do
+for i = 3, #KEYS, 3 do
   -- The third character of the magic is the format; a newer one is ours, too.
   if string.sub(numbers_of(KEYS[i]), 1, 2) ~= "\251E" then
-    foreign[#foreign + 1] = i + 1
+    foreign[#foreign + 1] = i
   end
 end
 if #foreign == 0 then return { 0 } end
 local change = next_change(KEYS[1], KEYS[2])
 announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
+local version = string.format("%.0f", change.version)
 for _, i in ipairs(foreign) do
-  redis.call("DEL", KEYS[i])
+  redis.call("DEL", KEYS[i + 1])
+  outdate_dependents(KEYS[i + 2], version, false, ARGV[4])
 end
-return { #foreign, string.format("%.0f", change.version) }
+return { #foreign, version }

@@ -7,6 +7,7 @@
 -- KEYS[4] log         stream   notices
 -- KEYS[5] writes      stream   jobs
 -- KEYS[6] seen        string, expires   an event id seen lately
+-- KEYS[7] tag         string, expires   version of the tag named after the key
 -- ARGV[1] soft_ms     lifetime until stale
 -- ARGV[2] hard_ms     lifetime until gone, >= soft_ms
 -- ARGV[3] tail        the envelope after the numbers
@@ -18,10 +19,12 @@
 -- ARGV[9] work        channel of jobs
 -- ARGV[10] mark       place in the ingress stream; empty: it does not come from there
 -- ARGV[11] seen_ms    how long the event id is remembered; 0: it has none
+-- ARGV[12] keep_ms    how long a tag version is kept unused
 -- Returns {1, version, soft_at_ms, hard_at_ms, job id, length}; {0, length} full; {2} a repetition
 --
 -- I1 A mark that is not later than the newest one, or an event id seen, changes nothing.
 -- I2 A full stream refuses; it is never trimmed to make room.
+-- I3 What depends on the key is outdated.
 
 local newest = redis.call("HGET", KEYS[3], "m")
 if ARGV[10] ~= "" and newest and ARGV[10] <= newest then return { 2 } end
@@ -35,6 +38,7 @@ announce(change, KEYS[3], KEYS[4], ARGV[5], ARGV[6], ARGV[4])
 local id = redis.call("XADD", KEYS[5], "*", "v", version, "j", ARGV[7])
 redis.call("SET", KEYS[1], envelope(change.version, soft_at, hard_at, change.version, ARGV[3]))
 redis.call("DEL", KEYS[2])
+outdate_dependents(KEYS[7], version, false, ARGV[12])
 if ARGV[10] ~= "" then redis.call("HSET", KEYS[3], "m", ARGV[10]) end
 if ARGV[11] ~= "0" then redis.call("SET", KEYS[6], version, "PX", ARGV[11]) end
 redis.call("PUBLISH", ARGV[9], "w " .. ARGV[6])

@@ -9,9 +9,11 @@
 -- ARGV[3] shard    number of the shard
 -- ARGV[4] mark     place in the ingress stream; empty: it does not come from there
 -- ARGV[5] keep_ms  how long a tag version is kept unused
+-- ARGV[6] soft     1: what carries them may still be served as stale
 -- Returns {1, version}; {2} a repetition
 --
 -- I1 The new version is later than any that the tag had, also one that was lost.
+-- I2 A soft bump of a tag that was lost is a hard one.
 
 local newest = redis.call("HGET", KEYS[1], "m")
 if ARGV[4] ~= "" and newest and ARGV[4] <= newest then return { 2 } end
@@ -19,7 +21,7 @@ local change = next_change(KEYS[1], KEYS[2])
 local version = string.format("%.0f", change.version)
 announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
 for i = 3, #KEYS do
-  redis.call("SET", KEYS[i], version, "PX", ARGV[5])
+  bump_tag(KEYS[i], version, ARGV[6] == "1", ARGV[5])
 end
 if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "m", ARGV[4]) end
 return { 1, version }

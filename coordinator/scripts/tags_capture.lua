@@ -4,13 +4,15 @@
 -- KEYS[1] head     hash   newest version of the shard
 -- KEYS[2..] the tags' versions
 -- ARGV[1] keep_ms  how long a tag version is kept unused
--- Returns the versions, as text, in the order of the tags
+-- Returns for each tag in turn: version and hard version, as text, and 1 if it was made now
 --
 -- I1 A tag that was lost never gets a version that an entry may carry already.
 
-local versions, drawn = {}, nil
+local found, drawn = {}, nil
 for i = 2, #KEYS do
-  local version = redis.call("GET", KEYS[i])
+  local version, hard, made = nil, nil, 0
+  local value = redis.call("GET", KEYS[i])
+  if value then version, hard = tag_versions(value) end
   if version then
     redis.call("PEXPIRE", KEYS[i], ARGV[1])
   else
@@ -19,9 +21,11 @@ for i = 2, #KEYS do
       drawn = string.format("%.0f", math.max(previous + 1, server_us()))
       redis.call("HSET", KEYS[1], "v", drawn)
     end
-    version = drawn
+    version, hard, made = drawn, drawn, 1
     redis.call("SET", KEYS[i], version, "PX", ARGV[1])
   end
-  versions[#versions + 1] = version
+  found[#found + 1] = version
+  found[#found + 1] = hard
+  found[#found + 1] = made
 end
-return versions
+return found

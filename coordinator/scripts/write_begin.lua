@@ -2,14 +2,14 @@
 -- With _change.lua.
 --
 -- KEYS[1] entry     string, expires   the stored envelope
--- KEYS[2] lease     string, expires   token of the one who may fill
+-- KEYS[2] lease     string, expires   token of the one who may fill; "!": the source failed lately
 -- KEYS[3] head      hash              epoch and newest version of the shard
 -- KEYS[4] log       stream            notices
 -- ARGV[1] token     random, drawn by the caller before sending
 -- ARGV[2] lease_ms  integer > 0
 -- Returns {1, version} granted, {0, left_ms} another has it, {2} a write-behind is pending
 --
--- I1 Nobody gets a lease while another token is present.
+-- I1 Nobody gets a lease while another token is present; that loads failed does not matter.
 -- I2 Asked again with the same token (the reply was lost), it is granted again, with a later version.
 -- I3 The version is later than all that the shard gave before, and is not given again.
 -- I4 No lease is given while a write-behind is pending: the sink shall have that one first.
@@ -17,7 +17,7 @@
 
 if pending_of(numbers_of(KEYS[1])) > 0 then return { 2 } end
 local holder = redis.call("GET", KEYS[2])
-if holder and holder ~= ARGV[1] then
+if holder and holder ~= ARGV[1] and holder ~= "!" then
   return { 0, redis.call("PTTL", KEYS[2]) }
 end
 local change = next_change(KEYS[3], KEYS[4])

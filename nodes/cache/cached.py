@@ -3,59 +3,54 @@
     @node.cached("product:{id}", ttl=60, stale_for=300, tags=["catalog"])
     async def product(id: int) -> Product: ...
 
+    @product.batch
+    async def products(ids: list[int]) -> dict[int, Product]: ...
+
     await product(42)                                   # typed as before
     await product.get_with_info(42)                     # with tier, age, stale, version
+    await product.many([1, 2, 3])                       # one look, one load
     await product.put(42, value)                        # a value known to be the newest
     await product.write_through(42, value)              # the sink, then the entry
     await product.write_around(42, value)               # the sink, and no entry
     await product.write_behind(42, value)               # the entry now, the sink soon
     await product.invalidate(42)
 
-Every parameter of the function is a field of the key template, and the other way round:
-otherwise two different calls would share an entry. Values are shared between callers:
-treat them as immutable.
+Values are shared between callers: treat them as immutable, or declare the cache ``mutable``;
+then each caller gets a copy of its own.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
-import msgspec
-
-from ...schemas.errors import ConfigError, ForebayError, InvalidKey
+from ...schemas.errors import ConfigError, ForebayError, PartialFailure
 from ...schemas.jobs import RefreshJob
-from ...schemas.keys import KeyTemplate
 from ...schemas.settings import CacheDefaults, Limits
 from . import scope
-from .durations import lifetime_ms
-from .loads import Core, Hit, LoadCall, LoadPath
+from .batches import Batches, BatchLoader, Member
+from .bulk import BulkReads
+from .copies import Copies
+from .core import Core, Hit, LoadCall
+from .declaration import Declaration, policy_of
+from .keying import Keying
+from .loads import LoadPath
 from .near import NearCache, NearEntry
 from .policy import Policy
 from .reads import ReadPath
-from .values import ValueCodec
+from .source import source_of
+from .warming import How, Items, WarmReport, warm
 from .writable import Writable
 from .writes import WriteParts, WritePath
 
-__all__ = ["Cached", "Declaration", "lifetime_ms"]
+__all__ = ["Cached"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+B = TypeVar("B", bound=BatchLoader)
 
-_NEGATIVE_S_MAX = 10.0
-
-
-class Declaration(msgspec.Struct, frozen=True, kw_only=True):
-    """What was said of a cache where it was declared. Times in seconds."""
-
-    template: str
-    ttl: float
-    stale_for: float = 0.0
-    negative_ttl: float | None = None  #: unset: like ttl, at most ten seconds
-    tags: Sequence[str] = ()
-    name: str = ""
+_BATCH_OF_LEASE = 0.9
 
 
 class Cached(Writable[T], Generic[P, T]):
@@ -65,22 +60,17 @@ class Cached(Writable[T], Generic[P, T]):
         functools.update_wrapper(self, loader)
         self.name = declared.name or loader.__name__
         self.declared = declared
-        self.template = KeyTemplate(declared.template)
-        self._near_hits_before = 0
+        self.keying = Keying(loader, declared, self.name)
+        self.template = self.keying.template
+        self.value_type = self.keying.value_type
+        self.key = self.keying.key
         self._loader = loader
-        tags = [KeyTemplate(tag) for tag in declared.tags]
-        self._tags = [_tag_of(tag) for tag in tags]
-        self._signature = inspect.signature(loader)
-        self._parameters = tuple(self._signature.parameters)
-        self._plain = all(
-            each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-            for each in self._signature.parameters.values()
-        )
-        hints = get_type_hints(loader, include_extras=True)
-        self._types = {name: hints.get(name, str) for name in self._parameters}
-        self.value_type: Any = hints.get("return", Any)
-        _check_fields(self.template, tags, self._parameters, self.name)
-        self.key = self._fast_key() or self._slow_key
+        self._batch_loader: BatchLoader | None = None
+        self._batches: Batches | None = None
+        self._behind: Callable[[Sequence[str]], Sequence[str]] = list
+        self._copies: Copies[T] = Copies(self.value_type, CacheDefaults(), mutable=declared.mutable)
+        self._own: Callable[[Any], T] | None = None
+        self._near_hits_before = 0
         self._path: ReadPath[T] | None = None
         self._near_get: Callable[[str], NearEntry | None] = _not_running
 
@@ -92,60 +82,123 @@ class Cached(Writable[T], Generic[P, T]):
 
         Raises:
             Unavailable: Valkey does not answer, and the cache is declared to fail then.
+            SourceFailing: nothing is stored, and the loader is known to fail.
             Whatever the loader raises.
         """
         key = self.key(*args, **kwargs)
         if scope.opened and (seen := scope.current()) is not None:
             read = functools.partial(self._read, key, args, kwargs)
-            return (await seen.read(self, key, read)).value
+            return self._copies.own((await seen.read(self, key, read)).value)
         entry = self._near_get(key)
-        if entry is not None:
-            value: T = entry.value
-            return value
-        hit = await self.path.read(key, self._call(args, kwargs))
-        return hit.value
+        if entry is None:
+            hit = await self.path.read(key, functools.partial(self._call, args, kwargs))
+            kept: Any = hit.value
+        else:
+            kept = entry.value
+        value: T = kept if self._own is None else self._own(kept)
+        return value
 
     async def get_with_info(self, *args: P.args, **kwargs: P.kwargs) -> Hit[T]:
         """The value with its tier, age, version, and whether it is stale."""
         key = self.key(*args, **kwargs)
         if (seen := scope.current()) is not None:
-            return await seen.read(self, key, functools.partial(self._read, key, args, kwargs))
-        return await self._read(key, args, kwargs)
+            hit = await seen.read(self, key, functools.partial(self._read, key, args, kwargs))
+        else:
+            hit = await self._read(key, args, kwargs)
+        return self._copies.own_hit(hit)
 
     async def _read(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hit[T]:
         entry = self._near_get(key)
         if entry is not None:
             return self.path.hit_of(entry)
-        return await self.path.read(key, self._call(args, kwargs))
+        return await self.path.read(key, functools.partial(self._call, args, kwargs))
+
+    async def many(self, items: Iterable[Any]) -> list[T]:
+        """The values of many items, in their order: one look, and one load for the misses.
+
+        An item is the loader's one argument, or the tuple of its arguments.
+
+        Raises:
+            PartialFailure: some could not be had; it holds the values of the others.
+        """
+        asked = list(items)
+        hits = await self.many_with_info(asked)
+        errors = {
+            item: hit for item, hit in zip(asked, hits, strict=True) if isinstance(hit, Exception)
+        }
+        if errors:
+            values = {
+                item: hit.value
+                for item, hit in zip(asked, hits, strict=True)
+                if isinstance(hit, Hit)
+            }
+            raise PartialFailure(self.name, values, errors)
+        return [hit.value for hit in hits if isinstance(hit, Hit)]
+
+    async def many_with_info(self, items: Iterable[Any]) -> list[Hit[T] | Exception]:
+        """As ``many``, with tiers and ages; in place of what failed stands its exception."""
+        calls: dict[str, tuple[Any, ...]] = {}
+        keys = []
+        for item in items:
+            args = item if isinstance(item, tuple) and len(self.keying.parameters) > 1 else (item,)
+            keys.append(key := self.key(*args))
+            calls[key] = args
+        wanted = {key: functools.partial(self._call, args, {}) for key, args in calls.items()}
+        reads = BulkReads(self.path, self._batches)
+        seen = scope.current()
+        if seen is None:
+            found = await reads.read(wanted)
+        else:
+            found = await seen.read_many(self, wanted, reads.read)
+        own = self._copies.own_hit
+        return [own(hit) if isinstance(hit := found[key], Hit) else hit for key in keys]
+
+    @property
+    def batched(self) -> bool:
+        """Whether there is a loader for many items at once."""
+        return self._batch_loader is not None
+
+    def batch(self, loader: B) -> B:
+        """Declare a loader for many items at once: it gets a list, and returns a mapping."""
+        if self._batch_loader is not None or self._path is not None:
+            raise ConfigError(
+                setting=f"the batch loader of {self.name}",
+                value=getattr(loader, "__name__", repr(loader)),
+                origin="the declaration of a cache",
+                problem="there is one already" if self._batch_loader else "the node runs already",
+                fix="declare one for each cache, before `async with node:`",
+            )
+        self._batch_loader = loader
+        return loader
 
     async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Have every node forget the entry, before this returns on this node."""
         await self.path.invalidate(self.key(*args, **kwargs))
 
+    async def warm(self, items: Items, **how: Unpack[How]) -> WarmReport:
+        """Load what is not fresh in the shared tier, ahead of the readers; see ``warming.warm``."""
+        return await warm(self, items, **how)
+
     async def read_key(self, key: str) -> Hit[T]:
         """As ``get_with_info``, for a key of this cache's template."""
         entry = self._near_get(key)
         if entry is not None:
-            return self.path.hit_of(entry)
-        return await self.path.read(key, self._call_of(key))
+            return self._copies.own_hit(self.path.hit_of(entry))
+        hit = await self.path.read(key, functools.partial(self._call_of, key))
+        return self._copies.own_hit(hit)
+
+    def value_of(self, payload: bytes) -> T:
+        """The value of msgpack bytes; raises InvalidEntry."""
+        return self._copies.own(self._copies.codec.unpack(payload))
 
     async def do_refresh(self, job: RefreshJob) -> bool:
         """Load a key again under the lease that the job carries; false: it was refused."""
-        near, loads = self.path.near, self.path.loads
         try:
             call = self._call_of(job.key)
         except Exception:
-            await loads.give_back(job.key, job.token)
+            await self.path.loads.give_back(job.key, job.token)
             raise
-        reservation = near.reserve(job.key)
-        try:
-            lease = await loads.taken_over(job.key, job.token, call.tags)
-            if lease is None:
-                return False
-            hit = await loads.load_and_fill(lease, call, reservation)
-        finally:
-            near.release(reservation)
-        return hit.version > 0
+        return await self.path.refresh(job.key, job.token, call)
 
     @property
     def near_hits(self) -> int:
@@ -160,116 +213,75 @@ class Cached(Writable[T], Generic[P, T]):
 
     def bind(self, core: Core, defaults: CacheDefaults, limits: Limits) -> ReadPath[T]:
         """Called by the node when it starts."""
-        near = NearCache(
-            core.follower,
-            entries_max=defaults.near_entries_max,
-            bytes_max=defaults.near_bytes_max,
-            clock=core.clock,
-        )
-        codec: ValueCodec[T] = ValueCodec(
-            self.value_type,
-            bytes_max=defaults.value_bytes_max,
-            compress_over_bytes=defaults.compress_over_bytes,
-        )
-        loads = LoadPath(core, self.name, self.policy(defaults), codec, near)
-        self._path = ReadPath(core, loads, limits=limits, staleness_ms=defaults.max_staleness_ms)
+        policy = self.policy(defaults)
+        slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
+        near = NearCache.from_defaults(core.follower, defaults, slack_s=slack_s, clock=core.clock)
+        self._copies = Copies(self.value_type, defaults, mutable=self.declared.mutable)
+        self._own = self._copies.own if self.declared.mutable else None
+        codec = self._copies.codec
+        source = source_of(core, self.name, self.declared, defaults)
+        loads = LoadPath(core, self.name, policy, codec, near, source, self._copies.own)
+        self._path = ReadPath(core, loads, limits=limits)
+        if self._batch_loader is not None:
+            limit_s = _BATCH_OF_LEASE * policy.lease_ms / 1000
+            self._batches = Batches(self.name, self._batch_loader, core.tasks, limit_s=limit_s)
+        self._behind = core.behind
         self._near_get = near.get
         return self._path
 
     def bind_writes(self, core: Core, parts: WriteParts) -> None:
         """Called by the node after ``bind``."""
         self._writes = WritePath(
-            core, parts, self.path, lambda key: self._tags_of(self._fields_of(key))
+            core,
+            parts,
+            self.path,
+            labels_of=lambda key: self._labels_of(self.keying.fields(key)),
+            kept=self._copies.kept,
         )
 
     def unbind(self) -> None:
         self._near_hits_before = self.near_hits
-        self._path = self._writes = None
+        self._path = self._batches = self._writes = None
         self._near_get = _not_running
 
     def policy(self, defaults: CacheDefaults) -> Policy:
-        declared = self.declared
-        negative = declared.negative_ttl
-        if negative is None:
-            negative = min(declared.ttl, _NEGATIVE_S_MAX)
-        return Policy(
-            ttl_ms=lifetime_ms("ttl", declared.ttl),
-            stale_ms=lifetime_ms("stale_for", declared.stale_for, zero=True),
-            negative_ms=lifetime_ms("negative_ttl", negative, zero=True),
-            lease_ms=defaults.lease_ms,
-            jitter=defaults.jitter,
-            on_disconnected=defaults.on_disconnected,
-        )
+        return policy_of(self.declared, defaults)
 
-    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LoadCall[T]:
-        run = functools.partial(self._loader, *args, **kwargs)
-        tags = self._tags_of(self._bound(args, kwargs)) if self._tags else ()
-        return LoadCall(run, tags)
+    def labels_of(self, key: str) -> tuple[Sequence[str], Sequence[str]]:
+        """The tags that this key's value carries, and the keys that it depends on."""
+        return self.keying.labels(self.keying.fields(key))
+
+    def _call(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], member: Member | None = None
+    ) -> LoadCall[T]:
+        keying = self.keying
+        run = self._copies.keeping(functools.partial(self._loader, *args, **kwargs))
+        if self._batches is None and not keying.labelled:
+            return LoadCall(run)
+        values = keying.bound(args, kwargs)
+        labels = self._labels_of(values) if keying.labelled else ()
+        if self._batches is None:
+            return LoadCall(run, labels)
+        return self._batched(self._batches, keying.item(values), labels, member)
+
+    def _batched(
+        self, batches: Batches, item: Any, labels: Sequence[str], member: Member | None
+    ) -> LoadCall[T]:
+        run = self._copies.keeping(functools.partial(batches.load, item, member))
+        return LoadCall(run, labels, member.leave if member else None)
 
     def _call_of(self, key: str) -> LoadCall[T]:
-        fields = self._fields_of(key)
-        try:
-            values = {
-                name: msgspec.convert(text, self._types[name], strict=False)
-                for name, text in fields.items()
-            }
-        except msgspec.ValidationError as error:
-            raise InvalidKey("key", key, f"is no key of {self.template.text}: {error}") from error
-        return LoadCall(functools.partial(self._loader, **values), self._tags_of(fields))
+        values = self.keying.arguments(key)
+        labels = self._labels_of(self.keying.fields(key))
+        if self._batches is not None:
+            return self._batched(self._batches, self.keying.item(values), labels, None)
+        run = self._copies.keeping(functools.partial(self._loader, **values))
+        return LoadCall(run, labels)
 
-    def _fields_of(self, key: str) -> Mapping[str, Any]:
-        fields = self.template.match(key)
-        if fields is None:
-            raise InvalidKey("key", key, f"is no key of {self.template.text}")
-        return fields
-
-    def _tags_of(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple([tag(fields) for tag in self._tags])
-
-    def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self._plain and not kwargs and len(args) == len(self._parameters):
-            return dict(zip(self._parameters, args, strict=True))
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return bound.arguments
-
-    def _slow_key(self, *args: Any, **kwargs: Any) -> str:
-        return self.template.format(self._bound(args, kwargs))
-
-    def _fast_key(self) -> Callable[..., str] | None:
-        if len(self._parameters) != 1:
-            return None
-        of_one = self.template.formatter()
-
-        def key(*args: Any, **kwargs: Any) -> str:
-            if len(args) == 1 and not kwargs:
-                return of_one(args[0])
-            return self._slow_key(*args, **kwargs)
-
-        return key
-
-
-def _tag_of(template: KeyTemplate) -> Callable[[Mapping[str, Any]], str]:
-    if len(template.fields) != 1:
-        return template.format
-    (field,), of_one = template.fields, template.formatter()
-    return lambda fields: of_one(fields[field])
-
-
-def _check_fields(
-    template: KeyTemplate, tags: Sequence[KeyTemplate], parameters: Sequence[str], name: str
-) -> None:
-    missing = set(parameters) ^ set(template.fields)
-    unknown = {field for tag in tags for field in tag.fields} - set(parameters)
-    if not missing and not unknown:
-        return
-    raise ConfigError(
-        setting=f"the key template of {name}",
-        value=template.text,
-        origin="the declaration of a cache",
-        problem=f"fields and parameters differ in {', '.join(sorted(missing | unknown))}",
-        fix="name every parameter of the function in the template, and no other",
-    )
+    def _labels_of(self, fields: Mapping[str, Any]) -> Sequence[str]:
+        """All tags that a value carries: its own, those of what it depends on."""
+        tags, keys = self.keying.labels(fields)
+        return list(dict.fromkeys([*tags, *self._behind(keys)])) if keys else tags
 
 
 def _not_running(key: str) -> NearEntry | None:

@@ -1,16 +1,17 @@
-"""Single flight in the process: one look at the shared tier, and one load, per key.
+"""Single flight in the process: one load per key, in the node's task group.
 
-A flight begins as a look, in the task of the caller who came first; most end there. When
-there is nothing to serve, it goes on as a load, in the node's task group.
+A caller looks at the shared tier by itself; where there is nothing to serve, it joins the load
+of the key that is under way, or starts it.
 
-F1  Cancelling a caller, also the first one, cancels neither a load nor another caller; a
-    look that is cut short is repeated by one of those who wait for it.
-F2  A caller who comes after a notice for the key never joins a flight that began before it;
+F1  Cancelling a caller, also the one who came first, cancels neither a load nor another caller.
+F2  A caller who comes after a notice for the key never joins a load that began before it;
     nor, where notices may be missing, one for which ``heard_since`` does not vouch.
 F3  Each caller gets an exception object of its own, with the one that was raised as cause.
 F4  At most ``loads_max`` loads run and ``waiters_max`` callers wait; one more is refused with
     Backpressure.
 F5  A loader that asks for what it is loading gets a LoaderError, instead of waiting for itself.
+F6  A caller waits for a load no longer than its ``patience_s`` allows from when it began; then it
+    gets what the look had in hand for that, and the load goes on for those who come later.
 """
 
 from __future__ import annotations
@@ -18,20 +19,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import Final, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from anyio.abc import TaskGroup
+from msgspec import Struct
 
 from ...coordinator.clock import Clock
 from ...schemas.errors import Backpressure, LoaderError, Unavailable
 from .failures import own_copy
 
-__all__ = ["Flights"]
+__all__ = ["Flights", "Todo"]
 
 C = TypeVar("C")
 R = TypeVar("R")
 
 _flying: ContextVar[tuple[object, ...]] = ContextVar("forebay_flying", default=())
+
+
+class Todo(Struct, Generic[R], frozen=True):
+    """What a look leaves to a load. The fallback is for those whose patience is at its end."""
+
+    seen: int  #: the version that will not do
+    fallback: R | None = None
+    patience_s: float | None = None
 
 
 class _Failed:
@@ -41,45 +51,40 @@ class _Failed:
         self.error = error
 
 
-class _Abandoned:
-    __slots__ = ()
-
-
-_ABANDONED: Final = _Abandoned()
-
-
 class _Flight(Generic[C, R]):
-    __slots__ = ("began_at", "call", "waiters")
+    __slots__ = ("began_at", "call", "late", "waiters")
 
     def __init__(self, call: C, began_at: float) -> None:
         self.call = call
         self.began_at = began_at
-        self.waiters: dict[asyncio.Future[R | _Failed | _Abandoned], None] = {}
+        self.late: R | _Failed | None = None  #: what callers get who need not wait any more
+        self.waiters: dict[asyncio.Future[R | _Failed], None] = {}
 
 
 class Flights(Generic[C, R]):
-    """``look(key, call)`` gives a result, or an int that ``load(key, call, int)`` is told."""
+    """``load(key, call, todo)`` does what a look has left to do."""
 
     def __init__(
         self,
         tasks: TaskGroup,
         *,
         cache: str,
-        look: Callable[[str, C], Awaitable[R | int]],
-        load: Callable[[str, C, int], Awaitable[R]],
+        load: Callable[[str, C, Todo[R]], Awaitable[R]],
         heard_since: Callable[[float], bool],
         clock: Clock,
         loads_max: int,
         waiters_max: int,
+        served_late: Callable[[], None] = lambda: None,
     ) -> None:
+        """``served_late`` is called whenever callers get a fallback for want of patience."""
         self._tasks = tasks
         self._cache = cache
-        self._look = look
         self._load = load
         self._heard_since = heard_since
         self._monotonic = clock.monotonic
         self._loads_max = loads_max
         self._waiters_max = waiters_max
+        self._served_late = served_late
         self._flights: dict[str, _Flight[C, R]] = {}
         self._loads = 0
         self._waiting = 0
@@ -98,20 +103,22 @@ class Flights(Generic[C, R]):
     def waiting(self) -> int:
         return self._waiting
 
-    async def join(self, key: str, call: C) -> R:
-        """The result of the flight of this key: the one under way, or a new one.
+    async def join(self, key: str, call: C, todo: Todo[R]) -> R:
+        """The result of the load of this key: the one under way, or a new one.
 
         Raises:
             Backpressure: too many loads, or too many who wait.
-            Whatever look or load raised.
+            LoaderError: it took too long, or waits for itself. Whatever the load raised.
         """
-        while True:
-            flight = self._flights.get(key)
-            if flight is None or not self._heard_since(flight.began_at):
-                return await self._lead(key, call)
-            outcome = await self._end_of(key, flight)
-            if not isinstance(outcome, _Abandoned):
-                return outcome
+        flight = self._flights.get(key)
+        if flight is None or not self._heard_since(flight.began_at):
+            flight = self._start(key, call, todo)
+        elif flight in _flying.get():
+            raise LoaderError(self._cache, key, "it asks for what it is loading itself")
+        outcome = await self._outcome_of(flight) if flight.late is None else flight.late
+        if isinstance(outcome, _Failed):
+            raise own_copy(outcome.error, self._cache, key) from outcome.error
+        return outcome
 
     def detach(self, key: str) -> None:
         """Something was said of the key: later callers start anew (F2)."""
@@ -125,66 +132,66 @@ class Flights(Generic[C, R]):
     def detach_all(self) -> None:
         self._flights.clear()
 
-    async def _lead(self, key: str, call: C) -> R:
-        flight: _Flight[C, R] = _Flight(call, self._monotonic())
-        self._flights[key] = flight
-        try:
-            found = await self._look(key, call)
-            if isinstance(found, int):
-                self._start(key, flight, found)
-        except Exception as error:
-            self._land(key, flight, _Failed(error))
-            raise
-        except BaseException:
-            self._land(key, flight, _ABANDONED)
-            raise
-        if not isinstance(found, int):
-            self._land(key, flight, found)
-            return found
-        outcome = await self._end_of(key, flight)
-        assert not isinstance(outcome, _Abandoned)  # only looks are
-        return outcome
-
-    async def _end_of(self, key: str, flight: _Flight[C, R]) -> R | _Abandoned:
-        if flight in _flying.get():
-            raise LoaderError(self._cache, key, "it asks for what it is loading itself")
+    async def _outcome_of(self, flight: _Flight[C, R]) -> R | _Failed:
         if self._waiting >= self._waiters_max:
             raise Backpressure(f"callers of {self._cache}", self._waiting, self._waiters_max)
         future = asyncio.get_running_loop().create_future()
         flight.waiters[future] = None
         self._waiting += 1
         try:
-            outcome: R | _Failed | _Abandoned = await future
+            outcome: R | _Failed = await future
         finally:
             self._waiting -= 1
             flight.waiters.pop(future, None)
-        if isinstance(outcome, _Failed):
-            raise own_copy(outcome.error, self._cache, key) from outcome.error
         return outcome
 
-    def _start(self, key: str, flight: _Flight[C, R], seen: int) -> None:
+    def _start(self, key: str, call: C, todo: Todo[R]) -> _Flight[C, R]:
         if self._loads >= self._loads_max:
             raise Backpressure(f"loads of {self._cache}", self._loads, self._loads_max)
+        flight: _Flight[C, R] = _Flight(call, self._monotonic())
         try:
-            self._tasks.start_soon(self._run, key, flight, seen, name=f"load {self._cache}")
+            self._tasks.start_soon(self._run, key, flight, todo, name=f"load {self._cache}")
         except RuntimeError as error:  # the task group is closed
             raise Unavailable("the node is stopped") from error
+        self._flights[key] = flight
         self._loads += 1
+        return flight
 
-    async def _run(self, key: str, flight: _Flight[C, R], seen: int) -> None:
+    async def _run(self, key: str, flight: _Flight[C, R], todo: Todo[R]) -> None:
         _flying.set((*_flying.get(), flight))
         outcome: R | _Failed = _Failed(Unavailable("the node is stopping"))
+        timer = None
+        if todo.patience_s is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(todo.patience_s, self._hurry, key, flight, todo)
         try:
-            outcome = await self._load(key, flight.call, seen)
+            outcome = await self._load(key, flight.call, todo)
         except Exception as error:
             outcome = _Failed(error)
         finally:
+            if timer is not None:
+                timer.cancel()
             self._loads -= 1
             self._land(key, flight, outcome)
 
-    def _land(self, key: str, flight: _Flight[C, R], outcome: R | _Failed | _Abandoned) -> None:
+    def _hurry(self, key: str, flight: _Flight[C, R], todo: Todo[R]) -> None:
+        """Nobody waits any longer (F6)."""
+        late: R | _Failed
+        if todo.fallback is None:
+            late = _Failed(LoaderError(self._cache, key, f"not loaded in {todo.patience_s:g} s"))
+        else:
+            late = todo.fallback
+            self._served_late()
+        flight.late = late
+        _tell(flight, late)
+
+    def _land(self, key: str, flight: _Flight[C, R], outcome: R | _Failed) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
-        for future in flight.waiters:
-            if not future.done():
-                future.set_result(outcome)
+        _tell(flight, outcome)
+
+
+def _tell(flight: _Flight[C, R], outcome: R | _Failed) -> None:
+    for future in flight.waiters:
+        if not future.done():
+            future.set_result(outcome)

@@ -3,113 +3,72 @@
 L1  A loader runs under the fill lease of its key, and tags are captured before it starts;
     without the lease nothing is stored, though the callers get what was loaded.
 L2  The lease is given back when the loader fails or is cancelled, within a second; so is one
-    of which it is not known whether it was granted or used.
+    of which it is not known whether it was granted or used. After a failure it keeps others
+    from the source for ``throttle_ms``, if there is an entry.
 L3  An error is given to the callers, never stored, and invalidates nothing.
 L4  A loader may neither take longer than its lease, nor end the node by being cancelled from
     inside: both are its failure.
+L5  A value that is there already, byte for byte, only has its life extended.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, Literal, TypeVar
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup
-from msgspec import Struct
 
-from ...coordinator.clock import Clock, ServerClock
-from ...coordinator.instruments import Instruments
-from ...coordinator.log import Follower
-from ...schemas.entry import EntryMeta
-from ...schemas.errors import ForebayError, InvalidEntry, LoaderError
+from ...schemas.entry import Entry, read_entry
+from ...schemas.errors import ForebayError, InvalidEntry, LoaderError, SourceFailing
+from .core import Core, Hit, Lease, LoadCall, Tier
+from .loading import NOT_MODIFIED, Loading, under_way
 from .near import NearCache, NearEntry, Reservation
-from .policy import Policy
+from .packing import Packed, Packer
+from .policy import Policy, ahead_ms
 from .scope import outside
-from .shared import Granted, Held, Newer, SharedTier, Stamp
-from .tags import TagTable
+from .shared import Granted, Held, Newer, Stamp
+from .source import Source
 from .values import ValueCodec
-from .waits import KeyWaits
 
-__all__ = ["Core", "Hit", "Lease", "LoadCall", "LoadPath", "Packed", "Tier"]
+__all__ = ["LoadPath"]
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-Tier = Literal["near", "shared", "source"]
-
 _OF_LEASE = 0.9  #: what a loader may use of its lease; the rest is for the fill
-
-
-class Core(Struct, kw_only=True):
-    """What all caches of a node share."""
-
-    node_id: str
-    shared: SharedTier
-    tags: TagTable
-    follower: Follower
-    waits: KeyWaits
-    tasks: TaskGroup
-    clock: Clock
-    server_clock: ServerClock
-    instruments: Instruments
-    rng: random.Random
-    ids: Callable[[], str]
-    invalidate: Callable[[Sequence[str], Sequence[str]], Awaitable[None]]
-
-
-class Hit(Struct, Generic[T], frozen=True, kw_only=True):
-    """A value and where it is from."""
-
-    value: T
-    tier: Tier
-    version: int
-    age_ms: int
-    stale: bool = False
-    size: int = 0
-
-
-class LoadCall(Struct, Generic[T], frozen=True):
-    """A call of the loader: how to make it, and which tags its value carries."""
-
-    run: Callable[[], Awaitable[T]]
-    tags: Sequence[str] = ()
-
-
-class Lease(Struct, frozen=True):
-    """The right to fill a key, with the tag versions that its value will carry."""
-
-    key: str
-    token: str
-    tags: Mapping[str, int]
-
-
-class Packed(Struct, frozen=True):
-    """A value, ready to be stored. ``payload`` is its msgpack; None for a known absence."""
-
-    payload: bytes | None
-    soft_ms: int
-    hard_ms: int
-    tail: bytes
 
 
 class LoadPath(Generic[T]):
     """The loads of one cache."""
 
     def __init__(
-        self, core: Core, name: str, policy: Policy, codec: ValueCodec[T], near: NearCache
+        self,
+        core: Core,
+        name: str,
+        policy: Policy,
+        codec: ValueCodec[T],
+        near: NearCache,
+        source: Source,
+        own: Callable[[T], T],
     ) -> None:
+        """``own`` makes a loader's own copy of what is kept."""
         self.name = name
         self.policy = policy
         self.codec = codec
         self.near = near
+        self.source = source
+        self.pack = Packer(policy, codec, core.rng).pack
+        self._packer = Packer(policy, codec, core.rng)
+        self.waits = core.waits
+        self.clock = core.clock
+        self._own = own
         self._core = core
+        self._slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
 
     async def begin(
-        self, key: str, token: str, tags: Sequence[str], *, seen: int
+        self, key: str, token: str, tags: Sequence[str], *, seen: int, patient: bool = False
     ) -> Lease | Newer | Held:
         """Take the fill lease of a key, or learn what stands in the way.
 
@@ -118,9 +77,9 @@ class LoadPath(Generic[T]):
         """
         shared, lease_ms = self._core.shared, self.policy.lease_ms
         try:
-            outcome = await shared.begin(key, token, lease_ms=lease_ms, seen=seen)
+            outcome = await shared.begin(key, token, lease_ms=lease_ms, seen=seen, patient=patient)
             if isinstance(outcome, Granted):
-                return Lease(key, token, await self.tags_of(tags))
+                return await self._leased(key, token, tags, outcome)
         except BaseException:
             await self.give_back(key, token)  # it may have been granted
             raise
@@ -133,23 +92,39 @@ class LoadPath(Generic[T]):
             Unavailable, ServerRefused: it is not known.
         """
         try:
-            if await self._core.shared.holds(key, token):
-                return Lease(key, token, await self.tags_of(tags))
+            if granted := await self._core.shared.holds(key, token):
+                return await self._leased(key, token, tags, granted)
         except BaseException:
             await self.give_back(key, token)
             raise
         return None
 
+    async def _leased(self, key: str, token: str, tags: Sequence[str], granted: Granted) -> Lease:
+        try:
+            raw = granted.entry
+            previous = read_entry(raw, bytes_max=self.codec.bytes_max) if raw else None
+        except InvalidEntry:
+            previous = None  # counted where it was read
+        return Lease(key, token, await self.tags_of(tags), granted.since, previous)
+
     async def load_and_fill(
         self, lease: Lease, call: LoadCall[T], reservation: Reservation
     ) -> Hit[T]:
         """Run the loader, and store its value if the lease is still there."""
-        stamp = None
+        load = Loading(self.name, lease.key, lease.previous, self._shown)
         try:
-            value = await self._run_loader(lease.key, call)
-            packed = self._packed(lease.key, value, lease.tags)
-            if packed is not None:
-                stamp = await self._fill(lease, packed)
+            value = await self._ask(lease.key, call, load)
+            if value is NOT_MODIFIED:
+                assert lease.previous is not None
+                value = self._decoded(lease.previous)
+            packed, tags = await self._packed(value, lease, load)
+            stamp = None if packed is None else await self._store(lease, packed)
+        except SourceFailing:
+            await self.give_back(lease.key, lease.token)
+            raise
+        except Exception:
+            await self._failed(lease)
+            raise
         except BaseException:
             await self.give_back(lease.key, lease.token)
             raise
@@ -158,19 +133,68 @@ class LoadPath(Generic[T]):
         size = len(packed.payload or b"") if packed else 0
         if stamp is None:
             return Hit(value=value, tier="source", version=0, age_ms=0, size=size)
-        self.keep_stamped(reservation, stamp, value, lease.tags, size)
+        lifetime_ms = packed.meta.soft_ms if packed else 0
+        self.keep_stamped(reservation, stamp, value, tags, size, lifetime_ms)
         return Hit(value=value, tier="source", version=stamp.version, age_ms=0, size=size)
 
     async def tags_of(self, tags: Sequence[str]) -> Mapping[str, int]:
         """Current versions of these tags."""
-        return await self._core.tags.versions(tags, trust=self.live) if tags else {}
+        if not tags:
+            return {}
+        found = await self._core.tags.versions(tags, trust=self.live)
+        return {tag: each.version for tag, each in found.items()}
 
-    async def _fill(self, lease: Lease, packed: Packed) -> Stamp | None:
+    def _shown(self, entry: Entry) -> T:
+        return self._own(self._decoded(entry))
+
+    def _decoded(self, entry: Entry) -> T:
+        value: T = self.codec.value(entry)  # type: ignore[assignment]  # None is T's own then
+        return value
+
+    async def _packed(
+        self, value: T, lease: Lease, load: Loading
+    ) -> tuple[Packed | None, Mapping[str, int]]:
+        """The envelope, None for what is not to be stored, and the versions of all tags."""
+        tags = lease.tags
+        if not load.stored or (value is None and not self.policy.negative_ms):
+            return None, tags
+        named = [*load.tags, *self._core.behind(load.dependencies)]
+        if more := [tag for tag in dict.fromkeys(named) if tag not in tags]:
+            found = await self._core.tags.discovered(more, since=lease.since)
+            if found is None:
+                self._core.instruments.counts["fills_refused", self.name] += 1
+                return None, tags
+            tags = {**tags, **found}
+        try:
+            etag = load.etag if load.new_etag is None else load.new_etag
+            packed = self._packer.pack(
+                value, tags, ttl_ms=load.ttl_ms, stale_ms=load.stale_ms, etag=etag
+            )
+        except InvalidEntry as error:
+            self._not_packed(lease.key, error)
+            return None, tags
+        return packed, tags
+
+    def _not_packed(self, key: str, error: InvalidEntry) -> None:
+        if error.fault == "wrong_type":
+            raise LoaderError(self.name, key, error.problem) from error
+        if error.fault != "oversized":
+            raise error
+        self._core.instruments.counts["limit_reached", "value_bytes"] += 1
+        log.warning("value.oversized", cache=self.name, key=key, error=str(error))
+
+    async def _store(self, lease: Lease, packed: Packed) -> Stamp | None:
         core, key = self._core, lease.key
         try:
-            stamp = await core.shared.fill(
-                key, lease.token, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
-            )
+            stamp = await self._extended(lease, packed)
+            if stamp == "changed":
+                stamp = await core.shared.fill(
+                    key,
+                    lease.token,
+                    soft_ms=packed.soft_ms,
+                    hard_ms=packed.hard_ms,
+                    tail=packed.tail,
+                )
         except ForebayError as error:
             log.warning("fill.failed", cache=self.name, key=key, error=str(error))
             # Beside the callers, who have waited long enough.
@@ -180,16 +204,39 @@ class LoadPath(Generic[T]):
             core.instruments.counts["fills_refused", self.name] += 1
         return stamp
 
-    async def _run_loader(self, key: str, call: LoadCall[T]) -> T:
+    async def _extended(self, lease: Lease, packed: Packed) -> Stamp | Literal["changed"] | None:
+        previous = lease.previous
+        if previous is None or not self._packer.same(packed, previous):
+            return "changed"
+        return await self._core.shared.extend(
+            lease.key,
+            lease.token,
+            since=previous.version,
+            soft_ms=packed.soft_ms,
+            hard_ms=packed.hard_ms,
+            middle=packed.middle(previous),
+        )
+
+    async def _ask(self, key: str, call: LoadCall[T], load: Loading | None) -> T:
+        try:
+            return await self.source.ask(key, lambda: self._run_loader(key, call, load))
+        except SourceFailing:
+            self.count("source", "refused")
+            raise
+
+    async def _run_loader(self, key: str, call: LoadCall[T], load: Loading | None) -> T:
         core, started = self._core, self._core.clock.monotonic()
         result = "error"
         try:
-            with outside(), anyio.move_on_after(_OF_LEASE * self.policy.lease_ms / 1000):
+            limit_s = _OF_LEASE * self.policy.lease_ms / 1000
+            with outside(), under_way(load), anyio.move_on_after(limit_s):
                 value = await call.run()
                 result = "loaded"
                 return value
             result = "timeout"
             raise LoaderError(self.name, key, "it took longer than its lease")
+        except InvalidEntry as error:
+            raise LoaderError(self.name, key, error.problem) from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -202,39 +249,6 @@ class LoadPath(Generic[T]):
             )
             self.count("source", "hit" if result == "loaded" else "error")
 
-    def _packed(self, key: str, value: T, tags: Mapping[str, int]) -> Packed | None:
-        """The envelope; None for what is not to be stored."""
-        if value is None and not self.policy.negative_ms:
-            return None
-        try:
-            return self.pack(value, tags)
-        except InvalidEntry as error:
-            if error.fault != "oversized":
-                raise
-            self._core.instruments.counts["limit_reached", "value_bytes"] += 1
-            log.warning("value.oversized", cache=self.name, key=key, error=str(error))
-            return None
-
-    def pack(self, value: T | None, tags: Mapping[str, int], ttl_ms: int | None = None) -> Packed:
-        """The envelope of a value, with its lifetimes.
-
-        Raises:
-            InvalidEntry: the value is too large, or cannot be encoded.
-        """
-        policy = self.policy
-        if value is None:
-            meta = EntryMeta(tags=dict(tags), soft_ms=policy.negative_ms)
-            lifetime_ms = policy.negative_ms or 1
-            return Packed(None, lifetime_ms, lifetime_ms, self.codec.negative_tail(meta))
-        asked_ms = ttl_ms or policy.ttl_ms
-        soft_ms = self._jittered(asked_ms)
-        payload = self.codec.pack(value)
-        meta = EntryMeta(tags=dict(tags), soft_ms=asked_ms, stale_ms=policy.stale_ms)
-        return Packed(payload, soft_ms, soft_ms + policy.stale_ms, self.codec.tail(payload, meta))
-
-    def _jittered(self, ttl_ms: int) -> int:
-        return max(1, int(ttl_ms * (1 - self.policy.jitter * self._core.rng.random())))
-
     def keep_stamped(
         self,
         reservation: Reservation,
@@ -242,11 +256,13 @@ class LoadPath(Generic[T]):
         value: T,
         tags: Mapping[str, int],
         size: int,
+        lifetime_ms: int = 0,
     ) -> None:
-        """Keep in the near cache what is stored under this stamp."""
+        """Keep in the near cache what is stored under this stamp, for that lifetime."""
         core = self._core
         offset_s = core.server_clock.offset_s
         state_of = core.tags.state
+        ripe_at_ms = ahead_ms(stamp.soft_at_ms, lifetime_ms, self.policy.refresh_ahead)
         self.near.keep(
             reservation,
             NearEntry(
@@ -254,11 +270,13 @@ class LoadPath(Generic[T]):
                 value,
                 version=stamp.version,
                 size=size,
-                fresh_until=stamp.soft_at_ms / 1000 - offset_s,
+                fresh_until=ripe_at_ms / 1000 - offset_s,
+                soft_until=stamp.soft_at_ms / 1000 - offset_s,
                 gone_at=stamp.hard_at_ms / 1000 - offset_s,
                 written_at=stamp.version / 1e6 - offset_s,
                 view=reservation.view,
                 tags=tuple([(state_of(tag), version) for tag, version in tags.items()]),
+                negative=value is None,
             ),
         )
 
@@ -270,9 +288,17 @@ class LoadPath(Generic[T]):
             except ForebayError as error:
                 log.debug("lease.kept", cache=self.name, key=key, error=str(error))
 
+    async def _failed(self, lease: Lease) -> None:
+        with anyio.move_on_after(1, shield=True):
+            try:
+                throttle_ms = self.policy.throttle_ms
+                await self._core.shared.failed(lease.key, lease.token, throttle_ms=throttle_ms)
+            except ForebayError as error:
+                log.debug("lease.kept", cache=self.name, key=lease.key, error=str(error))
+
     async def bypass(self, key: str, call: LoadCall[T]) -> Hit[T]:
         """Ask the source and store nothing."""
-        value = await self._run_loader(key, call)
+        value = await self._ask(key, call, Loading(self.name, key, None, self._shown))
         return Hit(value=value, tier="source", version=0, age_ms=0)
 
     def count(self, tier: Tier, result: str) -> None:
@@ -281,4 +307,4 @@ class LoadPath(Generic[T]):
     @property
     def live(self) -> bool:
         """Whether what the log told is known to be all of it."""
-        return self._core.clock.monotonic() < self._core.follower.live_until
+        return self._core.clock.monotonic() < self._core.follower.live_until + self._slack_s

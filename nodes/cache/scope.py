@@ -24,7 +24,7 @@ stored or invalidated here.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from threading import Lock
@@ -38,7 +38,7 @@ from ...coordinator.clock import Clock, SystemClock
 from ...schemas.errors import ForebayError
 
 if TYPE_CHECKING:
-    from .loads import Hit  # which imports this module
+    from .core import Hit  # which imports this module
 
 __all__ = [
     "RequestScope",
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+W = TypeVar("W")
 
 _ENTRIES_MAX = 1_000
 _BYTES_MAX = 8 * 1024 * 1024
@@ -105,6 +106,24 @@ class RequestScope:
             return found
         since = self.changes
         return self.put(cache, key, await read(), since)
+
+    async def read_many(
+        self,
+        cache: object,
+        wanted: Mapping[str, W],
+        read: Callable[[Mapping[str, W]], Awaitable[dict[str, Hit[T] | Exception]]],
+    ) -> dict[str, Hit[T] | Exception]:
+        """As ``read``, for many keys; what failed is not kept."""
+        found: dict[str, Hit[T] | Exception] = {}
+        for key in wanted:
+            if (there := self.get(cache, key)) is not None:
+                found[key] = there
+        since = self.changes
+        brought = await read({key: wanted[key] for key in wanted if key not in found})
+        for key, hit in brought.items():
+            kept = hit if isinstance(hit, Exception) else self.put(cache, key, hit, since)
+            found[key] = kept
+        return found
 
     def get(self, cache: object, key: str) -> Hit[Any] | None:
         """What was read before, older by the time since. ``cache`` tells equal keys apart."""

@@ -1,6 +1,6 @@
 """The shared tier: entries, leases and tags in Valkey, by the scripts that keep them right.
 
-S1  Reads asked for in one tick of the loop travel together (one MGET for up to 200 keys).
+S1  Reads are coalesced (see ``Lookups``).
 S2  Every change goes through a script that also appends its notice; see coordinator/scripts.
 S3  Versions and lifetimes are the server's; durations go in, points in time come out.
 
@@ -9,24 +9,23 @@ What an entry means is ``decide``'s business; what its value is, the cache's.
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from msgspec import Struct
 
 from ...coordinator.link import Arg, Commands, Reply
-from ...coordinator.scripting import Call, Scripts, run, run_many
-from ...schemas.errors import Backpressure, ForebayError, Level
+from ...coordinator.scripting import Call, Scripts, granted, run, run_many
+from ...schemas.errors import Backpressure, Level
 from ...schemas.jobs import RefreshJob, WriteJob, write_job
 from ...schemas.keys import Names
-from ...schemas.notices import Bumped, Changed, Dropped, Notice, write_notice
+from ...schemas.notices import Bumped, Changed, Dropped, Extended, Notice, write_notice
 from ...schemas.settings import Durable
-from .failures import own_copy
+from .lookups import Lookups
+from .tags import Captured
 
 __all__ = ["Granted", "Held", "Newer", "Receipt", "SharedTier", "Stamp"]
-
-_Wanted = asyncio.Future[bytes | None]
 
 _TOGETHER = 200
 TAG_KEEP_MS = 30 * 86_400_000  #: tag versions unused for longer are made anew
@@ -51,7 +50,8 @@ class Receipt(Struct, frozen=True, kw_only=True):
 
 
 class Granted(Struct, frozen=True):
-    entry: bytes | None  #: what is there still, unusable
+    entry: bytes | None  #: what is there still, and will not do
+    since: int  #: the server's clock, in microseconds
 
 
 class Newer(Struct, frozen=True):
@@ -60,6 +60,7 @@ class Newer(Struct, frozen=True):
 
 class Held(Struct, frozen=True):
     left_ms: int
+    failing: bool = False  #: nobody has it: the source failed, and is left alone so long
 
 
 class SharedTier:
@@ -77,64 +78,30 @@ class SharedTier:
     ) -> None:
         self.names = names
         self._commands = commands
-        self._reader = reader
         self._scripts = scripts
         self._origin = origin
         self._durable = durable
-        self._asked: dict[str, list[_Wanted]] = {}
-        self._reading: set[asyncio.Task[None]] = set()
-
-    def get(self, key: str) -> _Wanted:
-        """The stored bytes of an entry; reads of the same tick share a round trip.
-
-        Raises:
-            Unavailable, ServerRefused: nothing was read.
-        """
-        loop = asyncio.get_running_loop()
-        if not self._asked:
-            loop.call_soon(self._flush)
-        future: _Wanted = loop.create_future()
-        self._asked.setdefault(self.names.entry(key), []).append(future)
-        return future
-
-    def _flush(self) -> None:
-        asked, self._asked = self._asked, {}
-        names = list(asked)
-        for start in range(0, len(names), _TOGETHER):
-            part = names[start : start + _TOGETHER]
-            task = asyncio.ensure_future(self._read(part, [asked[name] for name in part]))
-            self._reading.add(task)
-            task.add_done_callback(self._reading.discard)
-
-    async def _read(self, names: list[str], wanted: list[list[_Wanted]]) -> None:
-        try:
-            replies = await self._reader.call("MGET", *names)
-        except ForebayError as error:
-            for future in _unanswered(wanted):
-                future.set_exception(own_copy(error, "entries", ""))
-            return
-        except BaseException:
-            for future in _unanswered(wanted):
-                future.cancel()
-            raise
-        for futures, reply in zip(wanted, replies, strict=True):
-            for future in _unanswered((futures,)):
-                future.set_result(reply)
+        self.get = Lookups(reader, names).get
 
     async def begin(
-        self, key: str, token: str, *, lease_ms: int, seen: int
+        self, key: str, token: str, *, lease_ms: int, seen: int, patient: bool = False
     ) -> Granted | Newer | Held:
-        """Take the fill lease of a key, or learn what stands in the way."""
+        """Take the fill lease of a key, or learn what stands in the way.
+
+        ``patient``: leave a source alone that failed lately.
+        """
         names = self.names
-        granted, entry, *left = await run(
+        taken, entry, *more = await run(
             self._commands,
             self._scripts["entry_begin"],
             [names.entry(key), names.lease(key)],
-            [token, lease_ms, seen],
+            [token, lease_ms, seen, int(patient)],
         )
-        if granted:
-            return Granted(None if entry is None else bytes(entry))
-        return Newer(bytes(entry)) if entry is not None else Held(max(int(left[0]), 1))
+        if taken:
+            return Granted(None if entry is None else bytes(entry), int(more[0]))
+        if entry is not None:
+            return Newer(bytes(entry))
+        return Held(max(int(more[0]), 1), failing=bool(more[1]))
 
     async def fill(
         self, key: str, token: str, *, soft_ms: int, hard_ms: int, tail: bytes
@@ -148,13 +115,30 @@ class SharedTier:
         )
         return _stamp(reply[1:]) if reply[0] else None
 
+    async def extend(
+        self, key: str, token: str, *, since: int, soft_ms: int, hard_ms: int, middle: bytes
+    ) -> Stamp | Literal["changed"] | None:
+        """Let the entry of this version live on; None if the lease is gone, ``changed`` if
+        another entry is there.
+        """
+        notice = Extended(key, since, soft_ms, hard_ms)
+        reply = await run(
+            self._commands,
+            self._scripts["entry_extend"],
+            self.entry_keys(key),
+            [token, since, soft_ms, hard_ms, middle, *self._announcement(key, notice)],
+        )
+        if reply[0] == 2:
+            return "changed"
+        return _stamp(reply[1:]) if reply[0] else None
+
     async def put(self, key: str, *, soft_ms: int, hard_ms: int, tail: bytes) -> Stamp:
         """Store a value known to be the newest."""
         reply = await run(
             self._commands,
             self._scripts["entry_put"],
-            self.entry_keys(key),
-            [soft_ms, hard_ms, tail, *self._announcement(key, Changed(key, self._origin))],
+            [*self.entry_keys(key), self.names.tag(key)],
+            [soft_ms, hard_ms, tail, *self.written(key), TAG_KEEP_MS],
         )
         return _stamp(reply)
 
@@ -170,17 +154,19 @@ class SharedTier:
                 *self.entry_keys(key),
                 names.part(shard, "writes"),
                 names.seen(shard, job.event_id),
+                names.tag(key),
             ],
             args=[
                 soft_ms,
                 hard_ms,
                 tail,
-                *self._announcement(key, Changed(key, self._origin)),
+                *self.written(key),
                 write_job(job),
                 durable.writes_max,
                 names.work,
                 mark,
                 durable.dedupe_ms if job.event_id else 0,
+                TAG_KEEP_MS,
             ],
         )
 
@@ -217,18 +203,20 @@ class SharedTier:
         """Scripts that invalidate these keys, by shard; at most 200 keys each."""
         names, calls = self.names, defaultdict(list)
         for shard, part in self._by_shard(keys):
-            entries = [name for key in part for name in (names.entry(key), names.lease(key))]
+            entries = [name for key in part for name in names.of_key(key)]
             notice = Dropped(part, soft, self._origin)
-            args = [*self._notice_args(shard, notice), mark, int(soft)]
+            args = [*self._notice_args(shard, notice), mark, int(soft), TAG_KEEP_MS]
             calls[shard].append(self._shard_call("entries_invalidate", shard, entries, args))
         return calls
 
-    def bump_calls(self, tags: Iterable[str], *, mark: str = "") -> dict[int, list[Call]]:
+    def bump_calls(
+        self, tags: Iterable[str], *, soft: bool = False, mark: str = ""
+    ) -> dict[int, list[Call]]:
         """Scripts that give these tags new versions, by shard."""
         names, calls = self.names, defaultdict(list)
         for shard, part in self._by_shard(tags):
-            notice = Bumped(part, self._origin)
-            args = [*self._notice_args(shard, notice), mark, TAG_KEEP_MS]
+            notice = Bumped(part, self._origin, soft)
+            args = [*self._notice_args(shard, notice), mark, TAG_KEEP_MS, int(soft)]
             calls[shard].append(
                 self._shard_call("tags_bump", shard, [names.tag(tag) for tag in part], args)
             )
@@ -244,19 +232,18 @@ class SharedTier:
         """
         notices: list[Notice] = [
             *(Dropped(part, soft, self._origin) for _, part in self._by_shard(keys)),
-            *(Bumped(part, self._origin) for _, part in self._by_shard(tags)),
+            *(Bumped(part, self._origin, soft) for _, part in self._by_shard(tags)),
         ]
         calls = [
             *_flat(self.invalidate_calls(keys, soft=soft)),
-            *_flat(self.bump_calls(tags)),
+            *_flat(self.bump_calls(tags, soft=soft)),
         ]
         replies = await run_many(self._commands, calls)
-        for reply in replies:
-            if isinstance(reply, ForebayError):
-                raise reply
-        return [(notice, int(reply[1])) for notice, reply in zip(notices, replies, strict=True)]
+        return [
+            (notice, int(reply[1])) for notice, reply in zip(notices, granted(replies), strict=True)
+        ]
 
-    async def capture(self, tags: Sequence[str]) -> Mapping[str, int]:
+    async def capture(self, tags: Sequence[str]) -> Mapping[str, Captured]:
         """The tags' versions; a tag without one gets one."""
         parts = list(self._by_shard(tags))
         calls = [
@@ -267,17 +254,33 @@ class SharedTier:
             )
             for shard, part in parts
         ]
-        versions: dict[str, int] = {}
-        for (_, part), reply in zip(parts, await run_many(self._commands, calls), strict=True):
-            if isinstance(reply, ForebayError):
-                raise reply
-            versions.update(zip(part, map(int, reply), strict=True))
+        versions: dict[str, Captured] = {}
+        replies = granted(await run_many(self._commands, calls))
+        for (_, part), reply in zip(parts, replies, strict=True):
+            each = zip(reply[::3], reply[1::3], reply[2::3], strict=True)
+            found = [Captured(int(version), int(hard), bool(made)) for version, hard, made in each]
+            versions.update(zip(part, found, strict=True))
         return versions
 
-    async def holds(self, key: str, token: str) -> bool:
-        """Whether the fill lease of this key is there, and has this token."""
-        holder: bytes | None = await self._commands.call("GET", self.names.lease(key))
-        return holder == token.encode()
+    async def holds(self, key: str, token: str) -> Granted | None:
+        """What ``begin`` would have said, if the fill lease is there and has this token."""
+        names = self.names
+        holder, entry, (seconds, micros) = granted(
+            await self._commands.call_many(
+                [("GET", names.lease(key)), ("GET", names.entry(key)), ("TIME",)]
+            )
+        )
+        if holder is None or bytes(holder) != token.encode():
+            return None
+        return Granted(entry, int(seconds) * 1_000_000 + int(micros))
+
+    async def failed(self, key: str, token: str, *, throttle_ms: int) -> bool:
+        """Give a fill lease back, and have the source left alone if there is an entry."""
+        names = self.names
+        keys = [names.entry(key), names.lease(key)]
+        return bool(
+            await run(self._commands, self._scripts["lease_fail"], keys, [token, throttle_ms])
+        )
 
     async def release(self, key: str, token: str) -> None:
         """Give a fill lease back."""
@@ -307,6 +310,9 @@ class SharedTier:
             names.part(shard, "log"),
         ]
 
+    def written(self, key: str) -> list[Arg]:
+        return self._announcement(key, Changed(key, self._origin, outdates=True))
+
     def _announcement(self, key: str, notice: Notice) -> list[Arg]:
         return self._notice_args(self.names.shard(key), notice)
 
@@ -329,10 +335,6 @@ class SharedTier:
             each = shards[shard]
             for start in range(0, len(each), _TOGETHER):
                 yield shard, tuple(each[start : start + _TOGETHER])
-
-
-def _unanswered(wanted: Iterable[Iterable[_Wanted]]) -> list[_Wanted]:
-    return [future for futures in wanted for future in futures if not future.done()]
 
 
 def _stamp(reply: Sequence[Reply]) -> Stamp:

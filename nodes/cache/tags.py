@@ -1,5 +1,9 @@
 """What this node knows of tag versions.
 
+A tag has two: its version, which every bump raises, and the hard version, which only a hard
+one does. An entry carries the versions that its tags had before its loader ran: below the
+hard version it is invalid, below the version it is stale.
+
 T1  A ``TagState`` that is known is at least as new as every notice applied so far; it is
     followed through the log from the moment it was looked up.
 T2  When the tag's shard was reset, its state is unknown again: entries that carry it do
@@ -12,25 +16,41 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 from ...schemas.keys import Names
 
-__all__ = ["TagState", "TagTable"]
+__all__ = ["Captured", "Standing", "TagState", "TagTable", "TagVersions", "standing"]
 
+Standing = Literal["fresh", "stale", "invalid"]
 _KEEP = 10_000
 _UNKNOWN = 1 << 62  #: later than any version, so that no entry holds
 
 
-class TagState:
-    """The newest version known of one tag."""
+class TagVersions(NamedTuple):
+    version: int
+    hard: int
 
-    __slots__ = ("__weakref__", "shard", "tag", "version")
+
+class Captured(NamedTuple):
+    """What the server said of a tag. ``made``: it had none, and got this version now."""
+
+    version: int
+    hard: int
+    made: bool = False
+
+
+class TagState:
+    """The newest versions known of one tag."""
+
+    __slots__ = ("__weakref__", "hard", "shard", "tag", "version")
 
     def __init__(self, tag: str, shard: int) -> None:
         self.tag = tag
         self.shard = shard
         self.version = _UNKNOWN
+        self.hard = _UNKNOWN
 
     def __repr__(self) -> str:
         return f"<TagState {self.tag} {self.version if self.known else 'unknown'}>"
@@ -39,12 +59,28 @@ class TagState:
     def known(self) -> bool:
         return self.version != _UNKNOWN
 
+    @property
+    def versions(self) -> TagVersions:
+        return TagVersions(self.version, self.hard)
+
+
+def standing(embedded: Mapping[str, int], current: Mapping[str, TagVersions]) -> Standing:
+    """How an entry with these tag versions stands."""
+    found: Standing = "fresh"
+    for tag, version in embedded.items():
+        now = current.get(tag)
+        if now is None or version < now.hard:
+            return "invalid"
+        if version < now.version:
+            found = "stale"
+    return found
+
 
 class TagTable:
     """``capture(tags)`` asks the server for versions, making those that are missing."""
 
     def __init__(
-        self, names: Names, capture: Callable[[Sequence[str]], Awaitable[Mapping[str, int]]]
+        self, names: Names, capture: Callable[[Sequence[str]], Awaitable[Mapping[str, Captured]]]
     ) -> None:
         self._names = names
         self._capture = capture
@@ -54,6 +90,9 @@ class TagTable:
 
     def __len__(self) -> int:
         return len(self._states)
+
+    def __contains__(self, tag: str) -> bool:
+        return tag in self._states
 
     def state(self, tag: str) -> TagState:
         state = self._states.get(tag)
@@ -65,47 +104,79 @@ class TagTable:
             self._recent.popitem(last=False)
         return state
 
-    def bump(self, tag: str, version: int) -> None:
-        """A notice, or the server, said so."""
+    def bump(self, tag: str, version: int, *, soft: bool = False) -> None:
+        """A notice said so."""
         state = self._states.get(tag)
-        if state is not None and (not state.known or version > state.version):
-            state.version = version
+        if state is None:
+            return
+        if not state.known:
+            if soft:  # the hard version is not known by it, nor by an answer from before it
+                self._generations[state.shard] += 1
+            else:
+                state.version = state.hard = version
+            return
+        state.version = max(state.version, version)
+        if not soft:
+            state.hard = max(state.hard, version)
 
     def reset(self, shard: int) -> None:
         """Notices of this shard may have been missed."""
         self._generations[shard] += 1
         for state in list(self._states.values()):
             if state.shard == shard:
-                state.version = _UNKNOWN
+                state.version = state.hard = _UNKNOWN
 
-    async def versions(self, tags: Sequence[str], *, trust: bool) -> Mapping[str, int]:
+    async def versions(self, tags: Sequence[str], *, trust: bool) -> Mapping[str, TagVersions]:
         """Current versions; asks the server for the unknown ones, or for all without trust."""
         states = [self.state(tag) for tag in tags]
-        asked: dict[str, int] = {}
+        asked: dict[str, Captured] = {}
         while missing := [
             each for each in states if each.tag not in asked and not (trust and each.known)
         ]:
-            generations = [self._generations[each.shard] for each in missing]
-            asked.update(await self._capture([each.tag for each in missing]))
-            for state, generation in zip(missing, generations, strict=True):
-                if generation == self._generations[state.shard]:
-                    self.bump(state.tag, asked[state.tag])
-        return {
-            each.tag: max(asked.get(each.tag, 0), each.version if each.known else 0)
-            for each in states
-        }
+            asked.update(await self._ask(missing))
+        return {each.tag: _newest(each, asked.get(each.tag)) for each in states}
 
-    def hold_as_known(self, embedded: Mapping[str, int]) -> bool | None:
-        """Whether an entry with these tag versions is valid; None if that has to be asked."""
-        found: bool | None = True
-        for tag, version in embedded.items():
-            state = self._states.get(tag)
-            if state is None or not state.known:
-                found = None
-            elif state.version > version:
-                return False
+    async def discovered(self, tags: Sequence[str], *, since: int) -> Mapping[str, int] | None:
+        """Versions for an entry whose loader named these tags while it ran.
+
+        ``since``: the server's clock, in microseconds, before it ran. None if one was bumped
+        since then: what was loaded may be from before the bump.
+        """
+        found = await self._ask([self.state(tag) for tag in tags])
+        if any(each.version > since and not each.made for each in found.values()):
+            return None
+        return {tag: each.version for tag, each in found.items()}
+
+    async def _ask(self, states: Sequence[TagState]) -> Mapping[str, Captured]:
+        generations = [self._generations[each.shard] for each in states]
+        found = await self._capture([each.tag for each in states])
+        for state, generation in zip(states, generations, strict=True):
+            if generation == self._generations[state.shard]:
+                _learn(state, found[state.tag])
         return found
 
-    def hold(self, embedded: Mapping[str, int], current: Mapping[str, int]) -> bool:
-        """Whether an entry with these tag versions is still valid."""
-        return all(version >= current.get(tag, _UNKNOWN) for tag, version in embedded.items())
+    def stand_as_known(self, embedded: Mapping[str, int]) -> Standing | None:
+        """How an entry with these tag versions stands; None if that has to be asked."""
+        current = {}
+        for tag, version in embedded.items():
+            state = self._states.get(tag)
+            if state is not None and state.known:
+                if version < state.hard:
+                    return "invalid"
+                current[tag] = state.versions
+        return standing(embedded, current) if len(current) == len(embedded) else None
+
+
+def _learn(state: TagState, found: Captured) -> None:
+    if state.known:
+        state.version = max(state.version, found.version)
+        state.hard = max(state.hard, found.hard)
+    else:
+        state.version, state.hard = found.version, found.hard
+
+
+def _newest(state: TagState, asked: Captured | None) -> TagVersions:
+    known = state.versions if state.known else TagVersions(0, 0)
+    if asked is None:
+        return known
+    return TagVersions(max(known.version, asked.version), max(known.hard, asked.hard))

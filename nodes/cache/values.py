@@ -2,19 +2,27 @@
 
 V1  Whatever the bytes are, decoding gives a value of the declared type or InvalidEntry.
 V2  A value larger than ``bytes_max`` is refused when it is encoded, not when it is read.
+V3  A value that is plainly not of the declared type is refused when it is encoded: only its
+    class is looked at, not what is in it. None always passes; an int passes for a float.
+V4  All forms of compression are read, whichever is written.
+V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for each caller.
 """
 
 from __future__ import annotations
 
-import zlib
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import msgspec
 
 from ...schemas.entry import Codec, Entry, EntryMeta, decompressed, make_tail
-from ...schemas.errors import InvalidEntry
+from ...schemas.errors import ConfigError, InvalidEntry
+from ...schemas.settings import CacheDefaults, Compression
+from .compression import compressor
+from .pydantic_values import PydanticForm, has_pydantic
+from .value_types import classes_of, fits, name_of, refused
 
-__all__ = ["ValueCodec"]
+__all__ = ["PackedCodec", "ValueCodec"]
 
 T = TypeVar("T")
 
@@ -22,13 +30,41 @@ T = TypeVar("T")
 class ValueCodec(Generic[T]):
     """Encodes and decodes the values of one cache."""
 
-    def __init__(self, of: Any, *, bytes_max: int, compress_over_bytes: int) -> None:
+    def __init__(
+        self,
+        of: Any,
+        *,
+        bytes_max: int,
+        compress_over_bytes: int,
+        compression: Compression = "zlib",
+    ) -> None:
+        """Build encoder and decoder.
+
+        Raises:
+            ConfigError: nothing can decode this type, or the compression is not installed.
+        """
         self._type = of
         self._bytes_max = bytes_max
         self._compress_over_bytes = compress_over_bytes
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._packed = msgspec.msgpack.Decoder(of)
-        self._json = msgspec.json.Decoder(of)
+        self._compressor = compressor(compression)
+        try:
+            self._classes = classes_of(of)
+            self._encode, self._packed, self._json = _form_of(of)
+        except ConfigError:
+            raise
+        except Exception as error:  # unions that cannot be told apart, names not resolved, ...
+            problem = " ".join(str(error).split())
+            raise refused(of, problem, "declare a type that can be decoded") from error
+
+    @classmethod
+    def from_defaults(cls, of: Any, defaults: CacheDefaults) -> Self:
+        """As the settings say; raises ConfigError."""
+        return cls(
+            of,
+            bytes_max=defaults.value_bytes_max,
+            compress_over_bytes=defaults.compress_over_bytes,
+            compression=defaults.compression,
+        )
 
     @property
     def bytes_max(self) -> int:
@@ -38,11 +74,13 @@ class ValueCodec(Generic[T]):
         """The msgpack of a value.
 
         Raises:
-            InvalidEntry: it is too large, or no value that can be encoded.
+            InvalidEntry: it is too large, of another type, or no value that can be encoded.
         """
+        if self._classes and type(value) not in self._classes:
+            self._check(value)
         try:
             payload = self._encode(value)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        except Exception as error:  # a type's own code may raise anything
             raise InvalidEntry("bad_value", str(error)) from error
         if len(payload) > self._bytes_max:
             raise InvalidEntry("oversized", f"{len(payload)} bytes, {self._bytes_max} are allowed")
@@ -52,17 +90,18 @@ class ValueCodec(Generic[T]):
         """The value of msgpack bytes; raises InvalidEntry."""
         try:
             value: T = self._packed.decode(payload)
-        except Exception as error:  # a type's own __post_init__ may raise anything
+        except Exception as error:  # see pack
             raise InvalidEntry("bad_value", str(error)) from error
         return value
 
     def tail(self, payload: bytes, meta: EntryMeta) -> bytes:
         """The envelope's part that the node makes."""
         codec: Codec = "m"
-        if len(payload) > self._compress_over_bytes:
-            smaller = zlib.compress(payload, 1)
+        if self._compressor is not None and len(payload) > self._compress_over_bytes:
+            letter, compress = self._compressor
+            smaller = compress(payload)
             if len(smaller) < len(payload):
-                payload, codec = smaller, "z"
+                payload, codec = smaller, letter
         return make_tail(payload, kind="v", codec=codec, meta=meta)
 
     @staticmethod
@@ -91,5 +130,59 @@ class ValueCodec(Generic[T]):
             return self.unpack(payload)
         try:
             return self.convert(payload)
-        except Exception as error:  # see unpack
+        except InvalidEntry:
+            raise
+        except Exception as error:  # see pack
             raise InvalidEntry("bad_value", str(error)) from error
+
+    def _check(self, value: T) -> None:
+        if value is not None and not fits(value, self._classes):
+            declared, got = name_of(self._type), name_of(type(value))
+            raise InvalidEntry("wrong_type", f"declared {declared}, got {got}")
+
+
+class PackedCodec(ValueCodec[bytes], Generic[T]):
+    """For values that callers may change: what is kept and shared is the msgpack of a value.
+
+    ``packed`` makes it of what a loader returned, ``own`` decodes it for one caller.
+    """
+
+    def packed(self, value: T) -> bytes:
+        """As ``ValueCodec.pack``."""
+        return super().pack(cast(Any, value))
+
+    def own(self, payload: bytes) -> T:
+        """A value that nobody else has; raises InvalidEntry."""
+        return cast(T, super().unpack(payload))
+
+    def pack(self, value: bytes) -> bytes:
+        """As it is: ``packed`` or ``convert`` has made it."""
+        return value
+
+    def unpack(self, payload: bytes) -> bytes:
+        """The same bytes, if they can be decoded; raises InvalidEntry."""
+        super().unpack(payload)
+        return payload
+
+    def convert(self, raw_json: bytes) -> bytes:
+        """The msgpack of a published value.
+
+        Raises:
+            msgspec.ValidationError: it is not of the declared type. InvalidEntry: it is too large.
+        """
+        return super().pack(super().convert(raw_json))
+
+
+class _Decoder(Protocol):
+    """Kept whole: calling ``decode`` on it is faster than calling what was taken from it."""
+
+    def decode(self, raw: bytes, /) -> Any: ...
+
+
+def _form_of(of: Any) -> tuple[Callable[[Any], bytes], _Decoder, _Decoder]:
+    """To msgpack, from msgpack, from JSON."""
+    if has_pydantic(of):
+        form = PydanticForm(of)
+        return form.encode, form, form.published
+    encoder = msgspec.msgpack.Encoder()
+    return encoder.encode, msgspec.msgpack.Decoder(of), msgspec.json.Decoder(of)

@@ -18,8 +18,8 @@ from typing import Any, Generic, Literal, TypeVar
 from ...schemas.errors import ForebayError, InvalidKey, Level
 from ...schemas.jobs import Invalidates
 from ...schemas.keys import check_key
-from .durations import lifetime_ms
-from .loads import Packed
+from .declaration import lifetime_ms
+from .packing import Packed
 from .shared import Receipt
 from .writes import WritePath
 

@@ -26,7 +26,7 @@ such gap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Literal, TypeVar
 
@@ -51,8 +51,9 @@ from ..sinks.outlet import Outlet
 from ..strays import asked_to_stop
 from . import scope
 from .confirmations import Confirmations
-from .loads import Core, Packed
+from .core import Core
 from .near import Reservation
+from .packing import Packed
 from .reads import ReadPath
 from .shared import Receipt, Stamp
 from .write_leases import Turn, WriteLease, WriteLeases
@@ -73,18 +74,23 @@ class WriteParts(Struct, kw_only=True):
 
     outlet_of: Callable[[str], tuple[Outlet, Mapping[str, str]] | None]  #: with the key's fields
     leases: WriteLeases
+    fill: Callable[[WriteLease, Packed], Awaitable[Stamp | None]]  #: None: the lease is gone
     confirmations: Confirmations
 
 
 class WritePath(Generic[T]):
-    """The writes of one cache. ``tags_of(key)`` names the tags that its entry carries."""
+    """The writes of one cache. ``labels_of(key)`` names the tags that its entry carries, ``kept``
+    gives what the near cache has of a value.
+    """
 
     def __init__(
         self,
         core: Core,
         parts: WriteParts,
         reads: ReadPath[T],
-        tags_of: Callable[[str], Sequence[str]],
+        *,
+        labels_of: Callable[[str], Sequence[str]],
+        kept: Callable[[T | None], Any],
     ) -> None:
         self.name = reads.name
         self._core = core
@@ -92,7 +98,8 @@ class WritePath(Generic[T]):
         self._reads = reads
         self._loads = reads.loads
         self._policy = reads.policy
-        self._tags_of = tags_of
+        self._labels_of = labels_of
+        self._kept = kept
 
     def __repr__(self) -> str:
         return f"<WritePath {self.name}>"
@@ -170,9 +177,9 @@ class WritePath(Generic[T]):
         Raises:
             msgspec.ValidationError: it is not of that type. InvalidEntry: it is too large.
         """
-        value = None if raw_json.strip() == b"null" else self._reads.codec.convert(raw_json)
-        _, packed = await self._packed(key, value, ttl_ms)
-        return packed
+        kept = None if raw_json.strip() == b"null" else self._reads.codec.convert(raw_json)
+        tags = await self._loads.tags_of(self._labels_of(key))
+        return self._loads.pack(kept, tags, ttl_ms=ttl_ms)
 
     async def _past_sink(
         self, way: Way, key: str, value: T | None, *, fills: bool, timeout_ms: int
@@ -218,13 +225,7 @@ class WritePath(Generic[T]):
         raise TransientSinkError(problem, outcome_unknown=True)
 
     async def _fill(self, lease: WriteLease, packed: Packed) -> Stamp | None:
-        stamp = await self._core.shared.fill(
-            lease.key,
-            lease.token,
-            soft_ms=packed.soft_ms,
-            hard_ms=packed.hard_ms,
-            tail=packed.tail,
-        )
+        stamp = await self._parts.fill(lease, packed)
         if stamp is None:
             self._core.instruments.counts["fills_refused", self.name] += 1
         return stamp
@@ -247,8 +248,8 @@ class WritePath(Generic[T]):
     async def _packed(
         self, key: str, value: T | None, ttl_ms: int | None = None
     ) -> tuple[Mapping[str, int], Packed]:
-        tags = await self._loads.tags_of(self._tags_of(key))
-        return tags, self._loads.pack(value, tags, ttl_ms)
+        tags = await self._loads.tags_of(self._labels_of(key))
+        return tags, self._loads.pack(self._kept(value), tags, ttl_ms=ttl_ms)
 
     def _keep(
         self,
@@ -259,8 +260,8 @@ class WritePath(Generic[T]):
         packed: Packed,
     ) -> None:
         self._reads.noticed(reservation.key, stamp.version)
-        size = len(packed.payload or b"")
-        self._loads.keep_stamped(reservation, stamp, value, tags, size)  # type: ignore[arg-type]
+        size, lifetime_ms = len(packed.payload or b""), packed.meta.soft_ms
+        self._loads.keep_stamped(reservation, stamp, self._kept(value), tags, size, lifetime_ms)
 
     @contextmanager
     def _writing(self, way: Way, key: str) -> Iterator[Reservation]:

@@ -30,7 +30,7 @@ from ...schemas.errors import (
     ServerRefused,
 )
 from ...schemas.jobs import WriteJob
-from ..cache.loads import Core
+from ..cache.core import Core
 from .dead_letters import DeadLetter
 from .plan import Invalidation, Step, WriteStep
 from .routes import Routes
@@ -126,7 +126,7 @@ class Applier:
         """The script of a step; None if there can be none."""
         if isinstance(step, Invalidation):
             if step.kind == "tags":
-                calls = self._shared.bump_calls(step.names, mark=step.mark)
+                calls = self._shared.bump_calls(step.names, soft=step.soft, mark=step.mark)
             else:
                 calls = self._shared.invalidate_calls(step.names, soft=step.soft, mark=step.mark)
             return calls[step.shard][0]

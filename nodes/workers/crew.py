@@ -23,7 +23,7 @@ from ...coordinator.scripting import Scripts
 from ...schemas.errors import ForebayError
 from ...schemas.keys import EVENTS, Names
 from ...schemas.settings import Settings
-from ..cache.loads import Core
+from ..cache.core import Core
 from ..sinks.outlet import Outlet
 from .dead_letters import DeadLetters
 from .delivery import Delivery

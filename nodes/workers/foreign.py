@@ -27,6 +27,7 @@ from ...schemas.entry import FOREVER_MS, MAGIC, version_of
 from ...schemas.errors import ForebayError, InvalidKey, ServerRefused
 from ...schemas.keys import Names, check_key
 from ...schemas.notices import Dropped, Notice, Position, write_notice
+from ..cache.shared import TAG_KEEP_MS
 from .lifetimes import Lifetimes
 
 __all__ = ["RESET", "ForeignEntries", "Outcome"]
@@ -108,7 +109,9 @@ class ForeignEntries:
             Unavailable: it may have been done or not; repeat it.
         """
         wanted = list(shards)
-        calls = [self._call("entries_invalidate", each, (), RESET, "", 0) for each in wanted]
+        calls = [
+            self._call("entries_invalidate", each, (), RESET, "", 0, TAG_KEEP_MS) for each in wanted
+        ]
         replies = await run_many(self._commands, calls)
         faults = [
             (shard, reply)
@@ -168,8 +171,9 @@ class ForeignEntries:
         return behind | unknown
 
     def _touch(self, shard: int, keys: Sequence[str]) -> Call:
-        names = [name for key in keys for name in (self._names.entry(key), self._names.lease(key))]
-        return self._call("entry_touch", shard, names, write_notice(Dropped(tuple(keys))))
+        names = [name for key in keys for name in self._names.of_key(key)]
+        notice = write_notice(Dropped(tuple(keys)))
+        return self._call("entry_touch", shard, names, notice, TAG_KEEP_MS)
 
     def _call(
         self, script: str, shard: int, names: Sequence[str], notice: bytes, *more: Arg

@@ -27,7 +27,7 @@ from ...schemas.errors import Fenced, ForebayError, InvalidEvent, NewerSchema, S
 from ...schemas.events import Write, read_event
 from ...schemas.keys import EVENTS, Names
 from ...schemas.settings import Durable
-from ..cache.loads import Core
+from ..cache.core import Core
 from .applier import Applier
 from .dead_letters import DeadLetter, DeadLetters
 from .plan import Taken, plan

@@ -37,8 +37,8 @@ class Lifetimes:
             case Dropped(keys=keys, soft=False):
                 for key in keys:
                     self._learn(key, version, 0)
-            case Extended(key=key, hard_at_ms=hard_at_ms):
-                self._learn(key, version, hard_at_ms)
+            case Extended(key=key, hard_ms=hard_ms):
+                self._learn(key, version, version // 1000 + hard_ms)
 
     def entry(self, key: str, version: int, gone_at_ms: int) -> None:
         """What the entry says itself, which is more than the notice of the same version."""

@@ -98,7 +98,7 @@ def plan(batch: Sequence[Taken], names: Names) -> list[Step]:
                 shard = shard_of(key)
                 _open(steps, shard, "keys", body.soft).add(key, taken, place)
             for place, tag in enumerate(body.tags, _TAGS_FROM):
-                _open(steps, shard_of(tag), "tags", False).add(tag, taken, place)
+                _open(steps, shard_of(tag), "tags", body.soft).add(tag, taken, place)
         elif isinstance(body, Write):
             shard = shard_of(body.key)
             steps.setdefault(shard, []).append(WriteStep(shard, taken, body))

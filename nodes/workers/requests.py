@@ -14,7 +14,7 @@ import structlog
 from ...schemas.errors import ForebayError
 from ...schemas.events import Body, Refresh
 from ...schemas.jobs import RefreshJob
-from ..cache.loads import Core
+from ..cache.core import Core
 from .routes import Routes
 
 __all__ = ["RefreshRequests"]

@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 
 from ...schemas.entry import EntryMeta
-from ...schemas.errors import ConfigError
+from ...schemas.errors import ConfigError, ForebayError
 from ...schemas.keys import KeyTemplate
+from ...schemas.settings import CacheDefaults
 from ..cache.cached import Cached
-from ..cache.loads import Packed
+from ..cache.packing import Packed
 from ..cache.values import ValueCodec
 from ..sinks.base import Sink
 from ..sinks.outlet import Outlet
@@ -25,6 +26,7 @@ __all__ = ["Routes", "SinkRoute"]
 
 _UNTYPED_BYTES_MAX = 1_048_576
 _UNTYPED_TTL_MS = 60_000
+_BEHIND_MAX = 1_000
 _any = msgspec.msgpack.Decoder()
 
 
@@ -93,6 +95,30 @@ class Routes:
                 return cached
         return None
 
+    def staleness_ms(self, defaults: CacheDefaults) -> int:
+        """The tightest bound that one of the caches asks for."""
+        policies = [cached.policy(defaults) for cached in self.caches.values()]
+        return min([each.staleness_ms for each in policies] or [defaults.max_staleness_ms])
+
+    def behind(self, keys: Sequence[str]) -> Sequence[str]:
+        """These keys, with the tags of all that they depend on, and of what that depends on.
+
+        Raises:
+            ForebayError: they are over a thousand.
+        """
+        found = dict.fromkeys(keys)
+        waiting = list(found)
+        while waiting:
+            key = waiting.pop()
+            cached = self.cache_of(key)
+            tags, further = cached.labels_of(key) if cached is not None else ((), ())
+            new = [each for each in further if each not in found]
+            found |= dict.fromkeys([*tags, *new])
+            waiting += new
+            if len(found) > _BEHIND_MAX:
+                raise ForebayError(f"{keys[0]} depends on over {_BEHIND_MAX} keys and tags")
+        return list(found)
+
     def packer_of(self, key: str) -> Cached[Any, Any] | Untyped:
         """Whatever turns a published value of this key into an entry."""
         return self.cache_of(key) or self._untyped
@@ -121,4 +147,4 @@ class Routes:
         if payload is None:
             return None
         cached = self.cache_of(key)
-        return _any.decode(payload) if cached is None else cached.path.codec.unpack(payload)
+        return _any.decode(payload) if cached is None else cached.value_of(payload)

@@ -31,7 +31,7 @@ async def test_a_load_takes_the_lease_fills_and_gives_it_back(desk: Desk) -> Non
     assert MINUTE_MS < await desk.ttl_ms() <= 2 * MINUTE_MS
     assert await desk.lease() is None
     (logged,) = await desk.log()
-    assert (logged.version, logged.notice) == (int(version), Changed("k"))
+    assert (logged.version, logged.notice) == (int(version), Changed("k", outdates=True))
 
 
 async def test_only_one_gets_the_lease(desk: Desk) -> None:
@@ -160,7 +160,7 @@ async def test_a_write_is_entry_notice_and_job_at_once(desk: Desk) -> None:
     (job,) = await desk.commands.call("XRANGE", desk.part("writes"), "-", "+")
     assert job == [job_id, [b"v", version, b"j", b"job of value"]]
     (logged,) = await desk.log()
-    assert (logged.version, logged.notice) == (int(version), Changed("k"))
+    assert (logged.version, logged.notice) == (int(version), Changed("k", outdates=True))
 
 
 async def test_writes_stop_at_their_bound(desk: Desk) -> None:

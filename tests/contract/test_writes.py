@@ -12,6 +12,7 @@ import pytest
 import forebay
 from forebay.coordinator.backend import Backend
 from forebay.schemas.errors import Unconfirmed
+from forebay.schemas.notices import Changed
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
 from scriptdesk import MINUTE_MS, Desk
 from workshop import Table, until
@@ -29,7 +30,7 @@ async def test_a_write_gets_the_lease_though_there_is_an_entry(desk: Desk) -> No
     assert await desk.log() == log
     assert await desk.lease() == b"mine"
     assert 0 < await desk.commands.call("PTTL", desk.names.lease("k")) <= MINUTE_MS
-    assert (await desk.fill("mine", "new"))[0] == 1
+    assert (await desk.fill_write("mine", "new"))[0] == 1
     assert (await desk.entry()).version > int(version)
 
 
@@ -81,6 +82,49 @@ async def test_versions_of_writes_grow_though_the_clock_goes_back(desk: Desk) ->
     _, second = await desk.begin_write("mine")
     assert int(second) == future + 1
     assert await desk.put() == future + 2
+
+
+async def test_a_source_that_failed_lately_is_written_all_the_same(desk: Desk) -> None:
+    """write_begin I1: what keeps loads away is no holder."""
+    await desk.put("old")
+    await desk.commands.call("SET", desk.names.lease("k"), "!", "PX", MINUTE_MS)
+    assert (await desk.begin_write("mine"))[0] == 1
+    assert await desk.lease() == b"mine"
+
+
+# write_fill
+
+
+async def test_only_the_holder_of_the_lease_fills(desk: Desk) -> None:
+    """write_fill I1, I2: once; a notice says what it says of a write."""
+    await desk.begin_write("mine")
+    assert await desk.fill_write("other") == [0]
+    code, version, soft_at_ms, hard_at_ms = await desk.fill_write("mine", "new")
+    entry = await desk.entry()
+    assert (code, entry.version, entry.payload) == (1, int(version), b"new")
+    assert (entry.soft_at_ms, entry.hard_at_ms) == (int(soft_at_ms), int(hard_at_ms))
+    assert await desk.lease() is None
+    assert await desk.fill_write("mine") == [0]
+    logged = (await desk.log())[-1]
+    assert (logged.version, logged.notice) == (int(version), Changed("k", outdates=True))
+
+
+async def test_a_write_behind_in_between_is_not_overwritten(desk: Desk) -> None:
+    """write_fill I1: it has taken the lease away; nor where it is pending."""
+    await desk.begin_write("mine")
+    await desk.write("behind")
+    assert await desk.fill_write("mine") == [0]
+    await desk.commands.call("SET", desk.names.lease("k"), "mine")
+    assert await desk.fill_write("mine") == [0]
+    assert (await desk.entry()).payload == b"behind"
+
+
+async def test_what_depends_on_a_key_is_outdated_by_its_write(desk: Desk) -> None:
+    """write_fill I3: the tag named after the key has the version of the write."""
+    await desk.capture("k")
+    await desk.begin_write("mine")
+    _, version, *_ = await desk.fill_write("mine")
+    assert await desk.capture("k") == [int(version)]
 
 
 # checkpoint_commit

@@ -155,10 +155,10 @@ async def test_more_than_a_page_is_read_to_its_end(scene: Scene) -> None:
 def scene_write(shelf: Shelf) -> list[Arg]:
     """An invalidation of nothing, as a command."""
     part = shelf.names.part
-    keys = [part(1, name) for name in ("head", "log", "e0:x", "l:x")]
+    keys = [part(1, name) for name in ("head", "log", "e0:x", "l:x", "t:x")]
     notice = write_notice(Dropped(()))
     source = SCRIPTS["entries_invalidate"].source
-    return ["EVAL", source, 4, *keys, notice, shelf.names.bell, 1, "", 0]
+    return ["EVAL", source, 5, *keys, notice, shelf.names.bell, 1, "", 0, 60_000]
 
 
 # Gaps

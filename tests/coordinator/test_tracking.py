@@ -269,10 +269,10 @@ def shard(server: ValkeyServer, namespace: str) -> Callable[..., list[Any]]:
 
     def run(*keys: str) -> list[Any]:
         prefix = f"{{{namespace}:00}}:"
-        names = [word for key in keys for word in (f"{prefix}e0:{key}", f"{prefix}l:{key}")]
+        names = [f"{prefix}{part}:{key}" for key in keys for part in ("e0", "l", "t")]
         all_names = [f"{prefix}head", f"{prefix}log", *names]
         found: list[Any] = server.execute(
-            "EVAL", script, len(all_names), *all_names, b"notice", "bell", 0
+            "EVAL", script, len(all_names), *all_names, b"notice", "bell", 0, 60_000
         )
         return found
 

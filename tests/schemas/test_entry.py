@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import msgspec
@@ -13,6 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay.schemas import entry as entry_module
 from forebay.schemas.entry import (
     FOREVER_MS,
     MAGIC,
@@ -123,7 +126,13 @@ def test_a_plain_entry_cut_before_its_payload_is_refused() -> None:
         assert fault_of(whole[:length]), length
 
 
-@given(st.binary(max_size=300), st.sampled_from([b"", MAGIC, MAGIC + b"c", envelope(b"vz"), b"{"]))
+@given(
+    st.binary(max_size=300),
+    st.sampled_from([
+        b"", MAGIC, MAGIC + b"c", envelope(b"vz"), b"{", envelope(b"vs\0\0"),
+        envelope(b"vs\0\0\x28\xb5\x2f\xfd"), envelope(b"vz\0\0\x78\x01"),
+    ]),
+)  # fmt: skip
 def test_any_bytes_are_an_entry_or_refused(garbage: bytes, prefix: bytes) -> None:
     """I2: no other exception, neither on reading nor on decompressing."""
     with suppress(InvalidEntry):
@@ -131,10 +140,26 @@ def test_any_bytes_are_an_entry_or_refused(garbage: bytes, prefix: bytes) -> Non
         assert len(decompressed(entry, bytes_max=LIMIT)) <= LIMIT
 
 
-@given(st.binary(max_size=200), st.integers(0, 199), st.integers(0, 255))
-def test_a_damaged_byte_is_an_entry_or_refused(payload: bytes, at: int, byte: int) -> None:
+def unsized(plain: bytes, *, window_log: int = 20) -> bytes:
+    """A frame as streaming writers make it: its header does not say how long the content is."""
+    writer = zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(
+            window_log=window_log, write_content_size=False
+        )
+    ).compressobj()
+    return writer.compress(plain) + writer.flush()
+
+
+@given(
+    st.binary(max_size=200),
+    st.integers(0, 199),
+    st.integers(0, 255),
+    st.sampled_from([("z", zlib.compress), ("s", zstandard.compress), ("s", unsized)]),
+)
+def test_a_damaged_byte_is_an_entry_or_refused(payload: bytes, at: int, byte: int, by) -> None:
     """I2: also when only one byte of a good entry was changed."""
-    raw = bytearray(envelope(value_tail(zlib.compress(payload), codec="z")))
+    codec, compress = by
+    raw = bytearray(envelope(value_tail(compress(payload), codec=codec)))
     raw[at % len(raw)] = byte
     with suppress(InvalidEntry):
         assert len(decompressed(read_entry(bytes(raw), bytes_max=LIMIT), bytes_max=LIMIT)) <= LIMIT
@@ -199,10 +224,79 @@ def test_a_bomb_is_not_unpacked(codec: str) -> None:
     assert peak < 2_000_000
 
 
-def test_a_zstd_frame_that_does_not_say_its_size_is_refused() -> None:
-    """I1: there is nothing to check before decompression."""
-    packed = zstandard.ZstdCompressor(write_content_size=False).compress(b"x" * 100)
-    assert fault_of(envelope(value_tail(packed, codec="s"))) == "oversized"
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_zstd_frame_need_not_say_its_size(over: int) -> None:
+    """I1: it is read up to the limit, and not a byte further."""
+    plain = bytes(index * 7 % 251 for index in range(1_000 + over))
+    raw = envelope(value_tail(unsized(plain), codec="s"))
+    if over:
+        assert fault_of(raw, bytes_max=1_000) == "oversized"
+    else:
+        assert decompressed(read_entry(raw, bytes_max=1_000), bytes_max=1_000) == plain
+
+
+def test_a_zstd_frame_without_a_size_cut_anywhere_is_refused() -> None:
+    """I2: what was decompressed so far is not taken for all of it."""
+    packed = unsized(b"some value, some other value" * 50)
+    for length in range(len(packed)):
+        assert fault_of(envelope(value_tail(packed[:length], codec="s"))) == "bad_value", length
+
+
+def test_a_bomb_that_does_not_say_its_size_is_not_unpacked() -> None:
+    """I1: nor does the window that it asks for take more than the limit allows."""
+    assert fault_of(envelope(value_tail(unsized(bytes(30_000_000)), codec="s"))) == "oversized"
+    wide = unsized(bytes(200_000_000), window_log=27)
+    assert fault_of(envelope(value_tail(wide, codec="s"))) == "bad_value"
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        zstandard.compress(b"one") + zstandard.compress(b"two"),
+        unsized(b"one") + unsized(b"two"),
+        zstandard.compress(b"one") + b"more",
+        b"\x50\x2a\x4d\x18\x05\0\0\0hello",
+        b"\x50\x2a\x4d\x18\x05\0\0\0hello" + zstandard.compress(b"one"),
+        b"\x28\xb5\x2f\xfd",
+        b"",
+    ],
+)
+def test_zstd_is_one_frame(packed: bytes) -> None:
+    """I2: nothing before it, nothing after it."""
+    assert fault_of(envelope(value_tail(packed, codec="s"))) == "bad_value"
+
+
+@pytest.mark.parametrize("packed", [zlib.compress(b"one") + zlib.compress(b"two"), b""])
+def test_zlib_is_one_stream(packed: bytes) -> None:
+    """I2: as with zstd."""
+    assert fault_of(envelope(value_tail(packed, codec="z"))) == "bad_value"
+
+
+@pytest.mark.parametrize("over", [1, 100, 10_000])
+def test_zlib_just_over_the_limit_is_oversized(over: int) -> None:
+    """I1: also when all input was taken and only output is left."""
+    raw = envelope(value_tail(zlib.compress(bytes(1_000 + over)), codec="z"))
+    assert fault_of(raw, bytes_max=1_000) == "oversized"
+
+
+def test_zstd_is_read_by_several_threads() -> None:
+    """Each has a context of its own: they are not safe to share."""
+    plain = bytes(index * 7 % 251 for index in range(9_000))
+    raw = envelope(value_tail(zstandard.compress(plain), codec="s"))
+
+    def read(_: int) -> bytes:
+        return decompressed(read_entry(raw, bytes_max=LIMIT), bytes_max=LIMIT)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(read, range(200))) == {plain}
+
+
+def test_without_zstandard_its_entries_are_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I2: the counter tells what is missing, and the others are read."""
+    packed = zstandard.compress(b"one")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    entry_module._zstd.cache_clear()
+    assert fault_of(envelope(value_tail(packed, codec="s"))) == "bad_codec"
 
 
 @pytest.mark.parametrize("codec", ["m", "z", "s"])

@@ -10,7 +10,8 @@ import pytest
 from msgspec import Meta
 
 import forebay
-from forebay.nodes.cache.cached import Cached, Declaration, lifetime_ms
+from forebay.nodes.cache.cached import Cached
+from forebay.nodes.cache.declaration import Declaration, lifetime_ms
 from forebay.schemas.errors import ConfigError, ForebayError, InvalidKey
 from forebay.schemas.settings import CacheDefaults
 

@@ -187,7 +187,10 @@ def leased(story: Story, name: str) -> Steps:
     if value and int(version[0]) > story.row_version:
         story.source, story.row_version = value, int(version[0])
     yield None
-    reply = yield Judged(story, value, fill(story, name, value)) if value else None
+    keys = [*story.entry_keys, story.world.names.tag(story.key)]
+    args = [name, LEASE_MS, LEASE_MS, tail_of(value), *story.announcement, TAG_KEEP_MS]
+    stored = Judged(story, value, story.call("write_fill", keys, *args))
+    reply = yield stored if value else None
     if value and not reply[0]:
         (calls,) = story.world.tier.invalidate_calls([story.key]).values()
         yield calls[0]

@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from forebay.nodes.cache import scope
-from forebay.nodes.cache.loads import Hit
+from forebay.nodes.cache.core import Hit
 from forebay.nodes.cache.scope import RequestScope, current, outside, request_scope
 from forebay.schemas.errors import ForebayError
 

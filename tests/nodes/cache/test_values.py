@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Struct
 
-from forebay.nodes.cache.values import ValueCodec
+from forebay.nodes.cache.values import PackedCodec, ValueCodec
 from forebay.schemas.entry import Entry, EntryMeta, read_entry
 from forebay.schemas.errors import InvalidEntry
 
@@ -175,3 +175,59 @@ def test_published_json_is_checked_against_the_type() -> None:
     assert codec.convert(raw) == Product(1, "a", Decimal("1.50"))
     with pytest.raises(msgspec.ValidationError, match="id"):
         codec.convert(b'{"id": "x", "name": "a", "price": "1"}')
+
+
+class Basket(Struct):
+    items: list[str]
+
+
+def packed_codec(of: Any) -> PackedCodec[Any]:
+    return PackedCodec(of, bytes_max=LIMIT, compress_over_bytes=200)
+
+
+def test_each_caller_has_a_value_of_its_own() -> None:
+    """V5: what one does to it, the next does not see."""
+    codec = packed_codec(Basket)
+    payload = codec.packed(Basket(["a"]))
+    first = codec.own(payload)
+    first.items.append("b")
+    assert codec.own(payload) == Basket(["a"])
+
+
+@given(products, st.sampled_from([0, 10**6]))
+def test_packed_values_are_stored_as_all_others(product, compress_over_bytes) -> None:
+    """V5: whether a cache is declared mutable is nothing that its entries know."""
+    mutable = PackedCodec[Any](Product, bytes_max=LIMIT, compress_over_bytes=compress_over_bytes)
+    shared = codec_of(Product, compress_over_bytes=compress_over_bytes)
+    payload = mutable.packed(product)
+    assert payload == mutable.pack(payload) == shared.pack(product)
+    assert mutable.own(mutable.value(stored(shared, product)) or b"") == product
+    assert shared.value(stored(mutable, payload)) == product
+
+
+def test_packed_published_values_are_converted() -> None:
+    """V5: from JSON, old entries too; with the limit and the type of the cache."""
+    codec = packed_codec(Basket)
+    payload = codec.convert(b'{"items": ["a"]}')
+    assert codec.own(payload) == Basket(["a"])
+    old = read_entry(b'{"items": ["a"]}', bytes_max=LIMIT)
+    assert codec.value(old) == payload
+    with pytest.raises(msgspec.ValidationError, match="items"):
+        codec.convert(b'{"items": 1}')
+    long = packed_codec(list[float])  # "1," is nine bytes of msgpack
+    with pytest.raises(InvalidEntry, match="oversized"):
+        long.value(read_entry(b"[" + b"1," * 1_000 + b"1]", bytes_max=LIMIT))
+
+
+def test_what_is_packed_is_checked() -> None:
+    """V2, V3: the loader's result is refused as in any cache."""
+    for value, fault in ((Product(1, "a", Decimal(1)), "wrong_type"), (Basket(["a" * LIMIT]), "")):
+        with pytest.raises(InvalidEntry, match=fault or "oversized"):
+            packed_codec(Basket).packed(value)
+
+
+def test_packed_bytes_are_decoded_before_they_are_handed_out() -> None:
+    """V1: a caller's ``own`` is too late to find that they are no value."""
+    with pytest.raises(InvalidEntry, match="bad_value"):
+        packed_codec(Basket).unpack(msgspec.msgpack.encode({"items": 1}))
+    assert packed_codec(Basket).value(stored(codec_of(Any), {"items": []})) == b"\x81\xa5items\x90"

@@ -489,8 +489,8 @@ class Stopped:
 
     def __init__(self, place: Place) -> None:
         self.reached, self.go_on = anyio.Event(), anyio.Event()
-        shared = place.parts.shared
-        shared.fill, shared.put = self._after(shared.fill), self._after(shared.put)
+        shared, parts = place.parts.shared, place.parts.writing.parts
+        parts.fill, shared.put = self._after(parts.fill), self._after(shared.put)
 
     def _after(self, change: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def stopped(*args: Any, **options: Any) -> Any:

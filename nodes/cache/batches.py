@@ -1,0 +1,156 @@
+"""One call of a batch loader for many keys.
+
+    @product.batch
+    async def products(ids: list[int]) -> dict[int, Product]: ...
+
+G1  Loads that begin in one tick of the loop share a call; those of one bulk read share one,
+    however long each takes to get its lease. A load that has to wait for another node leaves
+    its group, and holds up nobody.
+G2  What the loader does not return is absent; an exception as a value fails that key alone. What
+    it raises fails all keys of the call, each with an exception object of its own.
+G3  A call is for at most ``batch_max`` keys, and lasts no longer than ``limit_s``.
+G4  Cancelling one load leaves the call to the others; the call is made in the node's tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from ...schemas.errors import LoaderError, Unavailable
+from .failures import own_copy
+
+__all__ = ["BatchLoader", "Batches", "Group"]
+
+BatchLoader = Callable[[list[Any]], Awaitable[Mapping[Any, Any]]]
+_Asked = tuple[Any, asyncio.Future[Any]]
+
+BATCH_MAX = 1_000
+
+
+class Group:
+    """Loads that are expected to share a call. Each either asks, or leaves."""
+
+    def __init__(self, expected: int, flush: Callable[[Sequence[_Asked]], None]) -> None:
+        self._outstanding = expected
+        self._flush = flush
+        self._asked: list[_Asked] = []
+
+    def __repr__(self) -> str:
+        return f"<Group of {len(self._asked)}, {self._outstanding} outstanding>"
+
+    def member(self) -> Member:
+        return Member(self)
+
+    def settle(self, asked: _Asked | None) -> None:
+        if asked is not None:
+            self._asked.append(asked)
+        self._outstanding -= 1
+        if not self._outstanding and self._asked:
+            self._flush(self._asked)
+
+
+class Member:
+    """The place of one load in a group."""
+
+    __slots__ = ("_group",)
+
+    def __init__(self, group: Group) -> None:
+        self._group: Group | None = group
+
+    def ask(self, asked: _Asked) -> bool:
+        """Take part; false if it has left before."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.settle(asked)
+        return group is not None
+
+    def leave(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.settle(None)
+
+
+class Batches:
+    """The calls of one batch loader."""
+
+    def __init__(
+        self,
+        cache: str,
+        loader: BatchLoader,
+        tasks: TaskGroup,
+        *,
+        limit_s: float,
+        batch_max: int = BATCH_MAX,
+    ) -> None:
+        self._cache = cache
+        self._loader = loader
+        self._tasks = tasks
+        self._limit_s = limit_s
+        self._batch_max = batch_max
+        self._tick: list[_Asked] = []
+
+    def __repr__(self) -> str:
+        return f"<Batches of {self._cache}, {len(self._tick)} asked>"
+
+    def group(self, expected: int) -> Group:
+        return Group(expected, self._flush)
+
+    async def load(self, item: Any, member: Member | None = None) -> Any:
+        """The value of one item, from a call for several."""
+        loop = asyncio.get_running_loop()
+        asked: _Asked = item, loop.create_future()
+        if member is None or not member.ask(asked):
+            if not self._tick:
+                loop.call_soon(self._flush_tick)
+            self._tick.append(asked)
+        return await asked[1]
+
+    def _flush_tick(self) -> None:
+        asked, self._tick = self._tick, []
+        self._flush(asked)
+
+    def _flush(self, asked: Sequence[_Asked]) -> None:
+        wanted = [each for each in asked if not each[1].done()]
+        for start in range(0, len(wanted), self._batch_max):
+            part = wanted[start : start + self._batch_max]
+            try:
+                self._tasks.start_soon(self._call, part, name=f"batch {self._cache}")
+            except RuntimeError:  # the task group is closed
+                self._fail(part, Unavailable("the node is stopped"))
+
+    async def _call(self, asked: Sequence[_Asked]) -> None:
+        try:
+            with anyio.move_on_after(self._limit_s) as scope:
+                found = await self._loader([item for item, _ in asked])
+                self._share_out(asked, found)
+            if scope.cancelled_caught:
+                problem = "the batch took longer than its lease"
+                self._fail(asked, LoaderError(self._cache, "", problem))
+        except Exception as error:
+            self._fail(asked, error)
+        except BaseException:
+            self._fail(asked, Unavailable("the node is stopping"))
+            raise
+
+    def _share_out(self, asked: Sequence[_Asked], found: object) -> None:
+        if not isinstance(found, Mapping):
+            problem = f"the batch loader returned {type(found).__name__}, and no mapping"
+            raise LoaderError(self._cache, "", problem)
+        for item, future in asked:
+            value = found.get(item)
+            if future.done():
+                continue
+            if isinstance(value, Exception):
+                future.set_exception(own_copy(value, self._cache, str(item)))
+            else:
+                future.set_result(value)
+
+    def _fail(self, asked: Sequence[_Asked], error: Exception) -> None:
+        for item, future in asked:
+            if not future.done():
+                future.set_exception(own_copy(error, self._cache, str(item)))

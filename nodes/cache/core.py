@@ -1,0 +1,72 @@
+"""What the paths of a cache pass to each other, and what all caches of a node share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Generic, Literal, TypeVar
+
+from anyio.abc import TaskGroup
+from msgspec import Struct
+
+from ...coordinator.clock import Clock, ServerClock
+from ...coordinator.instruments import Instruments
+from ...coordinator.link import Commands
+from ...coordinator.log import Follower
+from ...schemas.entry import Entry
+from .shared import SharedTier
+from .tags import TagTable
+from .waits import KeyWaits
+
+__all__ = ["Core", "Hit", "Lease", "LoadCall", "Tier"]
+
+T = TypeVar("T")
+Tier = Literal["near", "shared", "source"]
+
+
+class Core(Struct, kw_only=True):
+    """What all caches of a node share."""
+
+    node_id: str
+    commands: Commands
+    shared: SharedTier
+    tags: TagTable
+    follower: Follower
+    waits: KeyWaits
+    tasks: TaskGroup
+    clock: Clock
+    server_clock: ServerClock
+    instruments: Instruments
+    rng: random.Random
+    ids: Callable[[], str]
+    invalidate: Callable[[Sequence[str], Sequence[str]], Awaitable[None]]
+    behind: Callable[[Sequence[str]], Sequence[str]]  #: the keys, and what they depend on
+
+
+class Hit(Struct, Generic[T], frozen=True, kw_only=True):
+    """A value and where it is from."""
+
+    value: T
+    tier: Tier
+    version: int
+    age_ms: int
+    stale: bool = False
+    size: int = 0
+
+
+class LoadCall(Struct, Generic[T], frozen=True):
+    """A call of the loader: how to make it, and which tags its value carries."""
+
+    run: Callable[[], Awaitable[T]]
+    tags: Sequence[str] = ()
+    waits: Callable[[], None] | None = None  #: told when the load has to wait for another
+
+
+class Lease(Struct, frozen=True):
+    """The right to fill a key, with the tag versions that its value will carry."""
+
+    key: str
+    token: str
+    tags: Mapping[str, int]
+    since: int  #: the server's clock before the loader runs, in microseconds
+    previous: Entry | None = None  #: what is stored, and will not do

@@ -1,0 +1,89 @@
+"""From values to what is stored: the bytes, the lifetimes, the envelope's part of the node.
+
+P1  Lifetimes are those of the policy, unless the loader or an event asks for others; with
+    jitter, so that what was stored together does not end together.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Generic, TypeVar
+
+from msgspec import Struct
+
+from ...schemas.entry import Entry, EntryMeta, decompressed, make_tail
+from ...schemas.errors import InvalidEntry
+from .policy import Policy
+from .values import ValueCodec
+
+__all__ = ["Packed", "Packer"]
+
+T = TypeVar("T")
+
+
+class Packed(Struct, frozen=True):
+    """A value, ready to be stored. ``payload`` is its msgpack; None for a known absence."""
+
+    payload: bytes | None
+    soft_ms: int
+    hard_ms: int
+    tail: bytes
+    meta: EntryMeta = EntryMeta()
+
+    def middle(self, previous: Entry) -> bytes:
+        """The tail of an entry with the payload of the previous one, which is left out."""
+        return make_tail(b"", kind="v", codec=previous.codec, meta=self.meta)
+
+
+class Packer(Generic[T]):
+    def __init__(self, policy: Policy, codec: ValueCodec[T], rng: random.Random) -> None:
+        self._policy = policy
+        self._codec = codec
+        self._rng = rng
+
+    def pack(
+        self,
+        value: T | None,
+        tags: Mapping[str, int],
+        *,
+        ttl_ms: int | None = None,
+        stale_ms: int | None = None,
+        etag: str = "",
+    ) -> Packed:
+        """The envelope of a value, with its lifetimes.
+
+        Raises:
+            InvalidEntry: the value is too large, or cannot be encoded.
+        """
+        policy = self._policy
+        if value is None:
+            meta = EntryMeta(tags=dict(tags), soft_ms=policy.negative_ms)
+            lifetime_ms = policy.negative_ms or 1
+            return Packed(None, lifetime_ms, lifetime_ms, self._codec.negative_tail(meta), meta)
+        asked_ms = ttl_ms or policy.ttl_ms
+        stale_ms = policy.stale_ms if stale_ms is None else stale_ms
+        soft_ms = self._jittered(asked_ms)
+        payload = self._codec.pack(value)
+        meta = EntryMeta(
+            tags=dict(tags),
+            etag=etag,
+            soft_ms=asked_ms,
+            stale_ms=stale_ms,
+            error_ms=policy.error_ms,
+        )
+        hard_ms = soft_ms + stale_ms + policy.error_ms
+        return Packed(payload, soft_ms, hard_ms, self._codec.tail(payload, meta), meta)
+
+    def same(self, packed: Packed, previous: Entry | None) -> bool:
+        """Whether the previous entry holds these very bytes already."""
+        if previous is None or previous.negative or not previous.version or packed.payload is None:
+            return False
+        try:
+            stored = decompressed(previous, bytes_max=self._codec.bytes_max)
+        except InvalidEntry:
+            return False
+        return stored == packed.payload
+
+    def _jittered(self, ttl_ms: int) -> int:
+        return max(1, int(ttl_ms * (1 - self._policy.jitter * self._rng.random())))

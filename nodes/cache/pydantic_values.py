@@ -1,0 +1,138 @@
+"""Values of types that have a pydantic model in them: stored as the model's own JSON form.
+
+    value -> dump (JSON form, by field name) -> msgpack -> JSON -> validate -> value
+
+Pydantic is consistent with itself in JSON only (strict models, bytes as base64, NaN), so the
+way back is by JSON too. Aliases are for those who publish; what is stored goes by field names.
+
+P1  Pydantic is not imported for a type that has nothing of it, nor before the application did.
+P2  What cannot come back is refused when the type is declared: a secret, which its JSON form
+    masks, a field that is left out of it, a msgspec Struct beside a model.
+P3  What is encoded was decoded once: a serializer and a validator that do not fit are an error
+    of the load, not a miss at each read.
+P4  No error text shows a value.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .value_types import is_struct, name_of, refused, types_in
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+__all__ = ["PydanticForm", "has_pydantic"]
+
+_MARK = "__get_pydantic_core_schema__"
+_VERSION = (2, 11)  #: the first to validate by field name on demand
+_SHOWN = re.compile(r"input_value=.*?, input_type", re.DOTALL)
+
+
+def has_pydantic(of: Any) -> bool:
+    """Whether a type is, or is made of, something that only pydantic decodes."""
+    return "pydantic" in sys.modules and any(
+        hasattr(each, _MARK) and not is_struct(each) for each in types_in(of)
+    )
+
+
+class PydanticForm:
+    """Encodes to msgpack and decodes from it, for a type that ``has_pydantic``."""
+
+    def __init__(self, of: Any) -> None:
+        """Build the validator.
+
+        Raises:
+            ConfigError: pydantic is too old, or would lose some of the values.
+            Whatever pydantic raises for a type that it cannot handle.
+        """
+        import pydantic
+        import pydantic_core
+
+        if tuple(map(int, pydantic.VERSION.split(".")[:2])) < _VERSION:
+            raise refused(of, f"pydantic {pydantic.VERSION} is too old", "use 2.11 or newer")
+        _check_unmixed(of)
+        adapter = pydantic.TypeAdapter(of)
+        _check_comes_back(of)  # after the adapter has resolved what names were left open
+        self.published = PublishedForm(adapter.validate_json, pydantic.ValidationError)
+        self._invalid = pydantic.ValidationError
+        self._dump = adapter.dump_python
+        self._validate = adapter.validate_json
+        self._to_json = pydantic_core.to_json
+        self._pack = msgspec.msgpack.Encoder().encode
+        self._unpack = msgspec.msgpack.Decoder().decode
+
+    def encode(self, value: Any) -> bytes:
+        """The msgpack of a value.
+
+        Raises:
+            ValueError: it is not of the type, or would not come back.
+            Whatever the type's own code raises.
+        """
+        try:
+            plain = self._dump(
+                value, mode="json", round_trip=True, by_alias=False, warnings="error"
+            )
+        except ValueError as error:
+            raise ValueError(_SHOWN.sub("input_type", str(error))) from None
+        payload = self._pack(plain)
+        self.decode(payload)
+        return payload
+
+    def decode(self, payload: bytes) -> Any:
+        """The value of msgpack bytes.
+
+        Raises:
+            msgspec.ValidationError: it is not of the type. Whatever the type's own code raises.
+        """
+        text = self._to_json(self._unpack(payload), inf_nan_mode="constants")
+        try:
+            return self._validate(text, by_alias=False, by_name=True)
+        except self._invalid as error:
+            raise msgspec.ValidationError(_first(error)) from None
+
+
+class PublishedForm:
+    """Decodes the JSON that others publish, by its aliases."""
+
+    def __init__(self, validate: Callable[[bytes], Any], invalid: type[ValidationError]) -> None:
+        self._validate = validate
+        self._invalid = invalid
+
+    def decode(self, raw: bytes) -> Any:
+        """As ``PydanticForm.decode``."""
+        try:
+            return self._validate(raw)
+        except self._invalid as error:
+            raise msgspec.ValidationError(_first(error)) from None
+
+
+def _check_unmixed(of: Any) -> None:
+    for kind in types_in(of):
+        if is_struct(kind) and not hasattr(kind, _MARK):
+            problem = f"{name_of(kind)} is a msgspec Struct, with a pydantic type beside or in it"
+            raise refused(of, problem, "make it of one kind: models and dataclasses, or Structs")
+
+
+def _check_comes_back(of: Any) -> None:
+    for kind in types_in(of):
+        if hasattr(kind, "get_secret_value"):
+            problem = f"{name_of(kind)} is masked when it is stored"
+            raise refused(of, problem, "keep secrets out of cached values")
+        fields = getattr(kind, "__pydantic_fields__", None)
+        for name, field in (fields if isinstance(fields, dict) else {}).items():
+            if field.exclude:
+                problem = f"{name_of(kind)}.{name} is left out when it is stored"
+                raise refused(of, problem, "declare a model without that field")
+
+
+def _first(error: ValidationError) -> str:
+    """As msgspec says it: what, and where."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    path = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in found["loc"])
+    return f"{found['msg']} - at `${path}`" if path else found["msg"]

@@ -1,0 +1,132 @@
+"""What a declared type says without a value: its classes, and the types it is made of.
+
+T1  Nothing is imported, and no value is made: an unfamiliar type says nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    Required,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from msgspec import Struct
+
+from ...schemas.errors import ConfigError
+
+__all__ = ["classes_of", "fits", "is_struct", "name_of", "refused", "types_in"]
+
+_NOT_ITS_BASE = (bool, datetime)  #: instances of int and of date that are not meant by these
+
+
+def name_of(of: Any) -> str:
+    """As it is written in a declaration, about."""
+    return of.__qualname__ if isinstance(of, type) and not get_args(of) else str(of)
+
+
+def refused(of: Any, problem: str, fix: str) -> ConfigError:
+    """What to raise for a type whose values cannot be cached."""
+    return ConfigError(
+        setting="the type of the values",
+        value=name_of(of),
+        origin="the declaration of a cache",
+        problem=problem,
+        fix=fix,
+    )
+
+
+def is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Struct)
+
+
+def fits(value: Any, classes: tuple[type, ...]) -> bool:
+    """Whether a value is of one of these; a bool is no int, a datetime no date."""
+    kind = type(value)
+    return kind in classes or (isinstance(value, classes) and kind not in _NOT_ITS_BASE)
+
+
+def classes_of(of: Any) -> tuple[type, ...]:
+    """What a value of this type must be an instance of; empty if that cannot be told."""
+    of = _bare(of)
+    origin, args = get_origin(of), get_args(of)
+    if origin in (Union, UnionType):
+        each = [classes_of(arg) for arg in args]
+        return tuple(kind for kinds in each for kind in kinds) if all(each) else ()
+    if origin is Literal:
+        return tuple({type(arg) for arg in args})
+    kind = origin or (NoneType if of is None else of)
+    if _is_typed_dict(kind):
+        return (dict,)
+    if kind is float:
+        return (float, int)
+    return (kind,) if _is_plain_class(kind) else ()
+
+
+def types_in(of: Any) -> Iterator[Any]:
+    """The type and those it is made of, each once: arguments, members and fields."""
+    seen: list[Any] = []
+    left = [of]
+    while left:
+        each = _bare(left.pop())
+        if not any(each is other for other in seen):
+            seen.append(each)
+            left += [*get_args(each), *_fields(get_origin(each) or each)]
+            yield each
+
+
+def _bare(of: Any) -> Any:
+    """Without what only names or annotates it."""
+    while True:
+        if get_origin(of) in (Annotated, Required, Final):
+            of = get_args(of)[0]
+        elif isinstance(of, TypeVar):
+            of = of.__bound__ or Any
+        elif not isinstance(of, type) and hasattr(of, "__supertype__"):  # a NewType
+            of = of.__supertype__
+        elif not isinstance(of, type) and not get_args(of) and hasattr(of, "__value__"):
+            of = of.__value__  # of `type X = ...`
+        else:
+            return of
+
+
+def _is_typed_dict(kind: Any) -> bool:
+    """Also those of typing_extensions, which ``typing.is_typeddict`` does not know."""
+    return isinstance(kind, type) and issubclass(kind, dict) and hasattr(kind, "__required_keys__")
+
+
+def _is_plain_class(kind: Any) -> bool:
+    """One whose instances are its values: no protocol, no stand-in of pydantic's for a str."""
+    if not isinstance(kind, type) or kind in (Any, object) or getattr(kind, "_is_protocol", False):
+        return False
+    return hasattr(kind, "__pydantic_validator__") or not hasattr(
+        kind, "__get_pydantic_core_schema__"
+    )
+
+
+def _fields(kind: Any) -> Iterable[Any]:
+    known = getattr(kind, "__pydantic_fields__", None)
+    if isinstance(known, dict):
+        return [field.annotation for field in known.values()]
+    if not isinstance(kind, type) or not (
+        is_struct(kind)
+        or dataclasses.is_dataclass(kind)
+        or _is_typed_dict(kind)
+        or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+    ):
+        return []
+    try:
+        return get_type_hints(kind, include_extras=True).values()
+    except Exception:  # names that cannot be resolved; whoever builds a decoder will say so
+        return []

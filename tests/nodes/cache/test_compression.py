@@ -1,0 +1,80 @@
+"""Compression by choice: what is written, and that all of it is read."""
+
+from __future__ import annotations
+
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay.nodes.cache.compression import compressor
+from forebay.nodes.cache.values import PackedCodec, ValueCodec
+from forebay.schemas.entry import Entry, EntryMeta, read_entry
+from forebay.schemas.errors import ConfigError
+from forebay.schemas.settings import CacheDefaults, Compression
+
+LIMIT = 4_000
+HEADER = b"\xfbE1c" + b"%016d%013d%013d%016d" % (7, 1, 2, 0)
+LETTERS = {"zlib": "z", "zstd": "s", "none": "m"}
+NOISE = random.Random(1).randbytes(300)
+
+
+def codec_of(compression: Any, *, over: int = 100) -> ValueCodec[Any]:
+    return ValueCodec(Any, bytes_max=LIMIT, compress_over_bytes=over, compression=compression)
+
+
+def stored(codec: ValueCodec[Any], value: Any) -> Entry:
+    return read_entry(HEADER + codec.tail(codec.pack(value), EntryMeta()), bytes_max=LIMIT)
+
+
+@pytest.mark.parametrize("compression", get_args(Compression))
+def test_the_choice_is_what_is_written(compression: str) -> None:
+    """Over the threshold, where it makes the value smaller; otherwise it stays as it is."""
+    codec = codec_of(compression)
+    assert stored(codec, "a" * 500).codec == LETTERS[compression]
+    assert stored(codec, "a" * 50).codec == "m"
+    assert stored(codec, NOISE).codec == "m"
+
+
+@given(st.text(max_size=300), st.integers(1, 5), st.sampled_from(get_args(Compression)))
+def test_whatever_is_written_every_choice_reads(text: str, times: int, compression: str) -> None:
+    """V4: nodes with other settings share the entries."""
+    value = text * times
+    entry = stored(codec_of(compression, over=0), value)
+    assert [codec_of(each).value(entry) for each in get_args(Compression)] == [value] * 3
+
+
+def test_zlib_is_the_default() -> None:
+    """It is there without an extra."""
+    assert CacheDefaults().compression == "zlib"
+    codec = ValueCodec[Any](Any, bytes_max=LIMIT, compress_over_bytes=100)
+    assert stored(codec, "a" * 500).codec == "z"
+
+
+@pytest.mark.parametrize("kind", [ValueCodec, PackedCodec])
+def test_zstd_that_is_not_installed_is_said_at_once(kind, monkeypatch) -> None:
+    """C1: with the setting, its value, and what to do."""
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ConfigError, match=r"cache\.compression = zstd .* forebay\[zstd\]"):
+        kind(int, bytes_max=LIMIT, compress_over_bytes=100, compression="zstd")
+    assert compressor("zlib") is not None
+
+
+def test_what_is_no_choice_is_said() -> None:
+    """C1: for whoever makes a codec without settings."""
+    with pytest.raises(ConfigError, match="lz4"):
+        compressor("lz4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_one_codec_serves_several_threads(compression: str) -> None:
+    """C2: their results are all the same."""
+    codec = codec_of(compression)
+    payload = codec.pack([*range(900)])
+    with ThreadPoolExecutor(4) as pool:
+        tails = set(pool.map(lambda _: codec.tail(payload, EntryMeta()), range(200)))
+    assert len(tails) == 1
