@@ -111,11 +111,7 @@ class Running:
             for cached in routes.caches.values()
         ]
         self.hearing.paths = self.paths
-        self.writing = Writing(
-            backend, self.names, self.scripts, routes, self.core, settings.valkey
-        )
-        for cached in routes.caches.values():
-            cached.bind_writes(self.core, self.writing.parts)
+        self.writing = self._writing()
         self.dead_letters = DeadLetters(
             backend.link, self.names, instruments, entries_max=durable.dead_letters_max
         )
@@ -141,6 +137,14 @@ class Running:
             behind=self.routes.behind,
         )
 
+    def _writing(self) -> Writing:
+        made = Writing(
+            self.backend, self.names, self.scripts, self.routes, self.core, self.settings.valkey
+        )
+        for cached in self.routes.caches.values():
+            cached.bind_writes(self.core, made.parts)
+        return made
+
     def _refreshes(self) -> Refreshes:
         settings = self.settings
         return Refreshes(
@@ -161,7 +165,9 @@ class Running:
             for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
                 self.apply(0, version, notice)
         finally:
-            scope.forget(keys, more=bool(tags))  # also if the outcome is unknown
+            # Also if the outcome is unknown; with what depends on them, whatever that is.
+            more = bool(tags) or any(key in self.tags for key in keys)
+            scope.forget(keys, more=more)
 
     def apply(self, shard: int, version: int, notice: Notice) -> None:
         """Take in what a notice says."""

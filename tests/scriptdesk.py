@@ -173,6 +173,15 @@ class Desk:
         args: list[Arg] = [*self._said(Dropped(keys, soft), shard), mark, int(soft), MINUTE_MS]
         return list(await self.run("entries_invalidate", slots, *args))
 
+    async def touch(self, *keys: str) -> list[Reply]:
+        """Keys of one shard, by default ``k``."""
+        keys = keys or ("k",)
+        names, shard = self.names, self.names.shard(keys[0])
+        slots = [self.part("head", shard), self.part("log", shard)]
+        slots += [name for key in keys for name in names.of_key(key)]
+        said = self._said(Dropped(keys, soft=True), shard)
+        return list(await self.run("entry_touch", slots, *said, MINUTE_MS))
+
     async def refresh(self, token: str, *, key: str = "k", seen: int = -1, bound: int = 100) -> int:
         shard = self.names.shard(key)
         keys = [*self.entry_keys(key)[:2], self.part("refreshes", shard)]
@@ -199,7 +208,8 @@ class Desk:
         shard = self.names.shard(tags[0])
         keys = [self.part("head", shard), *map(self.names.tag, tags)]
         found = [int(each) for each in await self.run("tags_capture", keys, MINUTE_MS)]
-        return list(zip(found[::3], found[1::3], found[2::3], strict=True))
+        self.changed = found[2::3]  # when a key of the shard was last changed, if it was made
+        return [(v, hard, int(made > 0)) for v, hard, made in zip(*[iter(found)] * 3, strict=True)]
 
     # Logs, owners, streams
 

@@ -258,7 +258,7 @@ class SharedTier:
         replies = granted(await run_many(self._commands, calls))
         for (_, part), reply in zip(parts, replies, strict=True):
             each = zip(reply[::3], reply[1::3], reply[2::3], strict=True)
-            found = [Captured(int(version), int(hard), bool(made)) for version, hard, made in each]
+            found = [Captured(int(version), int(hard), int(made)) for version, hard, made in each]
             versions.update(zip(part, found, strict=True))
         return versions
 

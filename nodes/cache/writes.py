@@ -261,7 +261,7 @@ class WritePath(Generic[T]):
     ) -> None:
         self._reads.noticed(reservation.key, stamp.version)
         size, lifetime_ms = len(packed.payload or b""), packed.meta.soft_ms
-        self._loads.keep_stamped(reservation, stamp, self._kept(value), tags, size, lifetime_ms)
+        self._loads.keep(reservation, stamp, self._kept(value), tags, size, lifetime_ms)
 
     @contextmanager
     def _writing(self, way: Way, key: str) -> Iterator[Reservation]:
@@ -278,7 +278,8 @@ class WritePath(Generic[T]):
             raise
         finally:
             near.release(reservation)
-            scope.forget((key,))  # also if the outcome is unknown
+            # Also if the outcome is unknown.
+            scope.forget((key,), more=self._loads.is_depended_on(key))
             self._core.instruments.counts["writes", self.name, way, end] += 1
 
     def _outlet_of(self, key: str) -> tuple[Outlet, Mapping[str, str]]:

@@ -171,8 +171,7 @@ def test_every_script_is_looked_at_here_or_in_the_contract() -> None:
         for name in method.__code__.co_consts
         if isinstance(name, str)
     }
-    elsewhere = {"entry_touch"}  # tests/coordinator/test_tracking.py
-    assert set(load_scripts()) - methods - elsewhere == set()
+    assert set(load_scripts()) - methods == set()
 
 
 # Random lives of an entry, against a model

@@ -291,7 +291,7 @@ async def test_an_invalidation_is_visible_elsewhere_within_the_promise(
 
 @pytest.mark.parametrize("by", ["key", "tag"])
 async def test_what_was_invalidated_while_it_was_loaded_is_not_stored(
-    node, source, valkey_server, by: str
+    node, source, valkey_server, eventually, by: str
 ) -> None:
     """L1: the callers from before get it; later ones do not wait for it, and load anew (R3)."""
     source.hold()
@@ -304,7 +304,7 @@ async def test_what_was_invalidated_while_it_was_loaded_is_not_stored(
         tasks.start_soon(call, "leader")
         await source.began.wait()
         tasks.start_soon(call, "waiter")
-        await anyio.wait_all_tasks_blocked()
+        await eventually(lambda: node.row.path.flights.waiting == 2)
         source.values[1] = {"n": 2}
         if by == "key":
             await node.row.invalidate(1)
@@ -490,7 +490,9 @@ async def test_an_error_invalidates_nothing(node, source, valkey_server) -> None
         await node.row.do_refresh(job)
     assert stored(node, valkey_server, "row:1") == raw
     assert (await node.row.get_with_info(1)).tier == "near"
-    assert leased(node, valkey_server, "row:1") is None
+    assert leased(node, valkey_server, "row:1") == b"!", "no token: its source is left alone"
+    name = node.parts.names.lease("row:1")
+    assert 0 < valkey_server.execute("PTTL", name) <= node.settings.cache.throttle_ms
 
 
 async def test_a_loader_that_takes_longer_than_its_lease_is_stopped(
@@ -777,4 +779,6 @@ async def test_nothing_is_left_of_reads_that_ended(node, source) -> None:
     assert not path.flights._flights
     assert path.flights.waiting == 0
     assert len(node.parts.waits) == 0
-    assert not node.parts.shared._asked
+    lookups = node.parts.shared.get.__self__
+    assert not lookups._asked
+    assert not lookups._reading
