@@ -28,5 +28,5 @@ local soft_at, hard_at = lifetimes(change.now, tonumber(ARGV[2]), tonumber(ARGV[
 announce(change, KEYS[3], KEYS[4], ARGV[6], ARGV[7], ARGV[5])
 redis.call("SET", KEYS[1], envelope(change.version, soft_at, hard_at, 0, ARGV[4]), "PX", ARGV[3])
 redis.call("DEL", KEYS[2])
-outdate_dependents(KEYS[5], version, false, ARGV[8])
+outdate_dependents(KEYS[3], KEYS[5], version, false, ARGV[8])
 return { 1, version, string.format("%.0f", soft_at), string.format("%.0f", hard_at) }
