@@ -51,6 +51,7 @@ from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
 from .workers.routes import Routes
+from .writing import Writing
 
 __all__ = ["Running", "running"]
 
@@ -110,6 +111,7 @@ class Running:
             for cached in routes.caches.values()
         ]
         self.hearing.paths = self.paths
+        self.writing = self._writing()
         self.dead_letters = DeadLetters(
             backend.link, self.names, instruments, entries_max=durable.dead_letters_max
         )
@@ -134,6 +136,14 @@ class Running:
             invalidate=self.invalidate,
             behind=self.routes.behind,
         )
+
+    def _writing(self) -> Writing:
+        made = Writing(
+            self.backend, self.names, self.scripts, self.routes, self.core, self.settings.valkey
+        )
+        for cached in self.routes.caches.values():
+            cached.bind_writes(self.core, made.parts)
+        return made
 
     def _refreshes(self) -> Refreshes:
         settings = self.settings
@@ -173,7 +183,7 @@ class Running:
         if payload.startswith(b"x "):
             self.explaining.asked(payload[2:])
             return
-        told = {b"r": self.refreshes.bell}
+        told = {b"r": self.refreshes.bell, b"d": self.writing.checkpoint_moved}
         if self.crew is not None:
             told[b"w"] = self.crew.writes.bell
         self.hearing.word(payload, told)
@@ -207,6 +217,7 @@ class Running:
         stack.callback(link.on_state(self._link_changed))
         await self.follower.sweep()
         self.tasks.start_soon(self.follower.run)
+        self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
             await self.tasks.start(self.refreshes.run)
 
@@ -242,6 +253,7 @@ class Running:
             names=self.names,
             scripts=self.scripts,
             routes=self.routes,
+            outlets=self.writing.outlets,
             core=self.core,
             dead_letters=self.dead_letters,
             settings=self.settings,
@@ -273,6 +285,7 @@ async def running(
         tasks = await stack.enter_async_context(background_tasks())
         stack.callback(_unbind, routes)
         self = Running(settings, backend, routes, instruments, node_id, tasks)
+        stack.push_async_callback(self.writing.aclose)
         with _faults_of(backend, settings, origins):
             await self.check_birth(origins)
             await self.follow(stack)

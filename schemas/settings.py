@@ -84,6 +84,7 @@ class Valkey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     breaker_recovery_ms: Millis = 2_000
     reconnect_jitter_ms: Millis = 250  #: spread before the first try of a reconnect
     reconnect_max_ms: Millis = 5_000
+    replicas_min: Annotated[int, Meta(ge=1, le=16)] = 1  #: that "replicated" asks for
 
 
 class Http(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

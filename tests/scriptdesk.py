@@ -150,6 +150,17 @@ class Desk:
         args.append(MINUTE_MS)
         return list(await self.run("entry_write", keys, *args))
 
+    async def fill_write(
+        self, token: str, value: str = "written", *, key: str = "k"
+    ) -> list[Reply]:
+        said = self._said(Changed(key, outdates=True), self.names.shard(key))
+        args: list[Arg] = [token, MINUTE_MS, 2 * MINUTE_MS, tail_of(value), *said, MINUTE_MS]
+        keys = [*self.entry_keys(key), self.names.tag(key)]
+        return list(await self.run("write_fill", keys, *args))
+
+    async def begin_write(self, token: str, *, key: str = "k") -> list[Reply]:
+        return list(await self.run("write_begin", self.entry_keys(key), token, MINUTE_MS))
+
     async def release(self, token: str, *, key: str = "k") -> int:
         return int(await self.run("lease_release", [self.names.lease(key)], token))
 
@@ -224,6 +235,7 @@ class Desk:
         keys = [self.part("own"), self.part("done"), self.part("writes")]
         keys += [self.names.entry(key) for key, _ in sunk]
         args: list[Arg] = [owner, epoch, "writes", position, f"{ms}-{int(seq) + 1}"]
+        args += [self.names.work, self.shard]
         args += [version for _, version in sunk]
         return list(await self.run("checkpoint_commit", keys, *args))
 

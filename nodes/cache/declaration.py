@@ -38,7 +38,7 @@ class Declaration(Struct, frozen=True, kw_only=True):
     name: str = ""
 
 
-def lifetime_ms(name: str, seconds: float, *, zero: bool = False) -> int:
+def lifetime_ms(name: str, seconds: float, *, zero: bool = False, origin: str = _ORIGIN) -> int:
     """Checked, in milliseconds.
 
     Raises:
@@ -51,7 +51,13 @@ def lifetime_ms(name: str, seconds: float, *, zero: bool = False) -> int:
         problem = f"must lie between {low:g} and {_LONGEST_S} seconds"
     else:
         return int(seconds * 1000)
-    raise _refusal(name, seconds, problem, "give seconds, such as 60")
+    raise ConfigError(
+        setting=name,
+        value=repr(seconds),
+        origin=origin,
+        problem=problem,
+        fix="give seconds, such as 60",
+    )
 
 
 def exceptions(name: str, given: object) -> tuple[type[Exception], ...]:

@@ -72,6 +72,8 @@ REFUSED: dict[str, Act] = {
     "entries_invalidate": lambda desk: desk.invalidate(mark="005"),
     "entries_invalidate softly": lambda desk: desk.invalidate(soft=True),
     "entries_invalidate pending": lambda desk: desk.invalidate("pending"),
+    "write_fill": lambda desk: desk.fill_write("mine", key="absent"),
+    "write_begin": lambda desk: desk.begin_write("mine"),
     "entries_invalidate with a tag": lambda desk: desk.invalidate("base"),
     "entry_touch": lambda desk: desk.touch("base"),
     "tags_bump": lambda desk: desk.bump("known", mark="005"),

@@ -70,6 +70,7 @@ class Story:
         self.source = 0  #: the value in the source: how often it was written
         self.settled = 0  #: the newest value whose write was followed by its invalidation
         self.pending = False
+        self.row_version = 0  #: for the guard of a sink
         self.stale_fills = 0
         self.fills = 0
         self.actors = {name: ACTORS[name.rstrip("12")](self, name) for name in set(order)}
@@ -284,6 +285,36 @@ def through(story: Story, name: str) -> Steps:
     yield story.call("entry_put", keys, *written)
 
 
+def leased(story: Story, name: str) -> Steps:
+    """Writes through under the lease: the row with its guard, the entry, or an invalidation."""
+    code, *version = yield story.call("write_begin", story.entry_keys, name, LEASE_MS)
+    value = int(name[-1]) if code == 1 else 0
+    if value and int(version[0]) > story.row_version:
+        story.source, story.row_version = value, int(version[0])
+    yield None
+    keys = [*story.entry_keys, story.world.names.tag(story.key)]
+    args = [name, LEASE_MS, LEASE_MS, tail_of(value), *story.announcement, TAG_KEEP_MS]
+    stored = Judged(story, value, story.call("write_fill", keys, *args))
+    reply = yield stored if value else None
+    if value and not reply[0]:
+        (calls,) = story.world.tier.invalidate_calls([story.key]).values()
+        yield calls[0]
+    yield
+
+
+def unleased(story: Story, name: str) -> Steps:
+    """The negative control: as ``through``, with the guard of the row and no lease."""
+    version = int(name[-1])
+    yield None
+    if version > story.row_version:
+        story.source, story.row_version = version, version
+    yield None
+    keys = [*story.entry_keys, story.world.names.tag(story.key)]
+    written = (LEASE_MS, LEASE_MS, tail_of(version), *story.announcement, TAG_KEEP_MS)
+    yield story.call("entry_put", keys, *written)
+    yield
+
+
 def behind(story: Story, name: str) -> Steps:
     """Writes the entry; the sink writes the source later, then the checkpoint moves."""
     names = story.world.names
@@ -299,7 +330,7 @@ def behind(story: Story, name: str) -> Steps:
     keys = [names.part(shard, "own"), names.part(shard, "done"), names.part(shard, "writes")]
     yield story.call(
         "checkpoint_commit", [*keys, names.entry(story.key)],
-        "me", 1, story.key, "0-1", "0-1", int(reply[1]),
+        "me", 1, story.key, "0-1", "0-1", "", shard, int(reply[1]),
     )  # fmt: skip
 
 
@@ -312,18 +343,18 @@ ACTORS = {
     each.__name__: each
     for each in (
         loader, refresher, tagged, reliant, finder, extender, writer, softener, bumper, nudger,
-        rebaser, underminer, through, behind, loss,
+        rebaser, underminer, through, behind, loss, leased, unleased,
     )
 }  # fmt: skip
 LEASED = {
     f"{each}{number}"
-    for each in ("loader", "refresher", "tagged", "reliant", "finder", "extender")
+    for each in ("loader", "refresher", "tagged", "reliant", "finder", "extender", "leased")
     for number in ("", 1, 2)
 }
 LENGTHS = {
     "loader": 3, "refresher": 3, "tagged": 4, "reliant": 4, "finder": 4, "extender": 4,
     "writer": 2, "softener": 2, "bumper": 2, "nudger": 2, "rebaser": 2, "underminer": 2,
-    "through": 2, "behind": 3, "loss": 1,
+    "through": 2, "behind": 3, "loss": 1, "leased": 4, "unleased": 4,
 }  # fmt: skip
 
 
@@ -459,6 +490,9 @@ async def link(make_server) -> AsyncIterator[Link]:
         (["loader1", "loader2", "through"], 280),
         (["loader1", "loader2", "behind", "loss"], 5_880),
         (["loader", "behind", "writer"], 560),
+        (["leased1", "leased2", "loss"], 244),
+        (["leased1", "loader", "loss"], 208),
+        (["leased1", "leased2", "loader"], 5_775),
         (["tagged1", "tagged2", "bumper"], 1_575),
         (["tagged", "bumper1", "bumper2"], 210),
         (["tagged1", "tagged2", "nudger"], 1_575),
@@ -533,6 +567,12 @@ async def test_the_check_finds_what_a_broken_fence_lets_through(link: Link, scri
     """The negative control: stale fills, and stale entries in the end."""
     verdict = await told(link, World(**{script.name: script}), actors)
     assert verdict.stale_fills > 0
+    assert verdict.stale_entries > 0
+
+
+async def test_a_write_through_without_a_lease_is_found(link: Link) -> None:
+    """The negative control for X2 and X3 of the write path: entries older than their rows."""
+    verdict = await told(link, World(), ["unleased1", "unleased2"])
     assert verdict.stale_entries > 0
 
 
