@@ -60,6 +60,7 @@ class ReadPath(Generic[T]):
             loads_max=limits.loads_max,
             waiters_max=limits.waiters_max,
             served_late=lambda: loads.count("shared", "stale"),
+            full=self._count_full,
         )
         self._core = core
         self._staleness_s = loads.policy.staleness_ms / 1000
@@ -142,6 +143,9 @@ class ReadPath(Generic[T]):
 
     def tag_noticed(self, tag: str) -> None:
         self.flights.detach_where(lambda call: tag in call.tags)
+
+    def _count_full(self, bound: str) -> None:
+        self._core.instruments.counts["limit_reached", bound] += 1
 
     def _heard_since(self, moment: float) -> bool:
         """Whether a change acknowledged after that moment, and due here by now, was heard of."""
