@@ -67,8 +67,8 @@ class LoadPath(Generic[T]):
         self.codec = codec
         self.near = near
         self.source = source
-        self.pack = Packer(policy, codec, core.rng).pack
         self._packer = Packer(policy, codec, core.rng)
+        self.pack = self._packer.pack
         self.waits = core.waits
         self.clock = core.clock
         self._own = own
@@ -199,10 +199,8 @@ class LoadPath(Generic[T]):
         return found
 
     def _not_packed(self, key: str, error: InvalidEntry) -> None:
-        if error.fault == "wrong_type":
-            raise LoaderError(self.name, key, error.problem) from error
         if error.fault != "oversized":
-            raise error
+            raise LoaderError(self.name, key, error.problem) from error
         self._core.instruments.counts["limit_reached", "value_bytes"] += 1
         log.warning("value.oversized", cache=self.name, key=key, error=str(error))
 

@@ -40,6 +40,7 @@ from ...schemas.errors import (
     FatalSinkError,
     ForebayError,
     InvalidEntry,
+    InvalidValue,
     KeyBusy,
     Level,
     SinkError,
@@ -65,7 +66,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 Way = Literal["put", "through", "around", "behind"]
 
-_REFUSALS = (Backpressure, InvalidEntry, KeyBusy)
+_REFUSALS = (Backpressure, InvalidValue, KeyBusy)
 _OF_LEASE = 0.9  #: what the sink may use of the lease; the rest is for the fill
 
 
@@ -111,7 +112,7 @@ class WritePath(Generic[T]):
 
         Raises:
             Unavailable: it may have been stored. Unconfirmed: it was, here.
-            InvalidEntry: it is too large. ConfigError: ``until`` is no level of this.
+            InvalidValue: no entry can hold it. ConfigError: ``until`` is no level of this.
         """
         self._check_level("put", until, ("accepted", "replicated"))
         since, stamp = self._parts.confirmations.since, None
@@ -161,7 +162,7 @@ class WritePath(Generic[T]):
 
         Raises:
             SinkError: as the sink raised it. KeyBusy: others had the key for ``timeout_ms``.
-            ConfigError: no sink takes the key. InvalidEntry: the value is too large.
+            ConfigError: no sink takes the key. InvalidValue: no entry can hold the value.
             Unavailable: before, or after the source took it; write it again.
         """
         fills = value is not None or self._policy.negative_ms > 0
@@ -249,7 +250,10 @@ class WritePath(Generic[T]):
         self, key: str, value: T | None, ttl_ms: int | None = None
     ) -> tuple[Mapping[str, int], Packed]:
         tags = await self._loads.tags_of(self._labels_of(key))
-        return tags, self._loads.pack(self._kept(value), tags, ttl_ms=ttl_ms)
+        try:
+            return tags, self._loads.pack(self._kept(value), tags, ttl_ms=ttl_ms)
+        except InvalidEntry as error:
+            raise InvalidValue(self.name, key, str(error)) from error
 
     def _keep(
         self,
