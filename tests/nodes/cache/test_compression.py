@@ -92,7 +92,7 @@ async def test_the_near_cache_counts_what_it_holds(make_node) -> None:
         node.text = text
     async with nodes[0], nodes[1]:
         for node in nodes:
-            assert [len(await node.text(id)) for id in (1, 3)] == [1_000, 3_000]
+            assert [len(await node.text(n)) for n in (1, 3)] == [1_000, 3_000]
         loaded, read = (node.text.path.near.statistics() for node in nodes)
         assert (read.entries, read.bytes) == (loaded.entries, loaded.bytes)
         assert (read.entries, read.oversized) == (1, 1)

@@ -15,7 +15,7 @@ import forebay
 from forebay.nodes.cache import reads as reads_module
 from forebay.nodes.cache.cached import Cached
 from forebay.schemas.entry import read_entry
-from forebay.schemas.errors import Backpressure, InvalidEntry, InvalidKey, LoaderError, Unavailable
+from forebay.schemas.errors import Backpressure, InvalidKey, LoaderError, Unavailable
 from forebay.schemas.jobs import RefreshJob
 from forebay.schemas.settings import Limits
 
