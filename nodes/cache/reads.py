@@ -3,8 +3,9 @@
 R1  Each caller looks at the shared tier (see ``Looks``); where there is nothing to serve, one
     loads for all.
 R2  At most one load of a key runs in this process, and, by the lease, in the cluster.
-R3  A caller who comes after a notice for the key, or for one of its tags, never gets what a
-    flight brings that began before (Flights F2).
+R3  A caller who comes after a notice for the key, or for a tag that is declared, never gets what
+    a flight brings that began before (Flights F2). Which tags the loader names is known only when
+    it has run; a bump meanwhile keeps its value from being stored (Loading A2).
 R4  Where the loader fails, what was kept for that is served, flagged as stale.
 R5  While Valkey does not answer, or refuses: ``bypass`` asks the source and stores nothing;
     ``stale`` serves what the near cache has and does not know to be wrong, flagged, and then
