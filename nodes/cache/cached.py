@@ -81,8 +81,8 @@ class Cached(Writable[T], Generic[P, T]):
         """The value: from the near cache, the shared tier, or the loader.
 
         Raises:
-            Unavailable, ServerRefused: Valkey does not answer, or refuses, and the cache is declared
-            to fail then. SourceFailing: nothing is stored, and the loader is known to fail.
+            Unavailable, ServerRefused: Valkey does not answer, or refuses, and the cache is
+            declared to fail then. SourceFailing: nothing is stored, and the loader is known to fail.
             LoaderError: it took too long, asks for itself, or returned no value of its type.
             Backpressure: too many loads or callers who wait. Whatever the loader raises.
         """

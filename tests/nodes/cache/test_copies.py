@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
 import pytest
 
 import forebay
@@ -61,3 +62,29 @@ async def test_what_is_too_large_is_given_and_not_stored(make_node, source) -> N
         assert source.loads == 2
         with pytest.raises(InvalidValue, match="oversized"):
             await basket.put(1, ["x" * 500])
+
+
+@pytest.mark.parametrize("way", ["write_through", "write_behind", "put"])
+async def test_what_is_changed_while_it_is_written_is_not_kept(make_node, source, way: str) -> None:
+    """J1: the near cache has what was stored, whatever a sink or the caller does to it meanwhile."""
+    node = make_node()
+    basket = declare(node, source)
+    written = ["tea"]
+
+    @node.sink("basket:{id}")
+    async def save(writes: list[forebay.Write[list[str]]]) -> None:
+        for write in writes:
+            write.value.append("milk")
+
+    async def change() -> None:
+        await anyio.lowlevel.checkpoint()
+        written.append("milk")
+
+    async with node, anyio.create_task_group() as tasks:
+        if way != "write_through":
+            tasks.start_soon(change)
+        await getattr(basket, way)(1, written)
+        assert written == ["tea", "milk"]
+        near = await basket(1)
+        basket.path.near.clear()
+        assert (near, await basket(1)) == (["tea"], ["tea"])
