@@ -82,7 +82,8 @@ class Cached(Writable[T], Generic[P, T]):
 
         Raises:
             Unavailable, ServerRefused: Valkey does not answer, or refuses, and the cache is
-            declared to fail then. SourceFailing: nothing is stored, and the loader is known to fail.
+            declared to fail then.
+            SourceFailing: nothing is stored, and the loader is known to fail.
             LoaderError: it took too long, asks for itself, or returned no value of its type.
             Backpressure: too many loads or callers who wait. Whatever the loader raises.
         """

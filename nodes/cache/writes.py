@@ -147,8 +147,8 @@ class WritePath(Generic[T]):
         Raises:
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
             Unconfirmed: accepted, and not yet as far as ``until``. DeadLettered: refused by the
-            sink. ConfigError: no sink takes the key, though it is to be waited for. InvalidValue: no
-            entry can hold the value.
+            sink. ConfigError: no sink takes the key, though it is to be waited for.
+            InvalidValue: no entry can hold the value.
         """
         self._check_level("write_behind", until, ("accepted", "replicated", "sink"))
         sink = self._outlet_of(key)[0].name if until == "sink" else ""

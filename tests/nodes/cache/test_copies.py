@@ -66,7 +66,7 @@ async def test_what_is_too_large_is_given_and_not_stored(make_node, source) -> N
 
 @pytest.mark.parametrize("way", ["write_through", "write_behind", "put"])
 async def test_what_is_changed_while_it_is_written_is_not_kept(make_node, source, way: str) -> None:
-    """J1: the near cache has what was stored, whatever a sink or the caller does to it meanwhile."""
+    """J1: the near cache has what was stored, whatever sink or caller do to it meanwhile."""
     node = make_node()
     basket = declare(node, source)
     written = ["tea"]

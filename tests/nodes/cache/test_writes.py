@@ -477,7 +477,7 @@ async def blind(place: Place, value: str) -> None:
     version = 1 + max(place.table.rows.get(KEY, (0, None))[0], len(place.table.batches))
     write_ = forebay.Write(key=KEY, params=params, value=value, version=version)
     await outlet.write(SinkBatch(writes=(write_,)))
-    _, packed = await path._packed(KEY, value)
+    packed = path._loads.pack(value, {})
     stamp = await place.parts.shared.put(
         KEY, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
     )
