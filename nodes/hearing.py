@@ -86,7 +86,7 @@ class Hearing:
     def _extended(self, version: int, notice: Extended) -> None:
         # By this node's clock, as by the server's: whichever comes first.
         told_at = version / 1e6 - self._server_clock.offset_s
-        fresh_until = min(told_at, self._clock.monotonic()) + notice.soft_ms / 1000
+        soft_until = min(told_at, self._clock.monotonic()) + notice.soft_ms / 1000
         for path in self.paths:
-            path.near.extend(notice.key, notice.since, version, fresh_until)
+            path.extended(notice, version, soft_until)
         self._waits.wake(notice.key)

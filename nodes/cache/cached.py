@@ -208,7 +208,7 @@ class Cached(Generic[P, T]):
                 path.noticed(key, receipt.stamp.version)
                 if value is not None:
                     size = len(packed.payload or b"")
-                    path.loads.keep_stamped(reservation, receipt.stamp, kept, tags, size)
+                    path.loads.keep(reservation, receipt.stamp, kept, tags, size)
         finally:
             path.near.release(reservation)
             scope.forget(

@@ -37,6 +37,7 @@ from .policy import Policy, ahead_ms
 from .scope import outside
 from .shared import Granted, Held, Newer, Stamp
 from .source import Source
+from .tags import TagState
 from .values import ValueCodec
 
 __all__ = ["LoadPath"]
@@ -141,7 +142,7 @@ class LoadPath(Generic[T]):
         if stamp is None:
             return Hit(value=value, tier="source", version=0, age_ms=0, size=size)
         lifetime_ms = packed.meta.soft_ms if packed else 0
-        self.keep_stamped(reservation, stamp, value, tags, size, lifetime_ms)
+        self.keep(reservation, stamp, value, tags, size, lifetime_ms)
         return Hit(value=value, tier="source", version=stamp.version, age_ms=0, size=size)
 
     async def tags_of(self, tags: Sequence[str]) -> Mapping[str, int]:
@@ -271,36 +272,45 @@ class LoadPath(Generic[T]):
             )
             self.count("source", "hit" if result == "loaded" else "error")
 
-    def keep_stamped(
+    def keep(
         self,
         reservation: Reservation,
-        stamp: Stamp,
+        stamp: Stamp | Entry,
         value: T,
         tags: Mapping[str, int],
         size: int,
         lifetime_ms: int = 0,
     ) -> None:
         """Keep in the near cache what is stored under this stamp, for that lifetime."""
-        core = self._core
-        offset_s = core.server_clock.offset_s
-        state_of = core.tags.state
-        ripe_at_ms = ahead_ms(stamp.soft_at_ms, lifetime_ms, self.policy.refresh_ahead)
-        self.near.keep(
+        near = self.near
+        if size > near.value_bytes_max:
+            near.leave(reservation.key, stamp.version)
+            return
+        offset_s = self._core.server_clock.offset_s
+        soft_until = fresh_until = stamp.soft_at_ms / 1000 - offset_s
+        if self.policy.refresh_ahead:
+            ripe_at_ms = ahead_ms(stamp.soft_at_ms, lifetime_ms, self.policy.refresh_ahead)
+            fresh_until = ripe_at_ms / 1000 - offset_s
+        near.keep(
             reservation,
             NearEntry(
                 reservation.key,
                 value,
                 version=stamp.version,
                 size=size,
-                fresh_until=ripe_at_ms / 1000 - offset_s,
-                soft_until=stamp.soft_at_ms / 1000 - offset_s,
+                fresh_until=fresh_until,
+                soft_until=soft_until,
                 gone_at=stamp.hard_at_ms / 1000 - offset_s,
                 written_at=stamp.version / 1e6 - offset_s,
                 view=reservation.view,
-                tags=tuple([(state_of(tag), version) for tag, version in tags.items()]),
+                tags=self._stated(tags) if tags else (),
                 negative=value is None,
             ),
         )
+
+    def _stated(self, tags: Mapping[str, int]) -> tuple[tuple[TagState, int], ...]:
+        state_of = self._core.tags.state
+        return tuple([(state_of(tag), version) for tag, version in tags.items()])
 
     async def give_back(self, key: str, token: str) -> None:
         """Let the next one load; costs nothing if the lease is gone already."""

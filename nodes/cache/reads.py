@@ -1,12 +1,12 @@
 """The read path: near cache, shared tier, loader.
 
-R1  What ``decide`` says is done; the code here only obeys.
+R1  Each caller looks at the shared tier (see ``Looks``); where there is nothing to serve, one
+    loads for all.
 R2  At most one load of a key runs in this process, and, by the lease, in the cluster.
 R3  A caller who comes after a notice for the key, or for one of its tags, never gets what a
     flight brings that began before (Flights F2).
-R4  Bytes that cannot be read are a miss and a count.
-R5  Where the loader fails, what was kept for that is served, flagged as stale.
-R6  While Valkey does not answer, or refuses: ``bypass`` asks the source and stores nothing;
+R4  Where the loader fails, what was kept for that is served, flagged as stale.
+R5  While Valkey does not answer, or refuses: ``bypass`` asks the source and stores nothing;
     ``stale`` serves what the near cache has and does not know to be wrong, flagged, and then
     bypasses; ``fail`` raises what happened. A loader's own errors are never taken for that.
 """
@@ -14,31 +14,29 @@ R6  While Valkey does not answer, or refuses: ``bypass`` asks the source and sto
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Generic, TypeVar, assert_never
 
 import anyio
 import structlog
 
-from ...schemas.entry import Entry, read_entry, version_of
-from ...schemas.errors import ForebayError, InvalidEntry, ServerRefused, SourceFailing, Unavailable
+from ...schemas.errors import ForebayError, ServerRefused, SourceFailing, Unavailable
+from ...schemas.notices import Extended
 from ...schemas.settings import Limits
 from .core import Core, Hit, Lease, LoadCall
 from .flights import Flights, Todo
 from .loads import LoadPath
+from .looks import Asked, Looks
 from .lookups import Wanted
 from .near import NearEntry, Reservation
-from .policy import Load, Serve, ServeStale, decide
+from .policy import ahead_ms
 from .refreshing import RefreshRequests
-from .shared import Held, Newer, Stamp
-from .tags import Standing, standing
+from .shared import Held, Newer
 
 __all__ = ["ReadPath"]
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-_Asked = tuple[str, Wanted, Reservation]
 _AWAY = -2  #: as ``seen``: Valkey could not be asked
 _POLL_MS = 250
 
@@ -66,6 +64,7 @@ class ReadPath(Generic[T]):
         self._core = core
         self._staleness_s = loads.policy.staleness_ms / 1000
         self._refreshes = RefreshRequests(core, loads.name, lease_ms=loads.policy.lease_ms)
+        self._looks: Looks[T] = Looks(core, loads, self._refreshes)
 
     def __repr__(self) -> str:
         return f"<ReadPath {self.name}: {len(self.near)} near, {len(self.flights)} loads>"
@@ -136,6 +135,11 @@ class ReadPath(Generic[T]):
         self.near.drop(key, version)
         self.flights.detach(key)
 
+    def extended(self, notice: Extended, version: int, soft_until: float) -> None:
+        """The value lives on, until then on this node's clock."""
+        ripe_at_ms = ahead_ms(soft_until * 1000, notice.soft_ms, self.policy.refresh_ahead)
+        self.near.extend(notice.key, notice.since, version, ripe_at_ms / 1000, soft_until)
+
     def tag_noticed(self, tag: str) -> None:
         self.flights.detach_where(lambda call: tag in call.tags)
 
@@ -144,77 +148,19 @@ class ReadPath(Generic[T]):
         return self.loads.live or self._core.clock.monotonic() - moment < self._staleness_s
 
     async def _look(
-        self, key: str, wanted: Wanted, reservation: Reservation, beside: Sequence[_Asked] = ()
+        self, key: str, wanted: Wanted, reservation: Reservation, beside: Sequence[Asked] = ()
     ) -> Hit[T] | Todo[Hit[T]]:
         """What the shared tier has to serve; or what will not do."""
         try:
-            found = await self._usable(key, await wanted, reservation, beside)
+            found = await self._looks.look(key, await wanted, reservation, beside)
         except (Unavailable, ServerRefused) as error:
             hit = self._disconnected(key, error)
-            return self._todo(_AWAY) if hit is None else hit
+            return self._looks.todo(_AWAY) if hit is None else hit
         finally:
             self.near.release(reservation)
         if isinstance(found, Todo):
             self.loads.count("shared", "miss")
         return found
-
-    async def _usable(
-        self,
-        key: str,
-        raw: bytes | None,
-        reservation: Reservation,
-        beside: Sequence[_Asked] = (),
-    ) -> Hit[T] | Todo[Hit[T]]:
-        """A hit, or what will not do."""
-        try:
-            entry = None if raw is None else read_entry(raw, bytes_max=self.codec.bytes_max)
-        except InvalidEntry as error:
-            self._unreadable(error)
-            return self._todo(version_of(raw or b""))
-        decision = decide(
-            entry,
-            now_ms=self._core.server_clock.now_ms(),
-            tags="fresh"
-            if entry is None or not entry.meta.tags
-            else await self._standing(entry, beside),
-            refresh_ahead=self.policy.refresh_ahead,
-        )
-        match decision:
-            case Load(seen=seen, fallback=fallback):
-                return self._todo(seen, fallback)
-            case Serve(entry=entry):
-                hit = self._served(key, decision, reservation)
-            case ServeStale(entry=entry):
-                hit = self._hit(entry, stale=True)
-                if hit is not None:
-                    self.loads.count("shared", "stale")
-                    self._refreshes.ask(key, entry.version)
-            case _:
-                assert_never(decision)
-        return self._todo(entry.version) if hit is None else hit
-
-    def _served(self, key: str, decision: Serve, reservation: Reservation) -> Hit[T] | None:
-        entry = decision.entry
-        hit = self._hit(entry, stale=False)
-        if hit is None:
-            return None
-        self.loads.count("shared", "negative" if entry.negative else "hit")
-        if decision.refresh:
-            self._refreshes.ask(key, entry.version)
-        if decision.keep and entry.version:
-            stamp = Stamp(entry.version, entry.soft_at_ms, entry.hard_at_ms)
-            lifetime_ms = 0 if decision.refresh else entry.meta.soft_ms
-            self.loads.keep_stamped(
-                reservation, stamp, hit.value, entry.meta.tags, hit.size, lifetime_ms
-            )
-        return hit
-
-    def _todo(self, seen: int, fallback: Entry | None = None) -> Todo[Hit[T]]:
-        hit = None if fallback is None else self._hit(fallback, stale=True)
-        patience_ms = self.policy.hard_timeout_ms
-        if hit is not None:
-            patience_ms = self.policy.soft_timeout_ms or patience_ms
-        return Todo(seen, hit, patience_ms / 1000 if patience_ms else None)
 
     async def _load(self, key: str, call: LoadCall[T], todo: Todo[Hit[T]]) -> Hit[T]:
         """Load under the lease, or take what the one brings who has it."""
@@ -266,7 +212,7 @@ class ReadPath(Generic[T]):
                     case Lease():
                         return outcome
                     case Newer(entry=raw):
-                        found = await self._usable(key, raw, reservation)
+                        found = await self._looks.look(key, raw, reservation)
                         if isinstance(found, Hit):
                             return found
                         if found.seen == seen:
@@ -305,41 +251,3 @@ class ReadPath(Generic[T]):
                 self.loads.count("near", "stale")
                 return self.hit_of(entry, stale=True)
         return None
-
-    def _hit(self, entry: Entry, *, stale: bool) -> Hit[T] | None:
-        try:
-            value = self.codec.value(entry)
-        except InvalidEntry as error:
-            self._unreadable(error)
-            return None
-        age_ms = self._core.server_clock.now_ms() - entry.version // 1000 if entry.version else 0
-        return Hit(
-            value=value,  # type: ignore[arg-type]  # None is T's own when negatives are cached
-            tier="shared",
-            version=entry.version,
-            age_ms=max(0, age_ms),
-            stale=stale,
-            size=len(entry.payload),
-        )
-
-    def _unreadable(self, error: InvalidEntry) -> None:
-        self._core.instruments.counts["cache_decode_errors", self.name, error.fault] += 1
-
-    async def _standing(self, entry: Entry, beside: Sequence[_Asked]) -> Standing:
-        embedded, tags, live = entry.meta.tags, self._core.tags, self.loads.live
-        if live and (known := tags.stand_as_known(embedded)) is not None:
-            return known
-        if live and beside:  # one question for all that came with it
-            return standing(embedded, await tags.versions(_tags_of(beside), trust=True))
-        return standing(embedded, await tags.versions(tuple(embedded), trust=live))
-
-
-def _tags_of(asked: Sequence[_Asked]) -> Sequence[str]:
-    """The tags of all entries that have come and can be read."""
-    tags: dict[str, int] = {}
-    for _, wanted, _ in asked:
-        came = wanted.done() and not wanted.cancelled() and wanted.exception() is None
-        if came and (raw := wanted.result()):
-            with suppress(InvalidEntry):
-                tags |= read_entry(raw, bytes_max=len(raw)).meta.tags
-    return list(tags)
