@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from msgspec import Struct, field
 
 import forebay
-from forebay.nodes.cache import reads as reads_module
+from forebay.nodes.cache import looks as looks_module
 from forebay.nodes.cache import tags as tags_module
 from forebay.nodes.cache.cached import Cached
 from forebay.nodes.cache.near import NearCache
@@ -302,6 +302,6 @@ def test_a_planted_fault_is_found(world, monkeypatch, fault: str) -> None:
     where, name, by = FAULTS[fault]
     monkeypatch.setattr(where, name, by)
     if where is tags_module:
-        monkeypatch.setattr(reads_module, name, by)
+        monkeypatch.setattr(looks_module, name, by)
     with pytest.raises(AssertionError):
         explore(portal, made, examples=200, phases=(Phase.generate,))
