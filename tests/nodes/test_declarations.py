@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 import forebay
-from forebay.schemas.settings import Settings
+from forebay.schemas.settings import LEASE_MS_MAX, Settings
 from forebay.schemas.settings_sources import Resolved
 from programs import installed
 
 MakeNode = Callable[..., forebay.Node]
+PATIENCE_S_MAX = LEASE_MS_MAX / 1000
 ROOT = Path(__file__).parents[2]
 TYPED = """
 import forebay
@@ -113,8 +114,14 @@ def test_second_lifetimes_are_checked_too(make_node: MakeNode, name: str, second
     [
         *[("stale_if_error", value) for value in (-1, math.nan, 1e9, "5", True)],
         *[("refresh_ahead", value) for value in (0.0, 1.0, 1, -0.5, math.nan, "0.5", True)],
-        *[("soft_timeout", value) for value in (0, -1, math.nan, 600.001, "1", True)],
-        *[("hard_timeout", value) for value in (0, -1, math.nan, 600.001, "1", True)],
+        *[
+            ("soft_timeout", value)
+            for value in (0, -1, math.nan, PATIENCE_S_MAX + 0.001, "1", True)
+        ],
+        *[
+            ("hard_timeout", value)
+            for value in (0, -1, math.nan, PATIENCE_S_MAX + 0.001, "1", True)
+        ],
         *[("max_staleness", value) for value in (0, 0.009, math.nan, "1", True)],
         *[("on_disconnected", value) for value in ("", "Stale", 1, ["fail"])],
         ("harmless", 5),

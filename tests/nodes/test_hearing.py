@@ -22,11 +22,13 @@ class Path:
 
     def __init__(self, name: str, told: list[Any]) -> None:
         self.name = name
-        self.near = SimpleNamespace(extend=lambda *of: told.append((name, "extend", *of)))
         self.flights = SimpleNamespace(detach_all=lambda: told.append((name, "detach all")))
         source = SimpleNamespace(heard=lambda *, failing: told.append((name, failing)))
         self.loads = SimpleNamespace(source=source)
         self._told = told
+
+    def extended(self, notice: Extended, version: int, soft_until: float) -> None:
+        self._told.append((self.name, "extend", notice.key, notice.since, version, soft_until))
 
     def noticed(self, key: str, version: int) -> None:
         self._told.append((self.name, key, version))

@@ -490,7 +490,7 @@ async def test_no_order_of_events_leaves_a_stale_value(link: Link, actors, stori
 async def test_a_dependency_that_is_named_late_leaves_no_stale_value(
     link: Link, writer: str
 ) -> None:
-    """Loading A2: the first who names it makes its tag, and stores nothing."""
+    """Loading A2: who names it first makes its tag, and stores nothing if there was a change."""
     verdict = await told(link, World(), ["finder1", "finder2", writer])
     assert verdict.stories == 1_575
     assert verdict.fills > 0, "a second one stores"
@@ -504,6 +504,12 @@ async def test_who_names_a_dependency_first_looks_at_the_head(link: Link, writer
     verdict = await told(link, World(), ["finder", writer])
     assert (verdict.stories, verdict.fills) == (15, 5)
     assert (verdict.stale_fills, verdict.stale_entries) == (0, 0)
+
+
+async def test_a_dependency_that_nobody_changed_is_stored_at_once(link: Link) -> None:
+    """Loading A2: though its tag had to be made."""
+    verdict = await told(link, World(), ["finder"])
+    assert (verdict.stories, verdict.fills) == (1, 1)
 
 
 BLIND = planted("entry_fill", (TOKEN_CHECK, ""))

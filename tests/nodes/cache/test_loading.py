@@ -32,7 +32,11 @@ def entry(kind: Any = "v", **meta: Any) -> Entry:
 
 
 def load_of(previous: Entry | None = None) -> Loading:
-    return Loading("page", "page:1", previous, lambda entry: entry.payload[0])
+    return Loading("page", "page:1", previous, value_of)
+
+
+def value_of(entry: Entry) -> int | None:
+    return None if entry.negative else entry.payload[0]
 
 
 def test_it_knows_what_is_stored() -> None:
