@@ -122,7 +122,7 @@ class Loading:
         Raises:
             LoaderError: nothing is stored.
         """
-        if self._previous is None or self.previous is None:
+        if self._previous is None or self._previous.negative or self.previous is None:
             problem = "it says that nothing was modified, but there is nothing"
             raise LoaderError(self.cache, self.key, problem)
         if self.new_etag is None:

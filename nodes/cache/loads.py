@@ -9,12 +9,14 @@ L3  An error is given to the callers, never stored, and invalidates nothing.
 L4  A loader may neither take longer than its lease, nor end the node by being cancelled from
     inside: both are its failure.
 L5  A value that is there already, byte for byte, only has its life extended.
+L6  An absence that is not to be remembered takes the old value away all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Generic, Literal, TypeVar
 
 import anyio
@@ -137,7 +139,7 @@ class LoadPath(Generic[T]):
             await self.give_back(lease.key, lease.token)
             raise
         if packed is None:
-            await self.give_back(lease.key, lease.token)
+            await self._not_stored(lease, gone=value is None)
         size = len(packed.payload or b"") if packed else 0
         if stamp is None:
             return Hit(value=value, tier="source", version=0, age_ms=0, size=size)
@@ -319,6 +321,12 @@ class LoadPath(Generic[T]):
                 await self._core.shared.release(key, token)
             except ForebayError as error:
                 log.debug("lease.kept", cache=self.name, key=key, error=str(error))
+
+    async def _not_stored(self, lease: Lease, *, gone: bool) -> None:
+        await self.give_back(lease.key, lease.token)
+        if gone and lease.previous is not None:
+            with suppress(ForebayError):
+                await self._core.invalidate((lease.key,), ())
 
     async def _failed(self, lease: Lease) -> None:
         with anyio.move_on_after(1, shield=True):
