@@ -327,7 +327,10 @@ async def test_patience_without_a_fallback_ends_in_an_error(
     """F3, F6: one of its own for each, and at once for those who come later."""
     airport.load_gate = anyio.Event()
     await callers.join("a", "a", todo=HASTY)
-    got = [*await callers.got(), *await asyncio.gather(airport.join("a", todo=HASTY), return_exceptions=True)]
+    got = [
+        *await callers.got(),
+        *await asyncio.gather(airport.join("a", todo=HASTY), return_exceptions=True),
+    ]
     assert all(isinstance(each, LoaderError) and each.key == "a" for each in got)
     assert len({id(each) for each in got}) == 3
     assert "not loaded in 0.01 s" in str(got[0])
