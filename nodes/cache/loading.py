@@ -57,6 +57,7 @@ class Loading:
         self.ttl_ms: int | None = None
         self.stale_ms: int | None = None
         self.stored = True
+        self.overtaken = False  #: a tag named here was bumped since the load began
         self.new_etag: str | None = None  #: of what is loaded
         self.tags: list[str] = []
         self.dependencies: list[str] = []
@@ -125,7 +126,7 @@ class Loading:
         Raises:
             LoaderError: nothing is stored.
         """
-        if self._previous is None or self.previous is None:
+        if self._previous is None or self._previous.negative or self.previous is None:
             problem = "it says that nothing was modified, but there is nothing"
             raise LoaderError(self.cache, self.key, problem)
         if self.new_etag is None:

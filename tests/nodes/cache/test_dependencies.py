@@ -184,6 +184,7 @@ async def test_an_event_reaches_what_depends(worlds, make_node, source, eventual
 
         await worker.node.publish([msgspec.json.encode(write)])
         await eventually(lambda: reads("newer page"))
+        assert await worlds[1].user(1) == "published"
 
 
 async def test_a_dependency_that_changes_while_the_dependent_loads(

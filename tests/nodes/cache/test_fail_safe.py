@@ -433,3 +433,4 @@ async def test_a_probe_that_is_cut_off_is_made_by_another(make_pair, source, eve
 
         await eventually(loaded)
         await eventually(lambda: pair.breakers() == ["closed", "closed"])
+        assert await pair.row(3) == {"n": 3}

@@ -531,6 +531,15 @@ async def test_a_dependency_that_is_named_late_leaves_no_stale_value(
     assert (verdict.stale_fills, verdict.stale_entries) == (0, 0)
 
 
+@pytest.mark.parametrize("writer", ["rebaser", "underminer"])
+async def test_who_names_a_dependency_first_looks_at_the_head(link: Link, writer: str) -> None:
+    """Loading A2: an invalidation before there was a tag left its trace there, and only one that
+    fell between the beginning of the load and its question speaks against it."""
+    verdict = await told(link, World(), ["finder", writer])
+    assert (verdict.stories, verdict.fills) == (15, 5)
+    assert (verdict.stale_fills, verdict.stale_entries) == (0, 0)
+
+
 async def test_a_dependency_that_nobody_changed_is_stored_at_once(link: Link) -> None:
     """Loading A2: though its tag had to be made."""
     verdict = await told(link, World(), ["finder"])
@@ -596,6 +605,15 @@ async def test_a_dependency_that_had_no_tag_is_found(link: Link, monkeypatch) ->
     """The negative control: the key was invalidated after it was read, when it had no tag yet."""
     monkeypatch.setitem(globals(), "traced", lambda story: ())
     verdict = await told(link, World(), ["finder", "rebaser"])
+    assert verdict.stale_entries > 0
+
+
+async def test_a_change_that_leaves_no_trace_in_the_head_is_found(link: Link) -> None:
+    """The negative control: as before there was one."""
+    traceless = planted(
+        "entries_invalidate", (r"^  redis.call\(\"HSET\", head, \"o\", version\)$", "")
+    )
+    verdict = await told(link, World(entries_invalidate=traceless), ["finder", "rebaser"])
     assert verdict.stale_entries > 0
 
 

@@ -199,6 +199,27 @@ async def test_an_absence_is_not_stored_if_so_declared(make_node, source, valkey
         assert leased(node, valkey_server, "row:7") is None
 
 
+async def test_what_is_gone_from_the_source_is_not_served_as_stale(
+    make_node, source, valkey_server, eventually
+) -> None:
+    """L6: also where absences are not remembered, so that nothing takes the old value's place."""
+    one, two = make_node(), make_node()
+    rows = [declare(node, source, stale_for=300.0, negative_ttl=0) for node in (one, two)]
+    source.values[1] = {"n": 1}
+    async with one, two:
+        assert [await row(1) for row in rows] == [{"n": 1}] * 2
+        source.values[1] = None
+        await one.invalidate(["row:1"], soft=True)
+        assert (await rows[0].get_with_info(1)).stale
+        await eventually(lambda: stored(one, valkey_server, "row:1") is None)
+        for row in rows:
+
+            async def gone(row: Any = row) -> bool:
+                return bool(await row(1) is None)
+
+            await eventually(gone)
+
+
 async def test_a_stale_value_is_served_at_once_and_refreshed_once(
     cluster, source, eventually
 ) -> None:
