@@ -198,7 +198,7 @@ class Cached(Writable[T], Generic[P, T]):
         try:
             call = self._call_of(job.key)
         except Exception:
-            await self.path.loads.give_back(job.key, job.token)
+            await self.path.loads.leases.give_back(job.key, job.token)
             raise
         return await self.path.refresh(job.key, job.token, call)
 

@@ -5,7 +5,7 @@ R1  Each caller looks at the shared tier (see ``Looks``); where there is nothing
 R2  At most one load of a key runs in this process, and, by the lease, in the cluster.
 R3  A caller who comes after a notice for the key, or for a tag that is declared, never gets what
     a flight brings that began before (Flights F2). Which tags the loader names is known only when
-    it has run; a bump meanwhile keeps its value from being stored (Loading A2).
+    it has run; a bump meanwhile makes it run once more (Loads L6).
 R4  Where the loader fails, what was kept for that is served, flagged as stale.
 R5  While Valkey does not answer, or refuses: ``bypass`` asks the source and stores nothing;
     ``stale`` serves what the near cache has and does not know to be wrong, flagged, and then
@@ -119,7 +119,7 @@ class ReadPath(Generic[T]):
         """Load a key again under the lease of a refresh job; false: it was refused."""
         reservation = self.near.reserve(key)
         try:
-            lease = await self.loads.taken_over(key, token, call.tags)
+            lease = await self.loads.leases.take_over(key, token, call.tags)
             if lease is None:
                 return False
             with self.flights.alone(key, call):
@@ -212,7 +212,9 @@ class ReadPath(Generic[T]):
         token, give_up_at = core.ids(), core.clock.monotonic() + 2 * self.policy.lease_ms / 1000
         while core.clock.monotonic() < give_up_at:
             with core.waits.watch(key) as said:
-                outcome = await self.loads.begin(key, token, call.tags, seen=seen, patient=patient)
+                outcome = await self.loads.leases.begin(
+                    key, token, call.tags, seen=seen, patient=patient
+                )
                 match outcome:
                     case Lease():
                         return outcome

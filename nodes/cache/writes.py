@@ -199,7 +199,7 @@ class WritePath(Generic[T]):
         outlet, params = self._outlet_of(key)
         with self._writing(way, key) as reservation:
             made = await self._made(key, value)
-            give_back, lease_ms = self._loads.give_back, self._policy.lease_ms
+            give_back, lease_ms = self._loads.leases.give_back, self._policy.lease_ms
             lease = await self._parts.leases.take(Turn(key, lease_ms, timeout_ms, give_back))
             touched = True
             try:
@@ -245,7 +245,7 @@ class WritePath(Generic[T]):
     async def _let_go(self, lease: WriteLease, *, touched: bool) -> None:
         """Give the lease back; where the source may have the value, by an invalidation."""
         if not touched:
-            await self._loads.give_back(lease.key, lease.token)
+            await self._loads.leases.give_back(lease.key, lease.token)
             return
         problem = "no answer within a second"
         with anyio.move_on_after(1, shield=True):
