@@ -1,0 +1,100 @@
+"""Which member should do the work of which resource: bounded-load rendezvous hashing, sticky.
+
+A1  The result follows from the arguments alone, whatever their order: members that know the
+    same give the same answer, without a leader.
+A2  No member is given more than its share by weight, rounded up; so a newcomer gets one. Only
+    what frozen members leave undone may take others over it.
+A3  What moves is what nobody owns, and what an owner has above its share: nothing else.
+A4  Carried out in part, and computed anew, it is the same assignment.
+
+Highest random weight as of Thaler and Ravishankar (1998), with the weights as of Schindelhauer
+and Schomaker (-w / ln h), and the bound as of Mirrokni, Thorup and Zadimoghaddam (2016); their
+slack is 0 here, since a newcomer among n would get little more than the slack otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
+from hashlib import blake2b
+
+from msgspec import Struct
+
+__all__ = ["Candidate", "assign"]
+
+_MASK = (1 << 64) - 1
+
+
+class Candidate(Struct, frozen=True):
+    """One who may own. ``frozen`` ones keep what they have, and are given nothing."""
+
+    id: str
+    weight: float = 1.0  #: 0: counts as frozen, and may keep nothing
+    frozen: bool = False
+    declines: frozenset[int] = frozenset()  #: what it will never own
+
+
+def assign(
+    resources: Collection[int], candidates: Iterable[Candidate], owners: Mapping[int, str]
+) -> dict[int, str]:
+    """The owner that each resource should have; one that nobody can take is not in it."""
+    known = {each.id: each for each in candidates}
+    total = sum(each.weight for each in known.values()) or 1.0
+    share = {each.id: math.ceil(len(resources) * each.weight / total) for each in known.values()}
+    wanted = _kept(resources, known, owners, share)
+    load = dict.fromkeys(known, 0)
+    for owner in wanted.values():
+        load[owner] += 1
+    takers = [known[id] for id in sorted(known) if known[id].weight and not known[id].frozen]
+    for resource in sorted(resources):
+        if resource in wanted or not (able := [t for t in takers if resource not in t.declines]):
+            continue
+        below = [each for each in able if load[each.id] < share[each.id]]
+        taker = _best(resource, below) if below else _idlest(resource, able, load)
+        wanted[resource] = taker.id
+        load[taker.id] += 1
+    return wanted
+
+
+def _kept(
+    resources: Collection[int],
+    known: Mapping[str, Candidate],
+    owners: Mapping[int, str],
+    share: Mapping[str, int],
+) -> dict[int, str]:
+    """What stays where it is: of an owner with too much, what it is best for."""
+    held: dict[str, list[int]] = {}
+    for resource in resources:
+        owner = known.get(owners.get(resource, ""))
+        if owner is not None and resource not in owner.declines:
+            held.setdefault(owner.id, []).append(resource)
+    kept = {}
+    for id, mine in held.items():
+        if not known[id].frozen and len(mine) > share[id]:
+            mine = sorted(mine, key=lambda each, id=id: -_draw(id, each))[: share[id]]  # type: ignore[misc]
+        kept.update(dict.fromkeys(mine, id))
+    return kept
+
+
+def _best(resource: int, able: list[Candidate]) -> Candidate:
+    return max(able, key=lambda each: -each.weight / math.log(_draw(each.id, resource)))
+
+
+def _idlest(resource: int, able: list[Candidate], load: Mapping[str, int]) -> Candidate:
+    least = min(load[each.id] / each.weight for each in able)
+    return _best(resource, [each for each in able if load[each.id] / each.weight == least])
+
+
+@lru_cache(maxsize=1 << 17)
+def _draw(id: str, resource: int) -> float:
+    """A number between 0 and 1, both excluded: splitmix64 of the resource, seeded by the id."""
+    mixed = (_seed(id) + (resource + 2) * 0x9E3779B97F4A7C15) & _MASK
+    mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & _MASK
+    return (((mixed ^ mixed >> 31) >> 12) + 0.5) / (1 << 52)
+
+
+@lru_cache(maxsize=1 << 10)
+def _seed(id: str) -> int:
+    return int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "big")
