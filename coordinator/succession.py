@@ -8,8 +8,8 @@ S2  Only what the assignment gives to this member is claimed. Where another owns
     is a wish.
 S3  What another should have is yielded to it when it has wished for it, not before; what is
     yielded is drained before it is released.
-S4  Who finds that the roster was lost claims nothing new for one lease: the owners in force are
-    not in the new roster yet.
+S4  Who finds that the roster was lost only renews for one lease, and only what is in force:
+    other owners are not in the new roster yet.
 S5  What was declined, or is left, is not claimed again.
 """
 
@@ -73,6 +73,7 @@ class Succession:
         self._profile = profile
         self._wishes: dict[int, str] = {}  # owned here, and another waits for it
         self._asked: frozenset[int] = frozenset()  # claimed at last
+        self._held_told: frozenset[int] = frozenset()
         self._held_back_until = float("-inf")
         self._wanted: dict[int, str] = {}
         self._wanted_of: tuple[object, ...] = ()
@@ -90,9 +91,11 @@ class Succession:
 
     def claims(self, now: float) -> list[int]:
         """What to claim now: what is owned, so that it stays; what should be."""
+        self._asked = frozenset()
+        if now < self._held_back_until:
+            return [each for each in self.tenures if self.in_force(each, now)]
         owned = list(self.tenures)
-        if self.state != "active" or now < self._held_back_until:
-            self._asked = frozenset()
+        if self.state != "active":
             return owned
         mine = [r for r, id in self.wanted().items() if id == self.id and r not in self.tenures]
         self._asked = frozenset(mine)
@@ -165,7 +168,8 @@ class Succession:
         if self.state != "active":
             return False
         waiting = self._asked - self.tenures.keys()
-        return bool(waiting or self.yielding or self.roster.count("suspect"))
+        untold = self._held_told != self.tenures.keys()
+        return bool(waiting or untold or self.yielding or self.roster.count("suspect"))
 
     def in_force(self, resource: int, now: float) -> Tenure | None:
         tenure = self.tenures.get(resource)
@@ -179,7 +183,7 @@ class Succession:
                 id=self.id,
                 state=self.state,
                 profile=self._profile,
-                held=frozenset(self.tenures) or self.kept,
+                held=frozenset(self.tenures),
                 declines=frozenset(self.declined),
             )
             self._wanted = wanted({**self.roster.members, self.id: me}, self._shards)
@@ -187,7 +191,7 @@ class Succession:
         return self._wanted
 
     def _told(self) -> Profile:
-        base = self._profile
+        base, self._held_told = self._profile, frozenset(self.tenures)
         return Profile(
             incarnation=base.incarnation,
             label=base.label,
