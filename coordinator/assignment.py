@@ -30,7 +30,7 @@ class Candidate(Struct, frozen=True):
     """One who may own. ``frozen`` ones keep what they have, and are given nothing."""
 
     id: str
-    weight: float = 1.0  #: 0: counts as frozen, and may keep nothing
+    weight: float = 1.0  #: 0: is given nothing, and keeps nothing
     frozen: bool = False
     declines: frozenset[int] = frozenset()  #: what it will never own
 
@@ -46,7 +46,7 @@ def assign(
     load = dict.fromkeys(known, 0)
     for owner in wanted.values():
         load[owner] += 1
-    takers = [known[id] for id in sorted(known) if known[id].weight and not known[id].frozen]
+    takers = [each for _, each in sorted(known.items()) if each.weight and not each.frozen]
     for resource in sorted(resources):
         if resource in wanted or not (able := [t for t in takers if resource not in t.declines]):
             continue
@@ -70,10 +70,12 @@ def _kept(
         if owner is not None and resource not in owner.declines:
             held.setdefault(owner.id, []).append(resource)
     kept = {}
-    for id, mine in held.items():
-        if not known[id].frozen and len(mine) > share[id]:
-            mine = sorted(mine, key=lambda each, id=id: -_draw(id, each))[: share[id]]  # type: ignore[misc]
-        kept.update(dict.fromkeys(mine, id))
+    for owner_id, mine in held.items():
+        stays = mine
+        if not known[owner_id].frozen and len(mine) > share[owner_id]:
+            best = sorted((-_draw(owner_id, each), each) for each in mine)
+            stays = [each for _, each in best[: share[owner_id]]]
+        kept.update(dict.fromkeys(stays, owner_id))
     return kept
 
 

@@ -98,8 +98,12 @@ class Ownership:
         self._node_id = node_id
         self._beat_ms = options.beat_ms
         self._claim_args: list[Arg] = [
-            node_id, options.ownership_ttl_ms, token, options.handover_ms, _WISH_BEATS * options.beat_ms,
-        ]  # fmt: skip
+            node_id,
+            options.ownership_ttl_ms,
+            token,
+            options.handover_ms,
+            _WISH_BEATS * options.beat_ms,
+        ]
         self._clock = clock
         self._rng = rng
         self._instruments = instruments
@@ -263,13 +267,14 @@ class Ownership:
     async def _let_go(self, tenures: Sequence[Tenure]) -> None:
         for tenure in tenures:
             if self.tenures.get(tenure.resource) is tenure:
-                self._tell(self._succession.lose(tenure, "released"))
+                self._tell(self._succession.release(tenure, self._clock.monotonic()))
         script = self._scripts["owner_release"]
         calls = [
             Call(script=script, keys=[self._own(t.resource)], args=[self._node_id, t.epoch])
             for t in tenures
         ]
         await run_many(self._commands, calls)
+        self._succession.released(tenure.resource for tenure in tenures)
 
     def _own(self, resource: int) -> str:
         return self._names.part(resource, "own")

@@ -80,8 +80,8 @@ class Roster:
         whole = bool(reply[1])
         if whole:
             self.members = {}
-        for id, record in zip(reply[2::2], reply[3::2], strict=True):
-            member = _read(bytes(id).decode(), bytes(record))
+        for name, record in zip(reply[2::2], reply[3::2], strict=True):
+            member = _read(bytes(name).decode(), bytes(record))
             if member.state == "gone":
                 self.members.pop(member.id, None)
             else:
@@ -134,8 +134,8 @@ def wanted(members: Mapping[str, Member], shards: int) -> dict[int, str]:
 
 def _heirs(members: Mapping[str, Member]) -> dict[str, str]:
     """Of each label the member that is active, to be taken for one that is silent."""
-    active = sorted(each.id for each in members.values() if each.state == "active")
-    return {members[id].profile.label: id for id in reversed(active) if members[id].profile.label}
+    active = [each for _, each in sorted(members.items()) if each.state == "active"]
+    return {each.profile.label: each.id for each in reversed(active) if each.profile.label}
 
 
 def _stands(member: Member, heirs: Mapping[str, str]) -> bool:
@@ -152,6 +152,8 @@ def _owners(members: Mapping[str, Member], heirs: Mapping[str, str]) -> dict[int
     """Where two say that they own the same, the one that is heard of counts."""
     owners: dict[int, str] = {}
     for member in sorted(members.values(), key=lambda each: (_RANK.index(each.state), each.id)):
-        owner = member.id if member.state == "active" else heirs.get(member.profile.label, member.id)
+        owner = (
+            member.id if member.state == "active" else heirs.get(member.profile.label, member.id)
+        )
         owners.update(dict.fromkeys(member.held, owner))
     return owners

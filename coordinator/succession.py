@@ -10,7 +10,9 @@ S3  What another should have is yielded to it when it has wished for it, not bef
     yielded is drained before it is released.
 S4  Who finds that the roster was lost only renews for one lease, and only what is in force:
     other owners are not in the new roster yet.
-S5  What was declined, or is left, is not claimed again.
+S5  What was released is not claimed before the server has answered, or for one lease: a claim
+    that overtook the release would renew what is then given away.
+S6  What was declined, or is left, is not claimed again.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ class Succession:
         self._shards = shards
         self._ttl_ms = ttl_ms
         self._profile = profile
+        self._resting: dict[int, float] = {}  # release sent, and not answered
         self._wishes: dict[int, str] = {}  # owned here, and another waits for it
         self._asked: frozenset[int] = frozenset()  # claimed at last
         self._held_told: frozenset[int] = frozenset()
@@ -97,7 +100,11 @@ class Succession:
         owned = list(self.tenures)
         if self.state != "active":
             return owned
-        mine = [r for r, id in self.wanted().items() if id == self.id and r not in self.tenures]
+        mine = [
+            each
+            for each, owner in self.wanted().items()
+            if owner == self.id and each not in self.tenures and self._resting.get(each, now) <= now
+        ]
         self._asked = frozenset(mine)
         return owned + mine
 
@@ -140,6 +147,15 @@ class Succession:
         self.yielding.discard(tenure.resource)
         return Lost(tenure, why)
 
+    def release(self, tenure: Tenure, now: float) -> Lost:
+        """Give it up; ``released`` is to be called when the server has done so."""
+        self._resting[tenure.resource] = now + self._ttl_ms / 1000
+        return self.lose(tenure, "released")
+
+    def released(self, resources: Iterable[int]) -> None:
+        for resource in resources:
+            self._resting.pop(resource, None)
+
     def to_yield(self) -> list[Tenure]:
         """What is to be drained and released now; each is told once."""
         if self.state != "active" or not self._wishes:
@@ -154,7 +170,7 @@ class Succession:
         return found
 
     def depart(self, *, rejoin: bool) -> None:
-        """Claim nothing more, and say so; what is owned is kept by what it was on the first call."""
+        """Claim nothing more, and say so; ``kept`` is what was owned then."""
         if self.state == "active":
             self.state = "away" if rejoin else "leaving"
             self.kept = frozenset(self.tenures)

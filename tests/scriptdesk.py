@@ -208,9 +208,7 @@ class Desk:
         fresh_ms: int = MINUTE_MS,
     ) -> list[Reply]:
         keys = [self.part("own")]
-        return list(
-            await self.run("owner_claim", keys, owner, ttl_ms, token, forced_ms, fresh_ms)
-        )
+        return list(await self.run("owner_claim", keys, owner, ttl_ms, token, forced_ms, fresh_ms))
 
     async def give_up(self, owner: str, epoch: int) -> int:
         return int(await self.run("owner_release", [self.part("own")], owner, epoch))

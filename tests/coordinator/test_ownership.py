@@ -74,7 +74,9 @@ class House:
             self.names,
             SCRIPTS,
             node_id=node_id,
-            options=Workers(**{"ownership_ttl_ms": int(TTL_S * 1000), "beat_ms": 100, **(options or {})}),
+            options=Workers(
+                **{"ownership_ttl_ms": int(TTL_S * 1000), "beat_ms": 100, **(options or {})}
+            ),
             clock=clock or SystemClock(),
             rng=random.Random(len(self.diaries)),
             instruments=instruments(),

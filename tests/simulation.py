@@ -25,7 +25,7 @@ from forebay.schemas.keys import EVENTS
 
 __all__ = ["BEAT_MS", "Broken", "Cluster", "Server"]
 
-TIMEOUT_S = 1.0
+TIMEOUT_S, LATE_S = 1.0, 2.0
 BEAT_MS, TTL_MS, FORCED_MS, GRACE_MS = 1_000, 4_000, 8_000, 10_000
 FRESH_MS = 3 * BEAT_MS
 KEEP_GONE_MS = 60_000
@@ -168,7 +168,7 @@ class Cluster:
         self._newest: dict[int, int] = {}
         self._born = self._expected = 0
         self._connection = 0  # a server that starts again has cut the old one
-        self._lost_at = -math.inf
+        self._lost_at = self._left_at = -math.inf
 
     def __repr__(self) -> str:
         return f"<Cluster at {self.now:.2f} s of {len(self.nodes)} nodes>"
@@ -196,9 +196,13 @@ class Cluster:
         node = Node(f"n{self._born}", label, self.shards, self.rng)
         self._born += 1
         self.nodes.append(node)
-        remembered = self._lost_at + TTL_MS / 1000 + 2 * TIMEOUT_S  # by those who own
-        self.at(max(0.0, remembered - self.now) + self.rng.uniform(0, 0.5), self._beat, node)
+        delay = max(0.0, self._remembered() - self.now)
+        self.at(delay + self.rng.uniform(0, 0.5), self._beat, node)
         return node
+
+    def _remembered(self) -> float:
+        """When those who own have told it again to a server that forgot."""
+        return self._lost_at + TTL_MS / 1000 + 2 * TIMEOUT_S
 
     def come_back(self, label: str, delay: float) -> None:
         self._expected += 1
@@ -229,7 +233,7 @@ class Cluster:
 
     def _delay(self) -> float:
         if self.faulty and self.rng.random() < 0.1:
-            return self.rng.uniform(0, 2.0)
+            return self.rng.uniform(0, LATE_S)
         return self.rng.uniform(0.0005, 0.01)
 
     def _lost(self) -> bool:
@@ -370,25 +374,26 @@ class Cluster:
 
     def _handed(self, node: Node, tenures: list[Tenure], last: bool) -> None:
         for tenure in tenures:
+            if node.core.tenures.get(tenure.resource) is not tenure:
+                continue
             if node.busy.get(tenure.resource, 0.0) > self.now and self.drains:
                 raise Broken(f"Z3: {node.id} releases {tenure.resource} before it is drained")
-            if node.core.tenures.get(tenure.resource) is tenure:
-                node.core.lose(tenure, "released")
+            node.core.release(tenure, node.clock(self.now))
         rest = list(node.core.tenures.values()) if last else []
         for tenure in rest:
-            node.core.lose(tenure, "released")
+            node.core.release(tenure, node.clock(self.now))
         gone = [*tenures, *rest]
 
         def act(us: int) -> list[Any]:
             return [self.server.release(each.resource, node.id, each.epoch) for each in gone]
 
         if gone:
-            self._send(node, act, lambda reply: None)
+            self._send(node, act, lambda reply: node.core.released(each.resource for each in gone))
         if last:
             self._sign_off(node)
 
     def _sign_off(self, node: Node) -> None:
-        node.left = True
+        node.left, self._left_at = True, self.now
         if node.core.state == "leaving":
             node.core.state = "gone"
         args = node.core.beat(beat_ms=BEAT_MS, grace_ms=node.grace_ms)
@@ -397,26 +402,32 @@ class Cluster:
     # What is expected when it is quiet
 
     def settled(self) -> bool:
-        """All is owned, by who should own it, and all agree."""
-        alive = self.alive
-        if self._expected or any(node.core.state != "active" for node in alive):
+        """All is owned, by who should own it, and all know each other."""
+        nodes = self.alive
+        asleep = any(node.paused_until > self.now for node in self.nodes if not node.crashed)
+        late = self.now < max(self._remembered(), self._left_at + LATE_S)
+        if asleep or late or self._expected:
             return False
-        owned = [resource for node in alive for resource in node.core.tenures]
+        owned = [resource for node in nodes for resource in node.core.tenures]
+        if sorted(owned) != list(self.resources):
+            return False
+        return all(self._content(node, len(nodes)) for node in nodes)
+
+    def _content(self, node: Node, count: int) -> bool:
+        core, now = node.core, node.clock(self.now)
+        plan = core.wanted()
         return (
-            len(owned) == len(self.resources) == len(set(owned))
-            and all(not node.core.unsettled and not node.core.yielding for node in alive)
-            and all(
-                node.core.wanted().get(resource) == node.id
-                for node in alive
-                for resource in node.core.tenures
-            )
-            and all(node.core.in_force(r, node.clock(self.now)) for node in alive for r in node.core.tenures)
+            core.state == "active"
+            and core.roster.count("active") == len(core.roster.members) == count
+            and not core.unsettled
+            and all(core.in_force(each, now) and plan[each] == node.id for each in core.tenures)
         )
 
     def settle(self) -> None:
         self.faulty = False
         if not any(node.core.state == "active" for node in self.alive):
             self.join()
+        self.run(LATE_S)  # what is on its way still arrives
         if not self.run(SETTLES_S, self.settled):
             held = {node.id: sorted(node.core.tenures) for node in self.alive}
             raise Broken(f"Z4: not settled by {self.now:.1f} s: {held}")
@@ -454,14 +465,15 @@ def change(cluster: Cluster) -> None:
     loads = {node.id: set(node.core.tenures) for node in cluster.alive}
     victim = cluster.rng.choice(cluster.alive)
     had, before, label = loads[victim.id], cluster.moves, victim.label
+    alone = not label or [node.label for node in cluster.alive].count(label) == 1
     match cluster.rng.randrange(4) if len(loads) > 1 else 3:
         case 0:
             victim.crashed = True
-            bound = len(had)
+            bound = len(had) if alone else 2 * len(had)  # what its twin took is too much for it
         case 1:
             cluster.leave(victim, rejoin=False)
             bound = len(had)
-        case 2 if label and [node.label for node in cluster.alive].count(label) == 1:
+        case 2 if label and alone:
             cluster.leave(victim, rejoin=True)
             cluster.run(cluster.rng.uniform(1.0, 4.0))
             cluster.join(label)
