@@ -14,10 +14,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Backpressure",
     "ConfigError",
+    "DeadLettered",
     "FatalSinkError",
     "ForebayError",
     "InvalidEvent",
     "InvalidKey",
+    "KeyBusy",
     "LoaderError",
     "Loading",
     "Node",
@@ -29,6 +31,7 @@ __all__ = [
     "StartupError",
     "TransientSinkError",
     "Unavailable",
+    "Unconfirmed",
     "Write",
     "__version__",
     "loading",
@@ -47,10 +50,12 @@ if TYPE_CHECKING:
     from .schemas.errors import (
         Backpressure,
         ConfigError,
+        DeadLettered,
         FatalSinkError,
         ForebayError,
         InvalidEvent,
         InvalidKey,
+        KeyBusy,
         LoaderError,
         PartialFailure,
         PoisonSinkError,
@@ -58,6 +63,7 @@ if TYPE_CHECKING:
         StartupError,
         TransientSinkError,
         Unavailable,
+        Unconfirmed,
     )
 
 _HOMES = {
