@@ -2,10 +2,10 @@
 
 A1  The result follows from the arguments alone, whatever their order: members that know the
     same give the same answer, without a leader.
-A2  No member is given more than its share by weight, rounded up; so a newcomer gets one. Only
-    what frozen members leave undone may take others over it.
+A2  No member is given more than its share by weight, rounded up; so a newcomer gets one. The
+    share grows by what frozen members leave. Only what others decline is given beyond it.
 A3  What moves is what nobody owns, and what an owner has above its share: nothing else.
-A4  Carried out in part, and computed anew, it is the same assignment.
+A4  Carried out in part, and computed anew, it is the same assignment, if nothing is declined.
 
 Highest random weight as of Thaler and Ravishankar (1998), with the weights as of Schindelhauer
 and Schomaker (-w / ln h), and the bound as of Mirrokni, Thorup and Zadimoghaddam (2016); their
@@ -40,8 +40,7 @@ def assign(
 ) -> dict[int, str]:
     """The owner that each resource should have; one that nobody can take is not in it."""
     known = {each.id: each for each in candidates}
-    total = sum(each.weight for each in known.values()) or 1.0
-    share = {each.id: math.ceil(len(resources) * each.weight / total) for each in known.values()}
+    share = _shares(resources, known, owners)
     wanted = _kept(resources, known, owners, share)
     load = dict.fromkeys(known, 0)
     for owner in wanted.values():
@@ -55,6 +54,20 @@ def assign(
         wanted[resource] = taker.id
         load[taker.id] += 1
     return wanted
+
+
+def _shares(
+    resources: Collection[int], known: Mapping[str, Candidate], owners: Mapping[int, str]
+) -> dict[str, int]:
+    """The most that each may have: its part of all, or of what frozen members leave, if more."""
+    members = known.values()
+    every = sum(each.weight for each in members) or 1.0
+    able = sum(each.weight for each in members if not each.frozen) or 1.0
+    frozen = {each.id for each in members if each.frozen}
+    left = sum(owners.get(resource) not in frozen for resource in resources)
+    part = max(len(resources) / every, left / able)
+    # A little less than it is, so that what should be whole is not rounded up by a float's dust.
+    return {each.id: math.ceil(part * each.weight - 1e-9) for each in members}
 
 
 def _kept(

@@ -467,6 +467,48 @@ async def test_a_beat_that_was_cancelled_is_made_up_for_by_the_next(
     assert set(owner.tenures) == ALL
 
 
+async def test_a_hand_over_that_was_cancelled_leaves_its_leases_to_end(house: House) -> None:
+    """O4: the owner was stopped while it drained; the others wait for the end of its leases."""
+    old, new = house.owner("old"), house.owner("new")
+    house.diaries[old].may_yield = anyio.Event()
+    await old.beat()
+    in_force = []
+    house.diaries[new].at_gain = lambda tenure: in_force.append(old.in_force(tenure.resource))
+    async with at_work(new):
+        async with at_work(old):
+            await until(lambda: bool(house.diaries[old].yielded))
+        assert held(old) == [65]
+        await until(lambda: held(new) == [65])
+    assert in_force == [None] * 65
+
+
+async def test_a_release_that_is_not_answered_is_not_claimed_over(house: House) -> None:
+    """Succession S5: a claim that overtook it would renew what is then given away."""
+    between = Between(house.link)
+    owner = house.owner("a", commands=between)
+    await know_scripts(house)
+    await owner.beat()
+    tenure, reached = owner.tenures[5], anyio.Event()
+
+    async def hang(commands: Sequence[Sequence[Arg]]) -> None:
+        if SCRIPTS["owner_release"].sha in commands[0]:
+            reached.set()
+            await anyio.sleep_forever()
+
+    between.then = hang
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(owner._release, [tenure])
+        await reached.wait()
+        await owner.beat()
+        assert 5 not in owner.tenures
+        tasks.cancel_scope.cancel()
+    await owner.beat()
+    assert 5 not in owner.tenures
+    async with at_work(owner):
+        await until(lambda: 5 in owner.tenures)
+    assert owner.tenures[5].epoch > tenure.epoch
+
+
 async def know_scripts(house: House) -> None:
     for script in SCRIPTS.values():
         await house.link.call("SCRIPT", "LOAD", script.source)

@@ -28,6 +28,7 @@ PARTS = 4
 _run, _numbers = uuid4().hex[:8], count(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_no_fault_makes_two_owners_or_leaves_a_resource_alone(part: int) -> None:
     """Z1 to Z5, for each seed; a life is a quarter of a minute with faults, and what follows."""
