@@ -90,6 +90,8 @@ _OUTCOME = ("result", ("hit", "stale", "miss", "negative", "error", "refused"))
 _WAY = ("way", ("put", "through", "around", "behind"))
 _END = ("result", ("stored", "refused", "unknown"))
 _EXTERNAL = ("kind", ("set", "deleted", "flushed", "missed", "overflow"))
+_HANDOVER = ("kind", ("free", "wished", "forced", "dead"))
+_MEMBER = ("state", ("active", "suspect", "leaving", "away"))
 _BREAKER = ("state", ("closed", "open", "half_open"))
 
 CATALOGUE = (
@@ -137,6 +139,12 @@ CATALOGUE = (
         "Shards taken and given up.",
         ("direction",),
     ),
+    Instrument(
+        "handovers_total",
+        "Resources taken: free, released to us, by force, of a dead owner.",
+        (_HANDOVER,),
+    ),
+    Instrument("members", "Members of the cluster, as this node knows them.", (_MEMBER,)),
     Instrument("fenced_total", "Commits refused since another node had taken over."),
     Instrument("backend_up", "1 while Valkey answers this node."),
     Instrument("backend_reconnects_total", "Connections made anew.", ("connection",)),

@@ -10,7 +10,8 @@
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
     forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
-    forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  roster
+    forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  last beats
+    {forebay:shop:nodes}:members  hash  the roster
     forebay:shop:failing:CACHE  string, expires  who tries the failing source of a cache
     forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  jobs
     forebay:shop:reply:HEX  channel  answers to one who asked all nodes on :work
@@ -191,6 +192,7 @@ class Names:
         "bell",
         "cache_version",
         "events",
+        "members",
         "meta",
         "namespace",
         "nodes",
@@ -210,6 +212,7 @@ class Names:
         self.events = f"forebay:{namespace}:events"
         self.meta = f"forebay:{namespace}:meta"
         self.nodes = f"forebay:{namespace}:nodes"
+        self.members = f"{{{self.nodes}}}:members"
         self.bell = f"forebay:{namespace}:bell"
         self.work = f"forebay:{namespace}:work"
         self._reply = f"forebay:{namespace}:reply:"

@@ -69,6 +69,8 @@ def gauges() -> Iterator[tuple[str, tuple[str, ...], float]]:
         yield "stream_oldest_undelivered_age_seconds", (stream,), 1.0
     for state in ("closed", "open", "half_open"):
         yield "breaker_state", ("link", state), 0.0
+    for state in ("active", "suspect", "leaving", "away"):
+        yield "members", (state,), 1.0
     for each in CATALOGUE:
         if each.kind == "gauge" and not each.labels:
             yield each.name, (), 1.0
