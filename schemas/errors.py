@@ -16,6 +16,7 @@ __all__ = [
     "Backpressure",
     "BreakerOpen",
     "ConfigError",
+    "CoordinationError",
     "Disconnected",
     "FatalSinkError",
     "Fenced",
@@ -23,19 +24,23 @@ __all__ = [
     "InvalidEntry",
     "InvalidEvent",
     "InvalidKey",
+    "InvalidLimit",
     "LoaderError",
     "NewerSchema",
     "NotShareable",
     "PartialFailure",
     "PoisonSinkError",
     "ProcessFailed",
+    "RateLimited",
     "ServerRefused",
     "SinkError",
+    "SlotLost",
     "SourceFailing",
     "StartupError",
     "TimedOut",
     "TransientSinkError",
     "Unavailable",
+    "UnknownReservation",
 ]
 
 EventFault = Literal[
@@ -155,6 +160,50 @@ class Fenced(ForebayError):
         self.resource = resource
         self.epoch = epoch
         self.current_epoch = current_epoch
+
+
+class CoordinationError(ForebayError):
+    """The base of errors about what the cluster shares: locks, limits, ownership."""
+
+
+class InvalidLimit(CoordinationError):
+    """Raised for a limit that cannot work, or a cost that no limit could grant."""
+
+    def __init__(self, limit: str, field: str, value: str, problem: str, fix: str) -> None:
+        super().__init__(f"limit {limit}: {field} = {value} {problem}; {fix}")
+        self.limit = limit
+        self.field = field
+        self.value = value
+        self.problem = problem
+        self.fix = fix
+
+
+class RateLimited(CoordinationError):
+    """Raised where a limit refused and nobody asked for a verdict."""
+
+    def __init__(self, limit: str, retry_after_ms: int) -> None:
+        super().__init__(f"limit {limit} is reached, try again in {retry_after_ms} ms")
+        self.limit = limit
+        self.retry_after_ms = retry_after_ms
+
+
+class UnknownReservation(CoordinationError):
+    """Raised for a reservation that was settled, has expired, or never was."""
+
+    def __init__(self, limit: str, reservation: str) -> None:
+        super().__init__(f"limit {limit} holds no reservation {reservation!r}: settled or expired")
+        self.limit = limit
+        self.reservation = reservation
+
+
+class SlotLost(CoordinationError):
+    """Raised out of the body of a slot that could not be renewed in time."""
+
+    def __init__(self, limit: str, subject: str, reason: str) -> None:
+        super().__init__(f"the slot of {subject!r} in {limit} was lost: {reason}")
+        self.limit = limit
+        self.subject = subject
+        self.reason = reason
 
 
 class InvalidKey(ForebayError):

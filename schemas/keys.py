@@ -9,10 +9,14 @@
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
+    {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT
+    {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
+    {shop:07}:rs:LIMIT:SUBJECT   zset    slots in use: nonce -> until
     forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
     forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  roster
     forebay:shop:failing:CACHE  string, expires  who tries the failing source of a cache
     forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  new jobs
+    forebay:shop:limits channel subjects that were refunded; "": limits that were changed
 
 I1  All names of a shard share one hash tag, so one script may touch them all.
 I2  ``shard_of`` is crc32(key) % shards: any language can compute it.
@@ -187,6 +191,7 @@ class Names:
         "_lease_prefixes",
         "bell",
         "events",
+        "limits",
         "meta",
         "namespace",
         "nodes",
@@ -208,6 +213,7 @@ class Names:
         self.nodes = f"forebay:{namespace}:nodes"
         self.bell = f"forebay:{namespace}:bell"
         self.work = f"forebay:{namespace}:work"
+        self.limits = f"forebay:{namespace}:limits"
 
     def shard(self, key: str) -> int:
         return crc32(key.encode()) % self.shards
@@ -228,6 +234,10 @@ class Names:
 
     def tag(self, tag: str) -> str:
         return f"{self.prefixes[self.shard(tag)]}t:{tag}"
+
+    def limit(self, kind: str, limit: str, subject: str, within: str = "") -> str:
+        """State (r), slots (rs) or reservations (rr) of a subject; ``within`` says the shard."""
+        return f"{self.prefixes[self.shard(within or subject)]}{kind}:{limit}:{subject}"
 
     def seen(self, shard: int, event_id: str) -> str:
         return f"{self.prefixes[shard]}i:{event_id}"
