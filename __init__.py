@@ -14,24 +14,32 @@ __version__ = "0.1.0"
 __all__ = [
     "Backpressure",
     "ConfigError",
+    "CoordinationError",
     "FatalSinkError",
     "ForebayError",
     "InvalidEvent",
     "InvalidKey",
+    "InvalidLimit",
     "LoaderError",
     "Loading",
     "Node",
     "PartialFailure",
     "PoisonSinkError",
+    "RateLimitMiddleware",
+    "RateLimited",
     "RequestScopeMiddleware",
+    "SlotLost",
     "SourceFailing",
     "SqlSink",
     "StartupError",
     "TransientSinkError",
     "Unavailable",
+    "UnknownReservation",
+    "Verdict",
     "Write",
     "__version__",
     "loading",
+    "rate_limit_middleware",
     "request_scope",
     "request_scope_middleware",
 ]
@@ -44,23 +52,34 @@ if TYPE_CHECKING:
     from .nodes.sinks.sql import SqlSink
     from .nodes.web.aiohttp_middleware import request_scope_middleware
     from .nodes.web.asgi import RequestScopeMiddleware
+    from .nodes.web.limit_aiohttp import rate_limit_middleware
+    from .nodes.web.limit_asgi import RateLimitMiddleware
     from .schemas.errors import (
         Backpressure,
         ConfigError,
+        CoordinationError,
         FatalSinkError,
         ForebayError,
         InvalidEvent,
         InvalidKey,
+        InvalidLimit,
         LoaderError,
         PartialFailure,
         PoisonSinkError,
+        RateLimited,
+        SlotLost,
         SourceFailing,
         StartupError,
         TransientSinkError,
         Unavailable,
+        UnknownReservation,
     )
+    from .schemas.limits import Verdict
 
 _HOMES = {
+    "rate_limit_middleware": ".nodes.web.limit_aiohttp",
+    "Verdict": ".schemas.limits",
+    "RateLimitMiddleware": ".nodes.web.limit_asgi",
     "Loading": ".nodes.cache.loading",
     "Node": ".nodes.node",
     "RequestScopeMiddleware": ".nodes.web.asgi",

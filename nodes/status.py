@@ -79,6 +79,7 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
     if parts.crew is not None:
         yield "owned_shards", (), float(parts.crew.ownership.statistics().shards)
         yield "writebehind_queue_entries", (), float(parts.crew.writes.backlog)
+    yield from parts.limiter.gauges()
     for cached in node.caches:
         near = cached.path.near.statistics()
         yield "cache_entries", (cached.name,), float(near.entries)

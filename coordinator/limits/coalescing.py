@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import structlog
@@ -116,19 +117,24 @@ class Lane:
         return not (self._busy or self._asks or stocked)
 
     def join(self, mode: Mode, count: int, costs: Costs) -> Answer:
-        """Queue an ask; the answer is awaited."""
+        """Queue an ask; the answer is awaited.
+
+        Raises:
+            Unavailable: too many wait, or the limiter is closed.
+        """
         if len(self._asks) >= ASKS_MAX:
             raise Unavailable(f"{ASKS_MAX} asks of one subject wait already")
+        self._wake()
         answer: Answer = asyncio.get_running_loop().create_future()
         self._asks.append((answer, mode, count, costs))
-        self._wake()
         return answer
 
     def give_back(self, count: int, costs: Costs) -> None:
-        """Queue a refund that nobody waits for."""
+        """Queue a refund that nobody waits for; once closed, the charge stands."""
         self._rules.given_back(count)
+        with suppress(Unavailable):
+            self._wake()
         self._asks.append((None, "r", count, costs))
-        self._wake()
 
     def restock(self) -> None:
         """Fetch tokens ahead, if not already on the way."""
@@ -136,13 +142,15 @@ class Lane:
         self._wake()
 
     def _wake(self) -> None:
+        """Have a script sent after this tick, with all that has come by then."""
         if not self._busy:
-            self._busy = True
             self._rules.spawn(self)
+            self._busy = True
 
     def close(self) -> None:
         """Answer those who wait: nobody will decide any more."""
         self._fail(runs_of(self._taken()))
+        self._busy = False
 
     async def pump(self) -> None:
         """Decide until nobody waits."""

@@ -8,6 +8,7 @@ from typing import Any
 import structlog
 from anyio.abc import TaskGroup
 
+from ...schemas.errors import Unavailable
 from ..clock import Clock
 from ..instruments import Instruments
 from .ledger import Ledger
@@ -33,6 +34,7 @@ class Desk:
         self.members = members  #: processes that share the limits
         self.outage = Outage(clock)
         self.hears = False  #: whether it would be told of refunds
+        self.closed = False
         self._tasks = tasks
         self._counts = instruments.counts
 
@@ -40,6 +42,8 @@ class Desk:
         return f"<Desk {self.outage!r}{'' if self.hears else ' deaf'}>"
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if self.closed:
+            raise Unavailable("the limiter is closed")
         self._tasks.start_soon(work)
 
     def answered(self) -> None:

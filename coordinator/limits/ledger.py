@@ -1,7 +1,7 @@
 """Sends queues of asks to the server, all limits of a subject in one script.
 
 L1  Asks are decided in the order in which they stand in the queue, at one server instant.
-L2  A call takes at most ``timeout_ms``; what went wrong then is Unavailable or ServerRefused.
+L2  A decision takes at most ``budget_ms``; what went wrong is Unavailable or ServerRefused.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import anyio
+
+from ...schemas.errors import TimedOut
 from ...schemas.keys import Names
 from ...schemas.limits import Terms
-from ..link import Arg, Commands
-from ..scripting import Scripts, run
+from ..link import Arg, Commands, Reply
+from ..scripting import Script, Scripts, run
 
 __all__ = ["Costs", "Decided", "Ledger", "Mode", "Outcome", "limit_args"]
 
@@ -43,18 +46,18 @@ class Ledger:
         names: Names,
         scripts: Scripts,
         *,
-        timeout_ms: int,
+        budget_ms: int,
         test_clock_us: Callable[[], int] | None = None,
     ) -> None:
         self.commands = commands
         self.names = names
-        self.timeout_ms = timeout_ms
+        self.budget_ms = budget_ms
         self._take = scripts["limit_take"]
         self._settle = scripts["limit_settle"]
         self._test_clock_us = test_clock_us
 
     def __repr__(self) -> str:
-        return f"<Ledger of {self.names.namespace} within {self.timeout_ms} ms>"
+        return f"<Ledger of {self.names.namespace} within {self.budget_ms} ms>"
 
     def now(self) -> Arg:
         """Empty: the server's own time."""
@@ -70,7 +73,7 @@ class Ledger:
         args: list[Arg] = [self.now(), self.names.limits, subject, *limits]
         for mode, count, costs in runs:
             args += (mode, count, *costs)
-        reply = await run(self.commands, self._take, keys, args, timeout_ms=self.timeout_ms)
+        reply = await self.within_budget(self._take, keys, args)
         end = _FIELDS * len(runs)
         outcomes = [
             Outcome(reply[at], reply[at + 1] - 1, *reply[at + 2 : at + 5])
@@ -87,8 +90,15 @@ class Ledger:
     ) -> bool:
         """Charge what a reservation (the first key) really cost; false if there is none."""
         args: list[Arg] = [self.now(), self.names.limits, subject, *limits, *actual]
-        reply = await run(self.commands, self._settle, keys, args, timeout_ms=self.timeout_ms)
-        return bool(reply)
+        return bool(await run(self.commands, self._settle, keys, args))
+
+    async def within_budget(
+        self, script: Script, keys: Sequence[str], args: Sequence[Arg]
+    ) -> Reply:
+        # A timeout of the link would count against its breaker, which all of the node shares.
+        with anyio.move_on_after(self.budget_ms / 1000):
+            return await run(self.commands, script, keys, args)
+        raise TimedOut(self.budget_ms)
 
 
 def limit_args(terms: Terms, *, shadow: bool) -> list[Arg]:

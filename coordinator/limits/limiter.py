@@ -54,7 +54,7 @@ class Limiter:
         members: Callable[[], int] = lambda: 1,
         test_clock_us: Callable[[], int] | None = None,
     ) -> None:
-        ledger = Ledger(commands, names, scripts, timeout_ms=budget_ms, test_clock_us=test_clock_us)
+        ledger = Ledger(commands, names, scripts, budget_ms=budget_ms, test_clock_us=test_clock_us)
         self.desk = Desk(ledger, clock=clock, tasks=tasks, instruments=instruments, members=members)
         self.reservations = Reservations(self.desk, ids=ids)
         self.slots = Slots(self.desk, scripts, ids=ids)
@@ -136,6 +136,7 @@ class Limiter:
                         await lane.join("p", 1, (1,))  # behind the refund
                     except Unavailable:
                         break
+        self.desk.closed = True
         for found in self._sets.values():
             found.close()
 

@@ -94,8 +94,7 @@ class Reservations:
     async def _write(self, limits: LimitSet, made: Reservation, costs: Costs, ttl_s: float) -> None:
         key = self._key(limits, made.subject, made.id, made.within)
         text, ttl_ms = " ".join(map(str, costs)), round(ttl_s * 1_000)
-        ledger = self._desk.ledger
-        await ledger.commands.call("SET", key, text, "PX", ttl_ms, timeout_ms=ledger.timeout_ms)
+        await self._desk.ledger.commands.call("SET", key, text, "PX", ttl_ms)
 
     def _key(self, limits: LimitSet, subject: str, id: str, within: str) -> str:
         names = self._desk.ledger.names

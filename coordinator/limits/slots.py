@@ -107,8 +107,13 @@ class Slots:
         sent_at = self._desk.clock.monotonic()
         args: list[Arg] = [slot.nonce, round(slot.lease_s * 1_000), limit.concurrency, int(renew)]
         ledger = self._desk.ledger
-        timeout_ms = round(slot.lease_s * 1_000 / 6) if renew else ledger.timeout_ms
-        reply = await run(ledger.commands, self._script, [slot.key], args, timeout_ms=timeout_ms)
+        if renew:
+            timeout_ms = round(slot.lease_s * 1_000 / 6)
+            reply = await run(
+                ledger.commands, self._script, [slot.key], args, timeout_ms=timeout_ms
+            )
+        else:
+            reply = await ledger.within_budget(self._script, [slot.key], args)
         if reply[0]:
             margin_s = max(_MARGIN_S, _MARGIN * slot.lease_s)
             slot.until = sent_at + slot.lease_s - margin_s
