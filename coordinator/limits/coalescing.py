@@ -127,6 +127,8 @@ class Lane:
         self._wake()
         answer: Answer = asyncio.get_running_loop().create_future()
         self._asks.append((answer, mode, count, costs))
+        if self.stock is not None and mode == "t":
+            self._starved = True
         return answer
 
     def give_back(self, count: int, costs: Costs) -> None:
@@ -156,9 +158,7 @@ class Lane:
         """Decide until nobody waits."""
         try:
             while self._asks or self._starved:
-                self._starved = False
-                runs = self._next_runs()
-                await self._fly(runs)
+                await self._fly(self._next_runs())
         finally:
             self._busy = False
 
@@ -172,6 +172,7 @@ class Lane:
     async def _fly(self, runs: list[Run]) -> None:
         try:
             if self._rules.blocked():
+                self._starved = False
                 self._answer_alone(runs, None)
                 return
             wanted = self._add_fetch(runs)
@@ -197,7 +198,8 @@ class Lane:
 
     def _add_fetch(self, runs: list[Run]) -> int:
         """Let the tokens that are to be fetched ride along, behind all asks."""
-        if self.stock is None:
+        starved, self._starved = self._starved, False
+        if self.stock is None or not starved:
             return 0
         wanted = self.stock.wanted(self._rules.now(), self._rules.lease_most())
         if wanted:

@@ -57,8 +57,16 @@ class LimitSet:
         self._leasing = len(limits) == 1 and limits[0].lease and not limits[0].shadow
         for lane in self._lanes.values():
             lane.denial.forget()
-            if self._leasing and lane.stock is None:
-                lane.stock = self._stock()
+            self._lease(lane)
+
+    def _lease(self, lane: Lane) -> None:
+        """Let it have a stock, or no longer."""
+        if self._leasing and lane.stock is None:
+            lane.stock = self._stock()
+        elif not self._leasing and lane.stock is not None:
+            if tokens := lane.stock.take_all():
+                lane.give_back(tokens, (1,))
+            lane.stock = None
 
     # Asking
 

@@ -137,7 +137,7 @@ class Slots:
         clock, step_s = self._desk.clock, slot.lease_s / 3
         due = clock.monotonic() + step_s
         while True:
-            await anyio.sleep(min(due, slot.until) - clock.monotonic())
+            await anyio.sleep(max(0.0, min(due, slot.until) - clock.monotonic()))
             due += step_s
             if clock.monotonic() >= slot.until:
                 reason = "it could not be renewed in time"
