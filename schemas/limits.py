@@ -72,7 +72,7 @@ class Verdict(Struct, frozen=True):
 
     Attributes:
         allowed: whether all that was asked for, or with ``partial`` anything, was granted.
-        granted: tokens charged.
+        granted: tokens charged, of ``limit``.
         limit: the one that refused, or else has least left.
         remaining: tokens that were left of it after those who asked at the same time.
         retry_after_ms: when the same ask could be granted, at the earliest; 0 if it was.
@@ -117,10 +117,12 @@ def check_cost(limit: Limit, cost: object) -> int:
     """The cost of one ask.
 
     Raises:
-        InvalidLimit: it is not from 1 to ``burst``: it could never be granted.
+        InvalidLimit: it is not from 1 to ``burst``: it could never be granted. A shadow
+            refuses nothing, so to that it is no reason.
     """
-    if type(cost) is not int or not 1 <= cost <= limit.burst:
-        fix = f"give a whole number from 1 to the burst, {limit.burst}"
+    most = _BURST_MAX if limit.shadow else limit.burst
+    if type(cost) is not int or not 1 <= cost <= most:
+        fix = f"give a whole number from 1 to {most}"
         raise InvalidLimit(limit.name, "cost", repr(cost)[:40], "can never be granted", fix)
     return cost
 

@@ -139,9 +139,10 @@ class Lane:
         self._asks.append((None, "r", count, costs))
 
     def restock(self) -> None:
-        """Fetch tokens ahead, if not already on the way."""
+        """Fetch tokens ahead, if not already on the way; once closed, none are."""
         self._starved = True
-        self._wake()
+        with suppress(Unavailable):
+            self._wake()
 
     def _wake(self) -> None:
         """Have a script sent after this tick, with all that has come by then."""
@@ -151,7 +152,7 @@ class Lane:
 
     def close(self) -> None:
         """Answer those who wait: nobody will decide any more."""
-        self._fail(runs_of(self._taken()))
+        self._fail(runs_of(self._taken()), "the limiter is closed")
         self._busy = False
 
     async def pump(self) -> None:
@@ -187,8 +188,10 @@ class Lane:
         except (Unavailable, ServerRefused) as error:
             self._answer_alone(runs + runs_of(self._taken()), error)
         except BaseException as error:
-            self._fail(runs + runs_of(self._taken()))
-            if not isinstance(error, Exception):
+            closed = not isinstance(error, Exception)
+            why = "the limiter is closed" if closed else "the limiter failed, its log says why"
+            self._fail(runs + runs_of(self._taken()), why)
+            if closed:
                 raise
             log.exception("limiter.failed")
 
@@ -252,7 +255,7 @@ class Lane:
                 if answer is not None and not answer.done():
                     answer.set_result(yes if not run.whole or n < outcome.granted else no)
 
-    def _fail(self, runs: Sequence[Run]) -> None:
+    def _fail(self, runs: Sequence[Run], why: str) -> None:
         for answer in (each for run in runs for each in run.answers):
             if answer is not None and not answer.done():
-                answer.set_exception(Unavailable("the limiter is closed"))
+                answer.set_exception(Unavailable(why))

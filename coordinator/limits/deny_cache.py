@@ -5,7 +5,8 @@ D1  What is refused from memory the server would have refused at that moment: un
 D2  A refund or a changed limit makes all of it forgotten, also a refusal that is still under
     way then (``epoch``). While that could not be heard of, nothing is remembered.
 
-A subject is remembered for one cost only, the least that was refused.
+A subject is remembered for one cost only, the least that was refused, and for at most
+``MEMORY_S``: after that the server is asked again, in case it has forgotten.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import math
 
 from ...schemas.limits import Verdict
 
-__all__ = ["Denial"]
+__all__ = ["MEMORY_S", "Denial"]
+
+MEMORY_S = 60.0
 
 
 class Denial:
     """The last refusal of one subject; ``cost`` is 0 where there is none."""
 
-    __slots__ = ("cost", "epoch", "limit", "remaining", "reset_at", "until")
+    __slots__ = ("cost", "epoch", "limit", "remaining", "reset_at", "retry_at", "until")
 
     def __init__(self) -> None:
         self.cost = 0
         self.until = 0.0
+        self.retry_at = 0.0
         self.reset_at = 0.0
         self.limit = ""
         self.remaining = 0
@@ -43,7 +47,8 @@ class Denial:
         self.cost = cost
         self.limit = verdict.limit
         self.remaining = verdict.remaining
-        self.until = sent_at + wait_us / 1e6
+        self.retry_at = sent_at + wait_us / 1e6
+        self.until = min(self.retry_at, sent_at + MEMORY_S)
         self.reset_at = sent_at + verdict.reset_after_ms / 1e3
 
     def verdict(self, cost: int, at: float) -> Verdict | None:
@@ -53,6 +58,6 @@ class Denial:
             return None
         if cost < self.cost:
             return None
-        retry_ms = math.ceil((self.until - at) * 1e3)
+        retry_ms = math.ceil((self.retry_at - at) * 1e3)
         reset_ms = max(retry_ms, math.ceil((self.reset_at - at) * 1e3))
         return Verdict(False, 0, self.limit, self.remaining, retry_ms, reset_ms, "deny_cache")

@@ -53,7 +53,7 @@ class LimitSet:
         self.limits = tuple(limits)
         args = [limit_args(terms_of(limit), shadow=limit.shadow) for limit in limits]
         self.args: list[Arg] = [arg for each in args for arg in each]
-        self._burst_min = min(limit.burst for limit in limits)
+        self._cost_max = min((x.burst for x in limits if not x.shadow), default=0)
         self._leasing = len(limits) == 1 and limits[0].lease and not limits[0].shadow
         for lane in self._lanes.values():
             lane.denial.forget()
@@ -76,7 +76,7 @@ class LimitSet:
         lane = self._lanes.get(f"{within} {subject}" if within else subject)
         if lane is None:
             lane = self._lane(subject, within)
-        if type(cost) is not int or not 0 < cost <= self._burst_min:
+        if type(cost) is not int or not 0 < cost <= self._cost_max:
             return await self._joined(lane, *self._checked(cost, partial=partial))
         if lane.denial.cost or lane.stock is not None:
             known = self._known(lane, cost, partial=partial)
@@ -256,7 +256,9 @@ class LimitSet:
 
     def return_tokens(self, until: float) -> list[Lane]:
         """Give back what nobody spent by then; the lanes that do so now."""
-        giving = []
+        giving: list[Lane] = []
+        if not self._leasing:
+            return giving
         for lane in self._lanes.values():
             stock = lane.stock
             if stock is not None and stock.tokens and stock.until <= until:

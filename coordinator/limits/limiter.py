@@ -18,7 +18,7 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from ...schemas.errors import InvalidLimit, Unavailable
+from ...schemas.errors import InvalidLimit
 from ...schemas.keys import Names
 from ...schemas.limits import Limit, check_limit
 from ..clock import Clock
@@ -128,14 +128,15 @@ class Limiter:
 
     async def aclose(self) -> None:
         """Give back all tokens, in at most a second; whoever still asks gets Unavailable."""
+        if self.desk.closed:
+            return
         with anyio.move_on_after(_CLOSE_S, shield=True):
-            for found in self._sets.values():
-                giving = found.return_tokens(float("inf"))
-                for lane in giving:
-                    try:
-                        await lane.join("p", 1, (1,))  # behind the refund
-                    except Unavailable:
-                        break
+            giving = [
+                lane for found in self._sets.values() for lane in found.return_tokens(float("inf"))
+            ]
+            # What is asked behind the refunds is answered after them.
+            for answer in [lane.join("p", 1, (1,)) for lane in giving]:
+                await answer
         self.desk.closed = True
         for found in self._sets.values():
             found.close()
