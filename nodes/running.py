@@ -104,17 +104,7 @@ class Running:
             reset=self.hearing.reset,
             scripts=self.scripts,
         )
-        self.limiter = Limiter(
-            backend.link,
-            self.names,
-            self.scripts,
-            clock=self.clock,
-            tasks=tasks,
-            instruments=instruments,
-            ids=lambda: secrets.token_hex(16),
-            budget_ms=settings.limiter.budget_ms,
-            members=self.members,
-        )
+        self.limiter = self._limiter()
         self.core = self._core()
         self.paths: list[ReadPath[Any]] = [
             cached.bind(self.core, settings.cache, settings.limits)
@@ -143,6 +133,19 @@ class Running:
             ids=lambda: secrets.token_hex(8),
             invalidate=self.invalidate,
             behind=self.routes.behind,
+        )
+
+    def _limiter(self) -> Limiter:
+        return Limiter(
+            self.backend.link,
+            self.names,
+            self.scripts,
+            clock=self.clock,
+            tasks=self.tasks,
+            instruments=self.instruments,
+            ids=lambda: secrets.token_hex(16),
+            budget_ms=self.settings.limiter.budget_ms,
+            members=self.members,
         )
 
     def _refreshes(self) -> Refreshes:

@@ -5,8 +5,9 @@
     per = 1.0          # seconds
     burst = 50
 
-The default limit is ``[limiter]`` with ``max_tokens`` and ``window_s``, or RATE_MAX_TOKENS and
-RATE_WINDOW_SEC; its name is ``default``. Bad tables are a ConfigError that names the setting.
+or, where there is no file, the same as JSON in FOREBAY_LIMITER__NAMED. The default limit is
+``[limiter]`` with ``max_tokens`` and ``window_s``, or RATE_MAX_TOKENS and RATE_WINDOW_SEC; its
+name is ``default``. Bad tables are a ConfigError that names the setting.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from .errors import ConfigError
+from .limits import Limit
 from .settings import Limits, Secret, Settings
 from .settings_checks import check
 from .settings_env import (
@@ -233,6 +234,8 @@ def _same_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) 
 
 def _decoded(found: Found) -> object:
     field, value = FIELDS[found.name], found.value
+    if found.textual and found.name == "limiter.named":
+        return _limits_in_json(field, found)
     if field.secret:
         return Secret(_text(found))
     if field.text:
@@ -245,6 +248,14 @@ def _decoded(found: Found) -> object:
         return msgspec.convert(value, field.type, strict=not found.textual)
     except (msgspec.ValidationError, ValueError):
         raise _wrong(field, found) from None
+
+
+def _limits_in_json(field: Field, found: Found) -> tuple[Limit, ...]:
+    try:
+        tables = msgspec.json.decode(_text(found), type=dict[str, dict[str, Any]])
+    except msgspec.DecodeError:
+        raise _wrong(field, found) from None
+    return named_limits(tables, found.origin)
 
 
 def _parts(field: Field) -> tuple[Any, ...]:

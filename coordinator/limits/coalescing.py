@@ -4,7 +4,8 @@ C1  While a script is under way, further asks queue up; the next script decides 
     the order in which they came, as if each had been sent alone at that instant. Nothing waits
     for more to come.
 C2  A caller that is cancelled before its ask was sent is not charged. A grant that finds its
-    caller gone goes to the next of the equal asks in that script, else it is given back.
+    caller gone goes to the next of the equal asks in that script, else it is given back. A
+    refund is carried out whether or not its caller waits for it.
 C3  Whatever happens to the server, every ask is answered: by it, or by the limits' policies.
 C4  At most ``ASKS_MAX`` asks of a subject wait; one more is Unavailable.
 """
@@ -59,11 +60,13 @@ class Run:
 
 
 def runs_of(asks: Sequence[Ask]) -> list[Run]:
-    """The asks whose callers are still there, in order, neighbours that are equal in one."""
+    """The asks whose callers are still there, and all refunds, in order; neighbours that are
+    equal in one.
+    """
     runs: list[Run] = []
     last: Run | None = None
     for answer, mode, count, costs in asks:
-        if answer is not None and answer.done():
+        if answer is not None and answer.done() and mode != "r":
             continue
         if last and last.whole and count == 1 and last.mode == mode and last.costs == costs:
             last.count += 1

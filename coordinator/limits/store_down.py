@@ -7,7 +7,8 @@ O2  After a failure the server is left alone for ``retry_s``, then one flight tr
 O3  Several limits: one that is closed, or whose share is used up, refuses for all.
 
 What was charged here is not made good later: the server's state lives on. An ask that costs
-more than the share's burst is refused for as long as the server is away.
+more than the share's burst is refused for as long as the server is away. A subject that was
+forgotten for space has a full share again.
 """
 
 from __future__ import annotations

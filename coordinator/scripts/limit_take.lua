@@ -44,19 +44,19 @@ end
 
 -- The limit that lets the next ask wait longest; if none does, the one with least left.
 local function binding(base)
-  local key, wait, least = 0, 0, nil
+  local chosen, wait, least = 0, 0, nil
   for i = 1, count do
     if not (enforced and shadow[i]) then
       local cost = tonumber(ARGV[base + i])
       local lack = debt[i] + cost * weight[i] - burst[i] * weight[i]
       local waits = math.max(0, math.ceil(lack / drain[i]))
       local left = fits(debt[i], weight[i], burst[i], 1)
-      if key == 0 or waits > wait or (waits == wait and wait == 0 and left < least) then
-        key, wait, least = i, waits, left
+      if chosen == 0 or waits > wait or (waits == wait and wait == 0 and left < least) then
+        chosen, wait, least = i, waits, left
       end
     end
   end
-  return key, wait, least
+  return chosen, wait, least
 end
 
 local replies, refunded = {}, false
@@ -72,8 +72,8 @@ while at <= #ARGV do
     end
   end
   for i = 1, count do charge(i, mode, granted, tonumber(ARGV[base + i])) end
-  local key, wait, left = binding(base)
-  for _, value in ipairs({ granted, key, left, wait, math.ceil(debt[key] / drain[key]) }) do
+  local chosen, wait, left = binding(base)
+  for _, value in ipairs({ granted, chosen, left, wait, math.ceil(debt[chosen] / drain[chosen]) }) do
     replies[#replies + 1] = value
   end
   refunded = refunded or mode == "r"

@@ -102,6 +102,17 @@ def test_the_default_comes_from_the_neutral_names() -> None:
     assert (made.rate, made.per, made.burst) == (7, 2.5, 7)
 
 
+def test_limits_in_the_environment_are_json() -> None:
+    """As the tables of the file, which they replace; what is wrong is told alike."""
+    text = '{"api": {"rate": 5, "per": 2}}'
+    (api,) = resolved("[limits.b]\nrate = 1", FOREBAY_LIMITER__NAMED=text).settings.limiter.named
+    assert (api.name, api.rate, api.per) == ("api", 5, 2)
+    for bad in ("[]", "x", '{"api": 3}', '{"api": {"rate": 0}}', '{"api": {"rat": 1}}'):
+        with pytest.raises(ConfigError) as caught:
+            resolved("", FOREBAY_LIMITER__NAMED=bad)
+        assert caught.value.origin == "environment FOREBAY_LIMITER__NAMED"
+
+
 @pytest.mark.parametrize(
     "table, setting, says",
     [

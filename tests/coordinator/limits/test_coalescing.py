@@ -90,6 +90,21 @@ async def test_whoever_leaves_the_queue_is_not_charged(house: House) -> None:
     assert second.cancelled()
 
 
+async def test_a_refund_is_carried_out_though_its_caller_left(house: House) -> None:
+    """C2: in the queue behind a script that is under way."""
+    held = Held(house)
+    api = house.limiter(API, commands=held, time=ServerTime()).of("api")
+    first = asyncio.create_task(api.take("x", 8))
+    await held.answered.wait()
+    refund = asyncio.create_task(api.refund("x", 8))
+    await anyio.lowlevel.checkpoint()
+    refund.cancel()
+    held.go_on.set()
+    assert (await first).allowed
+    assert (await api.peek("x")).remaining == 10
+    assert refund.cancelled()
+
+
 async def test_a_grant_whose_caller_left_goes_to_the_next(house: House) -> None:
     """C2: the ten that are left of thirteen get the ten."""
     held = Held(house)
