@@ -47,6 +47,7 @@ from . import status
 from .cache.cached import Cached
 from .code_settings import in_code, with_namespace
 from .declarations import Declarations, refuse_one_string
+from .explain.document import Explanation
 from .life import Life
 from .running import Running, running
 from .web.face import Check, Read
@@ -245,6 +246,15 @@ class Node(Declarations):
             version=hit.version,
             negative=hit.value is None,
         )
+
+    async def explain(self, key: str) -> Explanation:
+        """Why a read of this key hits or misses, here and on all nodes that run.
+
+        Raises:
+            InvalidKey: it is none. Backpressure: too many ask this node at a time.
+            Unavailable: Valkey did not answer.
+        """
+        return await self.parts.explaining.explain(key)
 
     def checks(self) -> Sequence[Check]:
         """The state of this node, from memory."""

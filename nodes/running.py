@@ -45,12 +45,14 @@ from .cache.reads import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
 from .cache.waits import KeyWaits
+from .explain.node_part import NodePart
 from .hearing import Hearing
 from .hooks import Hook, run_in_the_end
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
 from .workers.routes import Routes
+from .writing import Writing
 
 __all__ = ["Running", "running"]
 
@@ -111,10 +113,12 @@ class Running:
             for cached in routes.caches.values()
         ]
         self.hearing.paths = self.paths
+        self.writing = self._writing()
         self.dead_letters = DeadLetters(
             backend.link, self.names, instruments, entries_max=durable.dead_letters_max
         )
         self.refreshes = self._refreshes()
+        self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.crew: Crew | None = None
 
     def _core(self) -> Core:
@@ -148,6 +152,14 @@ class Running:
             members=self.members,
         )
 
+    def _writing(self) -> Writing:
+        made = Writing(
+            self.backend, self.names, self.scripts, self.routes, self.core, self.settings.valkey
+        )
+        for cached in self.routes.caches.values():
+            cached.bind_writes(self.core, made.parts)
+        return made
+
     def _refreshes(self) -> Refreshes:
         settings = self.settings
         return Refreshes(
@@ -172,7 +184,9 @@ class Running:
             for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
                 self.apply(0, version, notice)
         finally:
-            scope.forget(keys, more=bool(tags))  # also if the outcome is unknown
+            # Also if the outcome is unknown; with what depends on them, whatever that is.
+            more = bool(tags) or any(key in self.tags for key in keys)
+            scope.forget(keys, more=more)
 
     def apply(self, shard: int, version: int, notice: Notice) -> None:
         """Take in what a notice says."""
@@ -187,7 +201,10 @@ class Running:
             return
         if channel != self.names.work.encode():
             return
-        told = {b"r": self.refreshes.bell}
+        if payload.startswith(b"x "):
+            self.explaining.asked(payload[2:])
+            return
+        told = {b"r": self.refreshes.bell, b"d": self.writing.checkpoint_moved}
         if self.crew is not None:
             told[b"w"] = self.crew.writes.bell
         self.hearing.word(payload, told)
@@ -225,6 +242,7 @@ class Running:
         stack.callback(link.on_state(self._link_changed))
         await self.follower.sweep()
         self.tasks.start_soon(self.follower.run)
+        self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
             await self.tasks.start(self.refreshes.run)
 
@@ -260,6 +278,7 @@ class Running:
             names=self.names,
             scripts=self.scripts,
             routes=self.routes,
+            outlets=self.writing.outlets,
             core=self.core,
             dead_letters=self.dead_letters,
             settings=self.settings,
@@ -291,6 +310,7 @@ async def running(
         tasks = await stack.enter_async_context(background_tasks())
         stack.callback(_unbind, routes)
         self = Running(settings, backend, routes, instruments, node_id, tasks)
+        stack.push_async_callback(self.writing.aclose)
         with _faults_of(backend, settings, origins):
             await self.check_birth(origins)
             await self.follow(stack)

@@ -1,4 +1,4 @@
-"""Every error that Forebay raises, in one tree.
+"""Every error that Forebay raises, in one tree; those of rate limits are in ``errors_limits``.
 
 Errors carry fields; the class builds the sentence. Whoever catches one decides on
 the class or on a field, never on the text. Foreign errors (valkey-py, SQLAlchemy,
@@ -17,6 +17,7 @@ __all__ = [
     "BreakerOpen",
     "ConfigError",
     "CoordinationError",
+    "DeadLettered",
     "Disconnected",
     "FatalSinkError",
     "Fenced",
@@ -24,25 +25,25 @@ __all__ = [
     "InvalidEntry",
     "InvalidEvent",
     "InvalidKey",
-    "InvalidLimit",
+    "KeyBusy",
+    "Level",
     "LoaderError",
     "NewerSchema",
     "NotShareable",
     "PartialFailure",
     "PoisonSinkError",
     "ProcessFailed",
-    "RateLimited",
     "ServerRefused",
     "SinkError",
-    "SlotLost",
     "SourceFailing",
     "StartupError",
     "TimedOut",
     "TransientSinkError",
     "Unavailable",
-    "UnknownReservation",
+    "Unconfirmed",
 ]
 
+Level = Literal["accepted", "replicated", "sink"]  #: how far a write has got
 EventFault = Literal[
     "undecodable",
     "oversized",
@@ -152,6 +153,42 @@ class Backpressure(ForebayError):
         self.bound = bound
 
 
+class Unconfirmed(ForebayError):
+    """Raised when a write was accepted, and what was asked for beyond that did not come in time.
+
+    It may be there or still get there: repeat the write, with the same event id if it has one.
+    """
+
+    def __init__(self, level: Level, reached: Level, waited_ms: int) -> None:
+        problem = f"{reached}, but not known to be {level} after {waited_ms} ms"
+        super().__init__(f"{problem}; it may get there yet, repeat it")
+        self.level: Level = level
+        self.reached: Level = reached
+        self.waited_ms = waited_ms
+
+
+class KeyBusy(ForebayError):
+    """Raised when others had a key for longer than the caller would wait; nothing was done."""
+
+    def __init__(self, key: str, holder: Literal["lease", "write_behind"], waited_ms: int) -> None:
+        what = {"lease": "a load or write", "write_behind": "a write-behind"}[holder]
+        super().__init__(f"{what} of {key!r} is not over after {waited_ms} ms; try again")
+        self.key = key
+        self.holder = holder
+        self.waited_ms = waited_ms
+
+
+class DeadLettered(ForebayError):
+    """Raised when a write-behind went to the dead letters: the source will never have it."""
+
+    def __init__(self, key: str, job_id: str, reason: str, problem: str) -> None:
+        super().__init__(f"the write of {key!r} is a dead letter ({reason}): {problem}")
+        self.key = key
+        self.job_id = job_id
+        self.reason = reason
+        self.problem = problem
+
+
 class Fenced(ForebayError):
     """Raised when another owner has taken over: whatever was under way must stop."""
 
@@ -164,46 +201,6 @@ class Fenced(ForebayError):
 
 class CoordinationError(ForebayError):
     """The base of errors about what the cluster shares: locks, limits, ownership."""
-
-
-class InvalidLimit(CoordinationError):
-    """Raised for a limit that cannot work, or a cost that no limit could grant."""
-
-    def __init__(self, limit: str, field: str, value: str, problem: str, fix: str) -> None:
-        super().__init__(f"limit {limit}: {field} = {value} {problem}; {fix}")
-        self.limit = limit
-        self.field = field
-        self.value = value
-        self.problem = problem
-        self.fix = fix
-
-
-class RateLimited(CoordinationError):
-    """Raised where a limit refused and nobody asked for a verdict."""
-
-    def __init__(self, limit: str, retry_after_ms: int) -> None:
-        super().__init__(f"limit {limit} is reached, try again in {retry_after_ms} ms")
-        self.limit = limit
-        self.retry_after_ms = retry_after_ms
-
-
-class UnknownReservation(CoordinationError):
-    """Raised for a reservation that was settled, has expired, or never was."""
-
-    def __init__(self, limit: str, reservation: str) -> None:
-        super().__init__(f"limit {limit} holds no reservation {reservation!r}: settled or expired")
-        self.limit = limit
-        self.reservation = reservation
-
-
-class SlotLost(CoordinationError):
-    """Raised out of the body of a slot that could not be renewed in time."""
-
-    def __init__(self, limit: str, subject: str, reason: str) -> None:
-        super().__init__(f"the slot of {subject!r} in {limit} was lost: {reason}")
-        self.limit = limit
-        self.subject = subject
-        self.reason = reason
 
 
 class InvalidKey(ForebayError):
@@ -284,7 +281,14 @@ class SourceFailing(LoaderError):
 
 
 class SinkError(ForebayError):
-    """The base of what a sink raises; the class says what the worker does next."""
+    """The base of what a sink raises; the class says what the worker does next.
+
+    ``outcome_unknown`` is true when the batch may have been stored all the same.
+    """
+
+    def __init__(self, problem: str = "", *, outcome_unknown: bool = False) -> None:
+        super().__init__(problem)
+        self.outcome_unknown = outcome_unknown
 
 
 class TransientSinkError(SinkError):

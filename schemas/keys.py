@@ -15,8 +15,10 @@
     forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
     forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  roster
     forebay:shop:failing:CACHE  string, expires  who tries the failing source of a cache
-    forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  new jobs
-    forebay:shop:limits channel subjects that were refunded; "": limits that were changed
+    forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  jobs
+    forebay:shop:limits channel subjects that were refunded
+    forebay:shop:reply:HEX  channel  answers to one who asked all nodes on :work
+    forebay:shop:mark:ID    string, expires  written by the node ID to see what is replicated
 
 I1  All names of a shard share one hash tag, so one script may touch them all.
 I2  ``shard_of`` is crc32(key) % shards: any language can compute it.
@@ -43,6 +45,7 @@ EVENTS = -1  #: stands for the ingress stream where a shard number is asked for
 
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f{}*?\[\]\\\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_NONCE = re.compile(rb"[0-9a-f]{16,64}")
 _SAFE = "-._~@/"
 _NOT_TEXT = (bytes, bytearray, memoryview, list, tuple, dict, set, frozenset)
 _INT_MAX = 10**18  #: so short that no key gets too long by it
@@ -186,10 +189,11 @@ class Names:
     """The names of one namespace; see the table above."""
 
     __slots__ = (
-        "_cache_version",
         "_entry_prefixes",
         "_lease_prefixes",
+        "_reply",
         "bell",
+        "cache_version",
         "events",
         "limits",
         "meta",
@@ -205,7 +209,7 @@ class Names:
         self.shards = shards
         width = max(2, len(str(shards - 1)))
         self.prefixes = tuple(f"{{{namespace}:{n:0{width}}}}:" for n in range(shards))
-        self._cache_version = cache_version
+        self.cache_version = cache_version
         self._entry_prefixes = tuple(f"{prefix}e{cache_version}:" for prefix in self.prefixes)
         self._lease_prefixes = tuple(f"{prefix}l:" for prefix in self.prefixes)
         self.events = f"forebay:{namespace}:events"
@@ -214,9 +218,13 @@ class Names:
         self.bell = f"forebay:{namespace}:bell"
         self.work = f"forebay:{namespace}:work"
         self.limits = f"forebay:{namespace}:limits"
+        self._reply = f"forebay:{namespace}:reply:"
 
     def shard(self, key: str) -> int:
         return crc32(key.encode()) % self.shards
+
+    def marker(self, node_id: str) -> str:
+        return f"forebay:{self.namespace}:mark:{node_id}"
 
     def entry(self, key: str) -> str:
         return self._entry_prefixes[crc32(key.encode()) % self.shards] + key
@@ -238,6 +246,15 @@ class Names:
     def limit(self, kind: str, limit: str, subject: str, within: str = "") -> str:
         """State (r), slots (rs) or reservations (rr) of a subject; ``within`` says the shard."""
         return f"{self.prefixes[self.shard(within or subject)]}{kind}:{limit}:{subject}"
+
+    def reply(self, nonce: str) -> str:
+        """The channel of one who asks; ``nonce`` is random, in hexadecimal digits."""
+        return self._reply + nonce
+
+    def is_reply(self, channel: bytes) -> bool:
+        """Whether it is such a channel of this namespace."""
+        head, nonce = channel[: len(self._reply)], channel[len(self._reply) :]
+        return head == self._reply.encode() and _NONCE.fullmatch(nonce) is not None
 
     def seen(self, shard: int, event_id: str) -> str:
         return f"{self.prefixes[shard]}i:{event_id}"

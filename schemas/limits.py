@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct, structs
 
-from .errors import InvalidKey, InvalidLimit
+from .errors import InvalidKey
+from .errors_limits import InvalidLimit
 from .keys import check_key
 
 __all__ = [

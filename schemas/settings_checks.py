@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from .errors import ConfigError, InvalidLimit
+from .errors import ConfigError
+from .errors_limits import InvalidLimit
 from .settings import Settings
 from .settings_limits import default_limit
 from .settings_names import shown

@@ -18,7 +18,8 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
-from .errors import ConfigError, InvalidKey, InvalidLimit
+from .errors import ConfigError, InvalidKey
+from .errors_limits import InvalidLimit
 from .limits import Limit, check_limit
 from .settings import Limiter
 from .settings_names import nearest, plainly

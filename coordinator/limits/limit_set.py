@@ -14,7 +14,8 @@ import asyncio
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from ...schemas.errors import InvalidLimit, Unavailable
+from ...schemas.errors import Unavailable
+from ...schemas.errors_limits import InvalidLimit
 from ...schemas.keys import check_key
 from ...schemas.limits import Limit, Source, Verdict, check_cost, terms_of
 from ..link import Arg

@@ -18,7 +18,7 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from ...schemas.errors import InvalidLimit
+from ...schemas.errors_limits import InvalidLimit
 from ...schemas.keys import Names
 from ...schemas.limits import Limit, check_limit
 from ..clock import Clock
@@ -81,7 +81,7 @@ class Limiter:
             if not set(names).isdisjoint(changed):
                 found.change([self._limits[name] for name in names])
         if changed:
-            log.info("limits.defined", limits=changed)
+            log.debug("limits.defined", limits=changed)
         return changed
 
     @property

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from msgspec import Struct
 
-from ...schemas.errors import InvalidLimit, RateLimited, UnknownReservation
+from ...schemas.errors_limits import InvalidLimit, RateLimited, UnknownReservation
 from ...schemas.limits import Verdict
 from .desk import Desk
 from .ledger import Costs

@@ -21,7 +21,8 @@ import anyio
 import structlog
 from msgspec import Struct
 
-from ...schemas.errors import InvalidLimit, RateLimited, ServerRefused, SlotLost, Unavailable
+from ...schemas.errors import ServerRefused, Unavailable
+from ...schemas.errors_limits import InvalidLimit, RateLimited, SlotLost
 from ...schemas.keys import check_key
 from ...schemas.limits import Limit
 from ..background import background_tasks

@@ -1,49 +1,57 @@
 """The near cache: decoded values in this process, over the shared tier.
 
-N1  A hit is served only while the entry is fresh, the follower's promise holds, the shard
-    was not reset since, and every tag is still at the version embedded in the entry.
+N1  A hit is served only while the entry is fresh, the follower's promise (and no more than
+    ``slack_s`` on top) holds, the shard was not reset since, and every tag is still at the
+    version embedded in the entry.
 N2  A value is kept only under a reservation that was made before it was read or written;
     every notice for the key in between raises the lowest version that may be kept. What is
     known to be newer removes what is older, also when it cannot be kept itself.
-N3  Never more than ``entries_max`` entries or ``bytes_max`` bytes; eviction is SIEVE (Zhang
-    et al., NSDI '24): a hit sets a bit, the hand passes from old to new and takes the first
-    without. No timers: what expired is found when it is read, or evicted.
+N3  Never more than ``entries_max`` values of ``bytes_max`` bytes, and beside them never more
+    than ``negatives_max`` known absences of an eighth of these bytes: they never evict values.
+    No timers: what expired is found when it is read, or evicted.
+N4  A value of more than ``value_bytes_max`` bytes is left to the shared tier.
+N5  An entry is given out as ripe once: from ``fresh_until`` on, and before ``soft_until``.
 
-Nothing here suspends, and nothing here talks to Valkey.
+Nothing here suspends, and nothing here talks to Valkey. What is evicted: ``eviction``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 from msgspec import Struct
 
 from ...coordinator.clock import Clock
 from ...coordinator.log import Follower, ShardView
-from ...schemas.keys import shard_of
+from ...schemas.settings import CacheDefaults
+from .eviction import EvictionOrder, Linked, Lru, Sieve
+from .reservations import Reservation, Reservations
 from .tags import TagState
 
 __all__ = ["NearCache", "NearEntry", "NearStatistics", "Reservation"]
 
 _OVERHEAD_BYTES = 400  #: of an entry's objects, measured with tracemalloc
+_NEGATIVES_PART = 8  #: known absences may take this part of ``bytes_max``, in addition
 
 
-class NearEntry:
-    """A value and what decides on its validity. Times are the node's monotonic seconds."""
+class NearEntry(Linked):
+    """A value and what decides on its validity. Times are the node's monotonic seconds.
+
+    Until ``fresh_until`` it is served without further thought; until ``soft_until`` it is
+    fresh, but worth a refresh. ``negative``: it is known that there is no value.
+    """
 
     __slots__ = (
         "fresh_until",
         "generation",
         "gone_at",
-        "key",
-        "newer",
-        "older",
-        "size",
+        "negative",
+        "soft_until",
         "tags",
         "value",
         "version",
         "view",
-        "visited",
         "written_at",
     )
 
@@ -55,29 +63,31 @@ class NearEntry:
         version: int,
         size: int,
         fresh_until: float,
+        soft_until: float | None = None,
         gone_at: float,
         written_at: float,
         view: ShardView,
         tags: tuple[tuple[TagState, int], ...],
-        soft_until: float | None = None,
         negative: bool = False,
     ) -> None:
-        self.key = key
+        super().__init__(key, size + len(key) + _OVERHEAD_BYTES)
         self.value = value
         self.version = version
-        self.size = size + _OVERHEAD_BYTES
         self.fresh_until = fresh_until
+        self.soft_until = fresh_until if soft_until is None else soft_until
         self.gone_at = gone_at
         self.written_at = written_at
         self.view = view
         self.generation = view.generation
         self.tags = tags
-        self.visited = False
-        self.newer: NearEntry | None = None
-        self.older: NearEntry | None = None
+        self.negative = negative
 
     def __repr__(self) -> str:
         return f"<NearEntry {self.key} version {self.version}>"
+
+    @property
+    def value_bytes(self) -> int:
+        return self.size - len(self.key) - _OVERHEAD_BYTES
 
     def tags_hold(self) -> bool:
         for state, version in self.tags:  # noqa: SIM110  # on every hit; all() is slower
@@ -90,72 +100,134 @@ class NearEntry:
         return all(not state.known or state.hard <= version for state, version in self.tags)
 
 
-class Reservation:
-    """The right to keep what a read or a write that starts now brings back."""
-
-    __slots__ = ("floor", "generation", "key", "view")
-
-    def __init__(self, key: str, view: ShardView) -> None:
-        self.key = key
-        self.view = view
-        self.generation = view.generation
-        self.floor = 0
-
-
 class NearStatistics(Struct, frozen=True, kw_only=True):
     entries: int
+    negatives: int  #: of these entries
     bytes: int
     hits: int
-    evictions: int
-    refused: int
+    evictions: int  #: the next three together
+    evictions_entries: int  #: of values, as there were too many
+    evictions_bytes: int  #: of values, as they were too large together
+    evictions_negatives: int
+    oversized: int  #: not kept, as the value is too large for the near cache
+    refused: int  #: not kept, as it may be old
 
 
 class NearCache:
     def __init__(
-        self, follower: Follower, *, entries_max: int, bytes_max: int, clock: Clock
+        self,
+        follower: Follower,
+        *,
+        entries_max: int,
+        bytes_max: int,
+        negatives_max: int,
+        value_bytes_max: int,
+        policy: Literal["sieve", "lru"],
+        slack_s: float = 0.0,
+        clock: Clock,
     ) -> None:
+        order = Sieve if policy == "sieve" else Lru
+        self._values: EvictionOrder = order(entries_max=entries_max, bytes_max=bytes_max)
+        self._negatives: EvictionOrder = order(
+            entries_max=negatives_max, bytes_max=bytes_max // _NEGATIVES_PART
+        )
         self._follower = follower
-        self._entries_max = entries_max
-        self._bytes_max = bytes_max
+        self.value_bytes_max = value_bytes_max
         self._monotonic = clock.monotonic
         self._entries: dict[str, NearEntry] = {}
-        self._reservations: dict[str, set[Reservation]] = {}
-        self._newest: NearEntry | None = None
-        self._oldest: NearEntry | None = None
-        self._hand: NearEntry | None = None
-        self._bytes = 0
+        reservations = Reservations(follower.views)
+        self.reserve = reservations.reserve
+        self.release = reservations.release
+        self._reservations = reservations
+        #: The entry, if it may be served as fresh right now (N1).
+        self.get = self._getter(slack_s)
+        if policy == "lru":
+            self.get = self._moving(self.get)
         self.hits = 0
-        self.evictions = 0
+        self.oversized = 0
         self.refused = 0
+
+    @classmethod
+    def from_defaults(
+        cls, follower: Follower, defaults: CacheDefaults, *, slack_s: float, clock: Clock
+    ) -> Self:
+        """Bounded as the settings say."""
+        return cls(
+            follower,
+            entries_max=defaults.near_entries_max,
+            bytes_max=defaults.near_bytes_max,
+            negatives_max=defaults.near_negatives_max,
+            value_bytes_max=defaults.near_value_bytes_max,
+            policy=defaults.near_policy,
+            slack_s=slack_s,
+            clock=clock,
+        )
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def statistics(self) -> NearStatistics:
+        values, negatives = self._values, self._negatives
         return NearStatistics(
             entries=len(self._entries),
-            bytes=self._bytes,
+            negatives=len(negatives),
+            bytes=values.bytes + negatives.bytes,
             hits=self.hits,
             evictions=self.evictions,
+            evictions_entries=values.evicted_for_entries,
+            evictions_bytes=values.evicted_for_bytes,
+            evictions_negatives=negatives.evicted_for_entries + negatives.evicted_for_bytes,
+            oversized=self.oversized,
             refused=self.refused,
         )
 
-    def get(self, key: str) -> NearEntry | None:
-        """The entry, if it may be served as fresh right now (N1)."""
-        entry = self._entries.get(key)
-        if entry is None:
+    @property
+    def evictions(self) -> int:
+        orders = self._values, self._negatives
+        return sum(each.evicted_for_entries + each.evicted_for_bytes for each in orders)
+
+    def _getter(self, slack_s: float) -> Callable[[str], NearEntry | None]:
+        """What a hit needs is closed over: to look it up on ``self`` is a tenth of a hit."""
+        entries, follower, monotonic = self._entries, self._follower, self._monotonic
+
+        def get(key: str) -> NearEntry | None:
+            entry = entries.get(key)
+            if entry is None:
+                return None
+            now = monotonic()
+            if (
+                now < entry.fresh_until
+                # Nearly all hits need no slack, and to compare is faster than to add.
+                and (now < follower.live_until or now < follower.live_until + slack_s)
+                and entry.generation == entry.view.generation
+                and (not entry.tags or entry.tags_hold())
+            ):
+                entry.visited = True  # all that SIEVE asks for, without a call
+                self.hits += 1
+                return entry
             return None
-        now = self._monotonic()
-        if (
-            now < entry.fresh_until
-            and now < self._follower.live_until
-            and entry.generation == entry.view.generation
-            and (not entry.tags or entry.tags_hold())
-        ):
-            entry.visited = True
-            self.hits += 1
+
+        return get
+
+    def _moving(self, get: Callable[[str], NearEntry | None]) -> Callable[[str], NearEntry | None]:
+        def get_and_move(key: str) -> NearEntry | None:
+            entry = get(key)
+            if entry is not None:
+                self._order_of(entry).touch(entry)
             return entry
-        return None
+
+        return get_and_move
+
+    def ripe(self, key: str) -> NearEntry | None:
+        """A hit for one caller, who sees to a refresh: the others get it as before (N5)."""
+        entry = self._entries.get(key)
+        if entry is None or not entry.fresh_until <= self._monotonic() < entry.soft_until:
+            return None
+        ripe_since, entry.fresh_until = entry.fresh_until, entry.soft_until
+        if self.get(key) is None:
+            entry.fresh_until = ripe_since
+            return None
+        return entry
 
     def presumable(self, key: str) -> NearEntry | None:
         """The entry, if nothing is known against serving it as stale while disconnected."""
@@ -164,23 +236,13 @@ class NearCache:
             return entry
         return None
 
-    def ripe(self, key: str) -> NearEntry | None:
-        return None
+    def peek(self, key: str) -> NearEntry | None:
+        """The entry, whether it may be served or not; a look is no hit."""
+        return self._entries.get(key)
 
-    def reserve(self, key: str) -> Reservation:
-        """To be made before the shared tier is read (N2)."""
-        view = self._follower.views[self._shard(key)]
-        reservation = Reservation(key, view)
-        self._reservations.setdefault(key, set()).add(reservation)
-        return reservation
-
-    def release(self, reservation: Reservation) -> None:
-        """The reservation's read is over."""
-        held = self._reservations.get(reservation.key)
-        if held is not None:
-            held.discard(reservation)
-            if not held:
-                del self._reservations[reservation.key]
+    def reserved(self, key: str) -> int:
+        """Reads and writes under way whose result may be kept."""
+        return len(self._reservations.of(key))
 
     def keep(self, reservation: Reservation, entry: NearEntry) -> bool:
         """Store what came back, unless a notice said meanwhile that it is old."""
@@ -194,80 +256,68 @@ class NearCache:
             entry.version < reservation.floor
             or (present is not None and present.version > entry.version)
             or reservation.generation != reservation.view.generation
-            or not entry.tags_hold()
-            or entry.size > self._bytes_max
+            or (entry.tags and not entry.tags_hold())
         ):
             self.refused += 1
+            return False
+        if self._too_large(entry):
+            self.oversized += 1
             return False
         self._insert(entry)
         return True
 
-    def drop(self, key: str, version: int) -> None:
-        """A notice said that what is older than this version is old."""
-        for reservation in self._reservations.get(key, ()):
-            reservation.floor = max(reservation.floor, version)
+    def leave(self, key: str, version: int) -> None:
+        """What came back is too large to be kept (N4); what is older goes all the same."""
+        self.oversized += 1
         entry = self._entries.get(key)
         if entry is not None and entry.version < version:
             self._remove(entry)
 
-    def extend(self, key: str, since: int, version: int, fresh_until: float) -> None:
+    def drop(self, key: str, version: int) -> None:
+        """A notice said that what is older than this version is old."""
+        self._reservations.raise_floor(key, version)
+        entry = self._entries.get(key)
+        if entry is not None and entry.version < version:
+            self._remove(entry)
+
+    def extend(
+        self,
+        key: str,
+        since: int,
+        version: int,
+        fresh_until: float,
+        soft_until: float | None = None,
+    ) -> None:
         """The same value lives on under a new version."""
         entry = self._entries.get(key)
         if entry is not None and entry.version == since:
             entry.version, entry.fresh_until = version, fresh_until
-            entry.gone_at = max(entry.gone_at, fresh_until)
+            entry.soft_until = fresh_until if soft_until is None else soft_until
+            entry.gone_at = max(entry.gone_at, entry.soft_until)
         self.drop(key, version)
 
     def clear(self) -> None:
-        for held in self._reservations.values():
-            for reservation in held:
-                reservation.generation = -1
+        self._reservations.void()
         self._entries.clear()
-        self._newest = self._oldest = self._hand = None
-        self._bytes = 0
+        self._values.clear()
+        self._negatives.clear()
 
-    def _shard(self, key: str) -> int:
-        return shard_of(key, len(self._follower.views))
+    def _order_of(self, entry: NearEntry) -> EvictionOrder:
+        return self._negatives if entry.negative else self._values
+
+    def _too_large(self, entry: NearEntry) -> bool:
+        return (
+            entry.value_bytes > self.value_bytes_max or entry.size > self._order_of(entry).bytes_max
+        )
 
     def _insert(self, entry: NearEntry) -> None:
         present = self._entries.get(entry.key)
         if present is not None:
             self._remove(present)
-        while self._entries and (
-            len(self._entries) >= self._entries_max or self._bytes + entry.size > self._bytes_max
-        ):
-            self._evict()
+        for evicted in self._order_of(entry).add(entry):
+            del self._entries[evicted.key]
         self._entries[entry.key] = entry
-        self._bytes += entry.size
-        entry.older = self._newest
-        if self._newest is not None:
-            self._newest.newer = entry
-        self._newest = entry
-        if self._oldest is None:
-            self._oldest = entry
-
-    def _evict(self) -> None:
-        hand = self._hand or self._oldest
-        while hand is not None and hand.visited:
-            hand.visited = False
-            hand = hand.newer or self._oldest
-        if hand is None:
-            return
-        self._hand = hand.newer
-        self.evictions += 1
-        self._remove(hand)
 
     def _remove(self, entry: NearEntry) -> None:
         del self._entries[entry.key]
-        self._bytes -= entry.size
-        if self._hand is entry:
-            self._hand = entry.newer
-        if entry.newer is not None:
-            entry.newer.older = entry.older
-        else:
-            self._newest = entry.older
-        if entry.older is not None:
-            entry.older.newer = entry.newer
-        else:
-            self._oldest = entry.newer
-        entry.newer = entry.older = None
+        self._order_of(entry).remove(entry)

@@ -34,6 +34,8 @@ COMMANDS = {
     "dev": Listed(".dev:command", "Try it out: a server, three nodes and a day of real flights."),
     "run": Listed(".run:command", "Run a node as a worker."),
     "publish": Listed(".publish:command", "Publish an event: invalidate, write or refresh."),
+    "explain": Listed(".explain:command", "Say why a read of a key hits or misses."),
+    "warm": Listed(".warm:command", "Load keys into the shared tier ahead of their readers."),
     "health": Listed(".health:command", "Ask a running node whether it is well."),
     "config": Listed(".config:command", "Show the settings in force, or check them."),
 }

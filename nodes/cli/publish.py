@@ -10,7 +10,6 @@ Whether and when the event is applied is the nodes' part; the id of its entry is
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,18 +17,16 @@ from typing import Any
 import anyio
 import click
 import msgspec
-from msgspec import structs
 
 from ...coordinator.backend import Backend
 from ...coordinator.clock import SystemClock
 from ...coordinator.scripting import load_scripts, run
-from ...schemas.errors import Backpressure, ConfigError, InvalidEvent
+from ...schemas.errors import Backpressure, InvalidEvent
 from ...schemas.events import read_event
 from ...schemas.keys import Names
 from ...schemas.settings import Settings
 from ...schemas.settings_sources import Resolved
-from ..logs import configure_logs
-from .sources import load, setting_options, wants_color
+from .sources import load, log_to_stderr, must_be_shared, setting_options
 
 __all__ = ["command"]
 
@@ -119,38 +116,14 @@ def _publish(
         read_event(raw, bytes_max=resolved.settings.durable.event_bytes_max)
     except InvalidEvent as error:
         raise click.UsageError(str(error)) from None
-    _must_be_shared(resolved)
-    _log_to_stderr(resolved)
+    must_be_shared(resolved, "to publish to")
+    log_to_stderr(resolved, _NAME)
     entry_id = anyio.run(partial(_send, resolved, raw))
     if as_json:
         stream = _names(resolved.settings).events
         click.echo(msgspec.json.encode({"stream": stream, "id": entry_id}).decode())
     else:
         click.echo(entry_id)
-
-
-def _must_be_shared(resolved: Resolved) -> None:
-    if resolved.settings.valkey.url:
-        return
-    raise ConfigError(
-        setting="valkey.url",
-        value="unset",
-        origin=resolved.origins["valkey.url"],
-        problem="there is no server that others use, to publish to",
-        fix="give --url, or set FOREBAY_URL",
-    )
-
-
-def _log_to_stderr(resolved: Resolved) -> None:
-    """One who publishes wants to hear of trouble only, unless asked otherwise."""
-    settings, asked = resolved.settings, resolved.origins["log.level"] != "default"
-    configure_logs(
-        settings.log if asked else structs.replace(settings.log, level="error"),
-        instance=_NAME,
-        stream=sys.stderr,
-        secrets=[settings.valkey.password],
-        color=wants_color(sys.stderr),
-    )
 
 
 def _names(settings: Settings) -> Names:

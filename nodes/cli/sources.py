@@ -12,22 +12,27 @@ What the text means is decided in ``schemas.settings_sources``.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import click
+from msgspec import structs
 
 from ...schemas.errors import ConfigError
 from ...schemas.settings_names import plainly
 from ...schemas.settings_sources import FileSource, Resolved, resolve
+from ..logs import configure_logs
 
 __all__ = [
     "DEFAULT_FILES",
     "RefusedSettings",
     "errors_told",
     "load",
+    "log_to_stderr",
+    "must_be_shared",
     "read_secret",
     "setting_options",
     "wants_color",
@@ -98,6 +103,35 @@ def read_secret(path: str) -> str | None:
         return _read(Path(path), _SECRET_BYTES_MAX)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def must_be_shared(resolved: Resolved, purpose: str) -> None:
+    """Refuse a server of our own; ``purpose`` such as "to publish to".
+
+    Raises:
+        ConfigError: no server is named.
+    """
+    if resolved.settings.valkey.url:
+        return
+    raise ConfigError(
+        setting="valkey.url",
+        value="unset",
+        origin=resolved.origins["valkey.url"],
+        problem=f"there is no server that others use, {purpose}",
+        fix="give --url, or set FOREBAY_URL",
+    )
+
+
+def log_to_stderr(resolved: Resolved, instance: str) -> None:
+    """For a command: one wants to hear of trouble only, unless asked otherwise."""
+    settings, asked = resolved.settings, resolved.origins["log.level"] != "default"
+    configure_logs(
+        settings.log if asked else structs.replace(settings.log, level="error"),
+        instance=instance,
+        stream=sys.stderr,
+        secrets=[settings.valkey.password],
+        color=wants_color(sys.stderr),
+    )
 
 
 def wants_color(stream: TextIO) -> bool:

@@ -19,13 +19,13 @@ from .context import CONTEXT
 from .face import Read
 from .refusals import refuse
 
-__all__ = ["PREFIX", "read"]
+__all__ = ["PREFIX", "key_in", "read"]
 
 PREFIX = "/v1/cache/"
 
 
 async def read(request: web.Request) -> web.StreamResponse:
-    key = check_key(_key(request))
+    key = check_key(key_in(request, PREFIX))
     found = await request.app[CONTEXT].served.read(key)
     if found is None:
         problem = "no cache of this node declares this key"
@@ -36,9 +36,10 @@ async def read(request: web.Request) -> web.StreamResponse:
     return web.Response(body=found.json, content_type="application/json", headers=headers)
 
 
-def _key(request: web.Request) -> str:
+def key_in(request: web.Request, prefix: str) -> str:
+    """The key at the end of the path, decoded once."""
     # aiohttp's own match leaves bytes that are not UTF-8 as they are: two spellings of one key.
-    raw = request.rel_url.raw_path.removeprefix(PREFIX)
+    raw = request.rel_url.raw_path.removeprefix(prefix)
     try:
         return unquote(raw, errors="strict")
     except UnicodeDecodeError:

@@ -3,7 +3,8 @@
 I1  ``checks`` reads memory only: a probe is answered even while Valkey is away.
 I2  ``publish`` gets events that were read and found good; it stores all of them in their
     order, or raises.
-I3  ``stats`` and ``read`` keep their own deadlines, and raise errors of schemas/errors.py.
+I3  ``stats``, ``explain`` and ``read`` keep their own deadlines, and raise errors of
+    schemas/errors.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from ...coordinator.instruments import Instruments
+from ..explain.document import Explanation
 
 __all__ = ["Check", "Gate", "Read", "Served", "State"]
 
@@ -66,6 +68,14 @@ class Served(Protocol):
             Backpressure: the stream is full.
             Unavailable: Valkey did not answer.
             InvalidEvent: one can never be applied.
+        """
+        ...
+
+    async def explain(self, key: str) -> Explanation:
+        """Why a read of this key hits or misses.
+
+        Raises:
+            Backpressure: too many ask. Unavailable: Valkey did not answer.
         """
         ...
 

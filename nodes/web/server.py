@@ -25,7 +25,7 @@ from msgspec import Struct
 from ...coordinator.clock import Clock
 from ...schemas.errors import ConfigError, ForebayError
 from ...schemas.settings import Http
-from . import cache, events, health, metrics, stats
+from . import cache, events, explain, health, metrics, stats
 from .bodies import Bodies
 from .context import CONTEXT, Context
 from .face import Served
@@ -132,6 +132,7 @@ def _routes(served: Served) -> tuple[_Route, ...]:
         _Route("GET", "/metrics", "for Prometheus", metrics.metrics(served.registry)),
         _Route("POST", "/v1/events", "publish events", events.post_events),
         _Route("GET", cache.PREFIX + "{key}", "read through the cache", cache.read),
+        _Route("GET", explain.PREFIX + "{key}", "why a read hits or misses", explain.explain),
     )
 
 

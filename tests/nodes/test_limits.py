@@ -11,7 +11,8 @@ import pytest
 
 import forebay
 from forebay.nodes.cli.sources import load
-from forebay.schemas.errors import ConfigError, InvalidKey, InvalidLimit
+from forebay.schemas.errors import ConfigError, InvalidKey
+from forebay.schemas.errors_limits import InvalidLimit
 from forebay.schemas.limits import Limit
 from forebay.schemas.settings import Limiter
 from noded import Shop, until

@@ -260,3 +260,24 @@ def test_names_of_a_namespace_never_meet_those_of_another() -> None:
     of_other = {other.entry("k"), other.tag("k"), other.lease("k"), other.events, other.meta}
     assert not of_one & of_other
     assert one.part(EVENTS, "own") == "{forebay:shop:events}:own"
+
+
+@pytest.mark.parametrize(
+    "channel,ours",
+    [
+        (b"forebay:shop:reply:0123456789abcdef", True),
+        (b"forebay:shop:reply:" + b"a" * 64, True),
+        (b"forebay:shop:reply:" + b"a" * 65, False),
+        (b"forebay:shop:reply:abc", False),
+        (b"forebay:shop:reply:0123456789abcdef\n", False),
+        (b"forebay:shop2:reply:0123456789abcdef", False),
+        (b"forebay:shop:bell", False),
+        (b"", False),
+    ],
+)
+def test_reply_channels_have_a_random_part(channel: bytes, ours: bool) -> None:
+    """Nobody can be made to publish anywhere else."""
+    names = Names("shop", 4)
+
+    assert names.is_reply(channel) is ours
+    assert names.is_reply(names.reply("ab" * 8).encode())

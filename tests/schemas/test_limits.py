@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from forebay.schemas.errors import ConfigError, InvalidKey, InvalidLimit
+from forebay.schemas.errors import ConfigError, InvalidKey
+from forebay.schemas.errors_limits import InvalidLimit
 from forebay.schemas.limits import Limit, check_cost, check_limit, terms_of
 from forebay.schemas.settings import Limiter
 from forebay.schemas.settings_limits import default_limit

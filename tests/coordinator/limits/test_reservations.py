@@ -7,13 +7,8 @@ from typing import Any
 import anyio
 import pytest
 
-from forebay.schemas.errors import (
-    InvalidKey,
-    InvalidLimit,
-    RateLimited,
-    Unavailable,
-    UnknownReservation,
-)
+from forebay.schemas.errors import InvalidKey, Unavailable
+from forebay.schemas.errors_limits import InvalidLimit, RateLimited, UnknownReservation
 from forebay.schemas.limits import Limit
 from limiters import House, ServerTime
 from workshop import Cut, until

@@ -9,7 +9,8 @@ import anyio
 import pytest
 
 from forebay.coordinator.limits.slots import Slots
-from forebay.schemas.errors import InvalidLimit, RateLimited, SlotLost, Unavailable
+from forebay.schemas.errors import Unavailable
+from forebay.schemas.errors_limits import InvalidLimit, RateLimited, SlotLost
 from forebay.schemas.limits import Limit
 from limiters import House
 from workshop import Cut, until

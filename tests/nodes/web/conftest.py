@@ -13,6 +13,13 @@ from prometheus_client import CollectorRegistry
 import programs
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.instruments import Instruments
+from forebay.nodes.explain.document import (
+    EntryState,
+    Explanation,
+    LeaseState,
+    LogState,
+    NodesState,
+)
 from forebay.nodes.web.face import Check, Read
 from forebay.nodes.web.server import Address, serve
 from forebay.schemas.settings import Http
@@ -46,6 +53,23 @@ class Station:
             raise self.failure
         self.published += events
         return [f"7-{index}" for index, _ in enumerate(events)]
+
+    async def explain(self, key: str) -> Explanation:
+        if self.failure is not None:
+            raise self.failure
+        return Explanation(
+            verdict=f"{key} would be loaded",
+            key=key,
+            namespace="shop",
+            shard=1,
+            shards=4,
+            cache_version=0,
+            server="valkey 9.1.2",
+            entry=EntryState(),
+            lease=LeaseState(),
+            log=LogState(),
+            nodes=NodesState(),
+        )
 
     async def read(self, key: str) -> Read | None:
         found = self.values.get(key)
