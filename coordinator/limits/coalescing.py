@@ -68,7 +68,13 @@ def runs_of(asks: Sequence[Ask]) -> list[Run]:
     for answer, mode, count, costs in asks:
         if answer is not None and answer.done() and mode != "r":
             continue
-        if last and last.whole and count == 1 and last.mode == mode and last.costs == costs:
+        if (
+            last is not None
+            and last.whole
+            and count == 1
+            and last.mode == mode
+            and last.costs == costs
+        ):
             last.count += 1
             last.answers.append(answer)
             continue
@@ -127,7 +133,8 @@ class Lane:
         """
         if len(self._asks) >= ASKS_MAX:
             raise Unavailable(f"{ASKS_MAX} asks of one subject wait already")
-        self._wake()
+        if not self._busy:
+            self._wake()
         answer: Answer = asyncio.get_running_loop().create_future()
         self._asks.append((answer, mode, count, costs))
         if self.stock is not None and mode == "t":

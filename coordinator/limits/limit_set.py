@@ -52,6 +52,7 @@ class LimitSet:
     def change(self, limits: Sequence[Limit]) -> None:
         """Decide by these from now on; they have the same names."""
         self.limits = tuple(limits)
+        self._ones = (1,) * len(self.limits)
         args = [limit_args(terms_of(limit), shadow=limit.shadow) for limit in limits]
         self.args: list[Arg] = [arg for each in args for arg in each]
         self._cost_max = min((x.burst for x in limits if not x.shadow), default=0)
@@ -84,12 +85,13 @@ class LimitSet:
             if known is not None:
                 return known
         if partial:
-            return await self._joined(lane, cost, (1,) * len(self.limits))
-        answer = lane.join("t", 1, (cost,) * len(self.limits))
+            return await self._joined(lane, cost, self._ones)
+        costs = self._ones if cost == 1 else (cost,) * len(self.limits)
+        answer = lane.join("t", 1, costs)
         try:
             return await answer
         except asyncio.CancelledError:
-            self._undo(lane, answer, (cost,) * len(self.limits))
+            self._undo(lane, answer, costs)
             raise
 
     def _known(self, lane: Lane, cost: int, *, partial: bool) -> Verdict | None:
