@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Protocol
 
 import structlog
+from anyio.lowlevel import cancel_shielded_checkpoint
 
 from ...schemas.errors import ServerRefused, Unavailable
 from ...schemas.limits import Source, Verdict
@@ -170,6 +171,8 @@ class Lane:
         try:
             while self._asks or self._starved:
                 await self._fly(self._next_runs())
+                if not self._asks:  # those who were just answered may ask again at once
+                    await cancel_shielded_checkpoint()
         finally:
             self._busy = False
 

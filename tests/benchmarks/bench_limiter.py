@@ -7,7 +7,7 @@ more token of one hot key may be taken; the limit is so high that all may. Over 
 machine. Clients take turns, round by round, so that whatever else the machine does falls on
 all of them; the rate is the median of the rounds, and the ratio that to the faster of the
 peers with the same number of tasks. Latencies come from a pass of their own. Peers take part
-if they are installed: ``pip install limits throttled-py redis``.
+if they are installed: ``pip install limits throttled-py redis hiredis``.
 
 ``forebay`` asks the server for every decision, coalesced; ``forebay, leased`` has fetched
 tokens ahead, the error that makes is exported; ``forebay, refused`` has been refused before.
