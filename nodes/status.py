@@ -81,6 +81,7 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
         for state, count in parts.crew.ownership.members().items():
             yield "members", (state,), float(count)
         yield "writebehind_queue_entries", (), float(parts.crew.writes.backlog)
+    yield from parts.limiter.gauges()
     for cached in node.caches:
         near = cached.path.near.statistics()
         yield "cache_entries", (cached.name,), float(near.entries)

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from .limits import Limit
+
 __all__ = [
     "LEASE_MS_MAX",
     "CacheDefaults",
@@ -156,10 +158,12 @@ class Workers(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Limiter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The default rate limit: max_tokens in every window_s."""
+    """Rate limits: the default one is max_tokens in every window_s."""
 
     max_tokens: Count = 100
     window_s: Annotated[float, Meta(gt=0, le=86_400)] = 1.0
+    budget_ms: Millis = 50  #: how long a decision may wait for Valkey
+    named: tuple[Limit, ...] = ()  #: from tables [limits.NAME], or given in code
 
 
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
