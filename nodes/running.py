@@ -136,6 +136,7 @@ class Running:
             rng=self.rng,
             ids=lambda: secrets.token_hex(8),
             invalidate=self.invalidate,
+            told=lambda version, notice: self.apply(0, version, notice),
             behind=self.routes.behind,
         )
 

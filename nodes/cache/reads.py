@@ -26,7 +26,7 @@ from ...schemas.settings import Limits
 from .core import Core, Hit, Lease, LoadCall
 from .flights import Flights, Todo
 from .loads import LoadPath
-from .looks import Asked, Looks
+from .looks import Beside, Looks
 from .lookups import Wanted
 from .near import NearEntry, Reservation
 from .policy import ahead_ms
@@ -98,11 +98,12 @@ class ReadPath(Generic[T]):
     async def look_at(self, keys: Sequence[str]) -> dict[str, Hit[T] | Todo[Hit[T]] | Exception]:
         """What the shared tier has of these keys, asked for together."""
         asked = [(key, self._core.shared.get(key), self.near.reserve(key)) for key in keys]
+        beside = Beside(asked)
         found: dict[str, Hit[T] | Todo[Hit[T]] | Exception] = {}
         try:
             for key, wanted, reservation in asked:
                 try:
-                    found[key] = await self._look(key, wanted, reservation, beside=asked)
+                    found[key] = await self._look(key, wanted, reservation, beside=beside)
                 except ForebayError as error:
                     found[key] = error
         finally:
@@ -153,7 +154,7 @@ class ReadPath(Generic[T]):
         return self.loads.live or self._core.clock.monotonic() - moment < self._staleness_s
 
     async def _look(
-        self, key: str, wanted: Wanted, reservation: Reservation, beside: Sequence[Asked] = ()
+        self, key: str, wanted: Wanted, reservation: Reservation, beside: Beside | None = None
     ) -> Hit[T] | Todo[Hit[T]]:
         """What the shared tier has to serve; or what will not do."""
         try:

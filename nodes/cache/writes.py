@@ -47,6 +47,7 @@ from ...schemas.errors import (
     TransientSinkError,
 )
 from ...schemas.jobs import Invalidates, WriteJob
+from ...schemas.notices import Changed
 from ..sinks.base import SinkBatch, Write
 from ..sinks.outlet import Outlet
 from ..strays import asked_to_stop
@@ -161,8 +162,9 @@ class WritePath(Generic[T]):
                 job, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
             )
             if receipt.stamp is not None:
-                self._reads.noticed(key, receipt.stamp.version)
-                if value is not None:
+                if value is None:
+                    self._tell(key, receipt.stamp)
+                else:
                     self._keep(reservation, receipt.stamp, made)
         return await self._parts.confirmations.reached(
             key, receipt, until, since=since, sink=sink, timeout_ms=timeout_ms
@@ -267,9 +269,14 @@ class WritePath(Generic[T]):
 
     def _keep(self, reservation: Reservation, stamp: Stamp, made: _Made) -> None:
         packed = made.packed
-        self._reads.noticed(reservation.key, stamp.version)
+        self._tell(reservation.key, stamp)
         size, lifetime_ms = len(packed.payload or b""), packed.meta.soft_ms
         self._loads.keep(reservation, stamp, made.kept, made.tags, size, lifetime_ms)
+
+    def _tell(self, key: str, stamp: Stamp) -> None:
+        """What is known here of the key is old, and what depends on it, before its bell comes."""
+        notice = Changed(key, self._core.node_id, outdates=True)
+        self._core.told(stamp.version, notice)
 
     @contextmanager
     def _writing(self, way: Way, key: str) -> Iterator[Reservation]:
