@@ -14,27 +14,35 @@ __version__ = "0.1.0"
 __all__ = [
     "Backpressure",
     "ConfigError",
+    "CoordinationError",
     "DeadLettered",
     "FatalSinkError",
     "ForebayError",
     "InvalidEvent",
     "InvalidKey",
+    "InvalidLimit",
     "KeyBusy",
     "LoaderError",
     "Loading",
     "Node",
     "PartialFailure",
     "PoisonSinkError",
+    "RateLimitMiddleware",
+    "RateLimited",
     "RequestScopeMiddleware",
+    "SlotLost",
     "SourceFailing",
     "SqlSink",
     "StartupError",
     "TransientSinkError",
     "Unavailable",
     "Unconfirmed",
+    "UnknownReservation",
+    "Verdict",
     "Write",
     "__version__",
     "loading",
+    "rate_limit_middleware",
     "request_scope",
     "request_scope_middleware",
 ]
@@ -47,9 +55,12 @@ if TYPE_CHECKING:
     from .nodes.sinks.sql import SqlSink
     from .nodes.web.aiohttp_middleware import request_scope_middleware
     from .nodes.web.asgi import RequestScopeMiddleware
+    from .nodes.web.limit_aiohttp import rate_limit_middleware
+    from .nodes.web.limit_asgi import RateLimitMiddleware
     from .schemas.errors import (
         Backpressure,
         ConfigError,
+        CoordinationError,
         DeadLettered,
         FatalSinkError,
         ForebayError,
@@ -65,14 +76,23 @@ if TYPE_CHECKING:
         Unavailable,
         Unconfirmed,
     )
+    from .schemas.errors_limits import InvalidLimit, RateLimited, SlotLost, UnknownReservation
+    from .schemas.limits import Verdict
 
 _HOMES = {
+    "InvalidLimit": ".schemas.errors_limits",
     "Loading": ".nodes.cache.loading",
     "Node": ".nodes.node",
+    "RateLimitMiddleware": ".nodes.web.limit_asgi",
+    "RateLimited": ".schemas.errors_limits",
     "RequestScopeMiddleware": ".nodes.web.asgi",
+    "SlotLost": ".schemas.errors_limits",
     "SqlSink": ".nodes.sinks.sql",
+    "UnknownReservation": ".schemas.errors_limits",
+    "Verdict": ".schemas.limits",
     "Write": ".nodes.sinks.base",
     "loading": ".nodes.cache.loading",
+    "rate_limit_middleware": ".nodes.web.limit_aiohttp",
     "request_scope": ".nodes.cache.scope",
     "request_scope_middleware": ".nodes.web.aiohttp_middleware",
 }

@@ -30,6 +30,7 @@ from ..coordinator.background import background_tasks
 from ..coordinator.clock import ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
 from ..coordinator.instruments import Instruments
+from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
@@ -105,6 +106,7 @@ class Running:
             reset=self.hearing.reset,
             scripts=self.scripts,
         )
+        self.limiter = self._limiter()
         self.core = self._core()
         self.paths: list[ReadPath[Any]] = [
             cached.bind(self.core, settings.cache, settings.limits)
@@ -137,6 +139,19 @@ class Running:
             behind=self.routes.behind,
         )
 
+    def _limiter(self) -> Limiter:
+        return Limiter(
+            self.backend.link,
+            self.names,
+            self.scripts,
+            clock=self.clock,
+            tasks=self.tasks,
+            instruments=self.instruments,
+            ids=lambda: secrets.token_hex(16),
+            budget_ms=self.settings.limiter.budget_ms,
+            members=self.members,
+        )
+
     def _writing(self) -> Writing:
         made = Writing(
             self.backend, self.names, self.scripts, self.routes, self.core, self.settings.valkey
@@ -156,6 +171,10 @@ class Running:
             running_max=settings.limits.loads_max,
             instruments=self.instruments,
         )
+
+    def members(self) -> int:
+        """Nodes that share the work, as far as this one knows."""
+        return 1 if self.crew is None else max(1, len(self.crew.ownership.statistics().nodes))
 
     async def invalidate(
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
@@ -179,6 +198,8 @@ class Running:
         """A doorbell message of either channel."""
         if channel == self.names.bell.encode():
             self.follower.bell(payload)
+            return
+        if channel != self.names.work.encode():
             return
         if payload.startswith(b"x "):
             self.explaining.asked(payload[2:])
@@ -213,7 +234,11 @@ class Running:
         await self.tasks.start(ClockSync(link, self.server_clock, self.clock).run)
         stack.callback(doorbell.on_message(self.bell))
         stack.callback(doorbell.on_state(self.follower.doorbell_changed))
-        doorbell.subscribe(self.names.bell.encode(), self.names.work.encode())
+        stack.callback(doorbell.on_message(self.limiter.heard))
+        stack.callback(doorbell.on_state(self.limiter.doorbell_changed))
+        channels = (self.names.bell, self.names.work, self.names.limits)
+        doorbell.subscribe(*(channel.encode() for channel in channels))
+        self.tasks.start_soon(self.limiter.run)
         stack.callback(link.on_state(self._link_changed))
         await self.follower.sweep()
         self.tasks.start_soon(self.follower.run)
@@ -289,6 +314,7 @@ async def running(
         with _faults_of(backend, settings, origins):
             await self.check_birth(origins)
             await self.follow(stack)
+        stack.push_async_callback(self.limiter.aclose)
         yield self
 
 

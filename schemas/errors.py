@@ -1,4 +1,4 @@
-"""Every error that Forebay raises, in one tree.
+"""Every error that Forebay raises, in one tree; those of rate limits are in ``errors_limits``.
 
 Errors carry fields; the class builds the sentence. Whoever catches one decides on
 the class or on a field, never on the text. Foreign errors (valkey-py, SQLAlchemy,
@@ -16,6 +16,7 @@ __all__ = [
     "Backpressure",
     "BreakerOpen",
     "ConfigError",
+    "CoordinationError",
     "DeadLettered",
     "Disconnected",
     "FatalSinkError",
@@ -196,6 +197,10 @@ class Fenced(ForebayError):
         self.resource = resource
         self.epoch = epoch
         self.current_epoch = current_epoch
+
+
+class CoordinationError(ForebayError):
+    """The base of errors about what the cluster shares: locks, limits, ownership."""
 
 
 class InvalidKey(ForebayError):
