@@ -129,9 +129,8 @@ def dead_links(path: Path, text: str) -> list[str]:
     for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)", text):
         name, _, anchor = target.partition("#")
         found = path.parent / name if name else path
-        if name and not found.exists():
-            dead.append(f"{path.name}: {target}")
-        elif anchor and anchor not in anchors_of(found.read_text() if name else text):
+        lost = bool(name) and not found.exists()
+        if lost or (anchor and anchor not in anchors_of(found.read_text() if name else text)):
             dead.append(f"{path.name}: {target}")
     return dead
 
