@@ -4,7 +4,7 @@
     {shop:07}:log       stream  notices, ids dense: <epoch>-<seq>
     {shop:07}:e0:KEY    string  entry (0: the cache version, CACHE_VER)
     {shop:07}:l:KEY     string  fill lease: the token of the one who may fill
-    {shop:07}:t:TAG     string  tag version
+    {shop:07}:t:TAG     string  tag version; *KEY is the tag of what depends on a key, in its shard
     {shop:07}:i:ID      string  an event id seen lately
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
@@ -39,9 +39,18 @@ from zlib import crc32
 
 from .errors import InvalidKey
 
-__all__ = ["EVENTS", "KEY_BYTES_MAX", "KeyTemplate", "Names", "check_key", "shard_of"]
+__all__ = [
+    "EVENTS",
+    "KEY_BYTES_MAX",
+    "KeyTemplate",
+    "Names",
+    "check_key",
+    "dependents_of",
+    "shard_of",
+]
 
 KEY_BYTES_MAX = 512
+_DEPENDENTS = "*"
 EVENTS = -1  #: stands for the ingress stream where a shard number is asked for
 
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f{}*?\[\]\\\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -69,6 +78,11 @@ def check_key(key: str, *, name: str = "key") -> str:
     if bad := _FORBIDDEN.search(key):
         raise InvalidKey(name, key, f"holds {bad.group()!a}, which must be percent-encoded")
     return key
+
+
+def dependents_of(key: str) -> str:
+    """The tag that whatever depends on a key carries; no key or tag of an application is so."""
+    return _DEPENDENTS + key
 
 
 def shard_of(key: str, shards: int) -> int:
@@ -223,8 +237,10 @@ class Names:
         self.limits = f"forebay:{namespace}:limits"
         self._reply = f"forebay:{namespace}:reply:"
 
-    def shard(self, key: str) -> int:
-        return crc32(key.encode()) % self.shards
+    def shard(self, name: str) -> int:
+        """The shard of a key or a tag."""
+        of = name[1:] if name.startswith(_DEPENDENTS) else name
+        return crc32(of.encode()) % self.shards
 
     def marker(self, node_id: str) -> str:
         return f"forebay:{self.namespace}:mark:{node_id}"
@@ -237,7 +253,7 @@ class Names:
 
     def of_key(self, key: str) -> tuple[str, str, str]:
         """Entry, fill lease, and the tag that whatever depends on the key carries."""
-        return self.entry(key), self.lease(key), self.tag(key)
+        return self.entry(key), self.lease(key), self.tag(dependents_of(key))
 
     def failing(self, cache: str) -> str:
         """Who of the cluster may try the failing source of this cache."""

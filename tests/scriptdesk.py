@@ -15,7 +15,7 @@ from msgspec import Struct
 from forebay.coordinator.link import Arg, Commands, Reply
 from forebay.coordinator.scripting import load_scripts, run
 from forebay.schemas.entry import Entry, EntryMeta, make_tail, read_entry
-from forebay.schemas.keys import Names
+from forebay.schemas.keys import Names, dependents_of
 from forebay.schemas.notices import (
     Bumped,
     Changed,
@@ -126,7 +126,7 @@ class Desk:
     ) -> int:
         said = self._said(Changed(key, outdates=True), self.names.shard(key))
         args: list[Arg] = [soft_ms, hard_ms, tail_of(value), *said, MINUTE_MS]
-        keys = [*self.entry_keys(key), self.names.tag(key)]
+        keys = [*self.entry_keys(key), self.names.tag(dependents_of(key))]
         reply = await self.run("entry_put", keys, *args)
         return int(reply[0])
 
@@ -143,7 +143,7 @@ class Desk:
     ) -> list[Reply]:
         shard = self.names.shard(key)
         keys = [*self.entry_keys(key), self.part("writes", shard), self.names.seen(shard, event_id)]
-        keys.append(self.names.tag(key))
+        keys.append(self.names.tag(dependents_of(key)))
         args: list[Arg] = [soft_ms, hard_ms, tail_of(value)]
         args += self._said(Changed(key, outdates=True), shard)
         args += [f"job of {value}", bound, self.names.work, mark, MINUTE_MS if event_id else 0]
@@ -155,7 +155,7 @@ class Desk:
     ) -> list[Reply]:
         said = self._said(Changed(key, outdates=True), self.names.shard(key))
         args: list[Arg] = [token, MINUTE_MS, 2 * MINUTE_MS, tail_of(value), *said, MINUTE_MS]
-        keys = [*self.entry_keys(key), self.names.tag(key)]
+        keys = [*self.entry_keys(key), self.names.tag(dependents_of(key))]
         return list(await self.run("write_fill", keys, *args))
 
     async def begin_write(self, token: str, *, key: str = "k") -> list[Reply]:

@@ -27,6 +27,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
 from ...schemas.errors import ConfigError, ForebayError, PartialFailure
 from ...schemas.jobs import RefreshJob
+from ...schemas.keys import dependents_of
 from ...schemas.settings import CacheDefaults, Limits
 from . import scope
 from .batches import Batches, BatchLoader, Member
@@ -283,7 +284,11 @@ class Cached(Writable[T], Generic[P, T]):
     def _labels_of(self, fields: Mapping[str, Any]) -> Sequence[str]:
         """All tags that a value carries: its own, those of what it depends on."""
         tags, keys = self.keying.labels(fields)
-        return list(dict.fromkeys([*tags, *self._behind(keys)])) if keys else tags
+        if not keys:
+            return tags
+        found = dict.fromkeys([*tags, *self._behind(keys)])
+        found.pop(dependents_of(self.template.format(fields)), None)  # it is not behind itself
+        return list(found)
 
 
 def _not_running(key: str) -> NearEntry | None:

@@ -33,6 +33,7 @@ from ...schemas.errors import (
     SourceFailing,
     Unavailable,
 )
+from ...schemas.keys import dependents_of
 from .core import Core, Hit, Lease, LoadCall, Tier
 from .fill_leases import FillLeases
 from .loading import NOT_MODIFIED, Loading, under_way
@@ -145,7 +146,7 @@ class LoadPath(Generic[T]):
 
     def is_depended_on(self, key: str) -> bool:
         """Whether something that was read here may carry the tag named after this key."""
-        return key in self._core.tags
+        return dependents_of(key) in self._core.tags
 
     def _decoded(self, entry: Entry) -> T:
         value: T = self.codec.value(entry)  # type: ignore[assignment]  # None is T's own then
@@ -173,7 +174,7 @@ class LoadPath(Generic[T]):
 
     async def _named(self, lease: Lease, load: Loading) -> Mapping[str, int] | None:
         """The versions of the tags that the loader named; None if one was bumped meanwhile."""
-        traced = {*load.kept, *self._core.behind(load.dependencies)}
+        traced = {*load.kept, *self._core.behind(load.dependencies)} - {dependents_of(lease.key)}
         more = [tag for tag in dict.fromkeys((*load.tags, *traced)) if tag not in lease.tags]
         if not more:
             return {}
