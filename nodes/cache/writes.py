@@ -5,8 +5,8 @@ T   write-through the sink, then entry and notice
 A   write-around  the sink, then an invalidation
 B   write-behind  entry, notice and job at once; the sink soon
 
-X1  When a write returns, this node reads what it wrote; so does every other after the notice.
-    A negative entry is replaced like any other.
+X1  When a write returns, this node reads what it wrote, and serves nothing that depends on what
+    was there before; so does every other after the notice. A negative entry is replaced too.
 X2  T and A hold the key's fill lease from before the sink is written (see ``WriteLeases``), so a
     load of the row that is about to be old cannot be stored, and of two writes one comes after
     the other. The row's version is drawn under the lease: the sink's guard keeps late ones out.
@@ -47,6 +47,7 @@ from ...schemas.errors import (
     TransientSinkError,
 )
 from ...schemas.jobs import Invalidates, WriteJob
+from ...schemas.notices import Changed
 from ..sinks.base import SinkBatch, Write
 from ..sinks.outlet import Outlet
 from ..strays import asked_to_stop
@@ -161,7 +162,7 @@ class WritePath(Generic[T]):
                 job, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
             )
             if receipt.stamp is not None:
-                self._reads.noticed(key, receipt.stamp.version)
+                self._written(key, receipt.stamp)
                 if value is not None:
                     self._keep(reservation, receipt.stamp, made)
         return await self._parts.confirmations.reached(
@@ -265,9 +266,13 @@ class WritePath(Generic[T]):
         except InvalidEntry as error:
             raise InvalidValue(self.name, key, str(error)) from error
 
+    def _written(self, key: str, stamp: Stamp) -> None:
+        """Known here before its notice comes; so is that what depends on it is old (X1)."""
+        self._core.hear(stamp.version, Changed(key, self._core.node_id, outdates=True))
+
     def _keep(self, reservation: Reservation, stamp: Stamp, made: _Made) -> None:
         packed = made.packed
-        self._reads.noticed(reservation.key, stamp.version)
+        self._written(reservation.key, stamp)
         size, lifetime_ms = len(packed.payload or b""), packed.meta.soft_ms
         self._loads.keep(reservation, stamp, made.kept, made.tags, size, lifetime_ms)
 
