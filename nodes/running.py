@@ -19,6 +19,7 @@ import random
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -136,7 +137,7 @@ class Running:
             rng=self.rng,
             ids=lambda: secrets.token_hex(8),
             invalidate=self.invalidate,
-            told=lambda version, notice: self.apply(0, version, notice),
+            hear=partial(self.apply, 0),
             behind=self.routes.behind,
         )
 

@@ -41,7 +41,7 @@ class Core(Struct, kw_only=True):
     rng: random.Random
     ids: Callable[[], str]
     invalidate: Callable[[Sequence[str], Sequence[str]], Awaitable[None]]
-    told: Callable[[int, Notice], None]  #: have every cache here take in a notice, before its bell
+    hear: Callable[[int, Notice], None]  #: a version and a notice of this node's own
     behind: Callable[[Sequence[str]], Sequence[str]]  #: the keys, and what they depend on
 
 

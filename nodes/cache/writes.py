@@ -5,8 +5,8 @@ T   write-through the sink, then entry and notice
 A   write-around  the sink, then an invalidation
 B   write-behind  entry, notice and job at once; the sink soon
 
-X1  When a write returns, this node reads what it wrote; so does every other after the notice.
-    A negative entry is replaced like any other.
+X1  When a write returns, this node reads what it wrote, and serves nothing that depends on what
+    was there before; so does every other after the notice. A negative entry is replaced too.
 X2  T and A hold the key's fill lease from before the sink is written (see ``WriteLeases``), so a
     load of the row that is about to be old cannot be stored, and of two writes one comes after
     the other. The row's version is drawn under the lease: the sink's guard keeps late ones out.
@@ -163,7 +163,7 @@ class WritePath(Generic[T]):
             )
             if receipt.stamp is not None:
                 if value is None:
-                    self._tell(key, receipt.stamp)
+                    self._written(key, receipt.stamp)
                 else:
                     self._keep(reservation, receipt.stamp, made)
         return await self._parts.confirmations.reached(
@@ -267,16 +267,15 @@ class WritePath(Generic[T]):
         except InvalidEntry as error:
             raise InvalidValue(self.name, key, str(error)) from error
 
+    def _written(self, key: str, stamp: Stamp) -> None:
+        """Known here before its notice comes; so is that what depends on it is old (X1)."""
+        self._core.hear(stamp.version, Changed(key, self._core.node_id, outdates=True))
+
     def _keep(self, reservation: Reservation, stamp: Stamp, made: _Made) -> None:
         packed = made.packed
-        self._tell(reservation.key, stamp)
+        self._written(reservation.key, stamp)
         size, lifetime_ms = len(packed.payload or b""), packed.meta.soft_ms
         self._loads.keep(reservation, stamp, made.kept, made.tags, size, lifetime_ms)
-
-    def _tell(self, key: str, stamp: Stamp) -> None:
-        """What is known here of the key is old, and what depends on it, before its bell comes."""
-        notice = Changed(key, self._core.node_id, outdates=True)
-        self._core.told(stamp.version, notice)
 
     @contextmanager
     def _writing(self, way: Way, key: str) -> Iterator[Reservation]:
