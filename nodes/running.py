@@ -29,7 +29,9 @@ from ..coordinator.backend import Backend, UseUrl
 from ..coordinator.background import background_tasks
 from ..coordinator.clock import ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
+from ..coordinator.guards import Guards
 from ..coordinator.instruments import Instruments
+from ..coordinator.locks import Locks
 from ..coordinator.log import Follower
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
@@ -115,6 +117,17 @@ class Running:
         )
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
+        self.locks = Locks(
+            backend.link,
+            self.names,
+            self.scripts,
+            node_id=node_id,
+            process=secrets.token_hex(6),
+            clock=self.clock,
+            rng=self.rng,
+            instruments=instruments,
+        )
+        self.guards = Guards(backend.link, self.scripts)
         self.crew: Crew | None = None
 
     def _core(self) -> Core:
@@ -203,6 +216,8 @@ class Running:
         stack.callback(doorbell.on_state(self.follower.doorbell_changed))
         doorbell.subscribe(self.names.bell.encode(), self.names.work.encode())
         stack.callback(link.on_state(self._link_changed))
+        await self.locks.begin(self.backend.run_id)
+        await self.tasks.start(self.locks.run, doorbell)
         await self.follower.sweep()
         self.tasks.start_soon(self.follower.run)
         if self.routes.caches:
@@ -210,6 +225,7 @@ class Running:
 
     def _link_changed(self, connected: bool) -> None:
         self.follower.connection_changed()
+        self.locks.connection_changed(connected)
         if connected:
             self.tasks.start_soon(self.load_scripts)
 

@@ -9,8 +9,11 @@
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
+    {shop:07}:k:NAME    hash    a lock and its holders     :kq:NAME, :kw:NAME  who waits for it
+    {shop:07}:locks     zset    locks that are held        :era  hash  run of the server meant
     forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
     forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  roster
+    forebay:shop:wake:PROCESS   channel  a lock is yours, or is so no more
     forebay:shop:failing:CACHE  string, expires  who tries the failing source of a cache
     forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  new jobs
     forebay:shop:reply:HEX  channel  answers to one who asked all nodes on :work
@@ -195,6 +198,7 @@ class Names:
         "nodes",
         "prefixes",
         "shards",
+        "wake",
         "work",
     )
 
@@ -211,6 +215,7 @@ class Names:
         self.nodes = f"forebay:{namespace}:nodes"
         self.bell = f"forebay:{namespace}:bell"
         self.work = f"forebay:{namespace}:work"
+        self.wake = f"forebay:{namespace}:wake:"
         self._reply = f"forebay:{namespace}:reply:"
 
     def shard(self, key: str) -> int:
@@ -229,6 +234,17 @@ class Names:
     def failing(self, cache: str) -> str:
         """Who of the cluster may try the failing source of this cache."""
         return f"forebay:{self.namespace}:failing:{cache}"
+
+    def lock(self, name: str) -> tuple[str, str, str, str, str]:
+        """Record, queue and waiters of a lock; index and era of its shard."""
+        prefix = self.prefixes[crc32(name.encode()) % self.shards]
+        return (
+            f"{prefix}k:{name}",
+            f"{prefix}kq:{name}",
+            f"{prefix}kw:{name}",
+            f"{prefix}locks",
+            f"{prefix}era",
+        )
 
     def tag(self, tag: str) -> str:
         return f"{self.prefixes[self.shard(tag)]}t:{tag}"

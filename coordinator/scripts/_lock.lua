@@ -1,0 +1,139 @@
+-- Put before every script whose header says "With _lock.lua.": what all kinds of locks share.
+--
+-- A lock is a weighted semaphore with a queue; a mutex has room for one, a writer takes all of it.
+-- record (hash): k kind, c capacity, v set if c was set live, t last token, r nonce released last;
+--                "h:NONCE" per holder: "weight token ends since lease about"
+-- queue (zset): nonce -> ticket.  waiters (hash): nonce -> "beat weight lease about"
+-- index (zset): name -> when its last holder ends.  era (hash): rid, grace, max: longest lease given
+-- All times in microseconds of this server's clock. A nonce begins with its process: "PROCESS.N".
+--
+-- L1 A token is larger than each before it, also if the record was lost: max(last + 1, clock).
+-- L2 A holder counts until its end. Weights of holders never exceed the capacity, unless that
+--    was lowered under them.
+-- L3 Who waits and was not heard of for 3 s is passed over when its turn comes.
+-- L4 What is handed to another process is held for 1 s only, until that has asked again.
+-- L5 While a new era is in its grace, nothing is granted that was not held before.
+
+local STALE_US, HANDOFF_US, KEEP_MS, ADMIT_MAX = 3000000, 1000000, 3600000, 100
+
+local function server_us()
+  local t = redis.call("TIME")
+  return t[1] * 1000000 + t[2]
+end
+
+local function digits(number)
+  return string.format("%.0f", number)
+end
+
+-- "" where a script cannot ask (fakeredis)
+local function run_id()
+  local info = redis.pcall("INFO", "server")
+  return type(info) == "string" and string.match(info, "run_id:(%w+)") or ""
+end
+
+-- Until when nothing new is granted, and the longest lease that was given. A run of the server
+-- that is new here may have lost what its predecessor granted.
+local function grace_of(run, now, cap_us)
+  local known = redis.call("HMGET", run, "rid", "grace", "max")
+  local rid = run_id()
+  local longest = tonumber(known[3] or cap_us)
+  if known[1] == rid then return tonumber(known[2]), longest end
+  redis.call("HSET", run, "rid", rid, "grace", digits(now + longest), "max", digits(longest))
+  return now + longest, longest
+end
+
+local function process_of(nonce)
+  return string.match(nonce, "^[^.]*")
+end
+
+local function load(stored, now)
+  local lock = { t = 0, c = 1, used = 0, count = 0, holders = {}, ended = {} }
+  local raw = redis.call("HGETALL", stored)
+  for i = 1, #raw, 2 do
+    local field, value = raw[i], raw[i + 1]
+    if #field == 1 then
+      lock[field] = (field == "t" or field == "c") and tonumber(value) or value
+    else
+      local weight, token, ends = string.match(value, "^(%d+) (%d+) (%d+)")
+      weight, ends = tonumber(weight), tonumber(ends)
+      if ends > now then
+        lock.holders[string.sub(field, 3)] = { weight = weight, token = token, ends = ends, line = value }
+        lock.used, lock.count = lock.used + weight, lock.count + 1
+      else
+        lock.ended[#lock.ended + 1] = field
+      end
+    end
+  end
+  return lock
+end
+
+local function fits(lock, weight)
+  return lock.used + math.min(weight, lock.c) <= lock.c
+end
+
+local function soonest(lock)
+  local found
+  for _, each in pairs(lock.holders) do
+    if not found or each.ends < found then found = each.ends end
+  end
+  return found
+end
+
+local function hold(held_in, lock, nonce, weight, token, ends, since, lease_us, about)
+  local line = string.format("%.0f %.0f %.0f %.0f %.0f %s", weight, token, ends, since, lease_us, about)
+  lock.holders[nonce] = { weight = weight, token = digits(token), ends = ends, line = line }
+  lock.used, lock.count, lock.t = lock.used + weight, lock.count + 1, math.max(lock.t, token)
+  redis.call("HSET", held_in, "t", digits(lock.t), "k", lock.k, "c", digits(lock.c), "h:" .. nonce, line)
+end
+
+local function drop(dropped_from, lock, nonce)
+  local held = lock.holders[nonce]
+  lock.holders[nonce] = nil
+  lock.used, lock.count = lock.used - held.weight, lock.count - 1
+  redis.call("HDEL", dropped_from, "h:" .. nonce)
+end
+
+local function first_alive(places, asking, now)
+  while true do
+    local head = redis.call("ZRANGE", places, 0, 0)[1]
+    if not head then return nil end
+    local line = redis.call("HGET", asking, head) or ""
+    local beat, weight, lease_us, about = string.match(line, "^(%d+) (%d+) (%d+) (.*)$")
+    if beat and beat + STALE_US > now then return head, tonumber(weight), tonumber(lease_us), about end
+    redis.call("ZREM", places, head)
+    redis.call("HDEL", asking, head)
+  end
+end
+
+-- Hand the lock to the head of the queue, and to the next while they fit. Those of the caller's
+-- process are in the answer: nonce, token, ...; another process is told on its channel.
+local function admit(record, queue, waiters, lock, now, process, wake)
+  local answer = {}
+  for _ = 1, ADMIT_MAX do
+    local head, weight, lease_us, about = first_alive(queue, waiters, now)
+    if not head or not fits(lock, weight) then break end
+    local here, token = process_of(head) == process, math.max(lock.t + 1, now)
+    local ends = now + (here and lease_us or math.min(lease_us, HANDOFF_US))
+    hold(record, lock, head, weight, token, ends, now, lease_us, about)
+    redis.call("ZREM", queue, head)
+    redis.call("HDEL", waiters, head)
+    if here then
+      answer[#answer + 1] = head
+      answer[#answer + 1] = digits(token)
+    else
+      redis.call("PUBLISH", wake .. process_of(head), "g " .. head)
+    end
+  end
+  return answer
+end
+
+-- The last writes of a change: what has ended goes, the index says until when it is held.
+local function settle(changed, overview, lock, name)
+  if #lock.ended > 0 then redis.call("HDEL", changed, unpack(lock.ended)) end
+  local last
+  for _, each in pairs(lock.holders) do
+    if not last or each.ends > last then last = each.ends end
+  end
+  if last then redis.call("ZADD", overview, digits(last), name) else redis.call("ZREM", overview, name) end
+  if not lock.v then redis.call("PEXPIRE", changed, KEEP_MS) end
+end

@@ -1,0 +1,36 @@
+-- Give a lock back, or leave its queue; whoever waits first has it from then on.
+-- With _lock.lua.
+--
+-- KEYS[1] record   hash   the lock and its holders
+-- KEYS[2] queue    zset   who waits, in order
+-- KEYS[3] waiters  hash   what they wait for
+-- KEYS[4] index    zset   locks of this shard that are held
+-- KEYS[5] era      hash   which run of the server these locks are from
+-- ARGV[1] name     of the lock
+-- ARGV[2] nonce    whose lease or place in the queue it is
+-- ARGV[3] cap_us   the longest lease that there can be
+-- ARGV[4] wake     channel of wake-ups, up to the process
+-- Returns {1, handed} released, or left the queue; {2, {}} it was the last to be released, before;
+--         {0, {}} it is neither. handed: nonces and tokens of the same process that have it now
+--
+-- I1 Who neither holds nor waits changes nothing.
+-- I2 Released twice, the second time has no effect.
+-- I3 The lock goes to the first who waits in this very step: nobody can come between.
+
+local nonce = ARGV[2]
+local now = server_us()
+local lock = load(KEYS[1], now)
+if lock.holders[nonce] then
+  drop(KEYS[1], lock, nonce)
+  redis.call("HSET", KEYS[1], "r", nonce)
+elseif redis.call("ZREM", KEYS[2], nonce) == 1 then
+  redis.call("HDEL", KEYS[3], nonce)
+else
+  return { lock.r == nonce and 2 or 0, {} }
+end
+local handed = {}
+if redis.call("EXISTS", KEYS[2]) == 1 and grace_of(KEYS[5], now, ARGV[3]) <= now then
+  handed = admit(KEYS[1], KEYS[2], KEYS[3], lock, now, process_of(nonce), ARGV[4])
+end
+settle(KEYS[1], KEYS[4], lock, ARGV[1])
+return { 1, handed }
