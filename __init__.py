@@ -14,18 +14,25 @@ __version__ = "0.1.0"
 __all__ = [
     "Backpressure",
     "ConfigError",
+    "CoordinationError",
     "FatalSinkError",
     "ForebayError",
     "InvalidEvent",
     "InvalidKey",
+    "InvalidLock",
+    "Lease",
+    "LeaseLost",
     "LoaderError",
     "Loading",
+    "LockNotAcquired",
+    "LockNotHeld",
     "Node",
     "PartialFailure",
     "PoisonSinkError",
     "RequestScopeMiddleware",
     "SourceFailing",
     "SqlSink",
+    "StaleToken",
     "StartupError",
     "TransientSinkError",
     "Unavailable",
@@ -37,6 +44,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .coordinator.lease import Lease
     from .nodes.cache.loading import Loading, loading
     from .nodes.cache.scope import request_scope
     from .nodes.node import Node
@@ -47,6 +55,7 @@ if TYPE_CHECKING:
     from .schemas.errors import (
         Backpressure,
         ConfigError,
+        CoordinationError,
         FatalSinkError,
         ForebayError,
         InvalidEvent,
@@ -59,12 +68,25 @@ if TYPE_CHECKING:
         TransientSinkError,
         Unavailable,
     )
+    from .schemas.lock_errors import (
+        InvalidLock,
+        LeaseLost,
+        LockNotAcquired,
+        LockNotHeld,
+        StaleToken,
+    )
 
 _HOMES = {
+    "InvalidLock": ".schemas.lock_errors",
+    "Lease": ".coordinator.lease",
+    "LeaseLost": ".schemas.lock_errors",
     "Loading": ".nodes.cache.loading",
+    "LockNotAcquired": ".schemas.lock_errors",
+    "LockNotHeld": ".schemas.lock_errors",
     "Node": ".nodes.node",
     "RequestScopeMiddleware": ".nodes.web.asgi",
     "SqlSink": ".nodes.sinks.sql",
+    "StaleToken": ".schemas.lock_errors",
     "Write": ".nodes.sinks.base",
     "loading": ".nodes.cache.loading",
     "request_scope": ".nodes.cache.scope",

@@ -18,7 +18,8 @@ from typing import Protocol
 import anyio
 import structlog
 
-from ..schemas.errors import CoordinationError, ForebayError, LockNotAcquired, Unavailable
+from ..schemas.errors import CoordinationError, ForebayError, Unavailable
+from ..schemas.lock_errors import LockNotAcquired
 from ..schemas.locks import Terms
 from .clock import Clock
 from .instruments import Instruments

@@ -29,8 +29,9 @@ import structlog
 from anyio.abc import TaskStatus
 from msgspec import Struct
 
-from ..schemas.errors import ForebayError, LockNotHeld
+from ..schemas.errors import ForebayError
 from ..schemas.keys import Names, check_key
+from ..schemas.lock_errors import LockNotHeld
 from ..schemas.locks import LockView
 from .clock import Clock
 from .grants import Confirms, Grants

@@ -22,7 +22,8 @@ import anyio
 import structlog
 from anyio.abc import TaskStatus
 
-from ..schemas.errors import ForebayError, LossReason
+from ..schemas.errors import ForebayError
+from ..schemas.lock_errors import LossReason
 from .clock import Clock
 from .instruments import Instruments
 from .lease import Lease

@@ -117,18 +117,21 @@ class Running:
         )
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
-        self.locks = Locks(
-            backend.link,
+        self.locks = self._locks()
+        self.guards = Guards(backend.link, self.scripts)
+        self.crew: Crew | None = None
+
+    def _locks(self) -> Locks:
+        return Locks(
+            self.backend.link,
             self.names,
             self.scripts,
-            node_id=node_id,
+            node_id=self.node_id,
             process=secrets.token_hex(6),
             clock=self.clock,
             rng=self.rng,
-            instruments=instruments,
+            instruments=self.instruments,
         )
-        self.guards = Guards(backend.link, self.scripts)
-        self.crew: Crew | None = None
 
     def _core(self) -> Core:
         return Core(

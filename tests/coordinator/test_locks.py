@@ -7,14 +7,9 @@ from collections.abc import AsyncIterator
 import anyio
 import pytest
 
-from forebay.schemas.errors import (
-    InvalidKey,
-    InvalidLock,
-    LeaseLost,
-    LockNotAcquired,
-    LockNotHeld,
-)
-from smithy import MakeForge, smithy
+from forebay.schemas.errors import InvalidKey
+from forebay.schemas.lock_errors import InvalidLock, LeaseLost, LockNotAcquired, LockNotHeld
+from smithy import Forge, MakeForge, smithy
 from valkeyd import ValkeyServer
 from workshop import until
 
@@ -93,8 +88,8 @@ async def test_those_who_wait_are_served_in_order(make: MakeForge) -> None:
     assert served == list(range(9))
 
 
-async def _waiting(forge: object, count: int) -> bool:
-    return (await forge.show("l")).waiting == count  # type: ignore[attr-defined]
+async def _waiting(forge: Forge, count: int, name: str = "l") -> bool:
+    return (await forge.show(name)).waiting == count
 
 
 async def test_released_to_another_process_it_need_not_be_polled_for(make: MakeForge) -> None:
@@ -301,7 +296,7 @@ async def test_capacity_is_changed_while_in_use(make: MakeForge) -> None:
                 await anyio.sleep_forever()
 
         tasks.start_soon(enter)
-        await until(lambda: _waits(one, "gpu"))
+        await until(lambda: _waiting(one, 1, "gpu"))
         await gpus.resize(2)
         await entered.wait()
         await gpus.resize(1)
@@ -312,30 +307,29 @@ async def test_capacity_is_changed_while_in_use(make: MakeForge) -> None:
     assert not (await one.show("gpu")).live
 
 
-async def _waits(forge: object, name: str) -> bool:
-    return (await forge.show(name)).waiting == 1  # type: ignore[attr-defined,no-any-return]
-
-
 async def test_readers_share_and_a_writer_does_not(make: MakeForge) -> None:
     """A writer that waits holds back the readers that come later."""
     one, two = await make("one"), await make("two")
     order: list[str] = []
-    async with anyio.create_task_group() as tasks:
-        async with one.rwlock("cfg").reading(), two.rwlock("cfg").reading():
 
-            async def write() -> None:
-                async with one.rwlock("cfg").writing():
-                    order.append("writer")
+    async def write() -> None:
+        async with one.rwlock("cfg").writing():
+            order.append("writer")
 
-            async def read() -> None:
-                async with two.rwlock("cfg").reading():
-                    order.append("reader")
+    async def read() -> None:
+        async with two.rwlock("cfg").reading():
+            order.append("reader")
 
-            tasks.start_soon(write)
-            await until(lambda: _waits(one, "cfg"))
-            tasks.start_soon(read)
-            await anyio.sleep(0.02)
-            assert order == []
+    async with (
+        anyio.create_task_group() as tasks,
+        one.rwlock("cfg").reading(),
+        two.rwlock("cfg").reading(),
+    ):
+        tasks.start_soon(write)
+        await until(lambda: _waiting(one, 1, "cfg"))
+        tasks.start_soon(read)
+        await until(lambda: _waiting(one, 2, "cfg"))
+        assert order == []
     assert order == ["writer", "reader"]
 
 
@@ -354,9 +348,9 @@ async def test_several_are_had_together_or_not_at_all(make: MakeForge) -> None:
     """Named in any order they never wait for each other in a circle; a failure releases all."""
     one, two = await make("one"), await make("two")
 
-    async def work(forge: object, names: list[str]) -> None:
+    async def work(forge: Forge, names: list[str]) -> None:
         for _ in range(10):
-            async with forge.lock_all(names) as leases:  # type: ignore[attr-defined]
+            async with forge.lock_all(names) as leases:
                 assert set(leases) == set(names)
 
     async with anyio.create_task_group() as tasks:
