@@ -17,14 +17,13 @@ import msgspec
 from ..schemas.errors import ForebayError
 from ..schemas.keys import Names
 from ..schemas.lock_errors import InvalidLock, LockNotAcquired
-from ..schemas.locks import KINDS, LEASE_DEFAULT_S, LEASE_MAX_S, Holder, LockView, Terms, Waiting
+from ..schemas.locks import KINDS, LEASE_DEFAULT_S, Holder, LockView, Terms, Waiting
 from .clock import Clock
 from .link import Arg, Commands, Reply
 from .scripting import Call, Scripts, granted, run, run_many
 
 __all__ = ["Grant", "Handed", "Held", "LockRecords", "Mode", "Refusal"]
 
-_CAP_US = int(LEASE_MAX_S * 1e6)
 _USUAL_US = int(LEASE_DEFAULT_S * 1e6)
 _SHOWN_MAX = 100
 
@@ -81,23 +80,21 @@ class LockRecords:
             terms.lease_us,
             mode,
             self.highest,
-            _CAP_US,
-            self._names.wake,
             terms.about,
         ]
         sent_at = self._clock.monotonic()
         reply = await run(self._commands, self._acquire, self._names.lock(terms.name), args)
         code = reply[0]
         if code == 1:
-            if reply[3]:
-                self._tell(reply[3], sent_at)
+            if reply[2]:
+                self._tell(reply[2], sent_at)
             token = int(reply[1])
             self.highest = max(self.highest, token)
             return Grant(token, sent_at)
         if code == 0:
             if reply[4]:
                 self._tell(reply[4], sent_at)
-            return Refusal(int(reply[1]) / 1e6, _by(reply[2]), bool(reply[3]))
+            return Refusal(int(reply[1]) / 1e6, _about(reply[2])[0], bool(reply[3]))
         if code == -2:
             used_as = KINDS[reply[1].decode()]
             raise InvalidLock(terms.name, "kind", KINDS[terms.kind], f"it is in use as {used_as}")
@@ -107,7 +104,7 @@ class LockRecords:
 
     async def release(self, name: str, nonce: str) -> bool:
         """Give back a lease or a place in the queue; false if there was none, or not any more."""
-        args: list[Arg] = [name, nonce, _CAP_US, self._names.wake]
+        args: list[Arg] = [name, nonce]
         sent_at = self._clock.monotonic()
         code, handed = await run(self._commands, self._release, self._names.lock(name), args)
         if handed:
@@ -120,7 +117,7 @@ class LockRecords:
             Call(
                 script=self._release,
                 keys=self._names.lock(name),
-                args=[name, nonce, _CAP_US, self._names.wake],
+                args=[name, nonce],
             )
             for name, nonce in pairs
         ]
@@ -134,7 +131,7 @@ class LockRecords:
     async def renew(self, leases: Sequence[Held], *, timeout_ms: int) -> tuple[int, list[int]]:
         """Renew leases of one shard: the server's clock in us, and a status for each."""
         keys = [self._names.lock(each.terms.name) for each in leases]
-        args: list[Arg] = [_CAP_US]
+        args: list[Arg] = []
         for each in leases:
             args += [each.terms.name, each.nonce, each.token, each.terms.lease_us]
         now_us, *statuses = await run(
@@ -156,10 +153,8 @@ class LockRecords:
             terms.kind,
             terms.capacity,
             terms.weight,
-            terms.lease_us,
             lease.token,
             int(left_s * 1e6),
-            _CAP_US,
             terms.about,
         ]
         keys = [record, index, era]
@@ -168,9 +163,8 @@ class LockRecords:
 
     async def force(self, name: str) -> int:
         """Take it from its holders; returns how many there were."""
-        args: list[Arg] = [name, _CAP_US, self._names.wake]
         count, token = await run(
-            self._commands, self._scripts["lock_force"], self._names.lock(name), args
+            self._commands, self._scripts["lock_force"], self._names.lock(name), [name]
         )
         self.highest = max(self.highest, int(token))
         return int(count)
@@ -181,7 +175,7 @@ class LockRecords:
         Raises:
             InvalidLock: the name is that of another kind of lock.
         """
-        args: list[Arg] = [name, capacity or 0, declared, _CAP_US, self._names.wake]
+        args: list[Arg] = [name, capacity or 0, declared]
         done, kind, *_ = await run(
             self._commands, self._scripts["lock_resize"], self._names.lock(name), args
         )
@@ -196,7 +190,7 @@ class LockRecords:
             Call(
                 script=script,
                 keys=[f"{prefix}era", f"{prefix}locks"],
-                args=[int(fresh), _CAP_US, _USUAL_US],
+                args=[int(fresh), _USUAL_US],
             )
             for prefix in prefixes
         ]
@@ -229,11 +223,9 @@ class LockRecords:
             self._handed(nonce.decode(), int(token), sent_at)
 
 
-def _by(line: bytes) -> str:
-    return _about(line.split(b" ", 5)[5])[0] if line else ""
-
-
 def _about(raw: bytes) -> tuple[str, dict[str, object]]:
+    if not raw:
+        return "", {}
     try:
         about = msgspec.json.decode(raw, type=dict[str, object])
     except msgspec.DecodeError:
@@ -251,7 +243,10 @@ def _view(name: str, reply: Reply) -> LockView:
         capacity=int(capacity),
         live=bool(live),
         token=int(token),
-        holders=tuple(_holder(now, nonce, line) for nonce, line in zip(held, held, strict=True)),
+        holders=tuple(
+            _holder(now, nonce, line, about)
+            for nonce, line, about in zip(held, held, held, strict=True)
+        ),
         queue=tuple(
             _waiting(now, nonce, ticket, line)
             for nonce, ticket, line in zip(asked, asked, asked, strict=True)
@@ -260,9 +255,9 @@ def _view(name: str, reply: Reply) -> LockView:
     )
 
 
-def _holder(now_us: int, nonce: bytes, line: bytes) -> Holder:
-    weight, token, ends, since, _, about = line.split(b" ", 5)
-    by, meta = _about(about)
+def _holder(now_us: int, nonce: bytes, line: bytes, raw: bytes) -> Holder:
+    weight, token, ends, since = line.split(b" ")
+    by, meta = _about(raw)
     return Holder(
         nonce=nonce.decode(),
         by=by,

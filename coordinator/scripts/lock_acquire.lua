@@ -14,10 +14,8 @@
 -- ARGV[6] lease_us  integer > 0
 -- ARGV[7] mode      try: do not wait; wait; barge: pass by those who wait
 -- ARGV[8] floor     largest token that the caller knows of this lock, or 0
--- ARGV[9] cap_us    the longest lease that there can be
--- ARGV[10] wake     channel of wake-ups, up to the process
--- ARGV[11] about    who and what for; one line
--- Returns {1, token, now_us, handed} granted; {0, left_us, holder, head, handed} it waits (head: it
+-- ARGV[9] about     who and what for; one line
+-- Returns {1, token, handed} granted; {0, left_us, holder, head, handed} it waits (head: it
 --         is the first) or was refused, and in so long something ends; {-1, bound} the queue is full;
 --         {-2, kind} it is in use as something else; {-3, bound} there are too many holders.
 --         handed: nonces and tokens of others of the same process that got the lock by this call
@@ -33,35 +31,36 @@ local now = server_us()
 local lock = load(KEYS[1], now)
 local mine = lock.holders[nonce]
 if mine then
-  local weighs, token, _, since, rest = string.match(mine.line, "^(%d+) (%d+) (%d+) (%d+) (.*)$")
+  local weighs, token, _, since = string.match(mine.line, "^(%d+) (%d+) (%d+) (%d+)$")
   mine.ends = math.max(mine.ends, now + lease_us)
-  local line = table.concat({ weighs, token, digits(mine.ends), since, rest }, " ")
+  local line = table.concat({ weighs, token, digits(mine.ends), since }, " ")
   redis.call("HSET", KEYS[1], "h:" .. nonce, line)
   settle(KEYS[1], KEYS[4], lock, ARGV[1])
-  return { 1, mine.token, digits(now), {} }
+  return { 1, mine.token, {} }
 end
 local queued = redis.call("EXISTS", KEYS[2]) == 1
 local in_use = lock.count > 0 or queued or lock.v
 if lock.k and lock.k ~= ARGV[3] and in_use then return { -2, lock.k } end
 if lock.count >= HOLDERS_MAX then return { -3, HOLDERS_MAX } end
-lock.k = ARGV[3]
-if not lock.v then lock.c = tonumber(ARGV[4]) end
+if not lock.v and (lock.k ~= ARGV[3] or lock.c ~= tonumber(ARGV[4])) then
+  lock.k, lock.c, lock.changed = ARGV[3], tonumber(ARGV[4]), true
+end
 lock.t = math.max(lock.t, tonumber(ARGV[8]))
 
-local grace, longest = grace_of(KEYS[5], now, ARGV[9])
+local grace, longest = grace_of(KEYS[5], now)
 local head
 if queued then head = first_alive(KEYS[2], KEYS[3], now) end
 if grace <= now and fits(lock, weight) and (not head or head == nonce or mode == "barge") then
   local token, handed = math.max(lock.t + 1, now), {}
-  hold(KEYS[1], lock, nonce, weight, token, now + lease_us, now, lease_us, ARGV[11])
+  hold(KEYS[1], lock, nonce, weight, token, now + lease_us, now, ARGV[9])
   if head then
     redis.call("ZREM", KEYS[2], nonce)
     redis.call("HDEL", KEYS[3], nonce)
-    handed = admit(KEYS[1], KEYS[2], KEYS[3], lock, now, process_of(nonce), ARGV[10])
+    handed = admit(KEYS[1], KEYS[2], KEYS[3], lock, now, process_of(nonce))
   end
   if lease_us > longest then redis.call("HSET", KEYS[5], "max", digits(lease_us)) end
   settle(KEYS[1], KEYS[4], lock, ARGV[1])
-  return { 1, digits(token), digits(now), handed }
+  return { 1, lock.holders[nonce].token, handed }
 end
 
 local handed = {}
@@ -71,17 +70,17 @@ if mode ~= "try" then
     local last = redis.call("ZREVRANGE", KEYS[2], 0, 0, "WITHSCORES")
     redis.call("ZADD", KEYS[2], digits(math.max((tonumber(last[2]) or 0) + 1, now)), nonce)
   end
-  redis.call("HSET", KEYS[3], nonce, string.format("%.0f %.0f %.0f %s", now, weight, lease_us, ARGV[11]))
+  redis.call("HSET", KEYS[3], nonce, string.format("%.0f %.0f %.0f %s", now, weight, lease_us, ARGV[9]))
   redis.call("PEXPIRE", KEYS[2], KEEP_MS)
   redis.call("PEXPIRE", KEYS[3], KEEP_MS)
   if grace <= now then
-    handed = admit(KEYS[1], KEYS[2], KEYS[3], lock, now, process_of(nonce), ARGV[10])
+    handed = admit(KEYS[1], KEYS[2], KEYS[3], lock, now, process_of(nonce))
     if #handed > 0 or #lock.ended > 0 then settle(KEYS[1], KEYS[4], lock, ARGV[1]) end
   end
   head = redis.call("ZRANGE", KEYS[2], 0, 0)[1]
 end
 mine = lock.holders[nonce]
-if mine then return { 1, mine.token, digits(now), handed } end
+if mine then return { 1, mine.token, handed } end
 local ends, holder = math.max(grace, soonest(lock) or 0), next(lock.holders)
 local left_us = math.max(ends - now, 0)
-return { 0, digits(left_us), holder and lock.holders[holder].line or "", head == nonce and 1 or 0, handed }
+return { 0, digits(left_us), holder and lock.about[holder] or "", head == nonce and 1 or 0, handed }

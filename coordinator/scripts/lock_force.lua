@@ -7,8 +7,6 @@
 -- KEYS[4] index    zset   locks of this shard that are held
 -- KEYS[5] era      hash   which run of the server these locks are from
 -- ARGV[1] name     of the lock
--- ARGV[2] cap_us   the longest lease that there can be
--- ARGV[3] wake     channel of wake-ups, up to the process
 -- Returns {count, token} of the holders it was taken from, and the last token now
 --
 -- I1 A lock that nobody holds is left as it is.
@@ -24,12 +22,12 @@ for nonce in pairs(lock.holders) do
 end
 for _, nonce in ipairs(nonces) do
   drop(KEYS[1], lock, nonce)
-  redis.call("PUBLISH", ARGV[3] .. process_of(nonce), "x " .. nonce)
+  redis.call("PUBLISH", wake_of(KEYS[1], process_of(nonce)), "x " .. nonce)
 end
 lock.t = math.max(lock.t + 1, now)
 redis.call("HSET", KEYS[1], "t", digits(lock.t))
-if grace_of(KEYS[5], now, ARGV[2]) <= now then
-  admit(KEYS[1], KEYS[2], KEYS[3], lock, now, "", ARGV[3])
+if grace_of(KEYS[5], now) <= now then
+  admit(KEYS[1], KEYS[2], KEYS[3], lock, now, "")
 end
 settle(KEYS[1], KEYS[4], lock, ARGV[1])
 return { count, digits(lock.t) }

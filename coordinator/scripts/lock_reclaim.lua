@@ -9,11 +9,9 @@
 -- ARGV[3] kind      m, s or r
 -- ARGV[4] capacity  integer > 0, unless it was set live
 -- ARGV[5] weight    integer > 0
--- ARGV[6] lease_us  as it was granted
--- ARGV[7] token     as it was granted
--- ARGV[8] left_us   what was left of it when this was sent
--- ARGV[9] cap_us    the longest lease that there can be
--- ARGV[10] about    who and what for; one line
+-- ARGV[6] token     as it was granted
+-- ARGV[7] left_us   what was left of it when this was sent
+-- ARGV[8] about     who and what for; one line
 -- Returns {1, now_us} it is held again; {0, now_us} it is lost
 --
 -- I1 It ends when it would have ended, never later.
@@ -21,9 +19,9 @@
 --    and taken from it when the younger comes.
 -- I3 When the grace is over, nothing is put back.
 
-local nonce, weight, token = ARGV[2], tonumber(ARGV[5]), tonumber(ARGV[7])
+local nonce, weight, token = ARGV[2], tonumber(ARGV[5]), tonumber(ARGV[6])
 local now = server_us()
-local grace = grace_of(KEYS[3], now, ARGV[9])
+local grace = grace_of(KEYS[3], now)
 local lock = load(KEYS[1], now)
 if lock.holders[nonce] then return { 1, digits(now) } end
 if not lock.v then lock.c = tonumber(ARGV[4]) end
@@ -37,7 +35,7 @@ if not alone and not fits(lock, weight) then return { 0, digits(now) } end
 for _, each in ipairs(older) do
   drop(KEYS[1], lock, each)
 end
-lock.k = ARGV[3]
-hold(KEYS[1], lock, nonce, weight, token, now + ARGV[8], now, tonumber(ARGV[6]), ARGV[10])
+lock.k, lock.changed = ARGV[3], true
+hold(KEYS[1], lock, nonce, weight, token, now + ARGV[7], now, ARGV[8])
 settle(KEYS[1], KEYS[2], lock, ARGV[1])
 return { 1, digits(now) }

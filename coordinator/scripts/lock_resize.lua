@@ -9,8 +9,6 @@
 -- ARGV[1] name      of the lock
 -- ARGV[2] capacity  integer > 0; 0: as its users declare again
 -- ARGV[3] declared  what this user declares
--- ARGV[4] cap_us    the longest lease that there can be
--- ARGV[5] wake      channel of wake-ups, up to the process
 -- Returns {1, capacity, used}; {0, kind} it is in use as something else
 --
 -- I1 Nothing is taken from those who hold. Lowered under them, it admits nobody until they fit.
@@ -19,7 +17,7 @@
 local now = server_us()
 local lock = load(KEYS[1], now)
 if lock.k and lock.k ~= "s" then return { 0, lock.k } end
-lock.k = "s"
+lock.k, lock.changed = "s", true
 local live = ARGV[2] ~= "0"
 lock.c = tonumber(live and ARGV[2] or ARGV[3])
 lock.v = live and tostring((tonumber(lock.v) or 0) + 1) or nil
@@ -30,8 +28,8 @@ if live then
 else
   redis.call("HDEL", KEYS[1], "v")
 end
-if grace_of(KEYS[5], now, ARGV[4]) <= now then
-  admit(KEYS[1], KEYS[2], KEYS[3], lock, now, "", ARGV[5])
+if grace_of(KEYS[5], now) <= now then
+  admit(KEYS[1], KEYS[2], KEYS[3], lock, now, "")
 end
 settle(KEYS[1], KEYS[4], lock, ARGV[1])
 return { 1, digits(lock.c), digits(lock.used) }

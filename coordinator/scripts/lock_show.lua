@@ -5,7 +5,7 @@
 -- KEYS[2] queue    zset   who waits, in order
 -- KEYS[3] waiters  hash   what they wait for
 -- ARGV[1] bound    how many holders and waiters are told at most
--- Returns {now_us, kind, capacity, live, token, {nonce, line, ...}, {nonce, ticket, line, ...}, waiting}
+-- Returns {now_us, kind, capacity, live, token, {nonce, line, about, ...}, {nonce, ticket, line, ...}, waiting}
 --
 -- I1 Nothing is written.
 
@@ -13,9 +13,10 @@ local now = server_us()
 local lock = load(KEYS[1], now)
 local bound, holders, shown = tonumber(ARGV[1]), {}, {}
 for nonce, each in pairs(lock.holders) do
-  if #holders < 2 * bound then
+  if #holders < 3 * bound then
     holders[#holders + 1] = nonce
     holders[#holders + 1] = each.line
+    holders[#holders + 1] = lock.about[nonce] or ""
   end
 end
 local waiting = redis.call("ZRANGE", KEYS[2], 0, bound - 1, "WITHSCORES")

@@ -286,7 +286,7 @@ async def test_the_queue_and_the_holders_have_bounds(records: Records) -> None:
     assert caught.value.reason == "queue_full"
     await records.desk.commands.call("DEL", queue)
     now_us = await records.desk.now_us()
-    lines = [w for n in range(1_000) for w in (f"h:r.{n}", f"1 {n} {now_us + 10**8} 1 1 {{}}")]
+    lines = [w for n in range(1_000) for w in (f"h:r.{n}", f"1 {n} {now_us + 10**8} 1")]
     await records.desk.commands.call("HSET", record, *lines)
     with pytest.raises(LockNotAcquired) as caught:
         await records.acquire(MUTEX, "p.2", "wait")
@@ -301,9 +301,7 @@ async def test_an_era_that_is_unknown_begins_with_a_grace(records: Records) -> N
     await records.refused("p.1", mode="try")
 
 
-async def test_another_run_of_the_server_begins_an_era(
-    records: Records, not_on_fake: Any
-) -> None:
+async def test_another_run_of_the_server_begins_an_era(records: Records, not_on_fake: Any) -> None:
     """L5: with a grace as long as the longest lease that was given."""
     not_on_fake("has no INFO in scripts")
     era = records.desk.names.lock("k")[4]

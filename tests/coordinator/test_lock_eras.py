@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import anyio
 import pytest
 
-from forebay.schemas.lock_errors import LeaseLost, LockNotAcquired
 from conftest import MakeServer
+from forebay.schemas.lock_errors import LeaseLost, LockNotAcquired
 from smithy import Forge, MakeForge, smithy
 from valkeyd import ValkeyServer
 from workshop import until
@@ -88,9 +88,7 @@ async def test_a_namespace_that_is_new_has_no_grace(make: MakeForge) -> None:
     assert await one.try_lock("l") is not None
 
 
-async def test_the_younger_of_two_who_reclaim_has_it(
-    make: MakeForge, server: ValkeyServer
-) -> None:
+async def test_the_younger_of_two_who_reclaim_has_it(make: MakeForge, server: ValkeyServer) -> None:
     """The higher token wins, whoever comes first, and the other is told."""
     one, two = await make("one"), await make("two")
     old = await one.lock("l", lease=2).acquire()
