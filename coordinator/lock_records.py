@@ -61,6 +61,7 @@ class LockRecords:
         handed: Handed,
     ) -> None:
         self.highest = 0  #: of all tokens that this process has seen
+        self.run = ""  #: of the server, as it said in the connection that is there; else empty
         self._commands = commands
         self._names = names
         self._clock = clock
@@ -80,6 +81,7 @@ class LockRecords:
             terms.lease_us,
             mode,
             self.highest,
+            self.run,
             terms.about,
         ]
         sent_at = self._clock.monotonic()
@@ -104,7 +106,7 @@ class LockRecords:
 
     async def release(self, name: str, nonce: str) -> bool:
         """Give back a lease or a place in the queue; false if there was none, or not any more."""
-        args: list[Arg] = [name, nonce]
+        args: list[Arg] = [name, nonce, self.run]
         sent_at = self._clock.monotonic()
         code, handed = await run(self._commands, self._release, self._names.lock(name), args)
         if handed:
@@ -117,7 +119,7 @@ class LockRecords:
             Call(
                 script=self._release,
                 keys=self._names.lock(name),
-                args=[name, nonce],
+                args=[name, nonce, self.run],
             )
             for name, nonce in pairs
         ]

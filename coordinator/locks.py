@@ -22,7 +22,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Protocol, Unpack
+from typing import NoReturn, Protocol, Unpack
 
 import anyio
 import structlog
@@ -36,6 +36,7 @@ from ..schemas.locks import LockView
 from .clock import Clock
 from .grants import Confirms, Grants
 from .instruments import Instruments
+from .introduction import read_info
 from .lease import Lease
 from .link import Commands
 from .lock_kinds import LockOptions, LockSource, ReadWriteLock, Semaphore, Wanted
@@ -93,6 +94,8 @@ class Locks:
             commands, names, scripts, clock=clock, handed=self._queue.handed
         )
         self._clock = clock
+        self._connections = 0
+        self._strange = anyio.Event()  # a connection whose server may be another
         self._reaper = Reaper(records, clock=clock, instruments=instruments)
         self._renewals = Renewals(
             records,
@@ -188,7 +191,11 @@ class Locks:
             log.info("locks.grace", left_s=round(left_s, 3))
 
     def connection_changed(self, connected: bool) -> None:
+        """To be told before anything is sent in a new connection."""
+        self._records.run = ""
+        self._connections += 1
         if connected:
+            self._strange.set()
             self._renewals.connected()
             self._queue.ring_all()
 
@@ -202,12 +209,27 @@ class Locks:
             async with anyio.create_task_group() as tasks:
                 await tasks.start(self._renewals.run)
                 await tasks.start(self._reaper.run)
+                tasks.start_soon(self._ask_run)
                 task_status.started()
         finally:
             for each in forget:
                 each()
             with anyio.move_on_after(_STOP_S, shield=True):
                 await self._stop()
+
+    async def _ask_run(self) -> NoReturn:
+        """Know which run of the server answers, so that scripts need not look."""
+        while True:
+            self._strange = anyio.Event()
+            connections = self._connections
+            try:
+                info = read_info(await self._commands.call("INFO", "server"))
+            except ForebayError as error:
+                log.debug("locks.run_unknown", error=str(error))
+            else:
+                if connections == self._connections:
+                    self._records.run = info.get("run_id", "")
+            await self._strange.wait()
 
     async def _stop(self) -> None:
         for nonce in list(self._renewals.held):

@@ -14,7 +14,8 @@
 -- ARGV[6] lease_us  integer > 0
 -- ARGV[7] mode      try: do not wait; wait; barge: pass by those who wait
 -- ARGV[8] floor     largest token that the caller knows of this lock, or 0
--- ARGV[9] about     who and what for; one line
+-- ARGV[9] run       id of the run of this server, if known; else empty
+-- ARGV[10] about    who and what for; one line
 -- Returns {1, token, handed} granted; {0, left_us, holder, head, handed} it waits (head: it
 --         is the first) or was refused, and in so long something ends; {-1, bound} the queue is full;
 --         {-2, kind} it is in use as something else; {-3, bound} there are too many holders.
@@ -47,12 +48,12 @@ if not lock.v and (lock.k ~= ARGV[3] or lock.c ~= tonumber(ARGV[4])) then
 end
 lock.t = math.max(lock.t, tonumber(ARGV[8]))
 
-local grace, longest = grace_of(KEYS[5], now)
+local grace, longest = grace_of(KEYS[5], now, ARGV[9])
 local head
 if queued then head = first_alive(KEYS[2], KEYS[3], now) end
 if grace <= now and fits(lock, weight) and (not head or head == nonce or mode == "barge") then
   local token, handed = math.max(lock.t + 1, now), {}
-  hold(KEYS[1], lock, nonce, weight, token, now + lease_us, now, ARGV[9])
+  hold(KEYS[1], lock, nonce, weight, token, now + lease_us, now, ARGV[10])
   if head then
     redis.call("ZREM", KEYS[2], nonce)
     redis.call("HDEL", KEYS[3], nonce)
@@ -70,7 +71,7 @@ if mode ~= "try" then
     local last = redis.call("ZREVRANGE", KEYS[2], 0, 0, "WITHSCORES")
     redis.call("ZADD", KEYS[2], digits(math.max((tonumber(last[2]) or 0) + 1, now)), nonce)
   end
-  redis.call("HSET", KEYS[3], nonce, string.format("%.0f %.0f %.0f %s", now, weight, lease_us, ARGV[9]))
+  redis.call("HSET", KEYS[3], nonce, string.format("%.0f %.0f %.0f %s", now, weight, lease_us, ARGV[10]))
   redis.call("PEXPIRE", KEYS[2], KEEP_MS)
   redis.call("PEXPIRE", KEYS[3], KEEP_MS)
   if grace <= now then

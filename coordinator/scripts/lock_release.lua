@@ -8,6 +8,7 @@
 -- KEYS[5] era      hash   which run of the server these locks are from
 -- ARGV[1] name     of the lock
 -- ARGV[2] nonce    whose lease or place in the queue it is
+-- ARGV[3] run      id of the run of this server, if known; else empty
 -- Returns {1, handed} released, or left the queue; {2, {}} it was the last to be released, before;
 --         {0, {}} it is neither. handed: nonces and tokens of the same process that have it now
 --
@@ -27,7 +28,7 @@ else
   return { lock.r == nonce and 2 or 0, {} }
 end
 local handed = {}
-if redis.call("EXISTS", KEYS[2]) == 1 and grace_of(KEYS[5], now) <= now then
+if redis.call("EXISTS", KEYS[2]) == 1 and grace_of(KEYS[5], now, ARGV[3]) <= now then
   handed = admit(KEYS[1], KEYS[2], KEYS[3], lock, now, process_of(nonce))
 end
 settle(KEYS[1], KEYS[4], lock, ARGV[1])
