@@ -168,7 +168,7 @@ class Backend(anyio.AsyncContextManagerMixin):
 
     @asynccontextmanager
     async def blocking_link(self, name: str) -> AsyncGenerator[AnyLink]:
-        """A connection for one user, on which XREAD may block."""
+        """A connection for one user, on which XREAD and WAIT may block."""
         link: AnyLink
         if isinstance(self.choice, UseFake):
             server, breaker = shared_server(self._fake_name), self._breaker(name)

@@ -87,6 +87,8 @@ _STREAM = ("stream", ("events", "writes", "refreshes"))
 _KIND = ("kind", ("changed", "dropped", "bumped", "extended"))
 _TIER = ("tier", ("near", "shared", "source"))
 _OUTCOME = ("result", ("hit", "stale", "miss", "negative", "error", "refused"))
+_WAY = ("way", ("put", "through", "around", "behind"))
+_END = ("result", ("stored", "refused", "unknown"))
 _EXTERNAL = ("kind", ("set", "deleted", "flushed", "missed", "overflow"))
 _BREAKER = ("state", ("closed", "open", "half_open"))
 
@@ -133,6 +135,7 @@ CATALOGUE = (
     Instrument("writebehind_queue_entries", "Writes that no sink has stored yet."),
     Instrument("writebehind_flush_seconds", "One batch to a sink.", ("sink", "result"), COARSE_S),
     Instrument("writebehind_rows_total", "Rows given to a sink.", ("sink", "result")),
+    Instrument("writes_total", "Writes through a cache, by their end.", ("cache", _WAY, _END)),
     Instrument("owned_shards", "Shards whose ordered work this node does."),
     Instrument(
         "ownership_changes_total",

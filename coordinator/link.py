@@ -37,7 +37,7 @@ from .breaker import Breaker, BreakerState
 from .clock import Clock
 from .dialer import Dialed, Dialer
 from .listeners import Listeners
-from .shareable import BLOCKING_READS, GUARDED, check_shareable
+from .shareable import ALONE, GUARDED, check_shareable
 from .sweeper import Sweeper
 from .waiting import Arg, Batch, Due, Parked, Reply, Slot, Waiter, expire
 from .wire import CommandWire, Tally
@@ -83,7 +83,7 @@ class Link:
         clock: Clock,
         rng: random.Random,
         breaker: Breaker,
-        blocking: bool = False,  # it has one user, whose reads may hold everything up
+        blocking: bool = False,  # it has one user, who may hold everything up
     ) -> None:
         self.name = name
         self._blocking = blocking
@@ -143,7 +143,7 @@ class Link:
 
     def _enqueue(self, commands: list[tuple[Arg, ...]], waiter: Waiter, timeout_ms: int) -> None:
         for args in commands:
-            if args[0] in GUARDED and not (self._blocking and args[0] in BLOCKING_READS):
+            if args[0] in GUARDED and not (self._blocking and args[0] in ALONE):
                 check_shareable(args)
         packed = [pack_command(args) for args in commands]
         wire = self._admit(len(commands))

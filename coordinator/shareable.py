@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ..schemas.errors import NotShareable
 
-__all__ = ["BLOCKING_READS", "GUARDED", "check_shareable"]
+__all__ = ["ALONE", "BLOCKING_READS", "GUARDED", "check_shareable"]
 
 _HOLDS_UP = "holds up the replies of everybody else"
 _CHANGES = "changes the connection for everybody else"
@@ -26,6 +26,7 @@ _KINDS = {
 }
 _PROBLEMS = {name: problem for names, problem in _KINDS.items() for name in names.split()}
 BLOCKING_READS = ("XREAD", "XREADGROUP")
+ALONE = (*BLOCKING_READS, "WAIT")  #: may hold up the connection of whoever has it alone
 _CLIENT_MODES = ("REPLY", "TRACKING", "CACHING", "NO-TOUCH")
 
 

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, overload
 
 from ..schemas.errors import ConfigError, InvalidKey
-from ..schemas.settings import Settings
+from ..schemas.settings import LEASE_MS_MAX, CacheDefaults
 from .cache.cached import Cached
-from .cache.declaration import Declaration, policy_of
+from .cache.declaration import Declaration, exceptions, policy_of
 from .cache.policy import OnDisconnected
 from .hooks import Hook
 from .sinks.base import Sink, Write
@@ -94,11 +94,13 @@ class Declarations:
             depends_on=tuple(depends_on),
             max_staleness=max_staleness,
             on_disconnected=on_disconnected,
-            harmless=tuple(harmless),
+            harmless=exceptions("harmless", harmless),
             mutable=mutable,
             name=name,
         )
-        policy_of(declared, Settings().cache)  # so that what is wrong is refused here
+        # So that what is wrong is refused here; by the longest lease, since the node's own is
+        # known only when it starts, and then it is looked at again.
+        policy_of(declared, CacheDefaults(lease_ms=LEASE_MS_MAX))
 
         def declare(loader: Loader[P, T]) -> Cached[P, T]:
             self._only_before_start()

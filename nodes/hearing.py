@@ -34,7 +34,7 @@ class Hearing:
         self._waits = waits
         self._clock = clock
         self._server_clock = server_clock
-        self._shards = shards
+        self._shards = {str(shard).encode(): shard for shard in range(shards)}
 
     def apply(self, version: int, notice: Notice) -> None:
         """Take in what a notice says."""
@@ -68,8 +68,8 @@ class Hearing:
             for path in self.paths:
                 if path.name.encode() == rest:
                     path.loads.source.heard(failing=kind == b"f")
-        elif kind in told and rest.isdigit() and int(rest) < self._shards:
-            told[kind](int(rest))
+        elif kind in told and rest in self._shards:
+            told[kind](self._shards[rest])
 
     def _noticed(self, key: str, version: int) -> None:
         for path in self.paths:
@@ -86,7 +86,7 @@ class Hearing:
     def _extended(self, version: int, notice: Extended) -> None:
         # By this node's clock, as by the server's: whichever comes first.
         told_at = version / 1e6 - self._server_clock.offset_s
-        fresh_until = min(told_at, self._clock.monotonic()) + notice.soft_ms / 1000
+        soft_until = min(told_at, self._clock.monotonic()) + notice.soft_ms / 1000
         for path in self.paths:
-            path.near.extend(notice.key, notice.since, version, fresh_until)
+            path.extended(notice, version, soft_until)
         self._waits.wake(notice.key)

@@ -53,6 +53,7 @@ from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
 from .workers.routes import Routes
+from .writing import Writing
 
 __all__ = ["Running", "running"]
 
@@ -112,12 +113,14 @@ class Running:
             for cached in routes.caches.values()
         ]
         self.hearing.paths = self.paths
+        self.writing = self._writing()
         self.dead_letters = DeadLetters(
             backend.link, self.names, instruments, entries_max=durable.dead_letters_max
         )
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = self._locks()
+        self.locks.replication = self.writing.replication
         self.guards = Guards(backend.link, self.scripts)
         self.crew: Crew | None = None
 
@@ -151,6 +154,14 @@ class Running:
             behind=self.routes.behind,
         )
 
+    def _writing(self) -> Writing:
+        made = Writing(
+            self.backend, self.names, self.scripts, self.routes, self.core, self.settings.valkey
+        )
+        for cached in self.routes.caches.values():
+            cached.bind_writes(self.core, made.parts)
+        return made
+
     def _refreshes(self) -> Refreshes:
         settings = self.settings
         return Refreshes(
@@ -171,7 +182,9 @@ class Running:
             for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
                 self.apply(0, version, notice)
         finally:
-            scope.forget(keys, more=bool(tags))  # also if the outcome is unknown
+            # Also if the outcome is unknown; with what depends on them, whatever that is.
+            more = bool(tags) or any(key in self.tags for key in keys)
+            scope.forget(keys, more=more)
 
     def apply(self, shard: int, version: int, notice: Notice) -> None:
         """Take in what a notice says."""
@@ -187,7 +200,7 @@ class Running:
         if payload.startswith(b"x "):
             self.explaining.asked(payload[2:])
             return
-        told = {b"r": self.refreshes.bell}
+        told = {b"r": self.refreshes.bell, b"d": self.writing.checkpoint_moved}
         if self.crew is not None:
             told[b"w"] = self.crew.writes.bell
         self.hearing.word(payload, told)
@@ -223,6 +236,7 @@ class Running:
         await self.tasks.start(self.locks.run, doorbell)
         await self.follower.sweep()
         self.tasks.start_soon(self.follower.run)
+        self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
             await self.tasks.start(self.refreshes.run)
 
@@ -259,6 +273,7 @@ class Running:
             names=self.names,
             scripts=self.scripts,
             routes=self.routes,
+            outlets=self.writing.outlets,
             core=self.core,
             dead_letters=self.dead_letters,
             settings=self.settings,
@@ -290,6 +305,7 @@ async def running(
         tasks = await stack.enter_async_context(background_tasks())
         stack.callback(_unbind, routes)
         self = Running(settings, backend, routes, instruments, node_id, tasks)
+        stack.push_async_callback(self.writing.aclose)
         with _faults_of(backend, settings, origins):
             await self.check_birth(origins)
             await self.follow(stack)

@@ -17,6 +17,7 @@ __all__ = [
     "BreakerOpen",
     "ConfigError",
     "CoordinationError",
+    "DeadLettered",
     "Disconnected",
     "FatalSinkError",
     "Fenced",
@@ -24,6 +25,8 @@ __all__ = [
     "InvalidEntry",
     "InvalidEvent",
     "InvalidKey",
+    "KeyBusy",
+    "Level",
     "LoaderError",
     "NewerSchema",
     "NotShareable",
@@ -37,8 +40,10 @@ __all__ = [
     "TimedOut",
     "TransientSinkError",
     "Unavailable",
+    "Unconfirmed",
 ]
 
+Level = Literal["accepted", "replicated", "sink"]  #: how far a write has got
 EventFault = Literal[
     "undecodable",
     "oversized",
@@ -148,6 +153,42 @@ class Backpressure(ForebayError):
         self.bound = bound
 
 
+class Unconfirmed(ForebayError):
+    """Raised when a write was accepted, and what was asked for beyond that did not come in time.
+
+    It may be there or still get there: repeat the write, with the same event id if it has one.
+    """
+
+    def __init__(self, level: Level, reached: Level, waited_ms: int) -> None:
+        problem = f"{reached}, but not known to be {level} after {waited_ms} ms"
+        super().__init__(f"{problem}; it may get there yet, repeat it")
+        self.level: Level = level
+        self.reached: Level = reached
+        self.waited_ms = waited_ms
+
+
+class KeyBusy(ForebayError):
+    """Raised when others had a key for longer than the caller would wait; nothing was done."""
+
+    def __init__(self, key: str, holder: Literal["lease", "write_behind"], waited_ms: int) -> None:
+        what = {"lease": "a load or write", "write_behind": "a write-behind"}[holder]
+        super().__init__(f"{what} of {key!r} is not over after {waited_ms} ms; try again")
+        self.key = key
+        self.holder = holder
+        self.waited_ms = waited_ms
+
+
+class DeadLettered(ForebayError):
+    """Raised when a write-behind went to the dead letters: the source will never have it."""
+
+    def __init__(self, key: str, job_id: str, reason: str, problem: str) -> None:
+        super().__init__(f"the write of {key!r} is a dead letter ({reason}): {problem}")
+        self.key = key
+        self.job_id = job_id
+        self.reason = reason
+        self.problem = problem
+
+
 class Fenced(ForebayError):
     """Raised when another owner has taken over: whatever was under way must stop."""
 
@@ -240,7 +281,14 @@ class SourceFailing(LoaderError):
 
 
 class SinkError(ForebayError):
-    """The base of what a sink raises; the class says what the worker does next."""
+    """The base of what a sink raises; the class says what the worker does next.
+
+    ``outcome_unknown`` is true when the batch may have been stored all the same.
+    """
+
+    def __init__(self, problem: str = "", *, outcome_unknown: bool = False) -> None:
+        super().__init__(problem)
+        self.outcome_unknown = outcome_unknown
 
 
 class TransientSinkError(SinkError):

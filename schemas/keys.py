@@ -15,8 +15,9 @@
     forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  roster
     forebay:shop:wake:PROCESS   channel  a lock is yours, or is so no more
     forebay:shop:failing:CACHE  string, expires  who tries the failing source of a cache
-    forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  new jobs
+    forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  jobs
     forebay:shop:reply:HEX  channel  answers to one who asked all nodes on :work
+    forebay:shop:mark:ID    string, expires  written by the node ID to see what is replicated
 
 I1  All names of a shard share one hash tag, so one script may touch them all.
 I2  ``shard_of`` is crc32(key) % shards: any language can compute it.
@@ -220,6 +221,9 @@ class Names:
 
     def shard(self, key: str) -> int:
         return crc32(key.encode()) % self.shards
+
+    def marker(self, node_id: str) -> str:
+        return f"forebay:{self.namespace}:mark:{node_id}"
 
     def entry(self, key: str) -> str:
         return self._entry_prefixes[crc32(key.encode()) % self.shards] + key

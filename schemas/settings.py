@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 __all__ = [
+    "LEASE_MS_MAX",
     "CacheDefaults",
     "Compression",
     "Durable",
@@ -28,6 +29,7 @@ __all__ = [
     "Workers",
 ]
 
+LEASE_MS_MAX = 600_000
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Millis = Annotated[int, Meta(ge=1, le=86_400_000)]
 Count = Annotated[int, Meta(ge=1, le=100_000_000)]
@@ -82,6 +84,7 @@ class Valkey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     breaker_recovery_ms: Millis = 2_000
     reconnect_jitter_ms: Millis = 250  #: spread before the first try of a reconnect
     reconnect_max_ms: Millis = 5_000
+    replicas_min: Annotated[int, Meta(ge=1, le=16)] = 1  #: that "replicated" asks for
 
 
 class Http(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -117,7 +120,7 @@ class CacheDefaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     value_bytes_max: Annotated[int, Meta(ge=1, le=67_108_864)] = 1_048_576
     compression: Compression = "zlib"  #: of what is written; zstd needs forebay[zstd]
     compress_over_bytes: Annotated[int, Meta(ge=0, le=67_108_864)] = 1_024
-    lease_ms: Annotated[int, Meta(ge=100, le=600_000)] = 10_000  #: one load takes no longer
+    lease_ms: Annotated[int, Meta(ge=100, le=LEASE_MS_MAX)] = 10_000  #: one load takes no longer
     jitter: Annotated[float, Meta(ge=0, le=0.5)] = 0.05
     throttle_ms: Millis = 1_000  #: how long a source is left alone that failed for a key
     breaker_failures: Annotated[int, Meta(ge=1, le=1_000)] = 5  #: of loads in a row, per cache

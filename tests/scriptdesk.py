@@ -150,6 +150,17 @@ class Desk:
         args.append(MINUTE_MS)
         return list(await self.run("entry_write", keys, *args))
 
+    async def fill_write(
+        self, token: str, value: str = "written", *, key: str = "k"
+    ) -> list[Reply]:
+        said = self._said(Changed(key, outdates=True), self.names.shard(key))
+        args: list[Arg] = [token, MINUTE_MS, 2 * MINUTE_MS, tail_of(value), *said, MINUTE_MS]
+        keys = [*self.entry_keys(key), self.names.tag(key)]
+        return list(await self.run("write_fill", keys, *args))
+
+    async def begin_write(self, token: str, *, key: str = "k") -> list[Reply]:
+        return list(await self.run("write_begin", self.entry_keys(key), token, MINUTE_MS))
+
     async def release(self, token: str, *, key: str = "k") -> int:
         return int(await self.run("lease_release", [self.names.lease(key)], token))
 
@@ -161,6 +172,15 @@ class Desk:
         slots += [name for key in keys for name in names.of_key(key)]
         args: list[Arg] = [*self._said(Dropped(keys, soft), shard), mark, int(soft), MINUTE_MS]
         return list(await self.run("entries_invalidate", slots, *args))
+
+    async def touch(self, *keys: str) -> list[Reply]:
+        """Keys of one shard, by default ``k``."""
+        keys = keys or ("k",)
+        names, shard = self.names, self.names.shard(keys[0])
+        slots = [self.part("head", shard), self.part("log", shard)]
+        slots += [name for key in keys for name in names.of_key(key)]
+        said = self._said(Dropped(keys, soft=True), shard)
+        return list(await self.run("entry_touch", slots, *said, MINUTE_MS))
 
     async def refresh(self, token: str, *, key: str = "k", seen: int = -1, bound: int = 100) -> int:
         shard = self.names.shard(key)
@@ -188,7 +208,8 @@ class Desk:
         shard = self.names.shard(tags[0])
         keys = [self.part("head", shard), *map(self.names.tag, tags)]
         found = [int(each) for each in await self.run("tags_capture", keys, MINUTE_MS)]
-        return list(zip(found[::3], found[1::3], found[2::3], strict=True))
+        self.changed = found[2::3]  # when a key of the shard was last changed, if it was made
+        return [(v, hard, int(made > 0)) for v, hard, made in zip(*[iter(found)] * 3, strict=True)]
 
     # Logs, owners, streams
 
@@ -214,6 +235,7 @@ class Desk:
         keys = [self.part("own"), self.part("done"), self.part("writes")]
         keys += [self.names.entry(key) for key, _ in sunk]
         args: list[Arg] = [owner, epoch, "writes", position, f"{ms}-{int(seq) + 1}"]
+        args += [self.names.work, self.shard]
         args += [version for _, version in sunk]
         return list(await self.run("checkpoint_commit", keys, *args))
 

@@ -290,11 +290,14 @@ def without_sentence(file: Source) -> Iterator[str]:
             yield f"{file.path}:{function.lineno}: {function.name}"
 
 
+_ASSERTS = r"\bassert\b|raises|warns|check|expect|verify|until\(|eventually\(|fail\("
+
+
 def asserts_nothing(file: Source) -> Iterator[str]:
     for function in functions(file.tree):
         if function.name.startswith("test_"):
             code = "\n".join(ast.unparse(each) for each in function.body)
-            if not re.search(r"\bassert\b|raises|warns|check|expect|verify|until\(|fail\(", code):
+            if not re.search(_ASSERTS, code):
                 yield f"{file.path}:{function.lineno}: {function.name}"
 
 

@@ -81,7 +81,9 @@ local function bump_tag(tag, version, soft, keep_ms)
   redis.call("SET", tag, value, "PX", keep_ms)
 end
 
--- Whatever depends on a key carries a tag named after it; where there is no such tag, nothing does.
-local function outdate_dependents(named_after, version, soft, keep_ms)
+-- Whatever depends on a key carries a tag named after it; where there is no such tag, nothing does
+-- yet: whoever makes it later finds in the head (o) whether a key of the shard changed meanwhile.
+local function outdate_dependents(head, named_after, version, soft, keep_ms)
+  redis.call("HSET", head, "o", version)
   if redis.call("EXISTS", named_after) == 1 then bump_tag(named_after, version, soft, keep_ms) end
 end

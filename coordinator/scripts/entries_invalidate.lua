@@ -33,7 +33,7 @@ for i = 3, #KEYS, 3 do
     redis.call("UNLINK", KEYS[i])
   end
   redis.call("DEL", KEYS[i + 1])
-  outdate_dependents(KEYS[i + 2], version, ARGV[5] == "1", ARGV[6])
+  outdate_dependents(KEYS[1], KEYS[i + 2], version, ARGV[5] == "1", ARGV[6])
 end
 if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "m", ARGV[4]) end
 return { 1, version }

@@ -31,5 +31,5 @@ else
 end
 redis.call("DEL", KEYS[2])
 local version = string.format("%.0f", change.version)
-outdate_dependents(KEYS[5], version, false, ARGV[7])
+outdate_dependents(KEYS[3], KEYS[5], version, false, ARGV[7])
 return { version, string.format("%.0f", soft_at), string.format("%.0f", hard_at) }

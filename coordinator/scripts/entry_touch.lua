@@ -27,6 +27,6 @@ announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
 local version = string.format("%.0f", change.version)
 for _, i in ipairs(foreign) do
   redis.call("DEL", KEYS[i + 1])
-  outdate_dependents(KEYS[i + 2], version, false, ARGV[4])
+  outdate_dependents(KEYS[1], KEYS[i + 2], version, false, ARGV[4])
 end
 return { #foreign, version }

@@ -38,7 +38,7 @@ announce(change, KEYS[3], KEYS[4], ARGV[5], ARGV[6], ARGV[4])
 local id = redis.call("XADD", KEYS[5], "*", "v", version, "j", ARGV[7])
 redis.call("SET", KEYS[1], envelope(change.version, soft_at, hard_at, change.version, ARGV[3]))
 redis.call("DEL", KEYS[2])
-outdate_dependents(KEYS[7], version, false, ARGV[12])
+outdate_dependents(KEYS[3], KEYS[7], version, false, ARGV[12])
 if ARGV[10] ~= "" then redis.call("HSET", KEYS[3], "m", ARGV[10]) end
 if ARGV[11] ~= "0" then redis.call("SET", KEYS[6], version, "PX", ARGV[11]) end
 redis.call("PUBLISH", ARGV[9], "w " .. ARGV[6])

@@ -1,10 +1,11 @@
 -- The versions of tags of one shard, before a loader starts; a tag without one gets one.
 -- With _change.lua.
 --
--- KEYS[1] head     hash   newest version of the shard
+-- KEYS[1] head     hash   newest version of the shard, and of what outdated anything (o)
 -- KEYS[2..] the tags' versions
 -- ARGV[1] keep_ms  how long a tag version is kept unused
--- Returns for each tag in turn: version and hard version, as text, and 1 if it was made now
+-- Returns for each tag in turn: version and hard version, as text, and if it was made now, the
+--         version of the newest change in the shard that outdated anything, or 1; 0 otherwise
 --
 -- I1 A tag that was lost never gets a version that an entry may carry already.
 
@@ -21,7 +22,7 @@ for i = 2, #KEYS do
       drawn = string.format("%.0f", math.max(previous + 1, server_us()))
       redis.call("HSET", KEYS[1], "v", drawn)
     end
-    version, hard, made = drawn, drawn, 1
+    version, hard, made = drawn, drawn, redis.call("HGET", KEYS[1], "o") or 1
     redis.call("SET", KEYS[i], version, "PX", ARGV[1])
   end
   found[#found + 1] = version

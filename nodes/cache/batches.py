@@ -9,7 +9,8 @@ G1  Loads that begin in one tick of the loop share a call; those of one bulk rea
 G2  What the loader does not return is absent; an exception as a value fails that key alone. What
     it raises fails all keys of the call, each with an exception object of its own.
 G3  A call is for at most ``batch_max`` keys, and lasts no longer than ``limit_s``.
-G4  Cancelling one load leaves the call to the others; the call is made in the node's tasks.
+G4  Cancelling one load leaves the call to the others; the call is made in the node's tasks,
+    which a loader that is cancelled from inside does not end.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ...schemas.errors import LoaderError, Unavailable
-from .failures import own_copy
+from .failures import CallFailed, own_copy
+from .flights import flying, flying_with
+from .loading import under_way
 
 __all__ = ["BatchLoader", "Batches", "Group"]
 
 BatchLoader = Callable[[list[Any]], Awaitable[Mapping[Any, Any]]]
-_Asked = tuple[Any, asyncio.Future[Any]]
+_Asked = tuple[Any, asyncio.Future[Any], tuple[Any, ...]]  #: with the loads that wait for it
 
 BATCH_MAX = 1_000
 
@@ -103,7 +106,7 @@ class Batches:
     async def load(self, item: Any, member: Member | None = None) -> Any:
         """The value of one item, from a call for several."""
         loop = asyncio.get_running_loop()
-        asked: _Asked = item, loop.create_future()
+        asked: _Asked = item, loop.create_future(), flying()
         if member is None or not member.ask(asked):
             if not self._tick:
                 loop.call_soon(self._flush_tick)
@@ -125,14 +128,22 @@ class Batches:
 
     async def _call(self, asked: Sequence[_Asked]) -> None:
         try:
-            with anyio.move_on_after(self._limit_s) as scope:
-                found = await self._loader([item for item, _ in asked])
+            above = [flight for _, _, flights in asked for flight in flights]
+            with flying_with(above), under_way(None), anyio.move_on_after(self._limit_s) as scope:
+                found = await self._loader([item for item, _, _ in asked])
                 self._share_out(asked, found)
             if scope.cancelled_caught:
                 problem = "the batch took longer than its lease"
                 self._fail(asked, LoaderError(self._cache, "", problem))
         except Exception as error:
             self._fail(asked, error)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                self._fail(asked, Unavailable("the node is stopping"))
+                raise
+            # Nobody cancelled us: it waited for something that was cancelled.
+            self._fail(asked, LoaderError(self._cache, "", "it was cancelled from inside"))
         except BaseException:
             self._fail(asked, Unavailable("the node is stopping"))
             raise
@@ -141,7 +152,7 @@ class Batches:
         if not isinstance(found, Mapping):
             problem = f"the batch loader returned {type(found).__name__}, and no mapping"
             raise LoaderError(self._cache, "", problem)
-        for item, future in asked:
+        for item, future, _ in asked:
             value = found.get(item)
             if future.done():
                 continue
@@ -151,6 +162,9 @@ class Batches:
                 future.set_result(value)
 
     def _fail(self, asked: Sequence[_Asked], error: Exception) -> None:
-        for item, future in asked:
+        call = CallFailed(f"a call for {len(asked)} keys of {self._cache}")
+        for item, future, _ in asked:
             if not future.done():
-                future.set_exception(own_copy(error, self._cache, str(item)))
+                twin = own_copy(error, self._cache, str(item))
+                twin.__cause__ = call
+                future.set_exception(twin)

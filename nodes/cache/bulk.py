@@ -74,6 +74,8 @@ class BulkReads(Generic[T]):
         member: Member | None,
         found: dict[str, Hit[T] | Exception],
     ) -> None:
+        if member is not None and key in self._path.flights:
+            member.leave()  # another's load brings it, who may take long
         try:
             found[key] = await self._path.load(key, call, todo)
         except Exception as error:

@@ -9,6 +9,9 @@
     await product(42)                                   # typed as before
     await product.get_with_info(42)                     # with tier, age, stale, version
     await product.many([1, 2, 3])                       # one look, one load
+    await product.put(42, value)                        # a value known to be the newest
+    await product.write_through(42, value)              # the sink, then the entry
+    await product.write_around(42, value)               # the sink, and no entry
     await product.write_behind(42, value)               # the entry now, the sink soon
     await product.invalidate(42)
 
@@ -22,9 +25,8 @@ import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
-from ...schemas.errors import ConfigError, ForebayError, InvalidKey, PartialFailure
-from ...schemas.jobs import Invalidates, RefreshJob, WriteJob
-from ...schemas.keys import check_key
+from ...schemas.errors import ConfigError, ForebayError, PartialFailure
+from ...schemas.jobs import RefreshJob
 from ...schemas.settings import CacheDefaults, Limits
 from . import scope
 from .batches import Batches, BatchLoader, Member
@@ -35,12 +37,12 @@ from .declaration import Declaration, policy_of
 from .keying import Keying
 from .loads import LoadPath
 from .near import NearCache, NearEntry
-from .packing import Packed
 from .policy import Policy
 from .reads import ReadPath
-from .shared import Receipt
 from .source import source_of
 from .warming import How, Items, WarmReport, warm
+from .writable import Writable
+from .writes import WriteParts, WritePath
 
 __all__ = ["Cached"]
 
@@ -48,11 +50,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 B = TypeVar("B", bound=BatchLoader)
 
-_INVALIDATES_MAX = 1_000  #: what a write job may carry
 _BATCH_OF_LEASE = 0.9
 
 
-class Cached(Generic[P, T]):
+class Cached(Writable[T], Generic[P, T]):
     """Callable like the loader it wraps; must be used while its node runs."""
 
     def __init__(self, loader: Callable[P, Awaitable[T]], declared: Declaration) -> None:
@@ -170,61 +171,6 @@ class Cached(Generic[P, T]):
         self._batch_loader = loader
         return loader
 
-    async def write_behind(
-        self,
-        *args: Any,
-        invalidates_keys: Sequence[str] = (),
-        invalidates_tags: Sequence[str] = (),
-    ) -> Receipt:
-        """Store a value now and have it written to the sink soon.
-
-        The last argument is the value (None deletes), the ones before are the loader's. Keys
-        and tags in ``invalidates`` are invalidated when the sink has the value.
-
-        Raises:
-            Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
-            InvalidKey: one in ``invalidates`` cannot be a key, or there are too many.
-        """
-        *arguments, value = args
-        after = Invalidates(
-            keys=_checked("invalidates_keys", invalidates_keys),
-            tags=_checked("invalidates_tags", invalidates_tags),
-        )
-        return await self.write_value(self.key(*arguments), value, after)
-
-    async def write_value(self, key: str, value: T | None, after: Invalidates) -> Receipt:
-        """As ``write_behind``, by key."""
-        path = self.path
-        tags = await path.loads.tags_of(self._labels_of(self.keying.fields(key)))
-        kept = self._copies.kept(value)
-        packed = path.loads.pack(kept, tags)
-        job = WriteJob(key=key, value=packed.payload, invalidates=after)
-        reservation = path.near.reserve(key)
-        try:
-            receipt = await path.shared.write(
-                job, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
-            )
-            if receipt.stamp is not None:
-                path.noticed(key, receipt.stamp.version)
-                if value is not None:
-                    size = len(packed.payload or b"")
-                    path.loads.keep_stamped(reservation, receipt.stamp, kept, tags, size)
-        finally:
-            path.near.release(reservation)
-            scope.forget((key,))  # also if the outcome is unknown
-        return receipt
-
-    async def pack_published(self, key: str, raw_json: bytes, ttl_ms: int | None) -> Packed:
-        """A published value, checked against the declared type; JSON null deletes.
-
-        Raises:
-            msgspec.ValidationError: it is not of that type. InvalidEntry: it is too large.
-        """
-        path = self.path
-        value = None if raw_json.strip() == b"null" else path.codec.convert(raw_json)
-        tags = await path.loads.tags_of(self._labels_of(self.keying.fields(key)))
-        return path.loads.pack(value, tags, ttl_ms=ttl_ms)
-
     async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Have every node forget the entry, before this returns on this node."""
         await self.path.invalidate(self.key(*args, **kwargs))
@@ -283,9 +229,19 @@ class Cached(Generic[P, T]):
         self._near_get = near.get
         return self._path
 
+    def bind_writes(self, core: Core, parts: WriteParts) -> None:
+        """Called by the node after ``bind``."""
+        self._writes = WritePath(
+            core,
+            parts,
+            self.path,
+            labels_of=lambda key: self._labels_of(self.keying.fields(key)),
+            kept=self._copies.kept,
+        )
+
     def unbind(self) -> None:
         self._near_hits_before = self.near_hits
-        self._path, self._batches = None, None
+        self._path = self._batches = self._writes = None
         self._near_get = _not_running
 
     def policy(self, defaults: CacheDefaults) -> Policy:
@@ -326,12 +282,6 @@ class Cached(Generic[P, T]):
         """All tags that a value carries: its own, those of what it depends on."""
         tags, keys = self.keying.labels(fields)
         return list(dict.fromkeys([*tags, *self._behind(keys)])) if keys else tags
-
-
-def _checked(name: str, keys: Sequence[str]) -> tuple[str, ...]:
-    if len(keys) > _INVALIDATES_MAX:
-        raise InvalidKey(name, f"{len(keys)} keys", f"are over {_INVALIDATES_MAX}")
-    return tuple([check_key(key, name=name) for key in keys])
 
 
 def _not_running(key: str) -> NearEntry | None:

@@ -43,7 +43,7 @@ class Core(Struct, kw_only=True):
     behind: Callable[[Sequence[str]], Sequence[str]]  #: the keys, and what they depend on
 
 
-class Hit(Struct, Generic[T], frozen=True, kw_only=True):
+class Hit(Struct, Generic[T], frozen=True):
     """A value and where it is from."""
 
     value: T

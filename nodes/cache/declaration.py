@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
@@ -11,7 +11,7 @@ from ...schemas.errors import ConfigError
 from ...schemas.settings import CacheDefaults
 from .policy import OnDisconnected, Policy
 
-__all__ = ["Declaration", "lifetime_ms", "policy_of"]
+__all__ = ["Declaration", "exceptions", "lifetime_ms", "policy_of"]
 
 _LONGEST_S = 366 * 86_400
 _NEGATIVE_S_MAX = 10.0
@@ -38,7 +38,7 @@ class Declaration(Struct, frozen=True, kw_only=True):
     name: str = ""
 
 
-def lifetime_ms(name: str, seconds: float, *, zero: bool = False) -> int:
+def lifetime_ms(name: str, seconds: float, *, zero: bool = False, origin: str = _ORIGIN) -> int:
     """Checked, in milliseconds.
 
     Raises:
@@ -51,7 +51,21 @@ def lifetime_ms(name: str, seconds: float, *, zero: bool = False) -> int:
         problem = f"must lie between {low:g} and {_LONGEST_S} seconds"
     else:
         return int(seconds * 1000)
-    raise _refusal(name, seconds, problem, "give seconds, such as 60")
+    raise ConfigError(
+        setting=name,
+        value=repr(seconds),
+        origin=origin,
+        problem=problem,
+        fix="give seconds, such as 60",
+    )
+
+
+def exceptions(name: str, given: object) -> tuple[type[Exception], ...]:
+    """Checked: what an except clause takes; raises ConfigError."""
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    if all(isinstance(each, type) and issubclass(each, Exception) for each in found):
+        return found
+    raise _refusal(name, given, "holds what is no exception", "give classes, such as [KeyError]")
 
 
 def policy_of(declared: Declaration, defaults: CacheDefaults) -> Policy:
@@ -60,21 +74,27 @@ def policy_of(declared: Declaration, defaults: CacheDefaults) -> Policy:
     Raises:
         ConfigError: something cannot be meant so.
     """
+    ttl_ms = lifetime_ms("ttl", declared.ttl)
     stale_ms = lifetime_ms("stale_for", declared.stale_for, zero=True)
     error_ms = lifetime_ms("stale_if_error", declared.stale_if_error, zero=True)
     negative = declared.negative_ttl
     if negative is None:
         negative = min(declared.ttl, _NEGATIVE_S_MAX)
+    soft_timeout_ms = _timeout_ms("soft_timeout", declared.soft_timeout, defaults.lease_ms)
+    hard_timeout_ms = _timeout_ms("hard_timeout", declared.hard_timeout, defaults.lease_ms)
+    if soft_timeout_ms > hard_timeout_ms > 0:
+        problem = f"is over hard_timeout = {declared.hard_timeout!r}, which is for any caller"
+        raise _refusal("soft_timeout", declared.soft_timeout, problem, "wait for less")
     return Policy(
-        ttl_ms=lifetime_ms("ttl", declared.ttl),
+        ttl_ms=ttl_ms,
         stale_ms=stale_ms,
         error_ms=max(0, error_ms - stale_ms),
         negative_ms=lifetime_ms("negative_ttl", negative, zero=True),
         lease_ms=defaults.lease_ms,
         jitter=defaults.jitter,
         refresh_ahead=_fraction("refresh_ahead", declared.refresh_ahead),
-        soft_timeout_ms=_timeout_ms("soft_timeout", declared.soft_timeout, defaults.lease_ms),
-        hard_timeout_ms=_timeout_ms("hard_timeout", declared.hard_timeout, defaults.lease_ms),
+        soft_timeout_ms=soft_timeout_ms,
+        hard_timeout_ms=hard_timeout_ms,
         throttle_ms=defaults.throttle_ms,
         staleness_ms=_staleness_ms(declared, defaults),
         on_disconnected=_on_disconnected(declared, defaults),

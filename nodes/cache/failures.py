@@ -11,7 +11,11 @@ from types import MemberDescriptorType
 
 from ...schemas.errors import LoaderError
 
-__all__ = ["own_copy"]
+__all__ = ["CallFailed", "own_copy"]
+
+
+class CallFailed(Exception):
+    """The cause of what each key of one call gets, if the call failed: they have it in common."""
 
 
 def own_copy(error: Exception, cache: str, key: str) -> Exception:

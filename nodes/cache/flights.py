@@ -9,7 +9,8 @@ F2  A caller who comes after a notice for the key never joins a load that began 
 F3  Each caller gets an exception object of its own, with the one that was raised as cause.
 F4  At most ``loads_max`` loads run and ``waiters_max`` callers wait; one more is refused with
     Backpressure.
-F5  A loader that asks for what it is loading gets a LoaderError, instead of waiting for itself.
+F5  A loader that asks for what it is loading gets a LoaderError, instead of waiting for itself;
+    so does one that asks for a load which waits, through any number of others, for its own.
 F6  A caller waits for a load no longer than its ``patience_s`` allows from when it began; then it
     gets what the look had in hand for that, and the load goes on for those who come later.
 """
@@ -17,9 +18,10 @@ F6  A caller waits for a load no longer than its ``patience_s`` allows from when
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from anyio.abc import TaskGroup
 from msgspec import Struct
@@ -28,12 +30,27 @@ from ...coordinator.clock import Clock
 from ...schemas.errors import Backpressure, LoaderError, Unavailable
 from .failures import own_copy
 
-__all__ = ["Flights", "Todo"]
+__all__ = ["Flights", "Todo", "flying", "flying_with"]
 
 C = TypeVar("C")
 R = TypeVar("R")
 
-_flying: ContextVar[tuple[object, ...]] = ContextVar("forebay_flying", default=())
+_flying: ContextVar[tuple[_Flight[Any, Any], ...]] = ContextVar("forebay_flying", default=())
+
+
+def flying() -> tuple[_Flight[Any, Any], ...]:
+    """The loads that the code here runs for."""
+    return _flying.get()
+
+
+@contextmanager
+def flying_with(flights: Iterable[_Flight[Any, Any]]) -> Iterator[None]:
+    """For a call that several loads share."""
+    token = _flying.set(tuple(dict.fromkeys(flights)))
+    try:
+        yield
+    finally:
+        _flying.reset(token)
 
 
 class Todo(Struct, Generic[R], frozen=True):
@@ -52,10 +69,13 @@ class _Failed:
 
 
 class _Flight(Generic[C, R]):
-    __slots__ = ("began_at", "call", "late", "waiters")
+    __slots__ = ("awaits", "began_at", "call", "key", "late", "of", "waiters")
 
-    def __init__(self, call: C, began_at: float) -> None:
+    def __init__(self, of: object, key: str, call: C, began_at: float) -> None:
+        self.of = of
+        self.key = key
         self.call = call
+        self.awaits: list[_Flight[Any, Any]] = []  #: what its loader waits for now
         self.began_at = began_at
         self.late: R | _Failed | None = None  #: what callers get who need not wait any more
         self.waiters: dict[asyncio.Future[R | _Failed], None] = {}
@@ -110,12 +130,14 @@ class Flights(Generic[C, R]):
             Backpressure: too many loads, or too many who wait.
             LoaderError: it took too long, or waits for itself. Whatever the load raised.
         """
-        flight = self._flights.get(key)
-        if flight is None or not self._heard_since(flight.began_at):
-            flight = self._start(key, call, todo)
-        elif flight in _flying.get():
+        flight, above = self._flights.get(key), _flying.get()
+        if flight is not None and not self._heard_since(flight.began_at):
+            flight = None
+        if above and (self._is_asked_by(key, above) or (flight and _leads_to(flight, above))):
             raise LoaderError(self._cache, key, "it asks for what it is loading itself")
-        outcome = await self._outcome_of(flight) if flight.late is None else flight.late
+        if flight is None:
+            flight = self._start(key, call, todo)
+        outcome = await self._outcome_of(flight, above) if flight.late is None else flight.late
         if isinstance(outcome, _Failed):
             raise own_copy(outcome.error, self._cache, key) from outcome.error
         return outcome
@@ -132,23 +154,38 @@ class Flights(Generic[C, R]):
     def detach_all(self) -> None:
         self._flights.clear()
 
-    async def _outcome_of(self, flight: _Flight[C, R]) -> R | _Failed:
+    @contextmanager
+    def alone(self, key: str, call: C) -> Iterator[None]:
+        """For a load that nobody joins: it may not ask for itself either (F5)."""
+        with flying_with((*_flying.get(), _Flight(self, key, call, self._monotonic()))):
+            yield
+
+    def _is_asked_by(self, key: str, above: tuple[_Flight[Any, Any], ...]) -> bool:
+        return any(each.of is self and each.key == key for each in above)
+
+    async def _outcome_of(
+        self, flight: _Flight[C, R], above: tuple[_Flight[Any, Any], ...]
+    ) -> R | _Failed:
         if self._waiting >= self._waiters_max:
             raise Backpressure(f"callers of {self._cache}", self._waiting, self._waiters_max)
         future = asyncio.get_running_loop().create_future()
         flight.waiters[future] = None
         self._waiting += 1
+        for each in above:
+            each.awaits.append(flight)
         try:
             outcome: R | _Failed = await future
         finally:
             self._waiting -= 1
+            for each in above:
+                each.awaits.remove(flight)
             flight.waiters.pop(future, None)
         return outcome
 
     def _start(self, key: str, call: C, todo: Todo[R]) -> _Flight[C, R]:
         if self._loads >= self._loads_max:
             raise Backpressure(f"loads of {self._cache}", self._loads, self._loads_max)
-        flight: _Flight[C, R] = _Flight(call, self._monotonic())
+        flight: _Flight[C, R] = _Flight(self, key, call, self._monotonic())
         try:
             self._tasks.start_soon(self._run, key, flight, todo, name=f"load {self._cache}")
         except RuntimeError as error:  # the task group is closed
@@ -195,3 +232,16 @@ def _tell(flight: _Flight[C, R], outcome: R | _Failed) -> None:
     for future in flight.waiters:
         if not future.done():
             future.set_result(outcome)
+
+
+def _leads_to(flight: _Flight[Any, Any], above: tuple[_Flight[Any, Any], ...]) -> bool:
+    """Whether a load waits, through any number of others, for one of these."""
+    waiting, seen = [flight], set[_Flight[Any, Any]]()
+    while waiting:
+        each = waiting.pop()
+        if each in above:
+            return True
+        if each not in seen:
+            seen.add(each)
+            waiting += each.awaits
+    return False

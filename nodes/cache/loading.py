@@ -13,7 +13,8 @@
 A1  What it says holds for this load only. Lifetimes are checked like those of a declaration.
 A2  Tags and dependencies named here are captured after the loader has run: what was loaded is
     not stored if one of them was invalidated since the load began.
-A3  ``not_modified`` lets the entry live on as it is; where there is none, it is an error.
+A3  ``not_modified`` lets the entry live on as it is, with its tags and etag; where there is
+    none, it is an error. Otherwise the etag of the old value is not that of the new one.
 """
 
 from __future__ import annotations
@@ -53,22 +54,24 @@ class Loading:
     ) -> None:
         self.cache = cache
         self.key = key
-        self.etag = previous.meta.etag if previous else ""  #: of what is stored now
         self.ttl_ms: int | None = None
         self.stale_ms: int | None = None
         self.stored = True
-        self.new_etag: str | None = None
+        self.new_etag: str | None = None  #: of what is loaded
         self.tags: list[str] = []
         self.dependencies: list[str] = []
+        self.kept: list[str] = []  #: tags of what was not modified
         self._previous = previous
         self._value_of = value_of
+        tagged = previous is not None and previous.meta.etag and self.previous is not None
+        self.etag = previous.meta.etag if previous and tagged else ""  #: of what is stored now
 
     def __repr__(self) -> str:
         return f"<Loading {self.cache} {self.key}>"
 
     @property
     def previous(self) -> Any:
-        """The value that is stored now, stale or invalid; None if there is none."""
+        """The value that is stored now, stale or invalid; None if there is none to be read."""
         if self._previous is None:
             return None
         try:
@@ -93,8 +96,9 @@ class Loading:
             self.ttl_ms = lifetime_ms("ttl", ttl)
         if stale_for is not None:
             self.stale_ms = lifetime_ms("stale_for", stale_for, zero=True)
-        self.new_etag = etag
-        self.stored = store
+        if etag is not None:
+            self.new_etag = etag
+        self.stored = self.stored and store
 
     def tag(self, *tags: str) -> None:
         """Have the value carry these tags too.
@@ -118,9 +122,12 @@ class Loading:
         Raises:
             LoaderError: nothing is stored.
         """
-        if self._previous is None or self._previous.negative:
+        if self._previous is None or self._previous.negative or self.previous is None:
             problem = "it says that nothing was modified, but there is nothing"
             raise LoaderError(self.cache, self.key, problem)
+        if self.new_etag is None:
+            self.new_etag = self.etag
+        self.kept = list(self._previous.meta.tags)
         return NOT_MODIFIED
 
     def _checked(self, name: str, given: tuple[str, ...]) -> list[str]:

@@ -9,19 +9,28 @@ L3  An error is given to the callers, never stored, and invalidates nothing.
 L4  A loader may neither take longer than its lease, nor end the node by being cancelled from
     inside: both are its failure.
 L5  A value that is there already, byte for byte, only has its life extended.
+L6  An absence that is not to be remembered takes the old value away all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Generic, Literal, TypeVar
 
 import anyio
 import structlog
 
 from ...schemas.entry import Entry, read_entry
-from ...schemas.errors import ForebayError, InvalidEntry, LoaderError, SourceFailing
+from ...schemas.errors import (
+    ForebayError,
+    InvalidEntry,
+    LoaderError,
+    ServerRefused,
+    SourceFailing,
+    Unavailable,
+)
 from .core import Core, Hit, Lease, LoadCall, Tier
 from .loading import NOT_MODIFIED, Loading, under_way
 from .near import NearCache, NearEntry, Reservation
@@ -30,6 +39,7 @@ from .policy import Policy, ahead_ms
 from .scope import outside
 from .shared import Granted, Held, Newer, Stamp
 from .source import Source
+from .tags import TagState
 from .values import ValueCodec
 
 __all__ = ["LoadPath"]
@@ -129,12 +139,12 @@ class LoadPath(Generic[T]):
             await self.give_back(lease.key, lease.token)
             raise
         if packed is None:
-            await self.give_back(lease.key, lease.token)
+            await self._not_stored(lease, gone=value is None)
         size = len(packed.payload or b"") if packed else 0
         if stamp is None:
             return Hit(value=value, tier="source", version=0, age_ms=0, size=size)
         lifetime_ms = packed.meta.soft_ms if packed else 0
-        self.keep_stamped(reservation, stamp, value, tags, size, lifetime_ms)
+        self.keep(reservation, stamp, value, tags, size, lifetime_ms)
         return Hit(value=value, tier="source", version=stamp.version, age_ms=0, size=size)
 
     async def tags_of(self, tags: Sequence[str]) -> Mapping[str, int]:
@@ -147,6 +157,10 @@ class LoadPath(Generic[T]):
     def _shown(self, entry: Entry) -> T:
         return self._own(self._decoded(entry))
 
+    def is_depended_on(self, key: str) -> bool:
+        """Whether something that was read here may carry the tag named after this key."""
+        return key in self._core.tags
+
     def _decoded(self, entry: Entry) -> T:
         value: T = self.codec.value(entry)  # type: ignore[assignment]  # None is T's own then
         return value
@@ -158,22 +172,33 @@ class LoadPath(Generic[T]):
         tags = lease.tags
         if not load.stored or (value is None and not self.policy.negative_ms):
             return None, tags
-        named = [*load.tags, *self._core.behind(load.dependencies)]
-        if more := [tag for tag in dict.fromkeys(named) if tag not in tags]:
-            found = await self._core.tags.discovered(more, since=lease.since)
-            if found is None:
-                self._core.instruments.counts["fills_refused", self.name] += 1
-                return None, tags
-            tags = {**tags, **found}
+        more = await self._named(lease, load)
+        if more is None:
+            return None, tags
+        tags = {**tags, **more}
         try:
-            etag = load.etag if load.new_etag is None else load.new_etag
             packed = self._packer.pack(
-                value, tags, ttl_ms=load.ttl_ms, stale_ms=load.stale_ms, etag=etag
+                value, tags, ttl_ms=load.ttl_ms, stale_ms=load.stale_ms, etag=load.new_etag or ""
             )
         except InvalidEntry as error:
             self._not_packed(lease.key, error)
             return None, tags
         return packed, tags
+
+    async def _named(self, lease: Lease, load: Loading) -> Mapping[str, int] | None:
+        """The versions of the tags that the loader named; None if one was bumped meanwhile."""
+        traced = {*load.kept, *self._core.behind(load.dependencies)}
+        more = [tag for tag in dict.fromkeys((*load.tags, *traced)) if tag not in lease.tags]
+        if not more:
+            return {}
+        try:
+            found = await self._core.tags.discovered(more, since=lease.since, traced=traced)
+        except (Unavailable, ServerRefused) as error:
+            log.warning("fill.failed", cache=self.name, key=lease.key, error=str(error))
+            return None
+        if found is None:
+            self._core.instruments.counts["fills_refused", self.name] += 1
+        return found
 
     def _not_packed(self, key: str, error: InvalidEntry) -> None:
         if error.fault == "wrong_type":
@@ -249,36 +274,45 @@ class LoadPath(Generic[T]):
             )
             self.count("source", "hit" if result == "loaded" else "error")
 
-    def keep_stamped(
+    def keep(
         self,
         reservation: Reservation,
-        stamp: Stamp,
+        stamp: Stamp | Entry,
         value: T,
         tags: Mapping[str, int],
         size: int,
         lifetime_ms: int = 0,
     ) -> None:
         """Keep in the near cache what is stored under this stamp, for that lifetime."""
-        core = self._core
-        offset_s = core.server_clock.offset_s
-        state_of = core.tags.state
-        ripe_at_ms = ahead_ms(stamp.soft_at_ms, lifetime_ms, self.policy.refresh_ahead)
-        self.near.keep(
+        near = self.near
+        if size > near.value_bytes_max:
+            near.leave(reservation.key, stamp.version)
+            return
+        offset_s = self._core.server_clock.offset_s
+        soft_until = fresh_until = stamp.soft_at_ms / 1000 - offset_s
+        if self.policy.refresh_ahead:
+            ripe_at_ms = ahead_ms(stamp.soft_at_ms, lifetime_ms, self.policy.refresh_ahead)
+            fresh_until = ripe_at_ms / 1000 - offset_s
+        near.keep(
             reservation,
             NearEntry(
                 reservation.key,
                 value,
                 version=stamp.version,
                 size=size,
-                fresh_until=ripe_at_ms / 1000 - offset_s,
-                soft_until=stamp.soft_at_ms / 1000 - offset_s,
+                fresh_until=fresh_until,
+                soft_until=soft_until,
                 gone_at=stamp.hard_at_ms / 1000 - offset_s,
                 written_at=stamp.version / 1e6 - offset_s,
                 view=reservation.view,
-                tags=tuple([(state_of(tag), version) for tag, version in tags.items()]),
+                tags=self._stated(tags) if tags else (),
                 negative=value is None,
             ),
         )
+
+    def _stated(self, tags: Mapping[str, int]) -> tuple[tuple[TagState, int], ...]:
+        state_of = self._core.tags.state
+        return tuple([(state_of(tag), version) for tag, version in tags.items()])
 
     async def give_back(self, key: str, token: str) -> None:
         """Let the next one load; costs nothing if the lease is gone already."""
@@ -287,6 +321,12 @@ class LoadPath(Generic[T]):
                 await self._core.shared.release(key, token)
             except ForebayError as error:
                 log.debug("lease.kept", cache=self.name, key=key, error=str(error))
+
+    async def _not_stored(self, lease: Lease, *, gone: bool) -> None:
+        await self.give_back(lease.key, lease.token)
+        if gone and lease.previous is not None:
+            with suppress(ForebayError):
+                await self._core.invalidate((lease.key,), ())
 
     async def _failed(self, lease: Lease) -> None:
         with anyio.move_on_after(1, shield=True):

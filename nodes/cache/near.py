@@ -24,9 +24,9 @@ from msgspec import Struct
 
 from ...coordinator.clock import Clock
 from ...coordinator.log import Follower, ShardView
-from ...schemas.keys import shard_of
 from ...schemas.settings import CacheDefaults
 from .eviction import EvictionOrder, Linked, Lru, Sieve
+from .reservations import Reservation, Reservations
 from .tags import TagState
 
 __all__ = ["NearCache", "NearEntry", "NearStatistics", "Reservation"]
@@ -100,18 +100,6 @@ class NearEntry(Linked):
         return all(not state.known or state.hard <= version for state, version in self.tags)
 
 
-class Reservation:
-    """The right to keep what a read or a write that starts now brings back."""
-
-    __slots__ = ("floor", "generation", "key", "view")
-
-    def __init__(self, key: str, view: ShardView) -> None:
-        self.key = key
-        self.view = view
-        self.generation = view.generation
-        self.floor = 0
-
-
 class NearStatistics(Struct, frozen=True, kw_only=True):
     entries: int
     negatives: int  #: of these entries
@@ -144,10 +132,13 @@ class NearCache:
             entries_max=negatives_max, bytes_max=bytes_max // _NEGATIVES_PART
         )
         self._follower = follower
-        self._value_bytes_max = value_bytes_max
+        self.value_bytes_max = value_bytes_max
         self._monotonic = clock.monotonic
         self._entries: dict[str, NearEntry] = {}
-        self._reservations: dict[str, set[Reservation]] = {}
+        reservations = Reservations(follower.views)
+        self.reserve = reservations.reserve
+        self.release = reservations.release
+        self._reservations = reservations
         #: The entry, if it may be served as fresh right now (N1).
         self.get = self._getter(slack_s)
         if policy == "lru":
@@ -251,22 +242,7 @@ class NearCache:
 
     def reserved(self, key: str) -> int:
         """Reads and writes under way whose result may be kept."""
-        return len(self._reservations.get(key, ()))
-
-    def reserve(self, key: str) -> Reservation:
-        """To be made before the shared tier is read (N2)."""
-        view = self._follower.views[self._shard(key)]
-        reservation = Reservation(key, view)
-        self._reservations.setdefault(key, set()).add(reservation)
-        return reservation
-
-    def release(self, reservation: Reservation) -> None:
-        """The reservation's read is over."""
-        held = self._reservations.get(reservation.key)
-        if held is not None:
-            held.discard(reservation)
-            if not held:
-                del self._reservations[reservation.key]
+        return len(self._reservations.of(key))
 
     def keep(self, reservation: Reservation, entry: NearEntry) -> bool:
         """Store what came back, unless a notice said meanwhile that it is old."""
@@ -280,7 +256,7 @@ class NearCache:
             entry.version < reservation.floor
             or (present is not None and present.version > entry.version)
             or reservation.generation != reservation.view.generation
-            or not entry.tags_hold()
+            or (entry.tags and not entry.tags_hold())
         ):
             self.refused += 1
             return False
@@ -290,10 +266,16 @@ class NearCache:
         self._insert(entry)
         return True
 
+    def leave(self, key: str, version: int) -> None:
+        """What came back is too large to be kept (N4); what is older goes all the same."""
+        self.oversized += 1
+        entry = self._entries.get(key)
+        if entry is not None and entry.version < version:
+            self._remove(entry)
+
     def drop(self, key: str, version: int) -> None:
         """A notice said that what is older than this version is old."""
-        for reservation in self._reservations.get(key, ()):
-            reservation.floor = max(reservation.floor, version)
+        self._reservations.raise_floor(key, version)
         entry = self._entries.get(key)
         if entry is not None and entry.version < version:
             self._remove(entry)
@@ -315,23 +297,17 @@ class NearCache:
         self.drop(key, version)
 
     def clear(self) -> None:
-        for held in self._reservations.values():
-            for reservation in held:
-                reservation.generation = -1
+        self._reservations.void()
         self._entries.clear()
         self._values.clear()
         self._negatives.clear()
-
-    def _shard(self, key: str) -> int:
-        return shard_of(key, len(self._follower.views))
 
     def _order_of(self, entry: NearEntry) -> EvictionOrder:
         return self._negatives if entry.negative else self._values
 
     def _too_large(self, entry: NearEntry) -> bool:
         return (
-            entry.value_bytes > self._value_bytes_max
-            or entry.size > self._order_of(entry).bytes_max
+            entry.value_bytes > self.value_bytes_max or entry.size > self._order_of(entry).bytes_max
         )
 
     def _insert(self, entry: NearEntry) -> None:

@@ -63,6 +63,8 @@ class Packer(Generic[T]):
             return Packed(None, lifetime_ms, lifetime_ms, self._codec.negative_tail(meta), meta)
         asked_ms = ttl_ms or policy.ttl_ms
         stale_ms = policy.stale_ms if stale_ms is None else stale_ms
+        # stale_if_error counts from the end of ttl, however long the loader lets it be stale.
+        error_ms = max(0, policy.stale_ms + policy.error_ms - stale_ms) if policy.error_ms else 0
         soft_ms = self._jittered(asked_ms)
         payload = self._codec.pack(value)
         meta = EntryMeta(
@@ -70,14 +72,18 @@ class Packer(Generic[T]):
             etag=etag,
             soft_ms=asked_ms,
             stale_ms=stale_ms,
-            error_ms=policy.error_ms,
+            error_ms=error_ms,
         )
-        hard_ms = soft_ms + stale_ms + policy.error_ms
+        hard_ms = soft_ms + stale_ms + error_ms
         return Packed(payload, soft_ms, hard_ms, self._codec.tail(payload, meta), meta)
 
     def same(self, packed: Packed, previous: Entry | None) -> bool:
-        """Whether the previous entry holds these very bytes already."""
+        """Whether the previous entry holds these very bytes already, under no fewer tags: the
+        copies of nodes, which live on with it, are followed by its tags.
+        """
         if previous is None or previous.negative or not previous.version or packed.payload is None:
+            return False
+        if packed.meta.tags.keys() - previous.meta.tags.keys():
             return False
         try:
             stored = decompressed(previous, bytes_max=self._codec.bytes_max)

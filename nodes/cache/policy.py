@@ -77,7 +77,7 @@ Decision = Serve | ServeStale | Load
 
 
 def decide(
-    entry: Entry | None, *, now_ms: int, tags: Standing = "fresh", refresh_ahead: float = 0.0
+    entry: Entry | None, now_ms: int, tags: Standing = "fresh", refresh_ahead: float = 0.0
 ) -> Decision:
     """What a reader gets who found this entry in the shared tier at this time."""
     if entry is None:
@@ -94,6 +94,6 @@ def decide(
     return Serve(entry, refresh=now_ms >= ripe_at_ms)
 
 
-def ahead_ms(soft_at_ms: int, lifetime_ms: int, refresh_ahead: float) -> float:
+def ahead_ms(soft_at_ms: float, lifetime_ms: int, refresh_ahead: float) -> float:
     """When what lives so long, until then, is ripe for being refreshed; its end: never."""
     return soft_at_ms - (1 - refresh_ahead) * lifetime_ms if refresh_ahead else soft_at_ms

@@ -1,12 +1,12 @@
 """The read path: near cache, shared tier, loader.
 
-R1  What ``decide`` says is done; the code here only obeys.
+R1  Each caller looks at the shared tier (see ``Looks``); where there is nothing to serve, one
+    loads for all.
 R2  At most one load of a key runs in this process, and, by the lease, in the cluster.
 R3  A caller who comes after a notice for the key, or for one of its tags, never gets what a
     flight brings that began before (Flights F2).
-R4  Bytes that cannot be read are a miss and a count.
-R5  Where the loader fails, what was kept for that is served, flagged as stale.
-R6  While Valkey does not answer, or refuses: ``bypass`` asks the source and stores nothing;
+R4  Where the loader fails, what was kept for that is served, flagged as stale.
+R5  While Valkey does not answer, or refuses: ``bypass`` asks the source and stores nothing;
     ``stale`` serves what the near cache has and does not know to be wrong, flagged, and then
     bypasses; ``fail`` raises what happened. A loader's own errors are never taken for that.
 """
@@ -14,24 +14,23 @@ R6  While Valkey does not answer, or refuses: ``bypass`` asks the source and sto
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Generic, TypeVar, assert_never
 
 import anyio
 import structlog
 
-from ...schemas.entry import Entry, read_entry, version_of
-from ...schemas.errors import ForebayError, InvalidEntry, ServerRefused, SourceFailing, Unavailable
-from ...schemas.jobs import RefreshJob
+from ...schemas.errors import ForebayError, ServerRefused, SourceFailing, Unavailable
+from ...schemas.notices import Extended
 from ...schemas.settings import Limits
 from .core import Core, Hit, Lease, LoadCall
 from .flights import Flights, Todo
 from .loads import LoadPath
+from .looks import Asked, Looks
 from .lookups import Wanted
 from .near import NearEntry, Reservation
-from .policy import Load, Serve, ServeStale, decide
-from .shared import Held, Newer, Stamp
-from .tags import Standing, standing
+from .policy import ahead_ms
+from .refreshing import RefreshRequests
+from .shared import Held, Newer
 
 __all__ = ["ReadPath"]
 
@@ -40,8 +39,6 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 _AWAY = -2  #: as ``seen``: Valkey could not be asked
 _POLL_MS = 250
-_ASK_AGAIN_S = 1.0
-_REFRESHES_ASKED_MAX = 1_000
 
 
 class ReadPath(Generic[T]):
@@ -66,8 +63,8 @@ class ReadPath(Generic[T]):
         )
         self._core = core
         self._staleness_s = loads.policy.staleness_ms / 1000
-        self._refreshes: dict[str, float] = {}
-        self._asking = 0
+        self._refreshes = RefreshRequests(core, loads.name, lease_ms=loads.policy.lease_ms)
+        self._looks: Looks[T] = Looks(core, loads, self._refreshes)
 
     def __repr__(self) -> str:
         return f"<ReadPath {self.name}: {len(self.near)} near, {len(self.flights)} loads>"
@@ -91,7 +88,7 @@ class ReadPath(Generic[T]):
             Whatever the loader raised.
         """
         if self.policy.refresh_ahead and (entry := self.near.ripe(key)) is not None:
-            self._have_refreshed(key, entry.version)
+            self._refreshes.ask(key, entry.version)
             return self.hit_of(entry)
         found = await self._look(key, self._core.shared.get(key), self.near.reserve(key))
         return await self.load(key, call(), found) if isinstance(found, Todo) else found
@@ -103,7 +100,7 @@ class ReadPath(Generic[T]):
         try:
             for key, wanted, reservation in asked:
                 try:
-                    found[key] = await self._look(key, wanted, reservation)
+                    found[key] = await self._look(key, wanted, reservation, beside=asked)
                 except ForebayError as error:
                     found[key] = error
         finally:
@@ -123,7 +120,8 @@ class ReadPath(Generic[T]):
             lease = await self.loads.taken_over(key, token, call.tags)
             if lease is None:
                 return False
-            hit = await self.loads.load_and_fill(lease, call, reservation)
+            with self.flights.alone(key, call):
+                hit = await self.loads.load_and_fill(lease, call, reservation)
         finally:
             self.near.release(reservation)
         return hit.version > 0
@@ -137,6 +135,11 @@ class ReadPath(Generic[T]):
         self.near.drop(key, version)
         self.flights.detach(key)
 
+    def extended(self, notice: Extended, version: int, soft_until: float) -> None:
+        """The value lives on, until then on this node's clock."""
+        ripe_at_ms = ahead_ms(soft_until * 1000, notice.soft_ms, self.policy.refresh_ahead)
+        self.near.extend(notice.key, notice.since, version, ripe_at_ms / 1000, soft_until)
+
     def tag_noticed(self, tag: str) -> None:
         self.flights.detach_where(lambda call: tag in call.tags)
 
@@ -145,71 +148,19 @@ class ReadPath(Generic[T]):
         return self.loads.live or self._core.clock.monotonic() - moment < self._staleness_s
 
     async def _look(
-        self, key: str, wanted: Wanted, reservation: Reservation
+        self, key: str, wanted: Wanted, reservation: Reservation, beside: Sequence[Asked] = ()
     ) -> Hit[T] | Todo[Hit[T]]:
         """What the shared tier has to serve; or what will not do."""
         try:
-            found = await self._usable(key, await wanted, reservation)
+            found = await self._looks.look(key, await wanted, reservation, beside)
         except (Unavailable, ServerRefused) as error:
             hit = self._disconnected(key, error)
-            return self._todo(_AWAY) if hit is None else hit
+            return self._looks.todo(_AWAY) if hit is None else hit
         finally:
             self.near.release(reservation)
         if isinstance(found, Todo):
             self.loads.count("shared", "miss")
         return found
-
-    async def _usable(
-        self, key: str, raw: bytes | None, reservation: Reservation
-    ) -> Hit[T] | Todo[Hit[T]]:
-        """A hit, or what will not do."""
-        try:
-            entry = None if raw is None else read_entry(raw, bytes_max=self.codec.bytes_max)
-        except InvalidEntry as error:
-            self._unreadable(error)
-            return self._todo(version_of(raw or b""))
-        decision = decide(
-            entry,
-            now_ms=self._core.server_clock.now_ms(),
-            tags="fresh" if entry is None or not entry.meta.tags else await self._standing(entry),
-            refresh_ahead=self.policy.refresh_ahead,
-        )
-        match decision:
-            case Load(seen=seen, fallback=fallback):
-                return self._todo(seen, fallback)
-            case Serve(entry=entry):
-                hit = self._served(key, decision, reservation)
-            case ServeStale(entry=entry):
-                hit = self._hit(entry, stale=True)
-                if hit is not None:
-                    self.loads.count("shared", "stale")
-                    self._have_refreshed(key, entry.version)
-            case _:
-                assert_never(decision)
-        return self._todo(entry.version) if hit is None else hit
-
-    def _served(self, key: str, decision: Serve, reservation: Reservation) -> Hit[T] | None:
-        entry = decision.entry
-        hit = self._hit(entry, stale=False)
-        if hit is None:
-            return None
-        self.loads.count("shared", "negative" if entry.negative else "hit")
-        if decision.refresh:
-            self._have_refreshed(key, entry.version)
-        if decision.keep and entry.version:
-            stamp = Stamp(entry.version, entry.soft_at_ms, entry.hard_at_ms)
-            lifetime_ms = 0 if decision.refresh else entry.meta.soft_ms
-            self.loads.keep_stamped(
-                reservation, stamp, hit.value, entry.meta.tags, hit.size, lifetime_ms
-            )
-        return hit
-
-    def _todo(self, seen: int, fallback: Entry | None = None) -> Todo[Hit[T]]:
-        hit = None if fallback is None else self._hit(fallback, stale=True)
-        patience_ms = self.policy.hard_timeout_ms
-        if hit is not None:
-            patience_ms = self.policy.soft_timeout_ms or patience_ms
-        return Todo(seen, hit, patience_ms / 1000 if patience_ms else None)
 
     async def _load(self, key: str, call: LoadCall[T], todo: Todo[Hit[T]]) -> Hit[T]:
         """Load under the lease, or take what the one brings who has it."""
@@ -261,7 +212,7 @@ class ReadPath(Generic[T]):
                     case Lease():
                         return outcome
                     case Newer(entry=raw):
-                        found = await self._usable(key, raw, reservation)
+                        found = await self._looks.look(key, raw, reservation)
                         if isinstance(found, Hit):
                             return found
                         if found.seen == seen:
@@ -300,54 +251,3 @@ class ReadPath(Generic[T]):
                 self.loads.count("near", "stale")
                 return self.hit_of(entry, stale=True)
         return None
-
-    def _hit(self, entry: Entry, *, stale: bool) -> Hit[T] | None:
-        try:
-            value = self.codec.value(entry)
-        except InvalidEntry as error:
-            self._unreadable(error)
-            return None
-        age_ms = self._core.server_clock.now_ms() - entry.version // 1000 if entry.version else 0
-        return Hit(
-            value=value,  # type: ignore[arg-type]  # None is T's own when negatives are cached
-            tier="shared",
-            version=entry.version,
-            age_ms=max(0, age_ms),
-            stale=stale,
-            size=len(entry.payload),
-        )
-
-    def _unreadable(self, error: InvalidEntry) -> None:
-        self._core.instruments.counts["cache_decode_errors", self.name, error.fault] += 1
-
-    async def _standing(self, entry: Entry) -> Standing:
-        embedded, tags, live = entry.meta.tags, self._core.tags, self.loads.live
-        if live and (known := tags.stand_as_known(embedded)) is not None:
-            return known
-        return standing(embedded, await tags.versions(tuple(embedded), trust=live))
-
-    def _have_refreshed(self, key: str, version: int) -> None:
-        now = self._core.clock.monotonic()
-        if now < self._refreshes.get(key, 0.0):
-            return
-        if self._asking >= _REFRESHES_ASKED_MAX:
-            self._core.instruments.counts["refreshes", "shed"] += 1
-            return
-        if len(self._refreshes) > 10_000:
-            self._refreshes.clear()
-        self._refreshes[key] = now + _ASK_AGAIN_S
-        with suppress(RuntimeError):  # the task group is closed: another node will refresh
-            self._core.tasks.start_soon(self._publish_refresh, key, version)
-            self._asking += 1
-
-    async def _publish_refresh(self, key: str, seen: int) -> None:
-        job = RefreshJob(cache=self.name, key=key, token=self._core.ids())
-        try:
-            done = await self._core.shared.refresh(job, lease_ms=self.policy.lease_ms, seen=seen)
-        except ForebayError as error:
-            log.debug("refresh.failed", cache=self.name, key=key, error=str(error))
-            return
-        finally:
-            self._asking -= 1
-        result = {1: "published", 0: "not_needed", -1: "shed"}[done]
-        self._core.instruments.counts["refreshes", result] += 1

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.scripting import Call, Scripts, granted, run, run_many
-from ...schemas.errors import Backpressure
+from ...schemas.errors import Backpressure, Level
 from ...schemas.jobs import RefreshJob, WriteJob, write_job
 from ...schemas.keys import Names
 from ...schemas.notices import Bumped, Changed, Dropped, Extended, Notice, write_notice
@@ -40,12 +40,13 @@ class Stamp(Struct, frozen=True):
 
 
 class Receipt(Struct, frozen=True, kw_only=True):
-    """What became of a write-behind. ``pressure``: how full the shard's stream is, 0 to 1."""
+    """What became of a write. ``pressure``: how full the shard's stream is, 0 to 1."""
 
-    stamp: Stamp | None  #: None: a repetition, nothing was changed
+    stamp: Stamp | None  #: of the entry; None: none was stored
     shard: int
     job_id: str = ""
     pressure: float = 0.0
+    reached: Level = "accepted"
 
 
 class Granted(Struct, frozen=True):
@@ -109,7 +110,7 @@ class SharedTier:
         reply = await run(
             self._commands,
             self._scripts["entry_fill"],
-            self._entry_keys(key),
+            self.entry_keys(key),
             [token, soft_ms, hard_ms, tail, *self._announcement(key, Changed(key, self._origin))],
         )
         return _stamp(reply[1:]) if reply[0] else None
@@ -124,7 +125,7 @@ class SharedTier:
         reply = await run(
             self._commands,
             self._scripts["entry_extend"],
-            self._entry_keys(key),
+            self.entry_keys(key),
             [token, since, soft_ms, hard_ms, middle, *self._announcement(key, notice)],
         )
         if reply[0] == 2:
@@ -136,8 +137,8 @@ class SharedTier:
         reply = await run(
             self._commands,
             self._scripts["entry_put"],
-            [*self._entry_keys(key), self.names.tag(key)],
-            [soft_ms, hard_ms, tail, *self._written(key), TAG_KEEP_MS],
+            [*self.entry_keys(key), self.names.tag(key)],
+            [soft_ms, hard_ms, tail, *self.written(key), TAG_KEEP_MS],
         )
         return _stamp(reply)
 
@@ -150,7 +151,7 @@ class SharedTier:
         return Call(
             script=self._scripts["entry_write"],
             keys=[
-                *self._entry_keys(key),
+                *self.entry_keys(key),
                 names.part(shard, "writes"),
                 names.seen(shard, job.event_id),
                 names.tag(key),
@@ -159,7 +160,7 @@ class SharedTier:
                 soft_ms,
                 hard_ms,
                 tail,
-                *self._written(key),
+                *self.written(key),
                 write_job(job),
                 durable.writes_max,
                 names.work,
@@ -257,7 +258,7 @@ class SharedTier:
         replies = granted(await run_many(self._commands, calls))
         for (_, part), reply in zip(parts, replies, strict=True):
             each = zip(reply[::3], reply[1::3], reply[2::3], strict=True)
-            found = [Captured(int(version), int(hard), bool(made)) for version, hard, made in each]
+            found = [Captured(int(version), int(hard), int(made)) for version, hard, made in each]
             versions.update(zip(part, found, strict=True))
         return versions
 
@@ -300,7 +301,7 @@ class SharedTier:
             )
         )
 
-    def _entry_keys(self, key: str) -> list[str]:
+    def entry_keys(self, key: str) -> list[str]:
         names, shard = self.names, self.names.shard(key)
         return [
             names.entry(key),
@@ -309,7 +310,7 @@ class SharedTier:
             names.part(shard, "log"),
         ]
 
-    def _written(self, key: str) -> list[Arg]:
+    def written(self, key: str) -> list[Arg]:
         return self._announcement(key, Changed(key, self._origin, outdates=True))
 
     def _announcement(self, key: str, notice: Notice) -> list[Arg]:

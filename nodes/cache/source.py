@@ -3,7 +3,8 @@
 A circuit breaker, shared by the nodes of a cluster:
 
 O1  After ``failures`` failed loads in a row, of which no two neighbours were of the same key,
-    the source counts as failing; every node is told, and asks it nothing for a while.
+    or of one call of a batch loader, the source counts as failing; every node is told, and
+    asks it nothing for a while.
 O2  While it fails, one load in the whole cluster is let through in each recovery time.
 O3  When that one succeeds, every node is told, and loads go on.
 O4  What says nothing of the source (``harmless`` errors, cancellation) changes nothing.
@@ -29,6 +30,7 @@ from ...schemas.keys import Names
 from ...schemas.settings import CacheDefaults
 from .core import Core
 from .declaration import Declaration
+from .failures import CallFailed
 
 __all__ = ["Source", "source_of"]
 
@@ -59,6 +61,7 @@ class Source:
         self._recovery_ms = recovery_ms
         self._harmless = harmless
         self._failed_key = ""
+        self._failed_call: BaseException | None = None
 
     def __repr__(self) -> str:
         return f"<Source of {self.cache} {self.breaker.state}>"
@@ -81,12 +84,14 @@ class Source:
         except Exception as error:
             self._failed(key, error)
             raise
+        self._failed_key, self._failed_call = "", None
         self.breaker.succeeded()
         return value
 
     def heard(self, *, failing: bool) -> None:
         """Another node told how the source is."""
         if not failing:
+            self._failed_key, self._failed_call = "", None
             self.breaker.reset()
         elif self.breaker.closed:
             self.breaker.trip()
@@ -103,10 +108,10 @@ class Source:
         except BaseException:
             self.breaker.abandoned()
             raise
-        if not ours:
-            self.breaker.failed()  # another node finds out
-            raise SourceFailing(self.cache, key, self.breaker.retry_after_ms)
-        return True
+        if ours or self.breaker.closed:  # another node found out meanwhile
+            return ours
+        self.breaker.failed()  # another node finds out
+        raise SourceFailing(self.cache, key, self.breaker.retry_after_ms)
 
     async def _probe(self, key: str, load: Callable[[], Awaitable[T]]) -> T:
         try:
@@ -137,7 +142,9 @@ class Source:
     def _failed(self, key: str, error: Exception) -> None:
         if isinstance(error, self._harmless) or key == self._failed_key:
             return
-        self._failed_key = key
+        if isinstance(error.__cause__, CallFailed) and error.__cause__ is self._failed_call:
+            return
+        self._failed_key, self._failed_call = key, error.__cause__
         before = self.breaker.closed
         self.breaker.failed()
         if before and not self.breaker.closed:
@@ -146,7 +153,7 @@ class Source:
 
     def _recovered(self) -> None:
         self.breaker.succeeded()
-        self._failed_key = ""
+        self._failed_key, self._failed_call = "", None
         log.info("source.recovered", cache=self.cache)
         self._tell("o")
 

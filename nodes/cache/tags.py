@@ -4,8 +4,8 @@ A tag has two: its version, which every bump raises, and the hard version, which
 one does. An entry carries the versions that its tags had before its loader ran: below the
 hard version it is invalid, below the version it is stale.
 
-T1  A ``TagState`` that is known is at least as new as every notice applied so far; it is
-    followed through the log from the moment it was looked up.
+T1  A ``TagState`` that is known is at least as new as every notice applied so far, in whatever
+    order; it is followed through the log from the moment it was looked up.
 T2  When the tag's shard was reset, its state is unknown again: entries that carry it do
     not hold until it was looked up anew, or a notice told its version. A reset while the
     server is being asked counts too.
@@ -15,7 +15,7 @@ T3  States live as long as an entry of the near cache refers to them; a few more
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -34,23 +34,26 @@ class TagVersions(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """What the server said of a tag. ``made``: it had none, and got this version now."""
+    """What the server said of a tag. ``made``: it had none, and got this version now; it says
+    when a key of its shard was last changed, as a version, or 1.
+    """
 
     version: int
     hard: int
-    made: bool = False
+    made: int = 0
 
 
 class TagState:
     """The newest versions known of one tag."""
 
-    __slots__ = ("__weakref__", "hard", "shard", "tag", "version")
+    __slots__ = ("__weakref__", "hard", "shard", "tag", "told", "version")
 
     def __init__(self, tag: str, shard: int) -> None:
         self.tag = tag
         self.shard = shard
         self.version = _UNKNOWN
         self.hard = _UNKNOWN
+        self.told = 0  #: the newest version that a notice told, also while it is unknown
 
     def __repr__(self) -> str:
         return f"<TagState {self.tag} {self.version if self.known else 'unknown'}>"
@@ -109,11 +112,12 @@ class TagTable:
         state = self._states.get(tag)
         if state is None:
             return
+        state.told = max(state.told, version)
         if not state.known:
             if soft:  # the hard version is not known by it, nor by an answer from before it
                 self._generations[state.shard] += 1
             else:
-                state.version = state.hard = version
+                state.version, state.hard = state.told, version
             return
         state.version = max(state.version, version)
         if not soft:
@@ -136,15 +140,20 @@ class TagTable:
             asked.update(await self._ask(missing))
         return {each.tag: _newest(each, asked.get(each.tag)) for each in states}
 
-    async def discovered(self, tags: Sequence[str], *, since: int) -> Mapping[str, int] | None:
+    async def discovered(
+        self, tags: Sequence[str], *, since: int, traced: Container[str] = ()
+    ) -> Mapping[str, int] | None:
         """Versions for an entry whose loader named these tags while it ran.
 
         ``since``: the server's clock, in microseconds, before it ran. None if one was bumped
-        since then: what was loaded may be from before the bump.
+        since then: what was loaded may be from before the bump. ``traced``: those that are
+        only bumped where they exist; one that had to be made may have missed the change of a key.
         """
         found = await self._ask([self.state(tag) for tag in tags])
-        if any(each.version > since and not each.made for each in found.values()):
-            return None
+        for tag, each in found.items():
+            bumped = each.version if not each.made else each.made if tag in traced else 0
+            if bumped > since:
+                return None
         return {tag: each.version for tag, each in found.items()}
 
     async def _ask(self, states: Sequence[TagState]) -> Mapping[str, Captured]:
@@ -172,11 +181,11 @@ def _learn(state: TagState, found: Captured) -> None:
         state.version = max(state.version, found.version)
         state.hard = max(state.hard, found.hard)
     else:
-        state.version, state.hard = found.version, found.hard
+        state.version, state.hard = max(state.told, found.version), found.hard
 
 
 def _newest(state: TagState, asked: Captured | None) -> TagVersions:
-    known = state.versions if state.known else TagVersions(0, 0)
+    known = state.versions if state.known else TagVersions(state.told, 0)
     if asked is None:
         return known
     return TagVersions(max(known.version, asked.version), max(known.hard, asked.hard))

@@ -73,7 +73,7 @@ def _of_entry(core: Core, entry: NearEntry) -> dict[str, Any]:
     return {
         "version": entry.version,
         "age_ms": max(0, int((now - entry.written_at) * 1000)),
-        "left_ms": int((entry.fresh_until - now) * 1000),
+        "left_ms": int((entry.soft_until - now) * 1000),
         "size": entry.size,
     }
 
@@ -87,6 +87,6 @@ def judged(entry: NearEntry, now: float, live: bool) -> tuple[NearVerdict, str]:
     for state, version in entry.tags:
         if state.version > version:
             return ("behind" if state.known else "unknown_tag"), state.tag
-    if now >= entry.fresh_until:
+    if now >= entry.soft_until:
         return "past", ""
     return ("fresh" if live else "not_current"), ""

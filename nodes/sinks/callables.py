@@ -62,7 +62,8 @@ class CallableSink:
         except Exception as error:
             if scope.cancelled_caught:
                 problem = f"took longer than {self._timeout_ms} ms"
-                raise TransientSinkError(f"{self.name} {problem}") from error
+                unknown = TransientSinkError(f"{self.name} {problem}", outcome_unknown=True)
+                raise unknown from error
             raise self._translated(error) from error
 
     async def progress(self, shards: Sequence[int]) -> Mapping[int, str]:
@@ -84,8 +85,10 @@ class CallableSink:
         cause = _only_cause(error)
         if isinstance(cause, SinkError | Fenced):
             return cause
-        kind = PoisonSinkError if isinstance(cause, _POISON) else TransientSinkError
-        return kind(f"{self.name}: {type(cause).__name__}: {cause}")
+        problem = f"{self.name}: {type(cause).__name__}: {cause}"
+        if isinstance(cause, _POISON):
+            return PoisonSinkError(problem)
+        return TransientSinkError(problem, outcome_unknown=True)
 
 
 def _only_cause(error: BaseException) -> BaseException:

@@ -108,7 +108,13 @@ class Database:
         async with self.session() as session:
             await session.execute(self._beginning)
             yield session
-            await session.commit()
+            try:
+                await session.commit()
+            except Exception as error:
+                fault = translated(error, self.address)
+                # Only the answer may be lost; what the database refuses for good is not stored.
+                fault.outcome_unknown = isinstance(fault, TransientSinkError)
+                raise fault from error
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:

@@ -8,7 +8,7 @@ K2  A drain gives up ingress first, so that nothing new arrives; the last worker
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
@@ -24,6 +24,7 @@ from ...schemas.errors import ForebayError
 from ...schemas.keys import EVENTS, Names
 from ...schemas.settings import Settings
 from ..cache.core import Core
+from ..sinks.outlet import Outlet
 from .dead_letters import DeadLetters
 from .delivery import Delivery
 from .external import ExternalWriters
@@ -48,6 +49,7 @@ class WorkParts(Struct, kw_only=True):
     names: Names
     scripts: Scripts
     routes: Routes
+    outlets: Mapping[str, Outlet]  #: of all sinks, by name
     core: Core
     dead_letters: DeadLetters
     settings: Settings
@@ -68,15 +70,14 @@ class Crew:
             instruments=core.instruments,
         )
         self.deliveries = {
-            sink.name: Delivery(
-                sink,
-                namespace=parts.names.namespace,
+            outlet.name: Delivery(
+                outlet,
                 attempts_max=parts.settings.workers.attempts_max,
                 clock=core.clock,
                 rng=core.rng,
                 instruments=core.instruments,
             )
-            for sink in parts.routes.all_sinks()
+            for outlet in parts.outlets.values()
         }
         self.writes = self._writes(parts)
         self.ingress = Ingress(

@@ -23,7 +23,7 @@ from ...coordinator.clock import Clock
 from ...coordinator.instruments import Instruments
 from ...schemas.errors import FatalSinkError, Fenced, PoisonSinkError, TransientSinkError
 from ..sinks.base import Progress, Sink, SinkBatch, Write
-from .strays import asked_to_stop
+from ..strays import asked_to_stop
 
 __all__ = ["Delivery", "Refused"]
 

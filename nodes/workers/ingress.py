@@ -259,7 +259,7 @@ class Ingress:
             self._commands,
             self._scripts["checkpoint_commit"],
             [part(EVENTS, "own"), part(EVENTS, "done"), self._names.events],
-            [self._node_id, tenure.epoch, "events", last_id, f"{ms}-{int(seq) + 1}"],
+            [self._node_id, tenure.epoch, "events", last_id, f"{ms}-{int(seq) + 1}", "", EVENTS],
         )
         if not reply[0]:
             self._ownership.fenced(tenure)

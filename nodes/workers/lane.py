@@ -260,6 +260,8 @@ class Lane:
                 self._checkpoint,
                 stretch.last_id,
                 following(done),
+                names.work,
+                shard,
                 *(entry.version for entry in newest.values()),
             ],
         )

@@ -27,8 +27,8 @@ from ...coordinator.link import Commands
 from ...schemas.errors import ForebayError, ServerRefused
 from ...schemas.jobs import RefreshJob, read_refresh
 from ...schemas.keys import Names
+from ..strays import asked_to_stop
 from .routes import Routes
-from .strays import asked_to_stop
 
 __all__ = ["Refreshes"]
 

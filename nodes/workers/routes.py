@@ -20,6 +20,7 @@ from ..cache.cached import Cached
 from ..cache.packing import Packed
 from ..cache.values import ValueCodec
 from ..sinks.base import Sink
+from ..sinks.outlet import Outlet
 
 __all__ = ["Routes", "SinkRoute"]
 
@@ -132,6 +133,10 @@ class Routes:
 
     def all_sinks(self) -> Sequence[Sink]:
         return list({id(route.sink): route.sink for route in self.sinks}.values())
+
+    def outlets(self, namespace: str) -> Mapping[str, Outlet]:
+        """The ways to all sinks, by their names, for one start of the node."""
+        return {sink.name: Outlet(sink, namespace=namespace) for sink in self.all_sinks()}
 
     def value_of(self, key: str, payload: bytes | None) -> Any:
         """The value that a job carries, in the type of its cache.

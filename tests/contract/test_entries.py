@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import anyio
 import pytest
 
 from forebay.coordinator.backend import Backend
-from forebay.schemas.notices import Changed, Dropped, read_bell
+from forebay.schemas.entry import EntryMeta, read_entry
+from forebay.schemas.notices import Changed, Dropped, Extended, read_bell
 from scriptdesk import MINUTE_MS, Desk
 
 # entry_begin, entry_fill, lease_release
@@ -31,7 +34,7 @@ async def test_a_load_takes_the_lease_fills_and_gives_it_back(desk: Desk) -> Non
     assert MINUTE_MS < await desk.ttl_ms() <= 2 * MINUTE_MS
     assert await desk.lease() is None
     (logged,) = await desk.log()
-    assert (logged.version, logged.notice) == (int(version), Changed("k", outdates=True))
+    assert (logged.version, logged.notice) == (int(version), Changed("k"))
 
 
 async def test_only_one_gets_the_lease(desk: Desk) -> None:
@@ -112,6 +115,329 @@ async def test_only_its_holder_gives_a_lease_back(desk: Desk) -> None:
     assert await desk.release("mine") == 1
     assert await desk.release("mine") == 0
     assert await desk.lease() is None
+
+
+async def test_who_begins_learns_the_time_before_the_load(desk: Desk) -> None:
+    """entry_begin: by the server's clock, in microseconds, by which versions are given."""
+    before = await desk.now_us()
+    await desk.begin("mine")
+    after = await desk.now_us()
+    assert before <= int(desk.begun[0]) <= after
+
+
+# entry_extend
+
+META = EntryMeta(tags={"red": 5}, etag="e2", soft_ms=3_000, error_ms=7)
+
+
+async def test_a_value_that_is_there_already_lives_on(desk: Desk) -> None:
+    """entry_extend: its payload is kept; version, lifetimes and meta part are new."""
+    since = await desk.put("value")
+    await desk.begin("mine", seen=since)
+    before = await desk.now_us()
+    done, version, soft_at_ms, hard_at_ms = await desk.extend(
+        "mine", since, soft_ms=3_000, hard_ms=4_000, meta=META
+    )
+    after = await desk.now_us()
+    assert done == 1
+    assert max(before, since + 1) <= int(version) <= after
+    entry = await desk.entry()
+    assert (entry.version, entry.payload, entry.meta) == (int(version), b"value", META)
+    assert (entry.soft_at_ms, entry.hard_at_ms) == (int(soft_at_ms), int(hard_at_ms))
+    assert before // 1000 + 3_000 <= entry.soft_at_ms <= after // 1000 + 3_000
+    assert entry.hard_at_ms - entry.soft_at_ms == 1_000
+    assert (entry.kind, entry.codec, entry.pending, entry.doomed) == ("v", "m", 0, False)
+    assert 0 < await desk.ttl_ms() <= 4_000
+    assert await desk.lease() is None
+    logged = (await desk.log())[-1]
+    assert (logged.version, logged.notice) == (int(version), Extended("k", since, 3_000, 4_000))
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 5_000])
+async def test_the_payload_stays_where_meta_parts_differ_in_length(desk: Desk, size: int) -> None:
+    """entry_extend: the length of the old one has two bytes."""
+    value, since = "x" * 300, await desk.put("value")
+    for etag in ("e" * size, "", "e" * (size + 1)):
+        await desk.begin("mine", seen=1 << 62)
+        if etag == "e" * size:
+            since = int((await desk.fill("mine", value))[1])
+            await desk.begin("mine", seen=since)
+        reply = await desk.extend("mine", since, meta=EntryMeta(etag=etag))
+        since = int(reply[1])
+        raw = await desk.raw() or b""
+        entry = read_entry(raw, bytes_max=1_000)
+        assert (entry.payload, entry.meta.etag) == (value.encode(), etag)
+
+
+@pytest.mark.parametrize("lease", [None, "other", "!"])
+async def test_nothing_lives_on_without_the_lease(desk: Desk, lease: str | None) -> None:
+    """entry_extend I1: not when it is over, nor when another has it; nothing is changed."""
+    since = await desk.put("old")
+    if lease is not None:
+        await desk.commands.call("SET", desk.names.lease("k"), lease)
+    before = await desk.everything()
+    assert await desk.extend("mine", since) == [0]
+    assert await desk.everything() == before
+
+
+async def test_another_entry_is_filled_and_not_extended(desk: Desk) -> None:
+    """entry_extend I2: the lease is still there for that."""
+    since = await desk.put("old")
+    await desk.begin("mine", seen=since)
+    for other in (since - 1, since + 1):
+        before = await desk.everything()
+        assert await desk.extend("mine", other) == [2]
+        assert await desk.everything() == before
+    await desk.commands.call("DEL", desk.names.entry("k"))
+    assert await desk.extend("mine", since) == [2]
+    assert (await desk.fill("mine", "whole"))[0] == 1
+    assert (await desk.entry()).payload == b"whole"
+
+
+@pytest.mark.parametrize("old", [b'{"a": 1}', b"\xfbE2?", b"x", b"\xfbE1"])
+async def test_what_is_no_entry_is_not_extended(desk: Desk, old: bytes) -> None:
+    """entry_extend I2: older forms have no lifetimes, and no payload that could be kept."""
+    await desk.commands.call("SET", desk.names.entry("k"), old)
+    assert (await desk.begin("mine", seen=0))[0] == 1
+    assert await desk.extend("mine", 0) == [2]
+    assert await desk.raw() == old
+    assert await desk.lease() == b"mine"
+
+
+async def test_an_extension_sent_twice_is_carried_out_once(desk: Desk) -> None:
+    """entry_extend I2: the lease is used up by the first."""
+    since = await desk.put("old")
+    await desk.begin("mine", seen=since)
+    assert (await desk.extend("mine", since))[0] == 1
+    before = await desk.everything()
+    assert await desk.extend("mine", since) == [0]
+    assert await desk.everything() == before
+
+
+async def test_a_pending_write_is_not_extended(desk: Desk) -> None:
+    """entry_extend: it is newer than the source, and does not expire; its lease is void anyway."""
+    _, version, *_ = await desk.write("written")
+    await desk.commands.call("SET", desk.names.lease("k"), "mine")
+    before = await desk.everything()
+    assert await desk.extend("mine", int(version)) == [0]
+    assert await desk.everything() == before
+    await desk.invalidate()
+    await desk.commands.call("SET", desk.names.lease("k"), "mine")
+    assert (await desk.entry()).doomed
+    before = await desk.everything()
+    assert (await desk.extend("mine", int(version)))[0] != 1
+    assert (await desk.fill("mine"))[0] == 0
+    assert await desk.everything() == before
+
+
+@pytest.mark.parametrize("soft", [True, False])
+async def test_what_was_invalidated_meanwhile_does_not_live_on(desk: Desk, soft: bool) -> None:
+    """entry_extend I1: a loader of before may have read what was there before."""
+    since = await desk.put("old")
+    await desk.begin("mine", seen=since)
+    await desk.invalidate(soft=soft)
+    before = await desk.everything()
+    assert await desk.extend("mine", since) == [0]
+    assert await desk.everything() == before
+
+
+async def test_a_stale_entry_lives_on_when_it_was_asked_for_afterwards(desk: Desk) -> None:
+    """entry_extend: softly invalidated, and the source says that it is right."""
+    since = await desk.put("old")
+    await desk.invalidate(soft=True)
+    await desk.begin("mine", seen=since)
+    done, _, soft_at_ms, _ = await desk.extend("mine", since)
+    assert done == 1
+    assert (await desk.entry()).soft_at_ms == int(soft_at_ms) > 0
+
+
+# lease_fail, and who is patient
+
+
+async def test_a_source_that_failed_is_left_alone(desk: Desk) -> None:
+    """By those who have something to serve; the others ask it."""
+    version = await desk.put("old")
+    await desk.begin("mine", seen=version)
+    assert await desk.fail("mine") == 1
+    assert await desk.lease() == b"!"
+    refused, entry, left_ms = await desk.begin("next", seen=version, patient=True)
+    assert (refused, entry, desk.begun[1]) == (0, None, 1)
+    assert 0 < int(left_ms) <= MINUTE_MS
+    assert await desk.fill("mine") == [0]
+    assert await desk.begin("next", seen=version) == [1, await desk.raw()]
+    assert await desk.lease() == b"next"
+    refused, entry, _ = await desk.begin("third", seen=version, patient=True)
+    assert (refused, entry, desk.begun[1]) == (0, None, 0)
+
+
+async def test_a_source_is_asked_again_after_a_while(desk: Desk) -> None:
+    """Also by the patient."""
+    version = await desk.put("old")
+    await desk.begin("mine", seen=version)
+    assert await desk.fail("mine", throttle_ms=20) == 1
+    with anyio.fail_after(10):
+        while (await desk.begin("next", seen=version, patient=True))[0] != 1:
+            await anyio.sleep(0.005)
+
+
+async def test_a_failure_where_nothing_can_be_served_holds_up_nobody(desk: Desk) -> None:
+    """Its lease is given back."""
+    await desk.begin("mine")
+    assert await desk.fail("mine") == 0
+    assert await desk.lease() is None
+    assert await desk.begin("next", patient=True) == [1, None]
+
+
+@pytest.mark.parametrize("lease", [None, "other"])
+async def test_only_its_holder_says_that_a_load_failed(desk: Desk, lease: str | None) -> None:
+    """lease_fail I1: and nothing is changed."""
+    await desk.put("old")
+    if lease is not None:
+        await desk.commands.call("SET", desk.names.lease("k"), lease)
+    before = await desk.everything()
+    assert await desk.fail("mine") == 0
+    assert await desk.everything() == before
+
+
+async def test_what_is_new_is_served_though_the_source_failed(desk: Desk) -> None:
+    """entry_begin: it is handed out before the lease is looked at."""
+    version = await desk.put("old")
+    await desk.begin("mine", seen=version)
+    await desk.fail("mine")
+    await desk.put("new")
+    assert await desk.lease() is None, "it has a value now"
+    await desk.commands.call("SET", desk.names.lease("k"), "!")
+    assert await desk.begin("next", seen=version, patient=True) == [0, await desk.raw(), 0]
+
+
+async def test_no_refresh_while_the_source_is_left_alone(desk: Desk) -> None:
+    """Whoever asks for one has something to serve."""
+    version = await desk.put("old")
+    await desk.begin("mine", seen=version)
+    await desk.fail("mine")
+    assert await desk.refresh("token", seen=version) == 0
+    assert await desk.length("refreshes") == 0
+
+
+async def test_an_invalidation_ends_the_throttling(desk: Desk) -> None:
+    """What failed was the load of another value; and there may be nothing to serve now."""
+    version = await desk.put("old")
+    await desk.begin("mine", seen=version)
+    await desk.fail("mine")
+    await desk.invalidate(soft=True)
+    assert (await desk.begin("next", seen=version, patient=True))[0] == 1
+
+
+# What depends on a key
+
+Outdate = Callable[[Desk], Awaitable[object]]
+OUTDATING: dict[str, tuple[Outdate, bool]] = {
+    "invalidate": (lambda desk: desk.invalidate(), False),
+    "invalidate softly": (lambda desk: desk.invalidate(soft=True), True),
+    "put": (lambda desk: desk.put("new"), False),
+    "write": (lambda desk: desk.write("new"), False),
+    "touch": (lambda desk: desk.touch(), False),
+}
+
+
+async def prepared(desk: Desk, how: str) -> None:
+    await desk.put("old")
+    if how == "touch":
+        await desk.commands.call("SET", desk.names.entry("k"), "a foreign value")
+
+
+@pytest.mark.parametrize("how", OUTDATING)
+async def test_what_depends_on_a_key_is_outdated_with_it(desk: Desk, how: str) -> None:
+    """entries_invalidate I3, entry_put I3, entry_write I3: the version is the change's own."""
+    await prepared(desk, how)
+    outdate, soft = OUTDATING[how]
+    ((before, _, made),) = await desk.captured("k")
+    assert made == 1
+    await outdate(desk)
+    version = (await desk.log())[-1].version
+    assert await desk.captured("k") == [(version, before if soft else version, 0)]
+    assert 0 < await desk.commands.call("PTTL", desk.names.tag("k")) <= MINUTE_MS
+    await outdate(desk)
+    later = (await desk.log())[-1].version
+    assert await desk.captured("k") == [(later, before if soft else later, 0)]
+
+
+@pytest.mark.parametrize("how", OUTDATING)
+async def test_where_nothing_depends_on_a_key_no_tag_is_made(desk: Desk, how: str) -> None:
+    """Or there would be one more key for each that was ever written."""
+    await prepared(desk, how)
+    await OUTDATING[how][0](desk)
+    assert await desk.commands.call("EXISTS", desk.names.tag("k")) == 0
+    version = (await desk.log())[-1].version
+    assert (await desk.captured("k"))[0][2] == 1
+    assert desk.changed == [version], "whoever makes the tag is told of it"
+
+
+async def test_what_is_loaded_outdates_nothing(desk: Desk) -> None:
+    """It only replaces what has ended: neither a fill nor an extension touches the tag."""
+    before = await desk.captured("k")
+    assert before[0][2] == 1
+    await desk.begin("mine")
+    version = int((await desk.fill("mine"))[1])
+    await desk.begin("mine", seen=version)
+    await desk.extend("mine", version)
+    assert await desk.captured("k") == [(*before[0][:2], 0)]
+
+
+async def test_a_pending_write_that_is_invalidated_outdates_too(desk: Desk) -> None:
+    """entries_invalidate I3: what depends on the key cannot wait for the sink."""
+    await desk.write("written")
+    await desk.captured("k")
+    await desk.invalidate()
+    version = (await desk.log())[-1].version
+    assert await desk.captured("k") == [(version, version, 0)]
+
+
+async def test_each_key_outdates_what_depends_on_it_alone(desk: Desk) -> None:
+    """entries_invalidate I3: of many keys, those that have a tag."""
+    first, second, third = desk.keys_of(0, 3)
+    before = await desk.captured(first, third)
+    await desk.invalidate(first, second, soft=True)
+    version = (await desk.log(0))[-1].version
+    after = await desk.captured(first, second, third)
+    assert after[0] == (version, before[0][1], 0)
+    assert after[1][2] == 1
+    assert after[2] == (*before[1][:2], 0)
+
+
+async def test_a_repetition_outdates_nothing(desk: Desk) -> None:
+    """entry_write I1: as it changes nothing else."""
+    await desk.captured("k")
+    await desk.write("first", mark="005")
+    before = await desk.captured("k")
+    await desk.write("again", mark="005")
+    await desk.invalidate(mark="004")
+    await desk.write("no room", bound=0)
+    assert await desk.captured("k") == before
+
+
+# entry_touch
+
+
+async def test_foreign_values_are_told_of_and_ours_are_not(desk: Desk) -> None:
+    """entry_touch I1, I2: no entry is changed; a load under way of a foreign one is over."""
+    ours, foreign, absent = desk.keys_of(0, 3)
+    await desk.put("ours", key=ours)
+    await desk.commands.call("SET", desk.names.entry(foreign), "not ours")
+    for key in (ours, foreign, absent):
+        await desk.commands.call("SET", desk.names.lease(key), "mine")
+    done, version = await desk.touch(ours, foreign, absent)
+    assert done == 2
+    assert await desk.raw(foreign) == b"not ours"
+    assert await desk.lease(ours) == b"mine"
+    assert await desk.lease(foreign) is None
+    assert await desk.lease(absent) is None
+    logged = (await desk.log(0))[-1]
+    expected = Dropped((ours, foreign, absent), soft=True)
+    assert (logged.version, logged.notice) == (int(version), expected)
+    before = await desk.everything()
+    assert await desk.touch(ours) == [0]
+    assert await desk.everything() == before
 
 
 # entry_put

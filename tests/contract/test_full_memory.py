@@ -43,21 +43,41 @@ async def some_state(desk: Desk) -> None:
     await desk.write("pending", key="pending")
     await desk.begin("mine", key="absent")
     await desk.claim("a")
+    await desk.put("value", key="stale")
+    await desk.begin("mine", key="stale", seen=1 << 62)
+    await desk.put("value", key="failed")
+    await desk.begin("mine", key="failed", seen=1 << 62)
+    await desk.fail("mine", key="failed")
     await desk.capture("known")
+    await desk.capture("base")
     await desk.publish("event")
     await desk.beat("a")
+
+
+async def extend(desk: Desk) -> None:
+    since = (await desk.entry("stale")).version
+    await desk.extend("mine", since, key="stale")
 
 
 REFUSED: dict[str, Act] = {
     "entry_begin": lambda desk: desk.begin("mine", seen=1 << 62),
     "entry_fill": lambda desk: desk.fill("mine", key="absent"),
+    "entry_begin of one left alone": lambda desk: desk.begin("next", key="failed", seen=1 << 62),
+    "entry_extend": extend,
+    "lease_fail": lambda desk: desk.fail("mine", key="stale"),
     "entry_put": lambda desk: desk.put("newer"),
+    "entry_put with a tag": lambda desk: desk.put("newer", key="base"),
     "entry_put over pending": lambda desk: desk.put("newer", key="pending"),
     "entry_write": lambda desk: desk.write("newer", mark="005", event_id="e1"),
     "entries_invalidate": lambda desk: desk.invalidate(mark="005"),
     "entries_invalidate softly": lambda desk: desk.invalidate(soft=True),
     "entries_invalidate pending": lambda desk: desk.invalidate("pending"),
+    "write_fill": lambda desk: desk.fill_write("mine", key="absent"),
+    "write_begin": lambda desk: desk.begin_write("mine"),
+    "entries_invalidate with a tag": lambda desk: desk.invalidate("base"),
+    "entry_touch": lambda desk: desk.touch("base"),
     "tags_bump": lambda desk: desk.bump("known", mark="005"),
+    "tags_bump softly": lambda desk: desk.bump("known", soft=True),
     "tags_capture of a new one": lambda desk: desk.capture("new"),
     "refresh_publish": lambda desk: desk.refresh("mine", seen=1 << 62),
     "event_publish": lambda desk: desk.publish("one", "two"),
@@ -66,7 +86,8 @@ REFUSED: dict[str, Act] = {
 
 
 def empty_shard(desk: Desk) -> int:
-    used = {desk.names.shard(key) for key in ("k", "pending", "absent", "known")}
+    keys = ("k", "pending", "absent", "known", "stale", "failed", "base")
+    used = {desk.names.shard(key) for key in keys}
     return next(shard for shard in range(desk.names.shards) if shard not in used)
 
 
@@ -110,12 +131,18 @@ async def test_what_changes_nothing_is_answered(desk: Desk, full: Full) -> None:
     async with full():
         assert await desk.begin("mine", seen=-1) == [0, await desk.raw(), 0]
         assert await desk.fill("other") == [0]
+        assert await desk.extend("other", 5) == [0]
+        assert await desk.extend("mine", 5, key="stale") == [2]
+        assert await desk.fail("other", key="stale") == 0
+        assert await desk.fail("mine", key="absent") == 0
+        assert (await desk.begin("other", key="failed", seen=1 << 62, patient=True))[0] == 0
+        assert await desk.touch() == [0]
         assert await desk.capture("known") == [known]
         assert (await desk.claim("b", token="b"))[0] == 0
         assert await desk.commit("a", epoch - 1, "5-0") == [0, str(epoch).encode()]
         assert await desk.log_begin() == str((await desk.log())[-1].position).encode()
         assert await desk.write(bound=0) == [0, await desk.length("writes")]
-        assert await desk.release("mine", key="absent") == 1
+        assert await desk.release("mine", key="stale") == 1
 
 
 @pytest.mark.parametrize(

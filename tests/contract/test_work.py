@@ -74,6 +74,48 @@ async def test_a_bump_is_taken_once_per_mark(desk: Desk) -> None:
     assert int(first[1]) < int(second[1])
 
 
+async def test_a_soft_bump_keeps_the_hard_version(desk: Desk) -> None:
+    """C4: until a hard one comes; on the wire it is the version, a blank and the hard one."""
+    one, two = tags_of_a_shard(desk)
+    first, second = await desk.capture(one, two)
+    for _ in range(2):
+        version = int((await desk.bump(one, two, soft=True))[1])
+        assert await desk.captured(one, two) == [(version, first, 0), (version, second, 0)]
+    stored = await desk.commands.call("GET", desk.names.tag(one))
+    assert stored == f"{version} {first}".encode()
+    hard = int((await desk.bump(one))[1])
+    assert await desk.commands.call("GET", desk.names.tag(one)) == str(hard).encode()
+    assert await desk.captured(one, two) == [(hard, hard, 0), (version, second, 0)]
+    soft = int((await desk.bump(one, soft=True))[1])
+    assert await desk.captured(one) == [(soft, hard, 0)]
+    assert await desk.capture(one, keep_ms=1_000) == [soft]
+    assert 0 < await desk.commands.call("PTTL", desk.names.tag(one)) <= 1_000
+
+
+@pytest.mark.parametrize("lost", [None, "", "not a version", "12 x", " 5"])
+async def test_a_soft_bump_of_what_was_lost_is_a_hard_one(desk: Desk, lost: str | None) -> None:
+    """tags_bump I2: nobody knows any more how hard the last one was."""
+    one, _ = tags_of_a_shard(desk)
+    if lost is not None:
+        await desk.commands.call("SET", desk.names.tag(one), lost)
+    version = int((await desk.bump(one, soft=True))[1])
+    assert await desk.captured(one) == [(version, version, 0)]
+
+
+async def test_a_capture_tells_what_it_made(desk: Desk) -> None:
+    """tags_capture: the same version for all that it made, which is their hard one, too."""
+    one, two = tags_of_a_shard(desk)
+    ((first, hard, made),) = await desk.captured(one)
+    assert (hard, made) == (first, 1)
+    again, (second, hard, made) = await desk.captured(one, two)
+    assert again == (first, first, 0)
+    assert (hard, made) == (second, 1)
+    await desk.commands.call("SET", desk.names.tag(one), "no version")
+    ((third, hard, made),) = await desk.captured(one)
+    assert (hard, made) == (third, 1)
+    assert third > second
+
+
 # log_begin
 
 

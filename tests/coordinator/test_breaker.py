@@ -103,6 +103,50 @@ def test_late_outcomes_change_nothing_while_open() -> None:
     assert breaker.retry_after_ms == 500
 
 
+def test_a_tripped_breaker_is_open_from_now_on() -> None:
+    """I1: whatever it was; for a whole recovery time, and counted as an opening once."""
+    breaker, clock = make()
+    breaker.failed()
+    breaker.trip()
+    assert (breaker.state, breaker.retry_after_ms) == ("open", RECOVERY_MS)
+    with pytest.raises(BreakerOpen):
+        breaker.check()
+    clock.now_s += 0.75
+    breaker.trip()
+    assert breaker.retry_after_ms == RECOVERY_MS
+    assert (breaker.statistics().opened, breaker.statistics().failures) == (1, FAILURES)
+
+
+def test_a_trip_takes_the_probe_away() -> None:
+    """I3: what it brings changes nothing any more."""
+    breaker, clock = opened()
+    clock.now_s += RECOVERY_MS / 1000
+    assert breaker.check() is True
+    breaker.trip()
+    for outcome in (breaker.succeeded, breaker.failed, breaker.abandoned):
+        outcome()
+        assert (breaker.state, breaker.retry_after_ms) == ("open", RECOVERY_MS)
+
+
+def test_a_reset_closes_whatever_it_was() -> None:
+    """And the count of failures begins anew."""
+    tripped, _ = make()
+    tripped.trip()
+    probing, clock = opened()
+    clock.now_s += RECOVERY_MS / 1000
+    probing.check()
+    failing, _ = make()
+    for _ in range(FAILURES - 1):
+        failing.failed()
+    for breaker in (tripped, probing, failing, opened()[0]):
+        breaker.reset()
+        assert breaker.check() is False
+        assert breaker.statistics().failures == 0
+        for _ in range(FAILURES - 1):
+            breaker.failed()
+        assert breaker.closed
+
+
 def test_statistics_count_openings_and_refusals() -> None:
     """What happened can be seen from outside."""
     breaker, _ = opened()
@@ -163,6 +207,17 @@ class BreakerMachine(RuleBasedStateMachine):
     def abandon(self) -> None:
         self.breaker.abandoned()
         self.probing = False
+
+    @rule()
+    def trip(self) -> None:
+        self.breaker.trip()
+        self.failures = max(self.failures, FAILURES)
+        self.open_until, self.probing = self.clock.now_s + RECOVERY_MS / 1000, False
+
+    @rule()
+    def reset(self) -> None:
+        self.breaker.reset()
+        self.failures, self.open_until, self.probing = 0, None, False
 
     @invariant()
     def the_state_is_the_models(self) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 import forebay
-from forebay.schemas.settings import Settings
+from forebay.schemas.settings import LEASE_MS_MAX, Settings
 from forebay.schemas.settings_sources import Resolved
 from programs import installed
 
 MakeNode = Callable[..., forebay.Node]
+PATIENCE_S_MAX = LEASE_MS_MAX / 1000
 ROOT = Path(__file__).parents[2]
 TYPED = """
 import forebay
@@ -106,6 +107,60 @@ def test_second_lifetimes_are_checked_too(make_node: MakeNode, name: str, second
     with pytest.raises(forebay.ConfigError, match=name):
         make_node().cached("a:{id}", ttl=60, **options)(squared)
     make_node().cached("a:{id}", ttl=60, **{name: 0})(squared)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("stale_if_error", value) for value in (-1, math.nan, 1e9, "5", True)],
+        *[("refresh_ahead", value) for value in (0.0, 1.0, 1, -0.5, math.nan, "0.5", True)],
+        *[
+            ("soft_timeout", value)
+            for value in (0, -1, math.nan, PATIENCE_S_MAX + 0.001, "1", True)
+        ],
+        *[
+            ("hard_timeout", value)
+            for value in (0, -1, math.nan, PATIENCE_S_MAX + 0.001, "1", True)
+        ],
+        *[("max_staleness", value) for value in (0, 0.009, math.nan, "1", True)],
+        *[("on_disconnected", value) for value in ("", "Stale", 1, ["fail"])],
+        ("harmless", 5),
+        ("harmless", [1]),
+        ("harmless", (ValueError, "KeyError")),
+        ("harmless", (BaseException,)),
+    ],
+)
+def test_other_options_are_checked_where_they_are_declared(
+    make_node: MakeNode, name: str, value: Any
+) -> None:
+    """D1: and the error names the option."""
+    with pytest.raises(forebay.ConfigError, match=name):
+        make_node().cached("a:{id}", ttl=60, **{name: value})
+
+
+def test_a_caller_is_not_held_longer_for_having_something_to_be_served(
+    make_node: MakeNode,
+) -> None:
+    """D1: the hard timeout is for any caller."""
+    with pytest.raises(forebay.ConfigError, match="soft_timeout"):
+        make_node().cached("a:{id}", ttl=60, soft_timeout=2, hard_timeout=1)
+    make_node().cached("a:{id}", ttl=60, soft_timeout=1, hard_timeout=1)
+    make_node().cached("a:{id}", ttl=60, soft_timeout=2)
+
+
+def test_one_exception_is_harmless_without_a_list(make_node: MakeNode) -> None:
+    """As in an except clause."""
+    for given in (KeyError, [KeyError], (KeyError,)):
+        options: dict[str, Any] = {"harmless": given}
+        made = make_node().cached("a:{id}", ttl=60, **options)(squared)
+        assert made.declared.harmless == (KeyError,)
+
+
+@pytest.mark.parametrize("given", ["catalog", ["b*"], ["b:{other}"]])
+def test_dependencies_are_keys_like_others(make_node: MakeNode, given: Any) -> None:
+    """D1: a list of templates whose fields are parameters."""
+    with pytest.raises((forebay.ConfigError, forebay.InvalidKey)):
+        make_node().cached("a:{id}", ttl=60, depends_on=given)(squared)
 
 
 @pytest.mark.parametrize(

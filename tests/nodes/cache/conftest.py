@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 import forebay
+from forebay.nodes.cache.cached import Cached
 from forebay.schemas.settings import (
     CacheDefaults,
     Http,
@@ -81,7 +82,11 @@ def make_node(valkey_server: ValkeyServer, namespace: str):
     """Nodes of one namespace: ``make_node(lease_ms=500)`` with settings of the cache."""
 
     def make(
-        server: ValkeyServer | None = None, *, limits: Limits | None = None, **cache: Any
+        server: ValkeyServer | None = None,
+        *,
+        limits: Limits | None = None,
+        workers: bool = False,
+        **cache: Any,
     ) -> forebay.Node:
         where = Valkey(
             url=(server or valkey_server).socket_url,
@@ -95,7 +100,7 @@ def make_node(valkey_server: ValkeyServer, namespace: str):
                 node=NodeSettings(namespace=namespace, shards=4),
                 valkey=where,
                 http=Http(enabled=False),
-                workers=Workers(enabled=False),
+                workers=Workers(enabled=workers),
                 cache=CacheDefaults(**cache),
                 limits=limits or Limits(),
             )
@@ -107,3 +112,20 @@ def make_node(valkey_server: ValkeyServer, namespace: str):
 @pytest.fixture
 def eventually():
     return until
+
+
+@pytest.fixture
+def grow_old(valkey_server: ValkeyServer):
+    """Let a stored entry have lived for so many seconds more, in the eyes of these caches."""
+
+    def grow(key: str, seconds: float, *caches: Cached[Any, Any]) -> None:
+        name = caches[0].path.shared.names.entry(key)
+        raw = valkey_server.execute("GET", name)
+        for start, end in ((20, 33), (33, 46)):  # soft_at_ms and hard_at_ms, see entry.py
+            at_ms = max(0, int(raw[start:end]) - int(seconds * 1000))
+            raw = raw[:start] + b"%013d" % at_ms + raw[end:]
+        valkey_server.execute("SET", name, raw, "KEEPTTL")
+        for cached in caches:
+            cached.path.near.clear()
+
+    return grow

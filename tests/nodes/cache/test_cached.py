@@ -12,6 +12,7 @@ from msgspec import Meta
 import forebay
 from forebay.nodes.cache.cached import Cached
 from forebay.nodes.cache.declaration import Declaration, lifetime_ms
+from forebay.nodes.cache.policy import Policy
 from forebay.schemas.errors import ConfigError, ForebayError, InvalidKey
 from forebay.schemas.settings import CacheDefaults
 
@@ -83,12 +84,16 @@ def test_values_that_make_no_key_are_refused() -> None:
         (by_id, "p:{id}:{other}", []),
         (by_two, "p:{id}", []),
         (by_id, "p:{id}", ["t:{other}"]),
+        (by_id, "p:{id}", ["t:{id}:{other}"]),
     ],
 )
 def test_template_and_parameters_must_fit(function, template: str, tags: list[str]) -> None:
     """Or two different calls would share an entry."""
     with pytest.raises(ConfigError, match="template"):
         cached(function, template, tags=tags)
+    if tags:
+        with pytest.raises(ConfigError, match="template"):
+            cached(function, template, depends_on=tags)
 
 
 @pytest.mark.parametrize("template", ["", "p {id}", "p:{id}{id}", "{"])
@@ -120,6 +125,50 @@ def test_a_stale_period_may_be_zero() -> None:
     assert (policy.stale_ms, policy.negative_ms) == (0, 0)
 
 
+def test_what_is_declared_is_the_policy() -> None:
+    """What was not said is as the node's settings have it."""
+    declared = cached(
+        by_id,
+        "p:{id}",
+        stale_for=2,
+        stale_if_error=5,
+        refresh_ahead=0.8,
+        soft_timeout=0.25,
+        hard_timeout=0.5,
+        max_staleness=0.1,
+        on_disconnected="fail",
+    ).policy(CacheDefaults(lease_ms=3_000, throttle_ms=70))
+    assert declared == Policy(
+        ttl_ms=60_000,
+        stale_ms=2_000,
+        error_ms=3_000,
+        negative_ms=10_000,
+        lease_ms=3_000,
+        jitter=CacheDefaults().jitter,
+        refresh_ahead=0.8,
+        soft_timeout_ms=250,
+        hard_timeout_ms=500,
+        throttle_ms=70,
+        staleness_ms=100,
+        on_disconnected="fail",
+    )
+    silent = cached(by_id, "p:{id}").policy(
+        CacheDefaults(max_staleness_ms=77, on_disconnected="stale")
+    )
+    assert (silent.staleness_ms, silent.on_disconnected) == (77, "stale")
+    assert (silent.error_ms, silent.soft_timeout_ms, silent.hard_timeout_ms) == (0, 0, 0)
+    assert silent.refresh_ahead == 0.0
+
+
+def test_a_stale_period_is_also_one_for_errors() -> None:
+    """Only what goes beyond it is kept for errors."""
+    for stale_if_error, error_ms in ((0, 0), (2, 0), (3, 0), (3.5, 500)):
+        policy = cached(by_id, "p:{id}", stale_for=3, stale_if_error=stale_if_error).policy(
+            CacheDefaults()
+        )
+        assert (policy.stale_ms, policy.error_ms) == (3_000, error_ms)
+
+
 @pytest.mark.parametrize(("ttl", "negative_ms"), [(3, 3_000), (600, 10_000)])
 def test_absences_live_ten_seconds_at_most_if_nothing_is_said(ttl: int, negative_ms: int) -> None:
     """A row that is made now should be seen soon."""
@@ -140,7 +189,7 @@ async def test_a_refresh_calls_the_loader_with_what_the_key_says() -> None:
     call = made._call_of(made.key(*values))
     await call.run()
     assert got == [values]
-    assert call.tags == made._call(values, {}).tags == ("t:EWR:3", "all")
+    assert call.tags == made._call(values, {}).tags == ["t:EWR:3", "all"]
     with pytest.raises(InvalidKey, match="no key of"):
         made._call_of("x:EWR:1.5:-3:True")
     with pytest.raises(InvalidKey, match="no key of"):

@@ -1,4 +1,4 @@
-"""Single flight: one look and one load for all who ask, whatever becomes of them."""
+"""Single flight: one load for all who ask, whatever becomes of them."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from typing import Any
 import anyio
 import pytest
 
-from forebay.nodes.cache.flights import Flights
+from forebay.nodes.cache.flights import Flights, Todo
 from forebay.schemas.errors import Backpressure, LoaderError, TimedOut, Unavailable
+
+ABSENT: Todo[Any] = Todo(-1)
 
 
 class Airport:
-    """Flights whose looks and loads end when they are let."""
+    """Flights whose loads end when they are let."""
 
     def __init__(self, tasks: anyio.abc.TaskGroup, **options: Any) -> None:
-        self.looks: list[str] = []
         self.loads: list[tuple[str, str, int]] = []
-        self.found: Any = -1  #: what a look finds; an int: load
         self.result: Any = "loaded"
-        self.look_gate, self.load_gate = anyio.Event(), anyio.Event()
-        self.look_gate.set()
+        self.load_gate = anyio.Event()
         self.load_gate.set()
         self.heard = True
         self.now = 0.0
+        self.served_late = 0
         clock: Any = SimpleNamespace(monotonic=lambda: self.now)
         self.flights: Flights[str, Any] = Flights(
             tasks,
             cache="product",
-            look=self.look,
             load=self.load,
             heard_since=lambda moment: self.heard or moment >= self.now,
             clock=clock,
+            served_late=self.count_late,
             **{"loads_max": 100, "waiters_max": 10_000, **options},
         )
 
-    async def look(self, key: str, call: str) -> Any:
-        self.looks.append(key)
-        found, gate = self.found, self.look_gate
-        await gate.wait()
-        return _given(found)
+    def count_late(self) -> None:
+        self.served_late += 1
 
-    async def load(self, key: str, call: str, seen: int) -> Any:
-        self.loads.append((key, call, seen))
+    async def load(self, key: str, call: str, todo: Todo[Any]) -> Any:
+        self.loads.append((key, call, todo.seen))
         result, gate = self.result, self.load_gate
         await gate.wait()
         return _given(result)
+
+    async def join(self, key: str, call: str = "", todo: Todo[Any] | None = None) -> Any:
+        return await self.flights.join(key, call, todo or ABSENT)
 
 
 def _given(result: Any) -> Any:
@@ -61,13 +61,13 @@ def _given(result: Any) -> Any:
 class Callers:
     """Tasks that each join, and what each of them got."""
 
-    def __init__(self, flights: Flights[str, Any]) -> None:
-        self.flights = flights
+    def __init__(self, airport: Airport) -> None:
+        self.airport = airport
         self.tasks: list[asyncio.Task[Any]] = []
 
-    async def join(self, *keys: str, call: str = "") -> None:
+    async def join(self, *keys: str, call: str = "", todo: Todo[Any] | None = None) -> None:
         for key in keys:
-            self.tasks.append(asyncio.ensure_future(self.flights.join(key, call)))
+            self.tasks.append(asyncio.ensure_future(self.airport.join(key, call, todo)))
             await anyio.sleep(0)
         await anyio.wait_all_tasks_blocked()
 
@@ -90,62 +90,52 @@ async def airport(tasks: anyio.abc.TaskGroup) -> Airport:
 
 @pytest.fixture
 async def callers(airport: Airport) -> Callers:
-    return Callers(airport.flights)
+    return Callers(airport)
 
 
-async def test_a_thousand_callers_make_one_look_and_one_load(
-    airport: Airport, callers: Callers
-) -> None:
+async def test_a_thousand_callers_make_one_load(airport: Airport, callers: Callers) -> None:
     """However many ask, and all get the same."""
-    airport.look_gate, airport.load_gate = anyio.Event(), anyio.Event()
-    await callers.join(*["a"] * 500)
-    airport.look_gate.set()
-    await callers.join(*["a"] * 500)
+    airport.load_gate = anyio.Event()
+    await callers.join(*["a"] * 1_000)
     assert (len(airport.flights), airport.flights.waiting) == (1, 1_000)
     airport.load_gate.set()
     assert await callers.got() == ["loaded"] * 1_000
-    assert (airport.looks, airport.loads) == (["a"], [("a", "", -1)])
+    assert airport.loads == [("a", "", -1)]
     assert (len(airport.flights), airport.flights.waiting) == (0, 0)
     assert "a" not in airport.flights
 
 
-async def test_what_a_look_finds_ends_the_flight(airport: Airport, callers: Callers) -> None:
-    """No task is started, and the next caller looks again."""
-    airport.found, airport.look_gate = "found", anyio.Event()
-    await callers.join("a", "a", "b")
-    airport.look_gate.set()
-    assert await callers.got() == ["found"] * 3
-    assert await airport.flights.join("a", "") == "found"
-    assert (airport.looks, airport.loads) == (["a", "b", "a"], [])
+async def test_the_next_caller_has_it_loaded_anew(airport: Airport, callers: Callers) -> None:
+    """What its own look left to do is what is done, and each key flies for itself."""
+    await callers.join("a", "b", call="red", todo=Todo(7))
+    assert await airport.join("a", "blue", Todo(8)) == "loaded"
+    assert await callers.got() == ["loaded"] * 2
+    assert airport.loads == [("a", "red", 7), ("b", "red", 7), ("a", "blue", 8)]
 
 
-@pytest.mark.parametrize("stage", ["look", "load"])
-async def test_a_cancelled_leader_takes_nobody_along(
-    airport: Airport, callers: Callers, stage: str
-) -> None:
-    """F1: its load goes on; its look is repeated by one of those who wait."""
-    setattr(airport, f"{stage}_gate", anyio.Event())
+async def test_a_cancelled_leader_takes_nobody_along(airport: Airport, callers: Callers) -> None:
+    """F1: its load goes on, for those who wait for it."""
+    airport.load_gate = anyio.Event()
     await callers.join(*["a"] * 5)
     callers.tasks[0].cancel()
     await anyio.wait_all_tasks_blocked()
-    getattr(airport, f"{stage}_gate").set()
+    airport.load_gate.set()
     leader, *others = await callers.got()
     assert isinstance(leader, asyncio.CancelledError)
     assert others == ["loaded"] * 4
-    assert len(airport.looks) == (2 if stage == "look" else 1)
     assert len(airport.loads) == 1
 
 
-async def test_leaders_cancelled_one_after_the_other(airport: Airport, callers: Callers) -> None:
+async def test_callers_cancelled_one_after_the_other(airport: Airport, callers: Callers) -> None:
     """F1: as long as one caller is left, it gets its value."""
-    airport.look_gate = anyio.Event()
+    airport.load_gate = anyio.Event()
     await callers.join(*["a"] * 10)
     for task in callers.tasks[:9]:
         task.cancel()
         await anyio.wait_all_tasks_blocked()
-    airport.look_gate.set()
+    airport.load_gate.set()
     assert (await callers.got())[9] == "loaded"
-    assert (len(airport.looks), len(airport.loads)) == (10, 1)
+    assert len(airport.loads) == 1
 
 
 async def test_a_cancelled_waiter_disturbs_nobody(airport: Airport, callers: Callers) -> None:
@@ -169,7 +159,7 @@ async def test_a_waiter_with_a_deadline_leaves_and_the_load_goes_on(
     """F1: also with the cancel scopes of anyio, and also if nobody is left to wait."""
     airport.load_gate = anyio.Event()
     with anyio.move_on_after(0.01) as scope:
-        await airport.flights.join("a", "")
+        await airport.join("a")
     assert scope.cancelled_caught
     assert len(airport.flights) == 1
     await callers.join("a")
@@ -178,16 +168,14 @@ async def test_a_waiter_with_a_deadline_leaves_and_the_load_goes_on(
     assert len(airport.loads) == 1
 
 
-@pytest.mark.parametrize("stage", ["look", "load"])
 @pytest.mark.parametrize("how", ["key", "call", "all"])
 async def test_who_comes_after_a_notice_does_not_join(
-    airport: Airport, callers: Callers, stage: str, how: str
+    airport: Airport, callers: Callers, how: str
 ) -> None:
     """F2: those who came before get what they asked for, and the flights do not mix."""
-    setattr(airport, f"{stage}_gate", anyio.Event())
+    first_gate = airport.load_gate = anyio.Event()
     airport.result = "old"
     await callers.join("a", "a", call="red")
-    first_gate = getattr(airport, f"{stage}_gate")
     if how == "key":
         airport.flights.detach("b")
         assert "a" in airport.flights
@@ -199,9 +187,6 @@ async def test_who_comes_after_a_notice_does_not_join(
     else:
         airport.flights.detach_all()
     assert "a" not in airport.flights
-    if stage == "look":
-        first_gate.set()
-        await anyio.wait_all_tasks_blocked()
     airport.result, airport.load_gate = "new", anyio.Event()
     await callers.join("a", "a")
     first_gate.set()
@@ -227,21 +212,16 @@ async def test_an_old_flight_is_not_joined_while_notices_may_be_missing(
     assert len(airport.loads) == 2
 
 
-@pytest.mark.parametrize("stage", ["look", "load"])
-async def test_each_caller_gets_an_exception_of_its_own(
-    airport: Airport, callers: Callers, stage: str
-) -> None:
+async def test_each_caller_gets_an_exception_of_its_own(airport: Airport, callers: Callers) -> None:
     """F3: equal, with the one that was raised as its cause, which does not grow."""
     error = TimedOut(250)
-    setattr(airport, "found" if stage == "look" else "result", error)
-    setattr(airport, f"{stage}_gate", anyio.Event())
+    airport.result, airport.load_gate = error, anyio.Event()
     await callers.join(*["a"] * 20)
-    getattr(airport, f"{stage}_gate").set()
+    airport.load_gate.set()
     got = await callers.got()
     assert all(type(each) is TimedOut and each.timeout_ms == 250 for each in got)
     assert len({id(each) for each in got}) == 20
-    copies = got if stage == "load" else got[1:]
-    assert all(each.__cause__ is error for each in copies)
+    assert all(each.__cause__ is error for each in got)
     assert len(traceback.extract_tb(error.__traceback__)) < 8
     assert (error.__context__, error.__cause__) == (None, None)
 
@@ -251,41 +231,36 @@ async def test_an_error_is_forgotten_at_once(airport: Airport) -> None:
     airport.result = ValueError("no")
     for _ in range(3):
         with pytest.raises(ValueError, match="no"):
-            await airport.flights.join("a", "")
+            await airport.join("a")
     airport.result = "well"
-    assert await airport.flights.join("a", "") == "well"
+    assert await airport.join("a") == "well"
     assert len(airport.flights) == 0
 
 
-async def test_loads_are_bounded_and_looks_are_not(tasks: anyio.abc.TaskGroup) -> None:
-    """F4: those who wait for the load that was refused are told too."""
+async def test_loads_are_bounded(tasks: anyio.abc.TaskGroup) -> None:
+    """F4: one more is refused, joining is not, and nothing of the refused one is left."""
     airport = Airport(tasks, loads_max=2)
-    callers = Callers(airport.flights)
+    callers = Callers(airport)
     airport.load_gate = anyio.Event()
-    await callers.join("a", "b")
-    airport.look_gate = anyio.Event()
-    await callers.join("c", "c")
-    airport.look_gate.set()
-    await anyio.wait_all_tasks_blocked()
-    refused = [task.exception() for task in callers.tasks[2:]]
+    await callers.join("a", "b", "c", "c", "b")
+    refused = [task.exception() for task in callers.tasks[2:4]]
     assert all(isinstance(each, Backpressure) for each in refused)
     assert refused[0] is not refused[1]
-    airport.found = "found"
-    assert await airport.flights.join("d", "") == "found"
+    assert "c" not in airport.flights
     airport.load_gate.set()
-    assert (await callers.got())[:2] == ["loaded", "loaded"]
-    airport.found = -1
-    assert await airport.flights.join("c", "") == "loaded"
+    got = await callers.got()
+    assert [got[0], got[1], got[4]] == ["loaded"] * 3
+    assert await airport.join("c") == "loaded"
 
 
 async def test_those_who_wait_are_bounded(tasks: anyio.abc.TaskGroup) -> None:
     """F4: one more is refused, and the load goes on."""
     airport = Airport(tasks, waiters_max=3)
-    callers = Callers(airport.flights)
+    callers = Callers(airport)
     airport.load_gate = anyio.Event()
     await callers.join("a", "a", "a")
     with pytest.raises(Backpressure):
-        await airport.flights.join("a", "")
+        await airport.join("a")
     callers.tasks[2].cancel()
     await callers.join("a")
     airport.load_gate.set()
@@ -295,15 +270,15 @@ async def test_those_who_wait_are_bounded(tasks: anyio.abc.TaskGroup) -> None:
 async def test_a_loader_that_asks_for_itself_is_told(airport: Airport) -> None:
     """F5: also by way of another key, or of a task of its own."""
 
-    async def load(key: str, call: str, seen: int) -> Any:
+    async def load(key: str, call: str, todo: Todo[Any]) -> Any:
         if key == "c":
             async with anyio.create_task_group() as own:
-                own.start_soon(airport.flights.join, "a", "")
-        return await airport.flights.join({"a": "b", "b": "c"}[key], "")
+                own.start_soon(airport.join, "a")
+        return await airport.join({"a": "b", "b": "c"}[key])
 
     airport.flights._load = load
     with anyio.fail_after(20), pytest.raises(Exception) as caught:
-        await airport.flights.join("a", "")
+        await airport.join("a")
     error: BaseException | None = caught.value
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
@@ -315,11 +290,11 @@ async def test_a_loader_that_asks_for_itself_is_told(airport: Airport) -> None:
 async def test_a_loader_may_ask_for_what_another_loads(airport: Airport, callers: Callers) -> None:
     """F5: waiting for others is no circle."""
 
-    async def load(key: str, call: str, seen: int) -> Any:
+    async def load(key: str, call: str, todo: Todo[Any]) -> Any:
         if key == "base":
             await airport.load_gate.wait()
             return "base"
-        return key + await airport.flights.join("base", "")
+        return key + await airport.join("base")
 
     airport.flights._load, airport.load_gate = load, anyio.Event()
     await callers.join("base", "a", "b")
@@ -327,11 +302,113 @@ async def test_a_loader_may_ask_for_what_another_loads(airport: Airport, callers
     assert await callers.got() == ["base", "abase", "bbase"]
 
 
+HASTY: Todo[Any] = Todo(5, None, 0.01)
+SAFE: Todo[Any] = Todo(5, "fallback", 0.01)
+
+
+async def test_nobody_waits_longer_than_patience_allows(airport: Airport, callers: Callers) -> None:
+    """F6: all get what the look had in hand; the load goes on, for those who come later."""
+    airport.load_gate = anyio.Event()
+    await callers.join("a", "a", "a", todo=SAFE)
+    assert await callers.got() == ["fallback"] * 3
+    assert (len(airport.flights), airport.flights.waiting, airport.served_late) == (1, 0, 1)
+    assert "a" in airport.flights
+    assert await airport.join("a", todo=Todo(5, "another", 600)) == "fallback", "at once"
+    airport.load_gate.set()
+    await anyio.wait_all_tasks_blocked()
+    assert len(airport.flights) == 0
+    assert await airport.join("a", todo=SAFE) == "loaded"
+    assert airport.served_late == 1
+
+
+async def test_patience_without_a_fallback_ends_in_an_error(
+    airport: Airport, callers: Callers
+) -> None:
+    """F3, F6: one of its own for each, and at once for those who come later."""
+    airport.load_gate = anyio.Event()
+    await callers.join("a", "a", todo=HASTY)
+    got = [*await callers.got(), *await asyncio.gather(airport.join("a"), return_exceptions=True)]
+    assert all(isinstance(each, LoaderError) and each.key == "a" for each in got)
+    assert len({id(each) for each in got}) == 3
+    assert "not loaded in 0.01 s" in str(got[0])
+    assert (len(airport.flights), len(airport.loads), airport.served_late) == (1, 1, 0)
+
+
+async def test_who_need_not_wait_is_not_refused(tasks: anyio.abc.TaskGroup) -> None:
+    """F4, F6: the bound of those who wait is for those who wait."""
+    airport = Airport(tasks, waiters_max=1)
+    callers = Callers(airport)
+    airport.load_gate = anyio.Event()
+    await callers.join("a", todo=SAFE)
+    assert await callers.got() == ["fallback"]
+    await callers.join("b")
+    assert await airport.join("a") == "fallback"
+    airport.load_gate.set()
+    assert await callers.got() == ["fallback", "loaded"]
+
+
+@pytest.mark.parametrize("result", ["loaded", ValueError("no")])
+async def test_a_load_that_ends_in_time_stops_the_clock(
+    airport: Airport, callers: Callers, result: Any
+) -> None:
+    """F6: what would have come afterwards does not; an error is not hidden by the fallback."""
+    airport.result = result
+    hasty: Todo[Any] = Todo(5, "fallback", 0.05)
+    await callers.join("a", todo=hasty)
+    (got,) = await callers.got()
+    assert got == result or repr(got) == repr(result)
+    timers: Any = asyncio.get_running_loop()
+    assert not [each for each in timers._scheduled if not each.cancelled() and _hurries(each)]
+    assert airport.served_late == 0
+
+
+def _hurries(handle: Any) -> bool:
+    return getattr(handle._callback, "__name__", "") == "_hurry"
+
+
+async def test_cancelling_the_load_stops_the_clock_too() -> None:
+    """F6: the node stops; those who wait hear of that, and of nothing else."""
+    async with anyio.create_task_group() as tasks:
+        airport = Airport(tasks)
+        callers = Callers(airport)
+        airport.load_gate = anyio.Event()
+        await callers.join("a", "a", todo=Todo(5, "fallback", 600))
+        timers: Any = asyncio.get_running_loop()
+        assert [each for each in timers._scheduled if _hurries(each) and not each.cancelled()]
+        tasks.cancel_scope.cancel()
+    assert all(isinstance(each, Unavailable) for each in await callers.got())
+    assert not [each for each in timers._scheduled if _hurries(each) and not each.cancelled()]
+
+
+async def test_a_cancelled_caller_keeps_nobody_from_the_fallback(
+    airport: Airport, callers: Callers
+) -> None:
+    """F1, F6: also the one whose look it came from."""
+    airport.load_gate = anyio.Event()
+    await callers.join("a", "a", todo=SAFE)
+    callers.tasks[0].cancel()
+    leader, other = await callers.got()
+    assert isinstance(leader, asyncio.CancelledError)
+    assert other == "fallback"
+
+
+async def test_after_a_notice_the_fallback_is_nobody_s(airport: Airport, callers: Callers) -> None:
+    """F2, F6: it may be what the notice spoke of; those who come later have it loaded anew."""
+    airport.load_gate = anyio.Event()
+    await callers.join("a", todo=SAFE)
+    assert await callers.got() == ["fallback"]
+    airport.flights.detach("a")
+    await callers.join("a")
+    airport.load_gate.set()
+    assert await callers.got() == ["fallback", "loaded"]
+    assert len(airport.loads) == 2
+
+
 async def test_the_end_of_the_node_ends_the_waiting() -> None:
     """Loads are cancelled, and those who wait for them get Unavailable, not a cancellation."""
     async with anyio.create_task_group() as tasks:
         airport = Airport(tasks)
-        callers = Callers(airport.flights)
+        callers = Callers(airport)
         airport.load_gate = anyio.Event()
         await callers.join("a", "a", "b")
         tasks.cancel_scope.cancel()
@@ -339,7 +416,7 @@ async def test_the_end_of_the_node_ends_the_waiting() -> None:
     assert all(isinstance(each, Unavailable) for each in got)
     assert len(airport.flights) == 0
     with pytest.raises(Unavailable):
-        await airport.flights.join("c", "")
+        await airport.join("c")
     assert "c" not in airport.flights
 
 
@@ -348,7 +425,7 @@ async def test_a_load_that_never_got_to_run_ends_the_waiting_too() -> None:
     async with anyio.create_task_group() as tasks:
         airport = Airport(tasks)
         airport.load_gate = anyio.Event()
-        task = asyncio.ensure_future(airport.flights.join("a", ""))
+        task = asyncio.ensure_future(airport.join("a"))
         await asyncio.sleep(0)
         tasks.cancel_scope.cancel()
     with anyio.fail_after(20), pytest.raises(Unavailable):
@@ -362,13 +439,13 @@ async def test_random_cancellation_loses_nobody(airport: Airport) -> None:
 
     rng, got = random.Random(5), []
 
-    async def load(key: str, call: str, seen: int) -> Any:
+    async def load(key: str, call: str, todo: Todo[Any]) -> Any:
         await anyio.sleep(rng.random() / 200)
         return key
 
     async def caller(key: str) -> None:
         with anyio.move_on_after(rng.choice([0.001, 0.003, 20])):
-            assert await airport.flights.join(key, "") == key
+            assert await airport.join(key) == key
             got.append(key)
 
     airport.flights._load = load

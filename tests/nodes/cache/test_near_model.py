@@ -351,7 +351,7 @@ class Floorless(NearCache):
     """Faults to be caught: a notice removes what is there, and is forgotten at once."""
 
     def drop(self, key: str, version: int) -> None:
-        floors = {each: each.floor for each in self._reservations.get(key, ())}
+        floors = {each: each.floor for each in self._reservations.of(key)}
         super().drop(key, version)
         for reservation, floor in floors.items():
             reservation.floor = floor
@@ -361,7 +361,7 @@ class Deaf(NearCache):
     """Only what comes in later hears of a notice."""
 
     def drop(self, key: str, version: int) -> None:
-        for reservation in self._reservations.get(key, ()):
+        for reservation in self._reservations.of(key):
             reservation.floor = max(reservation.floor, version)
 
 

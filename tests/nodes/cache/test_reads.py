@@ -199,6 +199,27 @@ async def test_an_absence_is_not_stored_if_so_declared(make_node, source, valkey
         assert leased(node, valkey_server, "row:7") is None
 
 
+async def test_what_is_gone_from_the_source_is_not_served_as_stale(
+    make_node, source, valkey_server, eventually
+) -> None:
+    """L6: also where absences are not remembered, so that nothing takes the old value's place."""
+    one, two = make_node(), make_node()
+    rows = [declare(node, source, stale_for=300.0, negative_ttl=0) for node in (one, two)]
+    source.values[1] = {"n": 1}
+    async with one, two:
+        assert [await row(1) for row in rows] == [{"n": 1}] * 2
+        source.values[1] = None
+        await one.invalidate(["row:1"], soft=True)
+        assert (await rows[0].get_with_info(1)).stale
+        await eventually(lambda: stored(one, valkey_server, "row:1") is None)
+        for row in rows:
+
+            async def gone(row: Any = row) -> bool:
+                return bool(await row(1) is None)
+
+            await eventually(gone)
+
+
 async def test_a_stale_value_is_served_at_once_and_refreshed_once(
     cluster, source, eventually
 ) -> None:
@@ -291,7 +312,7 @@ async def test_an_invalidation_is_visible_elsewhere_within_the_promise(
 
 @pytest.mark.parametrize("by", ["key", "tag"])
 async def test_what_was_invalidated_while_it_was_loaded_is_not_stored(
-    node, source, valkey_server, by: str
+    node, source, valkey_server, eventually, by: str
 ) -> None:
     """L1: the callers from before get it; later ones do not wait for it, and load anew (R3)."""
     source.hold()
@@ -304,7 +325,7 @@ async def test_what_was_invalidated_while_it_was_loaded_is_not_stored(
         tasks.start_soon(call, "leader")
         await source.began.wait()
         tasks.start_soon(call, "waiter")
-        await anyio.wait_all_tasks_blocked()
+        await eventually(lambda: node.row.path.flights.waiting == 2)
         source.values[1] = {"n": 2}
         if by == "key":
             await node.row.invalidate(1)
@@ -490,7 +511,9 @@ async def test_an_error_invalidates_nothing(node, source, valkey_server) -> None
         await node.row.do_refresh(job)
     assert stored(node, valkey_server, "row:1") == raw
     assert (await node.row.get_with_info(1)).tier == "near"
-    assert leased(node, valkey_server, "row:1") is None
+    assert leased(node, valkey_server, "row:1") == b"!", "no token: its source is left alone"
+    name = node.parts.names.lease("row:1")
+    assert 0 < valkey_server.execute("PTTL", name) <= node.settings.cache.throttle_ms
 
 
 async def test_a_loader_that_takes_longer_than_its_lease_is_stopped(
@@ -777,4 +800,6 @@ async def test_nothing_is_left_of_reads_that_ended(node, source) -> None:
     assert not path.flights._flights
     assert path.flights.waiting == 0
     assert len(node.parts.waits) == 0
-    assert not node.parts.shared._asked
+    lookups = node.parts.shared.get.__self__
+    assert not lookups._asked
+    assert not lookups._reading

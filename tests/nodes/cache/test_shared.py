@@ -12,12 +12,13 @@ import pytest
 
 from forebay.coordinator.link import Link
 from forebay.coordinator.scripting import load_scripts
-from forebay.nodes.cache.shared import Granted, Held, Newer, SharedTier
+from forebay.nodes.cache.shared import Granted, Held, Newer, SharedTier, Stamp
+from forebay.nodes.cache.tags import Captured
 from forebay.schemas.entry import EntryMeta, make_tail, read_entry, version_of
 from forebay.schemas.errors import Backpressure, Disconnected, Unavailable
 from forebay.schemas.jobs import WriteJob
 from forebay.schemas.keys import Names
-from forebay.schemas.notices import Bumped, Dropped, read_notice
+from forebay.schemas.notices import Bumped, Dropped, Extended, read_notice
 from forebay.schemas.settings import Durable
 from links import link_to, running
 
@@ -137,12 +138,19 @@ async def test_each_reader_gets_an_error_of_its_own(link: Link, names: Names) ->
 
 async def test_a_lease_is_one_callers(tier: SharedTier) -> None:
     """Asked again with the same token it is granted again; a fill uses it up."""
-    assert await tier.begin("k", "a", lease_ms=60_000, seen=-1) == Granted(None)
-    assert await tier.begin("k", "a", lease_ms=60_000, seen=-1) == Granted(None)
+    first = await tier.begin("k", "a", lease_ms=60_000, seen=-1)
+    second = await tier.begin("k", "a", lease_ms=60_000, seen=-1)
+    third = await tier.holds("k", "a")
+    assert isinstance(first, Granted)
+    assert isinstance(second, Granted)
+    assert isinstance(third, Granted)
+    assert (first.entry, second.entry, third.entry) == (None, None, None)
+    assert first.since < second.since < third.since
     held = await tier.begin("k", "b", lease_ms=60_000, seen=-1)
     assert isinstance(held, Held)
     assert 0 < held.left_ms <= 60_000
-    assert (await tier.holds("k", "a"), await tier.holds("k", "b")) == (True, False)
+    assert not held.failing
+    assert await tier.holds("k", "b") is None
     assert await tier.fill("k", "b", **LIFETIME) is None
     stamp = await tier.fill("k", "a", **LIFETIME)
     assert stamp is not None
@@ -152,10 +160,53 @@ async def test_a_lease_is_one_callers(tier: SharedTier) -> None:
     assert read_entry(newer.entry, bytes_max=99).version == stamp.version
     again = await tier.begin("k", "c", lease_ms=60_000, seen=stamp.version)
     assert isinstance(again, Granted)
+    assert (again.entry, again.since > stamp.version) == (newer.entry, True)
     await tier.release("k", "other")
-    assert await tier.holds("k", "c")
+    holds = await tier.holds("k", "c")
+    assert holds is not None
+    assert holds.entry == newer.entry
     await tier.release("k", "c")
-    assert not await tier.holds("k", "c")
+    assert await tier.holds("k", "c") is None
+
+
+async def test_a_source_that_failed_is_left_alone_by_those_who_are_patient(
+    tier: SharedTier,
+) -> None:
+    """By whoever has something to serve; where there is no entry, by nobody."""
+    await tier.begin("k", "a", lease_ms=60_000, seen=-1)
+    assert not await tier.failed("k", "a", throttle_ms=60_000)
+    stamp = await tier.put("k", **LIFETIME)
+    seen = stamp.version
+    await tier.begin("k", "a", lease_ms=60_000, seen=seen)
+    assert not await tier.failed("k", "other", throttle_ms=60_000)
+    assert await tier.failed("k", "a", throttle_ms=60_000)
+    held = await tier.begin("k", "b", lease_ms=60_000, seen=seen, patient=True)
+    assert isinstance(held, Held)
+    assert held.failing
+    assert 0 < held.left_ms <= 60_000
+    assert isinstance(await tier.begin("k", "b", lease_ms=60_000, seen=seen), Granted)
+    held = await tier.begin("k", "c", lease_ms=60_000, seen=seen, patient=True)
+    assert held == Held(held.left_ms) if isinstance(held, Held) else False
+
+
+async def test_an_unchanged_value_lives_on(tier: SharedTier, link: Link, names: Names) -> None:
+    """With new lifetimes and another meta part; nodes are told by how much."""
+    stamp = await tier.put("k", **LIFETIME)
+    meta = EntryMeta(tags={"t": 5}, soft_ms=90_000)
+    middle = make_tail(b"", kind="v", codec="m", meta=meta)
+    times = {"soft_ms": 90_000, "hard_ms": 95_000, "middle": middle}
+    assert await tier.extend("k", "a", since=stamp.version, **times) is None
+    await tier.begin("k", "a", lease_ms=60_000, seen=stamp.version)
+    assert await tier.extend("k", "a", since=stamp.version - 1, **times) == "changed"
+    extended = await tier.extend("k", "a", since=stamp.version, **times)
+    assert isinstance(extended, Stamp)
+    assert extended.version > stamp.version
+    entry = read_entry(await tier.get("k") or b"", bytes_max=99)
+    assert (entry.version, entry.payload, entry.meta) == (extended.version, b"\x01", meta)
+    assert (entry.soft_at_ms, entry.hard_at_ms) == (extended.soft_at_ms, extended.hard_at_ms)
+    assert extended.hard_at_ms - extended.soft_at_ms == 5_000
+    logged = await link.call("XREVRANGE", names.part(names.shard("k"), "log"), "+", "-")
+    assert read_notice(logged[0][1][3]) == Extended("k", stamp.version, 90_000, 95_000)
 
 
 async def test_versions_grow_and_lifetimes_are_the_servers(tier: SharedTier, link: Link) -> None:
@@ -194,7 +245,7 @@ async def test_an_invalidation_tells_what_it_announced(
         assert version > 0
         assert names.shard(name) in range(4)
     assert await tier.capture(["t1", "t2"]) == {
-        tag: version
+        tag: Captured(version, version)
         for notice, version in told
         if isinstance(notice, Bumped)
         for tag in notice.tags
@@ -216,13 +267,45 @@ async def test_a_soft_invalidation_leaves_a_stale_value(tier: SharedTier) -> Non
 async def test_a_lost_tag_gets_a_version_that_no_entry_carries(
     tier: SharedTier, link: Link, names: Names
 ) -> None:
-    """Evicted, it is made anew; captured again it stays."""
+    """Evicted, it is made anew; captured again it stays, and is not said to be made."""
     first = await tier.capture(["t"])
-    assert await tier.capture(["t"]) == first
+    assert first["t"] == (first["t"].version, first["t"].version, True)
+    assert await tier.capture(["t"]) == {"t": first["t"]._replace(made=False)}
     await link.call("DEL", names.tag("t"))
     second = await tier.capture(["t"])
-    assert second["t"] > first["t"]
-    assert await tier.capture(["t", "u"]) == {**second, "u": (await tier.capture(["u"]))["u"]}
+    assert second["t"].hard > first["t"].version
+    assert second["t"].made
+    both = await tier.capture(["t", "u"])
+    assert (both["t"].made, both["u"].made) == (False, True)
+    assert both["t"].version == second["t"].version
+
+
+async def test_a_soft_bump_keeps_the_hard_version(
+    tier: SharedTier, link: Link, names: Names
+) -> None:
+    """And tells so; of a tag that is not there it is a hard one."""
+    before = (await tier.capture(["t"]))["t"]
+    told = await tier.invalidate(tags=["t"], soft=True)
+    ((notice, version),) = told
+    assert notice == Bumped(("t",), "me", True)
+    assert (await tier.capture(["t"]))["t"] == Captured(version, before.hard)
+    ((_, hard),) = await tier.invalidate(tags=["t"])
+    assert (await tier.capture(["t"]))["t"] == Captured(hard, hard)
+    await link.call("DEL", names.tag("t"))
+    ((_, again),) = await tier.invalidate(tags=["t"], soft=True)
+    assert (await tier.capture(["t"]))["t"] == Captured(again, again)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+async def test_what_depends_on_a_key_is_outdated_with_it(tier: SharedTier, soft: bool) -> None:
+    """By the tag named after the key, if there is one; as softly as the key itself."""
+    before = (await tier.capture(["k"]))["k"]
+    ((_, version),) = await tier.invalidate(keys=["k"], soft=soft)
+    assert (await tier.capture(["k"]))["k"] == Captured(version, before.hard if soft else version)
+    stamp = await tier.put("k", **LIFETIME)
+    assert (await tier.capture(["k"]))["k"] == Captured(stamp.version, stamp.version)
+    await tier.put("other", **LIFETIME)
+    assert (await tier.capture(["other"]))["other"].made
 
 
 async def test_a_full_stream_refuses_a_write_and_changes_nothing(link: Link, names: Names) -> None:

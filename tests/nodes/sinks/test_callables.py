@@ -128,3 +128,29 @@ async def test_function_that_is_not_async_is_fatal() -> None:
     sink = CallableSink("save", lambda writes: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(FatalSinkError, match="async def"):
         await sink.write(BATCH)
+
+
+@pytest.mark.parametrize(
+    "error, unknown",
+    [
+        (ConnectionError("reset"), True),
+        (RuntimeError("who knows"), True),
+        (ValueError("no such colour"), False),
+        (TransientSinkError("before anything was sent"), False),
+    ],
+)
+async def test_an_error_says_whether_the_batch_may_be_stored(
+    error: Exception, unknown: bool
+) -> None:
+    """What the function did before it failed is known to nobody, unless it says so."""
+    with pytest.raises(SinkError) as raised:
+        await failing(error).write(BATCH)
+    assert raised.value.outcome_unknown is unknown
+
+
+async def test_running_out_of_time_leaves_the_outcome_unknown() -> None:
+    """It may have been stored, and the answer late."""
+    sink = CallableSink("save", lambda writes: anyio.sleep_forever(), timeout_ms=1)
+    with pytest.raises(TransientSinkError) as raised:
+        await sink.write(BATCH)
+    assert raised.value.outcome_unknown

@@ -47,6 +47,28 @@ async def test_batch_is_stored_with_its_progress(database: Any) -> None:
         assert await sink.progress([3, 4]) == {3: "5-0"}
 
 
+@pytest.mark.parametrize("method, unknown", [("commit", True), ("execute", False)])
+async def test_only_at_the_commit_the_outcome_is_unknown(
+    database: Any, monkeypatch: pytest.MonkeyPatch, method: str, unknown: bool
+) -> None:
+    """I5: the answer may be lost, and the batch stored."""
+    from forebay.nodes.sinks.sql_database import Session
+
+    async with database.opened() as sink:
+        before = getattr(Session, method)
+
+        async def lost(self: Session, *args: Any) -> None:
+            await before(self, *args)
+            raise ConnectionResetError("the answer is lost")
+
+        monkeypatch.setattr(Session, method, lost)
+        with pytest.raises(TransientSinkError) as caught:
+            await sink.write(batch(put(1, 10)))
+        monkeypatch.setattr(Session, method, before)
+        assert caught.value.outcome_unknown is unknown
+        assert await database.rows() == ([(1, "A1", 10)] if unknown else [])
+
+
 async def test_replay_has_no_effect(database: Any) -> None:
     """I2: the same batch again changes nothing and raises nothing."""
     again = batch(put(1, 10), put(2, 11), progress=[upto("5-0")])

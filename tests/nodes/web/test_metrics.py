@@ -38,6 +38,7 @@ def work_hard(instruments: Instruments) -> None:
         counts["cache_evictions", cache, "size"] += 1
         counts["fills_refused", cache] += 1
         instruments.observe("loader_seconds", 0.02, cache, "ok")
+        counts["writes", cache, "through", "stored"] += 1
     for cache in CACHES[:3]:
         instruments.observe("loader_seconds", 0.02, cache, "error")
         counts["cache_decode_errors", cache, "bad_magic"] += 1

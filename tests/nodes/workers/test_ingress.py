@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 import forebay
+from forebay.nodes.strays import asked_to_stop
 from forebay.nodes.workers import ingress as module
 from forebay.nodes.workers.ingress import _BATCH
-from forebay.nodes.workers.strays import asked_to_stop
 from forebay.schemas.errors import Unavailable
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.notices import Dropped, read_notice

@@ -1,0 +1,148 @@
+"""The writing half of a cached function: what callers see of the ``WritePath``.
+
+The last argument of each is the value, the ones before are the loader's. How far a write got is
+in the ``Receipt``; ``until`` says how far it has to get, within ``timeout`` seconds:
+
+    accepted    the primary has it
+    replicated  so have ``valkey.replicas_min`` replicas, in memory
+    sink        the source has it
+
+Of a key whose write-behind is pending, a write-through waits until that was sunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+from ...schemas.errors import ForebayError, InvalidKey, Level
+from ...schemas.jobs import Invalidates
+from ...schemas.keys import check_key
+from .declaration import lifetime_ms
+from .packing import Packed
+from .shared import Receipt
+from .writes import WritePath
+
+__all__ = ["Writable"]
+
+T = TypeVar("T")
+
+_INVALIDATES_MAX = 1_000  #: what a write job may carry
+_TIMEOUT_S = 5.0
+
+
+class Writable(Generic[T]):
+    name: str
+    key: Callable[..., str]
+    _writes: WritePath[T] | None = None
+
+    async def put(
+        self,
+        *args: Any,
+        ttl: float | None = None,
+        until: Literal["accepted", "replicated"] = "accepted",
+        timeout: float = _TIMEOUT_S,  # noqa: ASYNC109 - part of a bounded wait, not of a scope
+    ) -> Receipt:
+        """Store a value that the caller knows to be the newest; the sink is not told.
+
+        None is stored as a known absence, or, where absences are not cached, invalidates.
+        ``ttl`` in seconds; by default the cache's.
+
+        Raises:
+            Unavailable: it may have been stored. Unconfirmed: it was, and not yet further.
+            InvalidEntry: it is too large. ConfigError: ``ttl``, ``until`` or ``timeout``.
+        """
+        *arguments, value = args
+        ttl_ms = None if ttl is None else lifetime_ms("ttl", ttl, origin=f"a put of {self.name}")
+        return await self.writes.put(
+            self.key(*arguments),
+            value,
+            ttl_ms=ttl_ms,
+            until=until,
+            timeout_ms=self._timeout_ms(timeout),
+        )
+
+    async def write_through(self, *args: Any, timeout: float = _TIMEOUT_S) -> Receipt:  # noqa: ASYNC109
+        """Store a value in the source, then in the cache; None deletes the row.
+
+        ``timeout``: how long to wait for other loads and writes of the key.
+
+        Raises:
+            SinkError: as the sink raised it; nothing was changed, unless its outcome is unknown.
+            KeyBusy: others had the key for too long. ConfigError: no sink takes it.
+            Unavailable: Valkey did not answer, perhaps after the source took it; write it again.
+        """
+        *arguments, value = args
+        key, timeout_ms = self.key(*arguments), self._timeout_ms(timeout)
+        return await self.writes.through(key, value, timeout_ms=timeout_ms)
+
+    async def write_around(self, *args: Any, timeout: float = _TIMEOUT_S) -> Receipt:  # noqa: ASYNC109
+        """Store a value in the source, and have every node forget the entry.
+
+        Raises:
+            As ``write_through``.
+        """
+        *arguments, value = args
+        key, timeout_ms = self.key(*arguments), self._timeout_ms(timeout)
+        return await self.writes.around(key, value, timeout_ms=timeout_ms)
+
+    async def write_behind(
+        self,
+        *args: Any,
+        invalidates_keys: Sequence[str] = (),
+        invalidates_tags: Sequence[str] = (),
+        until: Level = "accepted",
+        timeout: float = _TIMEOUT_S,  # noqa: ASYNC109
+    ) -> Receipt:
+        """Store a value now and have it written to the sink soon; None deletes the row.
+
+        Keys and tags in ``invalidates`` are invalidated when the sink has the value.
+
+        Raises:
+            Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
+            Unconfirmed: accepted, and not yet further. DeadLettered: the sink will not take it.
+            InvalidKey: one in ``invalidates`` cannot be a key, or there are too many.
+        """
+        *arguments, value = args
+        after = Invalidates(
+            keys=_checked("invalidates_keys", invalidates_keys),
+            tags=_checked("invalidates_tags", invalidates_tags),
+        )
+        return await self.write_value(
+            self.key(*arguments), value, after, until=until, timeout_ms=self._timeout_ms(timeout)
+        )
+
+    async def write_value(
+        self,
+        key: str,
+        value: T | None,
+        after: Invalidates,
+        *,
+        until: Level = "accepted",
+        timeout_ms: int = 0,
+    ) -> Receipt:
+        """As ``write_behind``, by key."""
+        return await self.writes.behind(key, value, after, until=until, timeout_ms=timeout_ms)
+
+    async def pack_published(self, key: str, raw_json: bytes, ttl_ms: int | None) -> Packed:
+        """A published value, checked against the declared type; JSON null deletes.
+
+        Raises:
+            msgspec.ValidationError: it is not of that type. InvalidEntry: it is too large.
+        """
+        return await self.writes.pack_published(key, raw_json, ttl_ms)
+
+    @property
+    def writes(self) -> WritePath[T]:
+        if self._writes is None:
+            raise ForebayError(f"{self.name} is used before its node was started")
+        return self._writes
+
+    def _timeout_ms(self, timeout_s: float) -> int:
+        return lifetime_ms("timeout", timeout_s, zero=True, origin=f"a write of {self.name}")
+
+
+def _checked(name: str, keys: Sequence[str]) -> tuple[str, ...]:
+    if len(keys) > _INVALIDATES_MAX:
+        raise InvalidKey(name, f"{len(keys)} keys", f"are over {_INVALIDATES_MAX}")
+    return tuple([check_key(key, name=name) for key in keys])

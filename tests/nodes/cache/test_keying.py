@@ -1,0 +1,143 @@
+"""From arguments to keys and labels, and back."""
+
+from __future__ import annotations
+
+import enum
+from datetime import date
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay.nodes.cache.declaration import Declaration
+from forebay.nodes.cache.keying import Keying
+from forebay.schemas.errors import ConfigError, InvalidKey
+
+
+class Size(enum.Enum):
+    LARGE = "L"
+
+
+async def by_id(id: int) -> str:
+    return ""
+
+
+async def by_two(kind: str, id: int = 7) -> str:
+    return ""
+
+
+async def by_name(*, id: int) -> str:
+    return ""
+
+
+async def typed(size: Size, day: date, flag: bool, text: str) -> int | None:
+    return None
+
+
+async def untyped(a, b):  # type: ignore[no-untyped-def]
+    return None
+
+
+def keying(function: Any, template: str, **options: Any) -> Keying:
+    return Keying(function, Declaration(template=template, ttl=60, **options), "the cache")
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs"),
+    [
+        (by_id, (42,), {}),
+        (by_id, (), {"id": 42}),
+        (by_two, ("x",), {}),
+        (by_two, ("x", 7), {}),
+        (by_two, (), {"id": 7, "kind": "x"}),
+        (by_name, (), {"id": 42}),
+    ],
+)
+def test_what_is_bound_gives_the_key_however_it_is_written(function, args, kwargs) -> None:
+    """Y1: positional, by name or by default; the quick ways agree with the slow one."""
+    parameters = {by_id: ("id",), by_two: ("kind", "id"), by_name: ("id",)}[function]
+    made = keying(function, "p:" + ":".join(f"{{{name}}}" for name in parameters))
+    assert made.parameters == parameters
+    expected = {"id": 7, "kind": "x"} if function is by_two else {"id": 42}
+    assert made.bound(args, kwargs) == expected
+    assert made.key(*args, **kwargs) == made.template.format(expected)
+    assert made.item(made.bound(args, kwargs)) == ("x", 7) if function is by_two else 42
+
+
+@pytest.mark.parametrize(
+    ("template", "options"),
+    [
+        ("p", {}),
+        ("p:{other}", {}),
+        ("p:{id}:{other}", {}),
+        ("p:{id}", {"tags": ["t:{other}"]}),
+        ("p:{id}", {"depends_on": ["k:{other}"]}),
+        ("p:{id}", {"tags": ["t"], "depends_on": ["k:{id}:{other}"]}),
+    ],
+)
+def test_templates_and_parameters_must_fit(template: str, options: dict[str, Any]) -> None:
+    """Y1: the error names the cache, and what differs."""
+    with pytest.raises(ConfigError, match="the cache") as caught:
+        keying(by_id, template, **options)
+    assert ("id" if template in ("p", "p:{other}") else "other") in caught.value.problem
+
+
+def test_labels_are_made_from_arguments_or_from_the_key() -> None:
+    """Both ways lead to the same tags and keys, or a refresh would carry others."""
+    made = keying(
+        by_two,
+        "p:{kind}:{id}",
+        tags=["all", "kind:{kind}", "{kind}/{id}"],
+        depends_on=["base", "row:{id}"],
+    )
+    assert made.labelled
+    expected = (["all", "kind:a%20b", "a%20b/7"], ["base", "row:7"])
+    assert made.labels(made.bound(("a b",), {})) == expected
+    assert made.labels(made.fields(made.key("a b"))) == expected
+    assert made.labels(made.arguments(made.key("a b"))) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "labelled"),
+    [({}, False), ({"tags": ["t"]}, True), ({"depends_on": ["k"]}, True)],
+)
+def test_a_cache_without_labels_need_not_bind(options: dict[str, Any], labelled: bool) -> None:
+    """What a read can be spared."""
+    made = keying(by_id, "p:{id}", **options)
+    assert made.labelled is labelled
+    assert made.labels({"id": 1}) == (options.get("tags", []), options.get("depends_on", []))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["typed:L:2020-01-32:True:x", "typed:M:2020-01-31:True:x", "typed:L:2020-01-31:maybe:x",
+     "typed:L:2020-01-31:True", "other:L:2020-01-31:True:x", ""],
+)  # fmt: skip
+def test_a_key_that_is_none_of_its_own_is_refused(key: str) -> None:
+    """Y2: of another form, or of values that are not of the declared types."""
+    made = keying(typed, "typed:{size}:{day}:{flag}:{text}")
+    with pytest.raises(InvalidKey, match="is no key of"):
+        made.arguments(key)
+
+
+Texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@given(st.sampled_from(Size), st.dates(), st.booleans(), Texts)
+def test_a_key_leads_back_to_the_arguments(size, day, flag, text) -> None:
+    """Y2: in the types that the loader declares."""
+    made = keying(typed, "typed:{size}:{day}:{flag}:{text}")
+    values = (size, day, flag, text)
+    found = made.arguments(made.key(*values))
+    assert tuple(found.values()) == values
+    assert [type(each) for each in found.values()] == [type(each) for each in values]
+    assert made.item(found) == values
+
+
+def test_what_has_no_type_is_text() -> None:
+    """Y2: as it stands in the key; what is returned may be anything then."""
+    made = keying(untyped, "u:{a}:{b}")
+    assert made.arguments("u:1:x%20y") == {"a": "1", "b": "x y"}
+    assert made.value_type is Any
+    assert keying(typed, "t:{size}:{day}:{flag}:{text}").value_type == int | None
