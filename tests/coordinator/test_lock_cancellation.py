@@ -84,6 +84,7 @@ async def test_cancelled_at_every_call(
         await cuts[0].reached.wait()
         tasks.cancel_scope.cancel()
     await nothing_left(forge)
+    assert await forge.list() == []
 
 
 async def test_cancelled_in_the_queue(make: MakeForge) -> None:
