@@ -16,7 +16,8 @@
 -- L5 While a new era is in its grace, nothing is granted that was not held before.
 
 local CAP_US = 30000000 -- the longest lease that there can be
-local STALE_US, HANDOFF_US, KEEP_MS, ADMIT_MAX = 3000000, 1000000, 3600000, 100
+local STALE_US, HANDOFF_US, ADMIT_MAX = 3000000, 1000000, 100
+local KEEP_MS, TOUCH_US = 3600000, 1800000000
 
 local function server_us()
   local t = redis.call("TIME")
@@ -80,6 +81,7 @@ local function load(stored, now)
       end
     end
   end
+  lock.before = lock.t
   return lock
 end
 
@@ -104,7 +106,8 @@ local function hold(held_in, lock, nonce, weight, token, ends, since, about)
   lock.about[nonce] = about
   lock.t = math.max(lock.t, token)
   local last = token < lock.t and digits(lock.t) or text
-  redis.call("HSET", held_in, "t", last, "h:" .. nonce, line, "a:" .. nonce, about, "k", lock.k, "c", lock.c)
+  redis.call("HSET", held_in, "t", last, "h:" .. nonce, line, "a:" .. nonce, about)
+  if lock.changed then redis.call("HSET", held_in, "k", lock.k, "c", digits(lock.c)) end
 end
 
 local function drop(dropped_from, lock, nonce)
@@ -151,8 +154,8 @@ end
 -- The last writes of a change: what has ended goes, the index says until when it is held.
 local function settle(changed, overview, lock, name)
   if #lock.ended > 0 then redis.call("HDEL", changed, unpack(lock.ended)) end
-  -- The last token tells when the record was touched: rarely enough is often enough.
-  if not lock.v and (lock.changed or lock.now - lock.t > KEEP_MS * 500) then
+  -- Once in each half hour is enough; the token that was the last tells when that was.
+  if not lock.v and math.floor(lock.before / TOUCH_US) ~= math.floor(lock.now / TOUCH_US) then
     redis.call("PEXPIRE", changed, KEEP_MS)
   end
   if lock.count == 0 then return redis.call("ZREM", overview, name) end

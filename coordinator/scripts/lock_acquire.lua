@@ -49,6 +49,7 @@ end
 lock.t = math.max(lock.t, tonumber(ARGV[8]))
 
 local grace, longest = grace_of(KEYS[5], now, ARGV[9])
+local longer = lease_us > longest
 local head
 if queued then head = first_alive(KEYS[2], KEYS[3], now) end
 if grace <= now and fits(lock, weight) and (not head or head == nonce or mode == "barge") then
@@ -59,7 +60,7 @@ if grace <= now and fits(lock, weight) and (not head or head == nonce or mode ==
     redis.call("HDEL", KEYS[3], nonce)
     handed = admit(KEYS[1], KEYS[2], KEYS[3], lock, now, process_of(nonce))
   end
-  if lease_us > longest then redis.call("HSET", KEYS[5], "max", digits(lease_us)) end
+  if longer then redis.call("HSET", KEYS[5], "max", digits(lease_us)) end
   settle(KEYS[1], KEYS[4], lock, ARGV[1])
   return { 1, lock.holders[nonce].token, handed }
 end
@@ -72,6 +73,7 @@ if mode ~= "try" then
     redis.call("ZADD", KEYS[2], digits(math.max((tonumber(last[2]) or 0) + 1, now)), nonce)
   end
   redis.call("HSET", KEYS[3], nonce, string.format("%.0f %.0f %.0f %s", now, weight, lease_us, ARGV[10]))
+  if longer then redis.call("HSET", KEYS[5], "max", digits(lease_us)) end
   redis.call("PEXPIRE", KEYS[2], KEEP_MS)
   redis.call("PEXPIRE", KEYS[3], KEEP_MS)
   if grace <= now then

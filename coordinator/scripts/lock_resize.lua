@@ -27,6 +27,7 @@ if live then
   redis.call("PERSIST", KEYS[1])
 else
   redis.call("HDEL", KEYS[1], "v")
+  redis.call("PEXPIRE", KEYS[1], KEEP_MS)
 end
 if grace_of(KEYS[5], now) <= now then
   admit(KEYS[1], KEYS[2], KEYS[3], lock, now, "")

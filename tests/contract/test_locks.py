@@ -313,6 +313,30 @@ async def test_another_run_of_the_server_begins_an_era(records: Records, not_on_
     assert (await records.renew([held], timeout_ms=1_000))[1] == [1]
 
 
+async def test_a_record_in_use_does_not_expire(records: Records) -> None:
+    """Its time is put off once in half an hour at least, and by every renewal."""
+    record = records.desk.names.lock("k")[0]
+    await records.granted("p.1")
+    assert await records.desk.commands.call("PTTL", record) > 3_000_000
+    await records.release("k", "p.1")
+    await records.desk.commands.call("PEXPIRE", record, 600_000)
+    await records.desk.commands.call("HINCRBY", record, "t", -1_800_000_000)
+    token = await records.granted("p.2")
+    assert await records.desk.commands.call("PTTL", record) > 3_000_000
+    await records.desk.commands.call("PEXPIRE", record, 600_000)
+    await records.renew([Held(MUTEX, "p.2", token)], timeout_ms=1_000)
+    assert await records.desk.commands.call("PTTL", record) > 3_000_000
+
+
+async def test_the_longest_lease_is_known_before_it_is_granted(records: Records) -> None:
+    """L5: also that of one who waits yet."""
+    era = records.desk.names.lock("k")[4]
+    assert await records.desk.commands.call("HGET", era, "max") == b"10000000"
+    await records.granted("p.1")
+    await records.refused("p.2", Terms(name="k", lease_us=25_000_000))
+    assert await records.desk.commands.call("HGET", era, "max") == b"25000000"
+
+
 async def test_guards_keep_the_highest_token(desk: Desk) -> None:
     """guard_set I1, I2 and guard_delete I1."""
     keys = [desk.part("x"), desk.part("x:fence")]
