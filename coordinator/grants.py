@@ -100,7 +100,7 @@ class Grants:
             was_held = await self._records.release(lease.name, lease.nonce)
         except BaseException as error:
             await self._insist(lease.name, lease.nonce, lease.terms.lease_s, error)
-            if not isinstance(error, Unavailable):
+            if not isinstance(error, ForebayError):
                 raise
             log.warning("lease.not_released", lock=lease.name, error=str(error))
             return

@@ -51,6 +51,12 @@ local function grace_of(run, now, told)
   return now + longest, longest
 end
 
+-- Whether a record is to be kept for longer: once in each half hour is enough, and the token that
+-- was the last tells when that was.
+local function is_stale(token, now)
+  return math.floor(token / TOUCH_US) ~= math.floor(now / TOUCH_US)
+end
+
 local function process_of(nonce)
   return string.match(nonce, "^[^.]*")
 end
@@ -154,10 +160,7 @@ end
 -- The last writes of a change: what has ended goes, the index says until when it is held.
 local function settle(changed, overview, lock, name)
   if #lock.ended > 0 then redis.call("HDEL", changed, unpack(lock.ended)) end
-  -- Once in each half hour is enough; the token that was the last tells when that was.
-  if not lock.v and math.floor(lock.before / TOUCH_US) ~= math.floor(lock.now / TOUCH_US) then
-    redis.call("PEXPIRE", changed, KEEP_MS)
-  end
+  if not lock.v and is_stale(lock.before, lock.now) then redis.call("PEXPIRE", changed, KEEP_MS) end
   if lock.count == 0 then return redis.call("ZREM", overview, name) end
   local last
   for _, each in pairs(lock.holders) do

@@ -8,7 +8,8 @@
 -- Returns {now_us, status, ...}: 1 renewed, 0 not held any more, 2 unknown in a new era: reclaim it
 --
 -- I1 A lease that has ended, or was given to another, is not renewed.
--- I2 Done again, a renewal has no further effect but time.
+-- I2 Its first write needs no memory: a server whose memory is full still renews.
+-- I3 Done again, a renewal has no further effect but time.
 
 local now = server_us()
 local grace = grace_of(KEYS[1], now)
@@ -20,8 +21,8 @@ for i = 3, #KEYS do
   local weight, token, ends, rest = string.match(line, "^(%d+) (%d+) (%d+) (.*)$")
   if token == wanted and tonumber(ends) > now then
     local until_us = digits(math.max(tonumber(ends), now + lease_us))
-    redis.call("HSET", KEYS[i], "h:" .. nonce, table.concat({ weight, token, until_us, rest }, " "))
     redis.call("PEXPIRE", KEYS[i], KEEP_MS)
+    redis.call("HSET", KEYS[i], "h:" .. nonce, table.concat({ weight, token, until_us, rest }, " "))
     redis.call("ZADD", KEYS[2], "GT", until_us, name)
     answer[#answer + 1] = 1
   else

@@ -8,6 +8,7 @@ import pytest
 
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.lock_records import Grant, Held, LockRecords, Refusal
+from forebay.schemas.errors import ServerRefused
 from forebay.schemas.lock_errors import InvalidLock, LockNotAcquired
 from forebay.schemas.locks import PERMITS_MAX, Terms
 from scriptdesk import SCRIPTS, Desk
@@ -116,7 +117,7 @@ async def test_a_lost_record_gives_no_token_twice(records: Records) -> None:
 
 
 async def test_released_it_goes_to_the_first_in_this_step(records: Records) -> None:
-    """lock_release I3: to one of the same process with its token, for the whole lease."""
+    """lock_release I4: to one of the same process with its token, for the whole lease."""
     first = await records.granted("p.1")
     assert (await records.refused("p.2")).first
     assert not (await records.refused("p.3")).first
@@ -311,6 +312,27 @@ async def test_another_run_of_the_server_begins_an_era(records: Records, not_on_
     token = (await records.show(["k"]))[0].holders[0].token
     held = Held(Terms(name="k", lease_us=20_000_000), "p.1", token)
     assert (await records.renew([held], timeout_ms=1_000))[1] == [1]
+
+
+async def test_with_full_memory_leases_are_kept_and_given_back(
+    records: Records, not_on_fake: Any
+) -> None:
+    """lock_renew I2, lock_release I3; what is new is refused, and changes nothing."""
+    not_on_fake("has no maxmemory")
+    commands = records.desk.commands
+    token = await records.granted("p.1")
+    await records.refused("p.2")
+    await commands.call("CONFIG", "SET", "maxmemory", 1)
+    try:
+        await records.refused("p.3", mode="try")
+        with pytest.raises(ServerRefused):
+            await records.acquire(MUTEX, "p.3", "wait")
+        assert (await records.renew([Held(MUTEX, "p.1", token)], timeout_ms=1_000))[1] == [1]
+        assert await records.release("k", "p.1")
+        assert await records.holders() == ["p.2"]
+    finally:
+        await commands.call("CONFIG", "SET", "maxmemory", 0)
+    assert await records.queue() == []
 
 
 async def test_a_record_in_use_does_not_expire(records: Records) -> None:

@@ -3,7 +3,7 @@
 H1  Tokens of a lock are unique, and grow in the order in which the grants came.
 H2  Believed intervals of two holders never overlap, for a lock that takes one.
 H3  What was written through a guard carries tokens that never sink.
-H4  Waiters are served in the order in which they began to wait, but for those closer than ``margin``.
+H4  Waiters are served in the order in which they began to wait, but for those within ``margin``.
 H5  A lock that somebody waits for is taken within ``bound`` after it was last believed held.
 
 A grant is believed from when its holder knew of it until it released it or stopped believing.

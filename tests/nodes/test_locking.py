@@ -21,9 +21,13 @@ async def test_two_nodes_share_locks(make_node: MakeNode) -> None:
             assert await two.try_lock("l") is None
             (view,) = await two.locks.list()
             assert (view.name, view.holders[0].meta) == ("l", {"why": "test"})
-        async with two.lock("l"), two.semaphore("s", capacity=2).acquire():
-            async with two.rwlock("r").writing(), two.lock_all(["a", "b"]):
-                assert len(await one.locks.list()) == 5
+        async with (
+            two.lock("l"),
+            two.semaphore("s", capacity=2).acquire(),
+            two.rwlock("r").writing(),
+            two.lock_all(["a", "b"]),
+        ):
+            assert len(await one.locks.list()) == 5
 
 
 async def test_a_node_that_stops_releases_what_it_holds(make_node: MakeNode) -> None:
