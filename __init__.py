@@ -20,6 +20,7 @@ __all__ = [
     "ForebayError",
     "InvalidEvent",
     "InvalidKey",
+    "InvalidLimit",
     "InvalidLock",
     "KeyBusy",
     "Lease",
@@ -31,7 +32,10 @@ __all__ = [
     "Node",
     "PartialFailure",
     "PoisonSinkError",
+    "RateLimitMiddleware",
+    "RateLimited",
     "RequestScopeMiddleware",
+    "SlotLost",
     "SourceFailing",
     "SqlSink",
     "StaleToken",
@@ -39,9 +43,12 @@ __all__ = [
     "TransientSinkError",
     "Unavailable",
     "Unconfirmed",
+    "UnknownReservation",
+    "Verdict",
     "Write",
     "__version__",
     "loading",
+    "rate_limit_middleware",
     "request_scope",
     "request_scope_middleware",
 ]
@@ -55,6 +62,8 @@ if TYPE_CHECKING:
     from .nodes.sinks.sql import SqlSink
     from .nodes.web.aiohttp_middleware import request_scope_middleware
     from .nodes.web.asgi import RequestScopeMiddleware
+    from .nodes.web.limit_aiohttp import rate_limit_middleware
+    from .nodes.web.limit_asgi import RateLimitMiddleware
     from .schemas.errors import (
         Backpressure,
         ConfigError,
@@ -74,27 +83,36 @@ if TYPE_CHECKING:
         Unavailable,
         Unconfirmed,
     )
-    from .schemas.lock_errors import (
+    from .schemas.errors_limits import InvalidLimit, RateLimited, SlotLost, UnknownReservation
+    from .schemas.errors_locks import (
         InvalidLock,
         LeaseLost,
         LockNotAcquired,
         LockNotHeld,
         StaleToken,
     )
+    from .schemas.limits import Verdict
 
 _HOMES = {
-    "InvalidLock": ".schemas.lock_errors",
+    "InvalidLimit": ".schemas.errors_limits",
+    "InvalidLock": ".schemas.errors_locks",
     "Lease": ".coordinator.lease",
-    "LeaseLost": ".schemas.lock_errors",
+    "LeaseLost": ".schemas.errors_locks",
     "Loading": ".nodes.cache.loading",
-    "LockNotAcquired": ".schemas.lock_errors",
-    "LockNotHeld": ".schemas.lock_errors",
+    "LockNotAcquired": ".schemas.errors_locks",
+    "LockNotHeld": ".schemas.errors_locks",
     "Node": ".nodes.node",
+    "RateLimitMiddleware": ".nodes.web.limit_asgi",
+    "RateLimited": ".schemas.errors_limits",
     "RequestScopeMiddleware": ".nodes.web.asgi",
+    "SlotLost": ".schemas.errors_limits",
     "SqlSink": ".nodes.sinks.sql",
-    "StaleToken": ".schemas.lock_errors",
+    "StaleToken": ".schemas.errors_locks",
+    "UnknownReservation": ".schemas.errors_limits",
+    "Verdict": ".schemas.limits",
     "Write": ".nodes.sinks.base",
     "loading": ".nodes.cache.loading",
+    "rate_limit_middleware": ".nodes.web.limit_aiohttp",
     "request_scope": ".nodes.cache.scope",
     "request_scope_middleware": ".nodes.web.aiohttp_middleware",
 }

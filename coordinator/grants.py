@@ -19,7 +19,7 @@ import anyio
 import structlog
 
 from ..schemas.errors import CoordinationError, ForebayError, Unavailable
-from ..schemas.lock_errors import LockNotAcquired
+from ..schemas.errors_locks import LockNotAcquired
 from ..schemas.locks import Terms
 from .clock import Clock
 from .instruments import Instruments

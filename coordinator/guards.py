@@ -12,8 +12,8 @@ seen.
 
 from __future__ import annotations
 
+from ..schemas.errors_locks import StaleToken
 from ..schemas.keys import check_key
-from ..schemas.lock_errors import StaleToken
 from .lease import Lease
 from .link import Arg, Commands, Reply
 from .scripting import Scripts, run

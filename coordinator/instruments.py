@@ -90,6 +90,10 @@ _OUTCOME = ("result", ("hit", "stale", "miss", "negative", "error", "refused"))
 _WAY = ("way", ("put", "through", "around", "behind"))
 _END = ("result", ("stored", "refused", "unknown"))
 _EXTERNAL = ("kind", ("set", "deleted", "flushed", "missed", "overflow"))
+_HANDOVER = ("kind", ("free", "wished", "forced", "dead"))
+_MEMBER = ("state", ("active", "suspect", "leaving", "away"))
+_DECIDER = ("source", ("server", "deny_cache", "lease", "local"))
+_VERDICT = ("result", ("allowed", "refused"))
 _BREAKER = ("state", ("closed", "open", "half_open"))
 
 _ACQUIRED = ("result", ("taken", "waited", "refused", "timed_out", "cancelled", "failed"))
@@ -142,6 +146,12 @@ CATALOGUE = (
         "Shards taken and given up.",
         ("direction",),
     ),
+    Instrument(
+        "handovers_total",
+        "Resources taken: free, released to us, by force, of a dead owner.",
+        (_HANDOVER,),
+    ),
+    Instrument("members", "Members of the cluster, as this node knows them.", (_MEMBER,)),
     Instrument("fenced_total", "Commits refused since another node had taken over."),
     Instrument("locks_held", "Leases that this process has."),
     Instrument("lock_waiters", "Callers of this process that wait for a lock."),
@@ -157,6 +167,18 @@ CATALOGUE = (
     Instrument("breaker_state", "1 for the state the breaker is in.", ("name", _BREAKER)),
     Instrument("link_in_flight", "Commands sent and not answered yet."),
     Instrument("event_loop_lag_seconds", "The latest beat of late, by how late it was."),
+    Instrument(
+        "limiter_decisions_total",
+        "Asks of a limit, by who decided; for a partial ask, its tokens.",
+        ("limit", _DECIDER, _VERDICT),
+    ),
+    Instrument("limiter_shadow_refused_total", "Asks a shadow would have refused.", ("limit",)),
+    Instrument("limiter_returned_total", "Grants and tokens given back unspent.", ("limit",)),
+    Instrument(
+        "limiter_leased_tokens",
+        "Tokens charged and not spent; summed over nodes, what a window may admit more.",
+        ("limit",),
+    ),
     Instrument("limit_reached_total", "Times a bound held something back.", ("limit",)),
     Instrument("http_requests_total", "Requests, by route template and status.", ("route", "code")),
 )

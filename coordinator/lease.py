@@ -24,7 +24,7 @@ from typing import Self
 
 import anyio
 
-from ..schemas.lock_errors import LeaseLost, LossReason
+from ..schemas.errors_locks import LeaseLost, LossReason
 from ..schemas.locks import Terms
 from .clock import Clock
 

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from ..schemas.errors import ForebayError
+from ..schemas.errors_locks import InvalidLock, LockNotAcquired
 from ..schemas.keys import Names
-from ..schemas.lock_errors import InvalidLock, LockNotAcquired
 from ..schemas.locks import KINDS, LEASE_DEFAULT_S, Holder, LockView, Terms, Waiting
 from .clock import Clock
 from .link import Arg, Commands, Reply

@@ -30,11 +30,12 @@ from anyio.abc import TaskStatus
 from msgspec import Struct
 
 from ..schemas.errors import ForebayError
+from ..schemas.errors_locks import LockNotHeld
 from ..schemas.keys import Names, check_key
-from ..schemas.lock_errors import LockNotHeld
 from ..schemas.locks import LockView
 from .clock import Clock
 from .grants import Confirms, Grants
+from .guards import Guards
 from .instruments import Instruments
 from .introduction import read_info
 from .lease import Lease
@@ -53,6 +54,12 @@ log = structlog.get_logger(__name__)
 
 LISTED_MAX = 1_000
 _STOP_S = 1.0
+
+
+class Connects(Protocol):
+    """What is needed of the link beyond its commands."""
+
+    def on_state(self, listener: Callable[[bool], None]) -> Callable[[], None]: ...
 
 
 class Bell(Protocol):
@@ -115,6 +122,7 @@ class Locks:
             instruments=instruments,
             replication=lambda: self.replication,
         )
+        self.guards = Guards(commands, scripts)
         self._source = LockSource(grants, records, node_id)
 
     def __repr__(self) -> str:
@@ -200,10 +208,20 @@ class Locks:
             self._queue.ring_all()
 
     async def run(
-        self, bell: Bell, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+        self,
+        bell: Bell,
+        link: Connects,
+        run_id: Callable[[], Awaitable[str]],
+        *,
+        task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Renew, wake and reap until cancelled; then release what is left."""
-        forget = [bell.on_message(self._heard), bell.on_state(self._bell_changed)]
+        """Begin; then renew, wake and reap until cancelled, and release what is left."""
+        await self.begin(run_id)
+        forget = [
+            link.on_state(self.connection_changed),
+            bell.on_message(self._heard),
+            bell.on_state(self._bell_changed),
+        ]
         bell.subscribe(self._channel)
         try:
             async with anyio.create_task_group() as tasks:

@@ -23,7 +23,7 @@ import structlog
 from anyio.abc import TaskStatus
 
 from ..schemas.errors import ForebayError
-from ..schemas.lock_errors import LossReason
+from ..schemas.errors_locks import LossReason
 from .clock import Clock
 from .instruments import Instruments
 from .lease import Lease

@@ -8,25 +8,43 @@ The promises are those of ``coordinator.locks``. Everything here needs a running
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, Unpack
 
+from ..coordinator.grants import Confirms
 from ..coordinator.guards import Guards
 from ..coordinator.lease import Lease
 from ..coordinator.lock_kinds import LockOptions, ReadWriteLock, Semaphore, Wanted
 from ..coordinator.locks import Locks
+from ..coordinator.scripting import Scripts
+from ..schemas.keys import Names
+from .cache.core import Core
 from .declarations import refuse_one_string
 
-__all__ = ["Locking"]
+__all__ = ["Locking", "locks_of"]
 
 
 class _Parts(Protocol):
     @property
     def locks(self) -> Locks: ...
 
-    @property
-    def guards(self) -> Guards: ...
+
+def locks_of(core: Core, names: Names, scripts: Scripts, replication: Confirms) -> Locks:
+    """The locks of a node that runs; their names begin with what is new at each start."""
+    made = Locks(
+        core.commands,
+        names,
+        scripts,
+        node_id=core.node_id,
+        process=secrets.token_hex(6),
+        clock=core.clock,
+        rng=core.rng,
+        instruments=core.instruments,
+    )
+    made.replication = replication
+    return made
 
 
 class Locking:
@@ -44,7 +62,7 @@ class Locking:
     @property
     def guards(self) -> Guards:
         """Keys that refuse writes under an old token: set, delete."""
-        return self._parts_with_locks.guards
+        return self._parts_with_locks.locks.guards
 
     def lock(self, name: str, **options: Unpack[LockOptions]) -> Wanted:
         """A lock that one in the cluster has at a time; ``async with`` it.

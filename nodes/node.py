@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -71,6 +71,7 @@ class Node(Declarations, Locking):
         super().__init__()
         self._in_code = in_code(namespace, settings)
         self._resolved = self._in_code if settings is not None else None
+        self._look_again: Callable[[], Resolved] | None = None
         self._running: Running | None = None
         self._life: Life | None = None
         self._id = ""
@@ -84,12 +85,14 @@ class Node(Declarations, Locking):
         settings = self._running.settings if self._running else self._in_code.settings
         return f"<Node {settings.node.namespace} {self._id or '-'} {state}>"
 
-    def configure(self, resolved: Resolved) -> None:
-        """Take these settings instead of looking for them; they replace those given in code."""
+    def configure(self, resolved: Resolved, again: Callable[[], Resolved] | None = None) -> None:
+        """Take these settings instead of looking for them; they replace those given in code.
+        ``again`` finds them anew, for ``reload_limits``.
+        """
         self._only_before_start()
         if self._resolved is self._in_code:
             log.warning("node.settings_replaced", reason="those in code are not looked at")
-        self._resolved = resolved
+        self._resolved, self._look_again = resolved, again
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -147,6 +150,7 @@ class Node(Declarations, Locking):
             settings, self._routes, self.instruments, node_id=node_id, origins=resolved.origins
         ) as parts:
             self._running = parts
+            self._limits.bind(parts.limiter, settings.limiter)
             async with parts.at_work(workers=works, on_start=self._on_start, on_stop=self._on_stop):
                 yield
 
@@ -213,6 +217,16 @@ class Node(Declarations, Locking):
             self.instruments.counts["events_published", name] += 1
         return [bytes(each).decode() for each in reply]
 
+    def reload_limits(self) -> list[str]:
+        """Take what the configuration says of limits now, as it was found at the start; the
+        names of those that changed. Debts stay as they are.
+
+        Raises:
+            ConfigError, InvalidLimit: one cannot be used; all stay as they were.
+        """
+        found = self._look_again() if self._look_again else self._settings()
+        return self._limits.reload(found.settings.limiter)
+
     async def read(self, key: str) -> Read | None:
         """The value of a key through the cache that declares it; None if none does.
 
@@ -268,6 +282,7 @@ class Node(Declarations, Locking):
         return with_namespace(resolved, self._in_code)
 
     def _forget(self) -> None:
+        self._limits.unbind()
         self._running, self._life, self._begun = None, None, False
 
 

@@ -29,9 +29,8 @@ from ..coordinator.backend import Backend, UseUrl
 from ..coordinator.background import background_tasks
 from ..coordinator.clock import ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
-from ..coordinator.guards import Guards
 from ..coordinator.instruments import Instruments
-from ..coordinator.locks import Locks
+from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
@@ -49,6 +48,7 @@ from .cache.waits import KeyWaits
 from .explain.node_part import NodePart
 from .hearing import Hearing
 from .hooks import Hook, run_in_the_end
+from .locking import locks_of
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
@@ -107,6 +107,7 @@ class Running:
             reset=self.hearing.reset,
             scripts=self.scripts,
         )
+        self.limiter = self._limiter()
         self.core = self._core()
         self.paths: list[ReadPath[Any]] = [
             cached.bind(self.core, settings.cache, settings.limits)
@@ -119,22 +120,8 @@ class Running:
         )
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
-        self.locks = self._locks()
-        self.locks.replication = self.writing.replication
-        self.guards = Guards(backend.link, self.scripts)
+        self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.crew: Crew | None = None
-
-    def _locks(self) -> Locks:
-        return Locks(
-            self.backend.link,
-            self.names,
-            self.scripts,
-            node_id=self.node_id,
-            process=secrets.token_hex(6),
-            clock=self.clock,
-            rng=self.rng,
-            instruments=self.instruments,
-        )
 
     def _core(self) -> Core:
         return Core(
@@ -152,6 +139,19 @@ class Running:
             ids=lambda: secrets.token_hex(8),
             invalidate=self.invalidate,
             behind=self.routes.behind,
+        )
+
+    def _limiter(self) -> Limiter:
+        return Limiter(
+            self.backend.link,
+            self.names,
+            self.scripts,
+            clock=self.clock,
+            tasks=self.tasks,
+            instruments=self.instruments,
+            ids=lambda: secrets.token_hex(16),
+            budget_ms=self.settings.limiter.budget_ms,
+            members=self.members,
         )
 
     def _writing(self) -> Writing:
@@ -173,6 +173,10 @@ class Running:
             running_max=settings.limits.loads_max,
             instruments=self.instruments,
         )
+
+    def members(self) -> int:
+        """Nodes that share the work, as far as this one knows."""
+        return 1 if self.crew is None else max(1, len(self.crew.ownership.statistics().nodes))
 
     async def invalidate(
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
@@ -196,6 +200,8 @@ class Running:
         """A doorbell message of either channel."""
         if channel == self.names.bell.encode():
             self.follower.bell(payload)
+            return
+        if channel != self.names.work.encode():
             return
         if payload.startswith(b"x "):
             self.explaining.asked(payload[2:])
@@ -230,10 +236,13 @@ class Running:
         await self.tasks.start(ClockSync(link, self.server_clock, self.clock).run)
         stack.callback(doorbell.on_message(self.bell))
         stack.callback(doorbell.on_state(self.follower.doorbell_changed))
-        doorbell.subscribe(self.names.bell.encode(), self.names.work.encode())
+        stack.callback(doorbell.on_message(self.limiter.heard))
+        stack.callback(doorbell.on_state(self.limiter.doorbell_changed))
+        channels = (self.names.bell, self.names.work, self.names.limits)
+        doorbell.subscribe(*(channel.encode() for channel in channels))
+        self.tasks.start_soon(self.limiter.run)
         stack.callback(link.on_state(self._link_changed))
-        await self.locks.begin(self.backend.run_id)
-        await self.tasks.start(self.locks.run, doorbell)
+        await self.tasks.start(self.locks.run, doorbell, link, self.backend.run_id)
         await self.follower.sweep()
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
@@ -242,7 +251,6 @@ class Running:
 
     def _link_changed(self, connected: bool) -> None:
         self.follower.connection_changed()
-        self.locks.connection_changed(connected)
         if connected:
             self.tasks.start_soon(self.load_scripts)
 
@@ -309,6 +317,7 @@ async def running(
         with _faults_of(backend, settings, origins):
             await self.check_birth(origins)
             await self.follow(stack)
+        stack.push_async_callback(self.limiter.aclose)
         yield self
 
 

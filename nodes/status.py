@@ -81,7 +81,10 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
         yield "breaker_state", ("valkey", state), float(link.breaker == state)
     if parts.crew is not None:
         yield "owned_shards", (), float(parts.crew.ownership.statistics().shards)
+        for state, count in parts.crew.ownership.members().items():
+            yield "members", (state,), float(count)
         yield "writebehind_queue_entries", (), float(parts.crew.writes.backlog)
+    yield from parts.limiter.gauges()
     for cached in node.caches:
         near = cached.path.near.statistics()
         yield "cache_entries", (cached.name,), float(near.entries)

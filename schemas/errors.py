@@ -1,4 +1,4 @@
-"""Every error that Forebay raises, in one tree.
+"""Every error that Forebay raises, in one tree; those of rate limits are in ``errors_limits``.
 
 Errors carry fields; the class builds the sentence. Whoever catches one decides on
 the class or on a field, never on the text. Foreign errors (valkey-py, SQLAlchemy,
@@ -199,6 +199,10 @@ class Fenced(ForebayError):
         self.current_epoch = current_epoch
 
 
+class CoordinationError(ForebayError):
+    """The base of errors about what the cluster shares: locks, limits, ownership."""
+
+
 class InvalidKey(ForebayError):
     """Raised for a key, tag or namespace that the key grammar does not allow."""
 
@@ -208,10 +212,6 @@ class InvalidKey(ForebayError):
         self.name = name
         self.value = value
         self.problem = problem
-
-
-class CoordinationError(ForebayError):
-    """The base of what locks and limits raise."""
 
 
 class InvalidEvent(ForebayError):

@@ -11,11 +11,16 @@
     {shop:07}:dead      stream  dead letters of the shard's writes
     {shop:07}:k:NAME    hash    a lock and its holders     :kq:NAME, :kw:NAME  who waits for it
     {shop:07}:locks     zset    locks that are held        :era  hash  run of the server meant
+    {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT
+    {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
+    {shop:07}:rs:LIMIT:SUBJECT   zset    slots in use: nonce -> until
     forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
-    forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  roster
+    forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  last beats
+    {forebay:shop:nodes}:members  hash  the roster
     forebay:shop:wake:PROCESS   channel  a lock is yours, or is so no more
     forebay:shop:failing:CACHE  string, expires  who tries the failing source of a cache
     forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  jobs
+    forebay:shop:limits channel subjects that were refunded
     forebay:shop:reply:HEX  channel  answers to one who asked all nodes on :work
     forebay:shop:mark:ID    string, expires  written by the node ID to see what is replicated
 
@@ -194,6 +199,8 @@ class Names:
         "bell",
         "cache_version",
         "events",
+        "limits",
+        "members",
         "meta",
         "namespace",
         "nodes",
@@ -214,9 +221,11 @@ class Names:
         self.events = f"forebay:{namespace}:events"
         self.meta = f"forebay:{namespace}:meta"
         self.nodes = f"forebay:{namespace}:nodes"
+        self.members = f"{{{self.nodes}}}:members"
         self.bell = f"forebay:{namespace}:bell"
         self.work = f"forebay:{namespace}:work"
         self.wake = f"forebay:{namespace}:wake:"
+        self.limits = f"forebay:{namespace}:limits"
         self._reply = f"forebay:{namespace}:reply:"
 
     def shard(self, key: str) -> int:
@@ -252,6 +261,10 @@ class Names:
 
     def tag(self, tag: str) -> str:
         return f"{self.prefixes[self.shard(tag)]}t:{tag}"
+
+    def limit(self, kind: str, limit: str, subject: str, within: str = "") -> str:
+        """State (r), slots (rs) or reservations (rr) of a subject; ``within`` says the shard."""
+        return f"{self.prefixes[self.shard(within or subject)]}{kind}:{limit}:{subject}"
 
     def reply(self, nonce: str) -> str:
         """The channel of one who asks; ``nonce`` is random, in hexadecimal digits."""

@@ -21,8 +21,8 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from .errors_locks import InvalidLock
 from .keys import check_key
-from .lock_errors import InvalidLock
 
 __all__ = [
     "LEASE_DEFAULT_S",

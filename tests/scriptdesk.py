@@ -219,8 +219,17 @@ class Desk:
         reply: bytes | None = await self.run("log_begin", keys, *self._said(Dropped(()), number))
         return reply
 
-    async def claim(self, owner: str, *, token: str = "t", ttl_ms: int = MINUTE_MS) -> list[Reply]:
-        return list(await self.run("owner_claim", [self.part("own")], owner, ttl_ms, token))
+    async def claim(
+        self,
+        owner: str,
+        *,
+        token: str = "t",
+        ttl_ms: int = MINUTE_MS,
+        forced_ms: int = MINUTE_MS,
+        fresh_ms: int = MINUTE_MS,
+    ) -> list[Reply]:
+        keys = [self.part("own")]
+        return list(await self.run("owner_claim", keys, owner, ttl_ms, token, forced_ms, fresh_ms))
 
     async def give_up(self, owner: str, epoch: int) -> int:
         return int(await self.run("owner_release", [self.part("own")], owner, epoch))
@@ -239,9 +248,24 @@ class Desk:
         args += [version for _, version in sunk]
         return list(await self.run("checkpoint_commit", keys, *args))
 
-    async def beat(self, node: str, ttl_ms: int = MINUTE_MS) -> set[str]:
-        reply = await self.run("roster_beat", [self.names.nodes], node, ttl_ms)
-        return {bytes(each).decode() for each in reply}
+    async def beat(
+        self,
+        member: str,
+        state: str = "active",
+        *,
+        beat_ms: int = MINUTE_MS,
+        grace_ms: int = 0,
+        profile: str = "{}",
+        known: int = 0,
+    ) -> tuple[int, bool, dict[str, str]]:
+        """The version, whether it is the whole roster, and the state of each member told."""
+        keys = [self.names.nodes, self.names.members]
+        reply = await self.run(
+            "roster_beat", keys, member, state, beat_ms, grace_ms, profile, known
+        )
+        told = dict(zip(reply[2::2], reply[3::2], strict=True))
+        states = {bytes(k).decode(): bytes(v).split(b" ")[1].decode() for k, v in told.items()}
+        return int(reply[0]), bool(reply[1]), states
 
     async def publish(self, *events: str, bound: int = 100) -> list[Reply]:
         return list(await self.run("event_publish", [self.names.events], bound, *events))

@@ -98,10 +98,8 @@ async def smithy(server: ValkeyServer, namespace: str, **options: Any) -> AsyncI
             await stack.enter_async_context(running(bell))
             forge = Forge(link, names, name, commands(link), clock or SystemClock())
             tasks = await stack.enter_async_context(_cancelled_in_the_end())
-            stack.callback(link.on_state(forge.connection_changed))
             await link.call_many([("SCRIPT", "LOAD", each.source) for each in SCRIPTS.values()])
-            await forge.begin(lambda: _run_id(link))
-            await tasks.start(forge.run, bell)
+            await tasks.start(forge.run, bell, link, lambda: _run_id(link))
             await bell.ready()
             return forge
 

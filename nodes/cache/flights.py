@@ -6,6 +6,7 @@ of the key that is under way, or starts it.
 F1  Cancelling a caller, also the one who came first, cancels neither a load nor another caller.
 F2  A caller who comes after a notice for the key never joins a load that began before it;
     nor, where notices may be missing, one for which ``heard_since`` does not vouch.
+    Nor does one whose look found something else: between the looks something was said.
 F3  Each caller gets an exception object of its own, with the one that was raised as cause.
 F4  At most ``loads_max`` loads run and ``waiters_max`` callers wait; one more is refused with
     Backpressure.
@@ -69,11 +70,12 @@ class _Failed:
 
 
 class _Flight(Generic[C, R]):
-    __slots__ = ("awaits", "began_at", "call", "key", "late", "of", "waiters")
+    __slots__ = ("awaits", "began_at", "call", "key", "late", "of", "seen", "waiters")
 
-    def __init__(self, of: object, key: str, call: C, began_at: float) -> None:
+    def __init__(self, of: object, key: str, seen: int, call: C, began_at: float) -> None:
         self.of = of
         self.key = key
+        self.seen = seen
         self.call = call
         self.awaits: list[_Flight[Any, Any]] = []  #: what its loader waits for now
         self.began_at = began_at
@@ -131,7 +133,9 @@ class Flights(Generic[C, R]):
             LoaderError: it took too long, or waits for itself. Whatever the load raised.
         """
         flight, above = self._flights.get(key), _flying.get()
-        if flight is not None and not self._heard_since(flight.began_at):
+        if flight is not None and (
+            flight.seen != todo.seen or not self._heard_since(flight.began_at)
+        ):
             flight = None
         if above and (self._is_asked_by(key, above) or (flight and _leads_to(flight, above))):
             raise LoaderError(self._cache, key, "it asks for what it is loading itself")
@@ -157,7 +161,7 @@ class Flights(Generic[C, R]):
     @contextmanager
     def alone(self, key: str, call: C) -> Iterator[None]:
         """For a load that nobody joins: it may not ask for itself either (F5)."""
-        with flying_with((*_flying.get(), _Flight(self, key, call, self._monotonic()))):
+        with flying_with((*_flying.get(), _Flight(self, key, 0, call, self._monotonic()))):
             yield
 
     def _is_asked_by(self, key: str, above: tuple[_Flight[Any, Any], ...]) -> bool:
@@ -185,7 +189,7 @@ class Flights(Generic[C, R]):
     def _start(self, key: str, call: C, todo: Todo[R]) -> _Flight[C, R]:
         if self._loads >= self._loads_max:
             raise Backpressure(f"loads of {self._cache}", self._loads, self._loads_max)
-        flight: _Flight[C, R] = _Flight(self, key, call, self._monotonic())
+        flight: _Flight[C, R] = _Flight(self, key, todo.seen, call, self._monotonic())
         try:
             self._tasks.start_soon(self._run, key, flight, todo, name=f"load {self._cache}")
         except RuntimeError as error:  # the task group is closed

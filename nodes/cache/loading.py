@@ -57,6 +57,7 @@ class Loading:
         self.ttl_ms: int | None = None
         self.stale_ms: int | None = None
         self.stored = True
+        self.overtaken = False  #: a tag named here was bumped since the load began
         self.new_etag: str | None = None  #: of what is loaded
         self.tags: list[str] = []
         self.dependencies: list[str] = []

@@ -9,6 +9,7 @@ L3  An error is given to the callers, never stored, and invalidates nothing.
 L4  A loader may neither take longer than its lease, nor end the node by being cancelled from
     inside: both are its failure.
 L5  A value that is there already, byte for byte, only has its life extended.
+L6  Where a tag that the loader named was bumped since the load began, it is loaded once more.
 L6  An absence that is not to be remembered takes the old value away all the same.
 """
 
@@ -122,6 +123,22 @@ class LoadPath(Generic[T]):
     ) -> Hit[T]:
         """Run the loader, and store its value if the lease is still there."""
         load = Loading(self.name, lease.key, lease.previous, self._shown)
+        hit = await self._load_once(lease, call, reservation, load)
+        if not load.overtaken:
+            return hit
+        # Who came after the bump waits for this load too, and is not to get what is from before.
+        renewed = await self.taken_over(lease.key, lease.token, call.tags)
+        if renewed is None:
+            return hit
+        load = Loading(self.name, lease.key, renewed.previous, self._shown)
+        hit = await self._load_once(renewed, call, reservation, load)
+        if load.overtaken:
+            await self.give_back(lease.key, lease.token)
+        return hit
+
+    async def _load_once(
+        self, lease: Lease, call: LoadCall[T], reservation: Reservation, load: Loading
+    ) -> Hit[T]:
         try:
             value = await self._ask(lease.key, call, load)
             if value is NOT_MODIFIED:
@@ -138,7 +155,7 @@ class LoadPath(Generic[T]):
         except BaseException:
             await self.give_back(lease.key, lease.token)
             raise
-        if packed is None:
+        if packed is None and not load.overtaken:
             await self._not_stored(lease, gone=value is None)
         size = len(packed.payload or b"") if packed else 0
         if stamp is None:
@@ -198,6 +215,7 @@ class LoadPath(Generic[T]):
             return None
         if found is None:
             self._core.instruments.counts["fills_refused", self.name] += 1
+            load.overtaken = True
         return found
 
     def _not_packed(self, key: str, error: InvalidEntry) -> None:

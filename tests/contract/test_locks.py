@@ -9,7 +9,7 @@ import pytest
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.lock_records import Grant, Held, LockRecords, Refusal
 from forebay.schemas.errors import ServerRefused
-from forebay.schemas.lock_errors import InvalidLock, LockNotAcquired
+from forebay.schemas.errors_locks import InvalidLock, LockNotAcquired
 from forebay.schemas.locks import PERMITS_MAX, Terms
 from scriptdesk import SCRIPTS, Desk
 

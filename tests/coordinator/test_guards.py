@@ -8,7 +8,7 @@ import pytest
 
 from forebay.coordinator.guards import Guards, fence_of
 from forebay.schemas.errors import InvalidKey
-from forebay.schemas.lock_errors import LeaseLost, StaleToken
+from forebay.schemas.errors_locks import LeaseLost, StaleToken
 from smithy import SCRIPTS, Forge, smithy
 from valkeyd import ValkeyServer
 

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from conftest import MakeServer
-from forebay.schemas.lock_errors import LeaseLost, LockNotAcquired
+from forebay.schemas.errors_locks import LeaseLost, LockNotAcquired
 from smithy import Forge, MakeForge, smithy
 from valkeyd import ValkeyServer
 from workshop import until

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from forebay.coordinator.instruments import Instruments
 from forebay.coordinator.stalls import Stalls
 from forebay.schemas.errors import ServerRefused
-from forebay.schemas.lock_errors import LeaseLost, LockNotAcquired
+from forebay.schemas.errors_locks import LeaseLost, LockNotAcquired
 from noded import environ
 from smithy import MakeForge, smithy
 from valkeyd import ValkeyServer

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from forebay.schemas.errors import InvalidKey
-from forebay.schemas.lock_errors import InvalidLock, LeaseLost, LockNotAcquired, LockNotHeld
+from forebay.schemas.errors_locks import InvalidLock, LeaseLost, LockNotAcquired, LockNotHeld
 from smithy import Forge, MakeForge, smithy
 from valkeyd import ValkeyServer
 from workshop import until

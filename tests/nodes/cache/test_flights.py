@@ -327,7 +327,10 @@ async def test_patience_without_a_fallback_ends_in_an_error(
     """F3, F6: one of its own for each, and at once for those who come later."""
     airport.load_gate = anyio.Event()
     await callers.join("a", "a", todo=HASTY)
-    got = [*await callers.got(), *await asyncio.gather(airport.join("a"), return_exceptions=True)]
+    got = [
+        *await callers.got(),
+        *await asyncio.gather(airport.join("a", todo=HASTY), return_exceptions=True),
+    ]
     assert all(isinstance(each, LoaderError) and each.key == "a" for each in got)
     assert len({id(each) for each in got}) == 3
     assert "not loaded in 0.01 s" in str(got[0])
@@ -342,9 +345,21 @@ async def test_who_need_not_wait_is_not_refused(tasks: anyio.abc.TaskGroup) -> N
     await callers.join("a", todo=SAFE)
     assert await callers.got() == ["fallback"]
     await callers.join("b")
-    assert await airport.join("a") == "fallback"
+    assert await airport.join("a", todo=SAFE) == "fallback"
     airport.load_gate.set()
     assert await callers.got() == ["fallback", "loaded"]
+
+
+async def test_who_has_seen_something_else_does_not_join(
+    airport: Airport, callers: Callers
+) -> None:
+    """F2: or it might be given, as a fallback, what was invalidated before it came."""
+    airport.load_gate = anyio.Event()
+    await callers.join("a", todo=SAFE)
+    await callers.join("a", todo=ABSENT)
+    assert len(airport.loads) == 2
+    airport.load_gate.set()
+    assert set(await callers.got()) <= {"fallback", "loaded"}
 
 
 @pytest.mark.parametrize("result", ["loaded", ValueError("no")])
