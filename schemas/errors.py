@@ -25,6 +25,7 @@ __all__ = [
     "InvalidEntry",
     "InvalidEvent",
     "InvalidKey",
+    "InvalidValue",
     "KeyBusy",
     "Level",
     "LoaderError",
@@ -237,12 +238,23 @@ class NewerSchema(ForebayError):
 class InvalidEntry(ForebayError):
     """Raised for stored bytes that are no readable entry; the reader counts a miss.
 
-    And for a value that cannot be stored, before it is.
+    And for a value that cannot be stored, before it is; users are told so by InvalidValue or
+    LoaderError, with the key.
     """
 
     def __init__(self, fault: EntryFault, problem: str = "") -> None:
         super().__init__(f"{fault}: {problem}" if problem else fault)
         self.fault: EntryFault = fault
+        self.problem = problem
+
+
+class InvalidValue(ForebayError):
+    """Raised for a value that no entry of its cache can hold: too large, or of another type."""
+
+    def __init__(self, cache: str, key: str, problem: str) -> None:
+        super().__init__(f"{cache} cannot hold this value of {key!r}: {problem}")
+        self.cache = cache
+        self.key = key
         self.problem = problem
 
 

@@ -81,9 +81,11 @@ class Cached(Writable[T], Generic[P, T]):
         """The value: from the near cache, the shared tier, or the loader.
 
         Raises:
-            Unavailable: Valkey does not answer, and the cache is declared to fail then.
+            Unavailable, ServerRefused: Valkey does not answer, or refuses, and the cache is
+            declared to fail then.
             SourceFailing: nothing is stored, and the loader is known to fail.
-            Whatever the loader raises.
+            LoaderError: it took too long, asks for itself, or returned no value of its type.
+            Backpressure: too many loads or callers who wait. Whatever the loader raises.
         """
         key = self.key(*args, **kwargs)
         if scope.opened and (seen := scope.current()) is not None:
@@ -196,7 +198,7 @@ class Cached(Writable[T], Generic[P, T]):
         try:
             call = self._call_of(job.key)
         except Exception:
-            await self.path.loads.give_back(job.key, job.token)
+            await self.path.loads.leases.give_back(job.key, job.token)
             raise
         return await self.path.refresh(job.key, job.token, call)
 

@@ -101,14 +101,14 @@ class Looks(Generic[T]):
 
     def _hit(self, entry: Entry, now_ms: int, *, stale: bool = False) -> Hit[T] | None:
         try:
-            value = self._codec.value(entry)
+            value, size = self._codec.measured(entry)
         except InvalidEntry as error:
             self._unreadable(error)
             return None
         version = entry.version
         age_ms = now_ms - version // 1000 if version else 0
         # None is T's own when negatives are cached.
-        return Hit(value, "shared", version, max(0, age_ms), stale, len(entry.payload))  # type: ignore[arg-type]
+        return Hit(value, "shared", version, max(0, age_ms), stale, size)  # type: ignore[arg-type]
 
     def _unreadable(self, error: InvalidEntry) -> None:
         self._counts["cache_decode_errors", self._loads.name, error.fault] += 1

@@ -282,9 +282,10 @@ class SharedTier:
             await run(self._commands, self._scripts["lease_fail"], keys, [token, throttle_ms])
         )
 
-    async def release(self, key: str, token: str) -> None:
-        """Give a fill lease back."""
-        await run(self._commands, self._scripts["lease_release"], [self.names.lease(key)], [token])
+    async def release(self, key: str, token: str) -> bool:
+        """Give a fill lease back; false if it was gone, or another's."""
+        keys = [self.names.lease(key)]
+        return bool(await run(self._commands, self._scripts["lease_release"], keys, [token]))
 
     async def refresh(self, job: RefreshJob, *, lease_ms: int, seen: int) -> int:
         """Hand a refresh to the cluster: 1 done, 0 not needed, -1 shed."""

@@ -5,7 +5,8 @@ V2  A value larger than ``bytes_max`` is refused when it is encoded, not when it
 V3  A value that is plainly not of the declared type is refused when it is encoded: only its
     class is looked at, not what is in it. None always passes; an int passes for a float.
 V4  All forms of compression are read, whichever is written.
-V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for each caller.
+V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for each caller, and
+    what it has packed itself can be decoded.
 """
 
 from __future__ import annotations
@@ -76,15 +77,7 @@ class ValueCodec(Generic[T]):
         Raises:
             InvalidEntry: it is too large, of another type, or no value that can be encoded.
         """
-        if self._classes and type(value) not in self._classes:
-            self._check(value)
-        try:
-            payload = self._encode(value)
-        except Exception as error:  # a type's own code may raise anything
-            raise InvalidEntry("bad_value", str(error)) from error
-        if len(payload) > self._bytes_max:
-            raise InvalidEntry("oversized", f"{len(payload)} bytes, {self._bytes_max} are allowed")
-        return payload
+        return self._fitting(self._encoded(value))
 
     def unpack(self, payload: bytes) -> T:
         """The value of msgpack bytes; raises InvalidEntry."""
@@ -123,17 +116,34 @@ class ValueCodec(Generic[T]):
         Raises:
             InvalidEntry: the bytes are not a value of this cache's type.
         """
+        return self.measured(entry)[0]
+
+    def measured(self, entry: Entry) -> tuple[T | None, int]:
+        """As ``value``, with the size of its bytes before compression."""
         if entry.negative:
-            return None
+            return None, 0
         payload = decompressed(entry, bytes_max=self._bytes_max)
         if entry.codec != "j":
-            return self.unpack(payload)
+            return self.unpack(payload), len(payload)
         try:
-            return self.convert(payload)
+            return self.convert(payload), len(payload)
         except InvalidEntry:
             raise
         except Exception as error:  # see pack
             raise InvalidEntry("bad_value", str(error)) from error
+
+    def _encoded(self, value: T) -> bytes:
+        if self._classes and type(value) not in self._classes:
+            self._check(value)
+        try:
+            return self._encode(value)
+        except Exception as error:  # a type's own code may raise anything
+            raise InvalidEntry("bad_value", str(error)) from error
+
+    def _fitting(self, payload: bytes) -> bytes:
+        if len(payload) > self._bytes_max:
+            raise InvalidEntry("oversized", f"{len(payload)} bytes, {self._bytes_max} are allowed")
+        return payload
 
     def _check(self, value: T) -> None:
         if value is not None and not fits(value, self._classes):
@@ -148,16 +158,22 @@ class PackedCodec(ValueCodec[bytes], Generic[T]):
     """
 
     def packed(self, value: T) -> bytes:
-        """As ``ValueCodec.pack``."""
-        return super().pack(cast(Any, value))
+        """The msgpack of a value, however large it is: it may be given, and not stored.
+
+        Raises:
+            InvalidEntry: it is of another type, or no value that can be encoded and decoded.
+        """
+        payload = self._encoded(cast(Any, value))
+        self.unpack(payload)  # ``own`` would be too late: callers get no InvalidEntry
+        return payload
 
     def own(self, payload: bytes) -> T:
         """A value that nobody else has; raises InvalidEntry."""
         return cast(T, super().unpack(payload))
 
     def pack(self, value: bytes) -> bytes:
-        """As it is: ``packed`` or ``convert`` has made it."""
-        return value
+        """As it is, if it is not too large: ``packed`` or ``convert`` has made it."""
+        return self._fitting(value)
 
     def unpack(self, payload: bytes) -> bytes:
         """The same bytes, if they can be decoded; raises InvalidEntry."""

@@ -50,7 +50,7 @@ class Writable(Generic[T]):
 
         Raises:
             Unavailable: it may have been stored. Unconfirmed: it was, and not yet further.
-            InvalidEntry: it is too large. ConfigError: ``ttl``, ``until`` or ``timeout``.
+            InvalidValue: no entry can hold it. ConfigError: ``ttl``, ``until`` or ``timeout``.
         """
         *arguments, value = args
         ttl_ms = None if ttl is None else lifetime_ms("ttl", ttl, origin=f"a put of {self.name}")
@@ -70,6 +70,7 @@ class Writable(Generic[T]):
         Raises:
             SinkError: as the sink raised it; nothing was changed, unless its outcome is unknown.
             KeyBusy: others had the key for too long. ConfigError: no sink takes it.
+            InvalidValue: no entry can hold it; the sink was not asked.
             Unavailable: Valkey did not answer, perhaps after the source took it; write it again.
         """
         *arguments, value = args
@@ -102,6 +103,7 @@ class Writable(Generic[T]):
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
             Unconfirmed: accepted, and not yet further. DeadLettered: the sink will not take it.
             InvalidKey: one in ``invalidates`` cannot be a key, or there are too many.
+            InvalidValue: no entry can hold the value.
         """
         *arguments, value = args
         after = Invalidates(

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forebay.coordinator.guards import Guards
+from forebay.coordinator.limits.ledger import Ledger
+from forebay.coordinator.limits.slots import Slots
 from forebay.coordinator.lock_records import LockRecords
 from forebay.coordinator.scripting import load_scripts
 from forebay.schemas.errors import ServerRefused
@@ -169,7 +171,7 @@ def test_every_script_is_looked_at_here_or_in_the_contract() -> None:
     """A new script comes with its tests: the desk, or the class whose contract it is, names it."""
     methods = {
         name
-        for kind in (Desk, LockRecords, Guards)
+        for kind in (Desk, LockRecords, Guards, Ledger, Slots)
         for method in vars(kind).values()
         if hasattr(method, "__code__")
         for name in method.__code__.co_consts

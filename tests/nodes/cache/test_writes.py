@@ -19,7 +19,7 @@ from forebay.schemas.errors import (
     ConfigError,
     DeadLettered,
     FatalSinkError,
-    InvalidEntry,
+    InvalidValue,
     KeyBusy,
     PoisonSinkError,
     SinkError,
@@ -281,7 +281,7 @@ async def test_without_a_sink_the_fix_is_named(open_place: OpenPlace, way: str) 
 async def test_what_no_entry_can_hold_is_refused_first(open_place: OpenPlace, way: str) -> None:
     """X6: the sink is not asked."""
     place = await open_place(value_bytes_max=100)
-    with pytest.raises(InvalidEntry):
+    with pytest.raises(InvalidValue, match="oversized"):
         await write(place, way, "x" * 200)
     assert (place.table.batches, await place.entry(), await place.lease()) == ([], None, None)
     assert place.counted(way, "refused") == 1
@@ -477,7 +477,7 @@ async def blind(place: Place, value: str) -> None:
     version = 1 + max(place.table.rows.get(KEY, (0, None))[0], len(place.table.batches))
     write_ = forebay.Write(key=KEY, params=params, value=value, version=version)
     await outlet.write(SinkBatch(writes=(write_,)))
-    _, packed = await path._packed(KEY, value)
+    packed = path._loads.pack(value, {})
     stamp = await place.parts.shared.put(
         KEY, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
     )
