@@ -21,10 +21,15 @@ __all__ = [
     "InvalidEvent",
     "InvalidKey",
     "InvalidLimit",
+    "InvalidLock",
     "InvalidValue",
     "KeyBusy",
+    "Lease",
+    "LeaseLost",
     "LoaderError",
     "Loading",
+    "LockNotAcquired",
+    "LockNotHeld",
     "Node",
     "PartialFailure",
     "PoisonSinkError",
@@ -36,6 +41,7 @@ __all__ = [
     "SlotLost",
     "SourceFailing",
     "SqlSink",
+    "StaleToken",
     "StartupError",
     "TransientSinkError",
     "Unavailable",
@@ -51,6 +57,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .coordinator.lease import Lease
     from .nodes.cache.loading import Loading, loading
     from .nodes.cache.scope import request_scope
     from .nodes.node import Node
@@ -83,17 +90,30 @@ if TYPE_CHECKING:
         Unconfirmed,
     )
     from .schemas.errors_limits import InvalidLimit, RateLimited, SlotLost, UnknownReservation
+    from .schemas.errors_locks import (
+        InvalidLock,
+        LeaseLost,
+        LockNotAcquired,
+        LockNotHeld,
+        StaleToken,
+    )
     from .schemas.limits import Verdict
 
 _HOMES = {
     "InvalidLimit": ".schemas.errors_limits",
+    "InvalidLock": ".schemas.errors_locks",
+    "Lease": ".coordinator.lease",
+    "LeaseLost": ".schemas.errors_locks",
     "Loading": ".nodes.cache.loading",
+    "LockNotAcquired": ".schemas.errors_locks",
+    "LockNotHeld": ".schemas.errors_locks",
     "Node": ".nodes.node",
     "RateLimitMiddleware": ".nodes.web.limit_asgi",
     "RateLimited": ".schemas.errors_limits",
     "RequestScopeMiddleware": ".nodes.web.asgi",
     "SlotLost": ".schemas.errors_limits",
     "SqlSink": ".nodes.sinks.sql",
+    "StaleToken": ".schemas.errors_locks",
     "UnknownReservation": ".schemas.errors_limits",
     "Verdict": ".schemas.limits",
     "Write": ".nodes.sinks.base",

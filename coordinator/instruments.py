@@ -96,6 +96,11 @@ _DECIDER = ("source", ("server", "deny_cache", "lease", "local"))
 _VERDICT = ("result", ("allowed", "refused"))
 _BREAKER = ("state", ("closed", "open", "half_open"))
 
+_ACQUIRED = ("result", ("taken", "waited", "refused", "timed_out", "cancelled", "failed"))
+_LOST = ("reason", ("expired", "taken", "forced", "stopped"))
+_RENEWED = ("result", ("renewed", "reclaimed", "failed"))
+_ANOMALY = ("kind", ("loop_stalled", "server_clock_jumped"))
+
 CATALOGUE = (
     Instrument("build_info", "Always 1; the label tells the version.", ("version",)),
     Instrument("events_published_total", "Events this node put into the stream.", (_TYPE,)),
@@ -148,6 +153,14 @@ CATALOGUE = (
     ),
     Instrument("members", "Members of the cluster, as this node knows them.", (_MEMBER,)),
     Instrument("fenced_total", "Commits refused since another node had taken over."),
+    Instrument("locks_held", "Leases that this process has."),
+    Instrument("lock_waiters", "Callers of this process that wait for a lock."),
+    Instrument("lock_acquires_total", "Tries to get a lock, by their end.", (_ACQUIRED,)),
+    Instrument("lock_wait_seconds", "Time in the queue of a lock.", (), COARSE_S),
+    Instrument("lock_losses_total", "Leases that ended under their holders.", (_LOST,)),
+    Instrument("lock_renewals_total", "Leases to be renewed, by how it went.", (_RENEWED,)),
+    Instrument("lock_reaped_total", "Releases made good afterwards."),
+    Instrument("time_anomalies_total", "Times when time passed unevenly.", (_ANOMALY,)),
     Instrument("backend_up", "1 while Valkey answers this node."),
     Instrument("backend_reconnects_total", "Connections made anew.", ("connection",)),
     Instrument("backend_timeouts_total", "Commands without a reply in time."),

@@ -49,6 +49,7 @@ from .code_settings import in_code, with_namespace
 from .declarations import Declarations, refuse_one_string
 from .explain.document import Explanation
 from .life import Life
+from .locking import Locking
 from .running import Running, running
 from .web.face import Check, Read
 
@@ -57,7 +58,7 @@ __all__ = ["Node"]
 log = structlog.get_logger(__name__)
 
 
-class Node(Declarations):
+class Node(Declarations, Locking):
     """Declare caches and sinks on it, then use it as ``async with node``."""
 
     def __init__(self, namespace: str | None = None, *, settings: Settings | None = None) -> None:
@@ -175,6 +176,10 @@ class Node(Declarations):
         if self._running is None:
             raise ForebayError("the node is not running; use it inside `async with node:`")
         return self._running
+
+    @property
+    def _parts_with_locks(self) -> Running:
+        return self.parts
 
     @property
     def is_running(self) -> bool:

@@ -35,11 +35,12 @@ from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
-from ..schemas.errors import ConfigError, ForebayError, ServerRefused, StartupError, Unavailable
+from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
 from ..schemas.keys import Names
 from ..schemas.notices import Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
+from .birth import check_birth
 from .cache import scope
 from .cache.core import Core
 from .cache.reads import ReadPath
@@ -49,6 +50,7 @@ from .cache.waits import KeyWaits
 from .explain.node_part import NodePart
 from .hearing import Hearing
 from .hooks import Hook, run_in_the_end
+from .locking import locks_of
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
@@ -120,6 +122,7 @@ class Running:
         )
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
+        self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.crew: Crew | None = None
 
     def _core(self) -> Core:
@@ -211,24 +214,6 @@ class Running:
             told[b"w"] = self.crew.writes.bell
         self.hearing.word(payload, told)
 
-    async def check_birth(self, origins: Mapping[str, str]) -> None:
-        """The number of shards was fixed when the namespace was born.
-
-        Raises:
-            ConfigError: this node was given another one.
-        """
-        link, shards = self.backend.link, self.names.shards
-        await link.call("HSETNX", self.names.meta, "shards", shards)
-        born_with = int(await link.call("HGET", self.names.meta, "shards"))
-        if born_with != shards:
-            raise ConfigError(
-                setting="node.shards",
-                value=str(shards),
-                origin=origins.get("node.shards", "default"),
-                problem=f"the namespace {self.names.namespace} was born with {born_with}",
-                fix=f"set node.shards = {born_with}, or use another namespace",
-            )
-
     async def follow(self, stack: AsyncExitStack) -> None:
         """Start the clock and the log, and become current."""
         link, doorbell = self.backend.link, self.backend.doorbell
@@ -242,6 +227,7 @@ class Running:
         doorbell.subscribe(*(channel.encode() for channel in channels))
         self.tasks.start_soon(self.limiter.run)
         stack.callback(link.on_state(self._link_changed))
+        await self.tasks.start(self.locks.run, doorbell, link, self.backend.run_id)
         await self.follower.sweep()
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
@@ -314,7 +300,7 @@ async def running(
         self = Running(settings, backend, routes, instruments, node_id, tasks)
         stack.push_async_callback(self.writing.aclose)
         with _faults_of(backend, settings, origins):
-            await self.check_birth(origins)
+            await check_birth(backend.link, self.names, origins)
             await self.follow(stack)
         stack.push_async_callback(self.limiter.aclose)
         yield self

@@ -74,6 +74,9 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
     staleness_s = parts.follower.staleness_s()
     if staleness_s < float("inf"):
         yield "log_staleness_seconds", (), staleness_s
+    locks = parts.locks.statistics()
+    yield "locks_held", (), float(locks.held)
+    yield "lock_waiters", (), float(locks.waiting)
     for state in ("closed", "open", "half_open"):
         yield "breaker_state", ("valkey", state), float(link.breaker == state)
     if parts.crew is not None:

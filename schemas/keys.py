@@ -9,12 +9,15 @@
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
+    {shop:07}:k:NAME    hash    a lock and its holders     :kq:NAME, :kw:NAME  who waits for it
+    {shop:07}:locks     zset    locks that are held        :era  hash  run of the server meant
     {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT
     {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
     {shop:07}:rs:LIMIT:SUBJECT   zset    slots in use: nonce -> until
     forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
     forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  last beats
     {forebay:shop:nodes}:members  hash  the roster
+    forebay:shop:wake:PROCESS   channel  a lock is yours, or is so no more
     forebay:shop:failing:CACHE  string, expires  who tries the failing source of a cache
     forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  jobs
     forebay:shop:limits channel subjects that were refunded
@@ -217,6 +220,7 @@ class Names:
         "nodes",
         "prefixes",
         "shards",
+        "wake",
         "work",
     )
 
@@ -234,6 +238,7 @@ class Names:
         self.members = f"{{{self.nodes}}}:members"
         self.bell = f"forebay:{namespace}:bell"
         self.work = f"forebay:{namespace}:work"
+        self.wake = f"forebay:{namespace}:wake:"
         self.limits = f"forebay:{namespace}:limits"
         self._reply = f"forebay:{namespace}:reply:"
 
@@ -258,6 +263,17 @@ class Names:
     def failing(self, cache: str) -> str:
         """Who of the cluster may try the failing source of this cache."""
         return f"forebay:{self.namespace}:failing:{cache}"
+
+    def lock(self, name: str) -> tuple[str, str, str, str, str]:
+        """Record, queue and waiters of a lock; index and era of its shard."""
+        prefix = self.prefixes[crc32(name.encode()) % self.shards]
+        return (
+            f"{prefix}k:{name}",
+            f"{prefix}kq:{name}",
+            f"{prefix}kw:{name}",
+            f"{prefix}locks",
+            f"{prefix}era",
+        )
 
     def tag(self, tag: str) -> str:
         return f"{self.prefixes[self.shard(tag)]}t:{tag}"

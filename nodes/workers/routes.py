@@ -101,7 +101,7 @@ class Routes:
         return min([each.staleness_ms for each in policies] or [defaults.max_staleness_ms])
 
     def behind(self, keys: Sequence[str]) -> Sequence[str]:
-        """The tags of whatever depends on these keys: the keys', theirs, and of what is behind them.
+        """The tags of whatever depends on these keys: theirs, and of all that they depend on.
 
         Raises:
             ForebayError: they are over a thousand.

@@ -55,6 +55,7 @@ def work_hard(instruments: Instruments) -> None:
         counts["writebehind_rows", sink, result] += 1
     for reason in ("undecodable", "oversized", "unknown_type", "wrong_field", "sink_refused"):
         counts["dead_letters", reason] += 1
+    instruments.observe("lock_wait_seconds", 0.01)
     counts["backend_reconnects", "link"] += 1
     for code in ("200", "202", "400", "413", "422", "429", "503"):
         counts["http_requests", "/v1/events", code] += 1
