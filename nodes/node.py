@@ -46,12 +46,13 @@ from ..schemas.settings_sources import Resolved
 from . import status
 from .cache.cached import Cached
 from .code_settings import in_code, with_namespace
+from .coordinating import coordination_of
 from .declarations import Declarations, refuse_one_string
 from .explain.document import Explanation
 from .life import Life
 from .locking import Locking
 from .running import Running, running
-from .web.face import Check, Read
+from .web.face import Check, Coordination, Read
 
 __all__ = ["Node"]
 
@@ -260,6 +261,10 @@ class Node(Declarations, Locking):
             Unavailable: Valkey did not answer.
         """
         return await self.parts.explaining.explain(key)
+
+    def coordination(self) -> Coordination | None:
+        """What the endpoint serves of locks and limits; see ``http.coordinator``."""
+        return coordination_of(self.parts)
 
     def checks(self) -> Sequence[Check]:
         """The state of this node, from memory."""
