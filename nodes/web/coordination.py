@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
+from ...schemas.limits import Limit, Verdict
 from ...schemas.locks import LEASE_DEFAULT_S
 from .context import CONTEXT
 from .face import Coordination
@@ -19,14 +20,17 @@ from .refusals import Refused
 __all__ = [
     "Acquire",
     "Granted",
-    "Limited",
     "Release",
+    "Released",
     "Renew",
     "Reserve",
     "Reserved",
     "Settle",
+    "Settled",
     "ShownHolder",
+    "ShownLimits",
     "ShownLock",
+    "ShownLocks",
     "ShownWaiting",
     "Take",
     "asked",
@@ -44,6 +48,11 @@ class Acquire(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     timeout: float = 0.0  #: seconds to wait for it; 0 to 60
     meta: dict[str, Any] | None = None  #: shown to those who look; up to 1 kB
     nonce: str | None = None  #: drawn by the client: asked again, the same lease
+
+
+class Released(Struct, frozen=True, kw_only=True):
+    name: str
+    released: bool = True
 
 
 class Renew(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,6 +106,10 @@ class ShownLock(Struct, frozen=True, kw_only=True):
     waiting: int
 
 
+class ShownLocks(Struct, frozen=True, kw_only=True):
+    locks: list[ShownLock]
+
+
 class Take(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Ask a limit."""
 
@@ -117,21 +130,17 @@ class Settle(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     actual: int  #: what it was, 0 or more
 
 
-class Limited(Struct, frozen=True, kw_only=True):
-    """A verdict, as ``schemas.limits.Verdict``."""
-
-    allowed: bool
-    granted: int
-    limit: str
-    remaining: int
-    retry_after_ms: int
-    reset_after_ms: int
-    source: str
-
-
 class Reserved(Struct, frozen=True, kw_only=True):
-    id: str
-    verdict: Limited
+    id: str  #: empty: the server was away, there is nothing to settle
+    verdict: Verdict
+
+
+class Settled(Struct, frozen=True, kw_only=True):
+    settled: bool = True
+
+
+class ShownLimits(Struct, frozen=True, kw_only=True):
+    limits: list[Limit]
 
 
 def serving(request: web.Request) -> Coordination:

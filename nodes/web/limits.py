@@ -17,7 +17,17 @@ from aiohttp import web
 from ...coordinator.limits.limit_set import LimitSet
 from ...schemas.errors_limits import RateLimited
 from ...schemas.limits import Verdict
-from .coordination import Reserve, Settle, Take, asked, decoder, serving
+from .coordination import (
+    Reserve,
+    Reserved,
+    Settle,
+    Settled,
+    ShownLimits,
+    Take,
+    asked,
+    decoder,
+    serving,
+)
 from .limit_answers import fields_of
 from .locks import segment
 from .refusals import answer, refuse
@@ -46,7 +56,7 @@ async def reserve(request: web.Request) -> web.StreamResponse:
         wait_ms = error.retry_after_ms
         return _refused(limit, Verdict(False, 0, error.limit, 0, wait_ms, wait_ms, "server"))
     headers = fields_of(limit.limits, made.verdict)
-    return answer({"id": made.id, "verdict": made.verdict}, headers=headers)
+    return answer(Reserved(id=made.id, verdict=made.verdict), headers=headers)
 
 
 async def settle(request: web.Request) -> web.StreamResponse:
@@ -54,12 +64,12 @@ async def settle(request: web.Request) -> web.StreamResponse:
     limit = limits.of(segment(request))
     body = await asked(request, _settles)
     await limits.reservations.settle(limit, body.subject, body.id, body.actual)
-    return answer({"settled": True})
+    return answer(Settled())
 
 
 async def list_all(request: web.Request) -> web.StreamResponse:
     known = serving(request).limits.limits
-    return answer({"limits": [known[name] for name in sorted(known)]})
+    return answer(ShownLimits(limits=[known[name] for name in sorted(known)]))
 
 
 def _refused(limit: LimitSet, verdict: Verdict) -> web.Response:

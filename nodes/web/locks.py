@@ -22,8 +22,20 @@ from aiohttp import web
 
 from ...coordinator.lock_records import Grant
 from ...schemas.errors import ForebayError, InvalidKey
+from ...schemas.locks import LockView
 from .context import CONTEXT
-from .coordination import Acquire, Granted, Release, Renew, ShownLock, asked, decoder, serving
+from .coordination import (
+    Acquire,
+    Granted,
+    Release,
+    Released,
+    Renew,
+    ShownLock,
+    ShownLocks,
+    asked,
+    decoder,
+    serving,
+)
 from .guards import client_gone
 from .lock_desk import LockDesk, Wish
 from .refusals import answer
@@ -94,17 +106,20 @@ async def release(request: web.Request) -> web.StreamResponse:
     if nonce is None:
         nonce = (await asked(request, _releases)).nonce
     await serving(request).locks.release(name, nonce)
-    return answer({"name": name, "released": True})
+    return answer(Released(name=name))
 
 
 async def list_all(request: web.Request) -> web.StreamResponse:
     views = await serving(request).locks.list()
-    return answer({"locks": msgspec.convert(views, list[ShownLock], from_attributes=True)})
+    return answer(ShownLocks(locks=[_shown(view) for view in views]))
 
 
 async def show(request: web.Request) -> web.StreamResponse:
-    view = await serving(request).locks.show(segment(request))
-    return answer(msgspec.convert(view, ShownLock, from_attributes=True))
+    return answer(_shown(await serving(request).locks.show(segment(request))))
+
+
+def _shown(view: LockView) -> ShownLock:
+    return msgspec.convert(view, ShownLock, from_attributes=True)
 
 
 def segment(request: web.Request) -> str:

@@ -22,10 +22,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from msgspec import Struct
 
+from ... import __version__
 from ...coordinator.clock import Clock
 from ...schemas.errors import ConfigError, ForebayError
 from ...schemas.settings import Http
-from . import cache, events, explain, health, limits, locks, metrics, stats
+from . import cache, events, explain, health, limits, locks, metrics, openapi, stats
 from .bearer import bearer_of
 from .bodies import Bodies
 from .context import CONTEXT, Context
@@ -117,7 +118,14 @@ def make_app(context: Context, bearer: Middleware) -> web.Application:
         about = {"name": "forebay", "instance": served.instance, "namespace": served.namespace}
         return answer({**about, "routes": listed})
 
+    about = [(r.method, r.path, r.purpose) for r in routes]
+    described = openapi.document(about, version=__version__, guarded=bool(context.http.token_file))
+
+    async def describe(_request: web.Request) -> web.StreamResponse:
+        return answer(described)
+
     app.router.add_get("/", index)
+    app.router.add_get("/openapi.json", describe)
     for each in routes:
         path = each.path.replace("{key}", "{key:.+}").replace("{name}", "{name:[^/]+}")
         if each.method == "GET":
