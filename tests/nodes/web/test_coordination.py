@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,8 +18,10 @@ from yarl import URL
 
 import forebay
 from forebay.coordinator.clock import SystemClock
+from forebay.nodes.web import lock_desk
 from forebay.nodes.web.server import serve
 from forebay.schemas.errors import ConfigError
+from forebay.schemas.errors_locks import LockNotAcquired
 from forebay.schemas.settings import Http
 
 MakeNode = Callable[..., forebay.Node]
@@ -138,6 +142,87 @@ async def test_who_waits_is_woken(client: aiohttp.ClientSession, node: forebay.N
             await anyio.sleep(0.01)
     assert tokens == sorted(set(tokens))
     assert len(tokens) == 6
+
+
+async def test_the_ring_comes_through(make_node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D4: from each node to each, also where the script takes the two for one process; nobody
+    asks by itself here.
+    """
+    monkeypatch.setattr(lock_desk, "BEAT_S", 1_000.0)
+    nonces = [f"{number:016}" for number in range(1_000)]
+    first = nonces[0]
+    bucket = lock_desk._inner(first).partition(".")[0]
+    same = next(x for x in nonces[1:] if lock_desk._inner(x).startswith(f"{bucket}."))
+    other = next(x for x in nonces if not lock_desk._inner(x).startswith(f"{bucket}."))
+    http = Http(coordinator=True)
+    async with (
+        make_node(http=http) as one,
+        make_node(http=http) as two,
+        endpoint(one) as here,
+        endpoint(two) as there,
+    ):
+        for waiter, asks in itertools.product((same, other), (here, there)):
+            await take(here, {"nonce": first, "lease": 30})
+            with anyio.fail_after(20):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(_take_and_give_back, asks, waiter)
+                    while not (await one.locks.show("l")).waiting:
+                        await anyio.sleep(0.01)
+                    assert (await ask(here, "DELETE", f"/v1/locks/l?nonce={first}"))[0] == 200
+
+
+async def _take_and_give_back(client: aiohttp.ClientSession, nonce: str) -> None:
+    status, lease = await take(client, {"nonce": nonce, "timeout": 60, "lease": 30})
+    assert (status, lease["nonce"]) == (200, nonce)
+    assert (await ask(client, "DELETE", f"/v1/locks/l?nonce={nonce}"))[0] == 200
+
+
+async def test_a_nonce_of_the_client_keeps_its_place(
+    client: aiohttp.ClientSession, node: forebay.Node
+) -> None:
+    """D2: it may ask again after its wait, before those who came later."""
+    async with node.lock("l"):
+        assert (await take(client, {"nonce": NONCE, "timeout": 0.05}))[0] == 423
+        assert (await node.locks.show("l")).waiting == 1
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(take, client, {"nonce": OTHER, "timeout": 0.2})
+            while (await node.locks.show("l")).waiting < 2:
+                await anyio.sleep(0.01)
+    assert (await take(client, {"nonce": NONCE, "timeout": 20}))[0] == 200
+    assert (await ask(client, "DELETE", f"/v1/locks/l?nonce={OTHER}"))[0] in (200, 409)
+
+
+async def test_an_endpoint_that_stops_leaves_no_place(node: forebay.Node) -> None:
+    """D3: also where the node has no time left for those who wait."""
+    async with node.lock("l"), anyio.create_task_group() as tasks:
+        async with endpoint(node) as client:
+
+            async def wait() -> None:
+                with contextlib.suppress(aiohttp.ClientError):
+                    await take(client, {"timeout": 60})
+
+            tasks.start_soon(wait)
+            while not (await node.locks.show("l")).waiting:
+                await anyio.sleep(0.01)
+        assert (await node.locks.show("l")).waiting == 0
+
+
+async def test_too_many_waiters_are_turned_away(node: forebay.Node) -> None:
+    """429 and a place to come back to later; who does not wait is served all the same."""
+    async with node.lock("l"), endpoint(node) as client, anyio.create_task_group() as tasks:
+        coordination = node.coordination()
+        assert coordination is not None
+        desk = coordination.locks
+        options: dict[str, Any] = {"timeout": 60.0, "lease": 10.0, "meta": None, "nonce": None}
+        desk._waiters_max = 1
+        tasks.start_soon(desk.acquire, desk.wish("l", **options))
+        while not (await node.locks.show("l")).waiting:
+            await anyio.sleep(0.01)
+        with pytest.raises(LockNotAcquired, match="queue_full"):
+            await desk.acquire(desk.wish("l", **options))
+        assert (await take(client, {}, "free"))[0] == 200
+        tasks.cancel_scope.cancel()
+    assert (await node.locks.show("l")).waiting == 0
 
 
 async def test_a_wait_ends_in_time(client: aiohttp.ClientSession, node: forebay.Node) -> None:
