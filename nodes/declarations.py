@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from ..schemas.errors import ConfigError, InvalidKey
 from ..schemas.settings import LEASE_MS_MAX, CacheDefaults
+from .cache.async_functions import name_of_function, refuse_sync
 from .cache.cached import Cached
 from .cache.declaration import Declaration, exceptions, policy_of
 from .cache.policy import OnDisconnected
@@ -127,7 +128,8 @@ class Declarations:
             return None
 
         def declare(function: S) -> S:
-            self._add_sink(template, CallableSink(function.__name__, function))
+            refuse_sync("the sink", function)
+            self._add_sink(template, CallableSink(name_of_function(function), function))
             return function
 
         return declare

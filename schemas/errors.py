@@ -24,6 +24,7 @@ __all__ = [
     "InvalidEntry",
     "InvalidEvent",
     "InvalidKey",
+    "InvalidValue",
     "KeyBusy",
     "Level",
     "LoaderError",
@@ -230,15 +231,23 @@ class NewerSchema(ForebayError):
 
 
 class InvalidEntry(ForebayError):
-    """Raised for stored bytes that are no readable entry; the reader counts a miss.
-
-    And for a value that cannot be stored, before it is.
-    """
+    """Raised for stored bytes that are no readable entry; the reader counts a miss."""
 
     def __init__(self, fault: EntryFault, problem: str = "") -> None:
         super().__init__(f"{fault}: {problem}" if problem else fault)
         self.fault: EntryFault = fault
         self.problem = problem
+
+
+class InvalidValue(InvalidEntry):
+    """Raised for a value that cannot be stored, before it is; nothing was done."""
+
+    def __init__(self, cache: str, key: str, fault: EntryFault, problem: str, *, fix: str) -> None:
+        super().__init__(fault, f"the value for {key!r} of {cache}: {problem}; {fix}")
+        self.cache = cache
+        self.key = key
+        self.problem = problem
+        self.fix = fix
 
 
 class LoaderError(ForebayError):

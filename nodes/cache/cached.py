@@ -25,10 +25,13 @@ import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
+import structlog
+
 from ...schemas.errors import ConfigError, ForebayError, PartialFailure
 from ...schemas.jobs import RefreshJob
 from ...schemas.settings import CacheDefaults, Limits
 from . import scope
+from .async_functions import name_of_function, refuse_sync
 from .batches import Batches, BatchLoader, Member
 from .bulk import BulkReads
 from .copies import Copies
@@ -46,6 +49,8 @@ from .writes import WriteParts, WritePath
 
 __all__ = ["Cached"]
 
+log = structlog.get_logger(__name__)
+
 P = ParamSpec("P")
 T = TypeVar("T")
 B = TypeVar("B", bound=BatchLoader)
@@ -57,8 +62,9 @@ class Cached(Writable[T], Generic[P, T]):
     """Callable like the loader it wraps; must be used while its node runs."""
 
     def __init__(self, loader: Callable[P, Awaitable[T]], declared: Declaration) -> None:
+        refuse_sync("the loader", loader)
         functools.update_wrapper(self, loader)
-        self.name = declared.name or loader.__name__
+        self.name = declared.name or name_of_function(loader)
         self.declared = declared
         self.keying = Keying(loader, declared, self.name)
         self.template = self.keying.template
@@ -73,6 +79,9 @@ class Cached(Writable[T], Generic[P, T]):
         self._near_hits_before = 0
         self._path: ReadPath[T] | None = None
         self._near_get: Callable[[str], NearEntry | None] = _not_running
+        if not self.keying.annotated:
+            fix = "annotate what the loader returns, or all get dicts, lists and the like"
+            log.warning("cache.untyped", cache=self.name, fix=fix)
 
     def __repr__(self) -> str:
         return f"<Cached {self.name} {self.template.text}>"
@@ -168,6 +177,7 @@ class Cached(Writable[T], Generic[P, T]):
                 problem="there is one already" if self._batch_loader else "the node runs already",
                 fix="declare one for each cache, before `async with node:`",
             )
+        refuse_sync(f"the batch loader of {self.name}", loader)
         self._batch_loader = loader
         return loader
 

@@ -15,6 +15,7 @@ import msgspec
 
 from ...schemas.errors import ConfigError, InvalidKey
 from ...schemas.keys import KeyTemplate
+from .async_functions import called
 from .declaration import Declaration
 
 __all__ = ["Keying"]
@@ -37,9 +38,10 @@ class Keying:
             each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
             for each in self._signature.parameters.values()
         )
-        hints = get_type_hints(loader, include_extras=True)
+        hints = get_type_hints(called(loader), include_extras=True)
         self._types = {name: hints.get(name, str) for name in self.parameters}
         self.value_type: Any = hints.get("return", Any)
+        self.annotated = "return" in hints
         _check_fields(self.template, [*tags, *behind], self.parameters, name)
         self.key = self._fast_key() or self._slow_key
 

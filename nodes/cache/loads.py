@@ -219,10 +219,8 @@ class LoadPath(Generic[T]):
         return found
 
     def _not_packed(self, key: str, error: InvalidEntry) -> None:
-        if error.fault == "wrong_type":
-            raise LoaderError(self.name, key, error.problem) from error
         if error.fault != "oversized":
-            raise error
+            raise LoaderError(self.name, key, error.problem) from error
         self._core.instruments.counts["limit_reached", "value_bytes"] += 1
         log.warning("value.oversized", cache=self.name, key=key, error=str(error))
 

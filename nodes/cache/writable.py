@@ -50,7 +50,7 @@ class Writable(Generic[T]):
 
         Raises:
             Unavailable: it may have been stored. Unconfirmed: it was, and not yet further.
-            InvalidEntry: it is too large. ConfigError: ``ttl``, ``until`` or ``timeout``.
+            InvalidValue: it cannot be stored. ConfigError: ``ttl``, ``until`` or ``timeout``.
         """
         *arguments, value = args
         ttl_ms = None if ttl is None else lifetime_ms("ttl", ttl, origin=f"a put of {self.name}")
@@ -102,6 +102,7 @@ class Writable(Generic[T]):
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
             Unconfirmed: accepted, and not yet further. DeadLettered: the sink will not take it.
             InvalidKey: one in ``invalidates`` cannot be a key, or there are too many.
+            ConfigError: no sink of this application takes the key.
         """
         *arguments, value = args
         after = Invalidates(

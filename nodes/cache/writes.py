@@ -40,6 +40,7 @@ from ...schemas.errors import (
     FatalSinkError,
     ForebayError,
     InvalidEntry,
+    InvalidValue,
     KeyBusy,
     Level,
     SinkError,
@@ -67,6 +68,11 @@ Way = Literal["put", "through", "around", "behind"]
 
 _REFUSALS = (Backpressure, InvalidEntry, KeyBusy)
 _OF_LEASE = 0.9  #: what the sink may use of the lease; the rest is for the fill
+_FIXES: Mapping[str, str] = {
+    "oversized": "store less, or raise cache.value_bytes_max",
+    "wrong_type": "give what the loader is declared to return, or correct its annotation",
+}
+_ENCODABLE = "give what msgpack can hold, such as a Struct, dataclass, dict or str"
 
 
 class WriteParts(Struct, kw_only=True):
@@ -111,7 +117,8 @@ class WritePath(Generic[T]):
 
         Raises:
             Unavailable: it may have been stored. Unconfirmed: it was, here.
-            InvalidEntry: it is too large. ConfigError: ``until`` is no level of this.
+            InvalidValue: it is too large, or cannot be encoded. ConfigError: ``until`` is no
+            level of this.
         """
         self._check_level("put", until, ("accepted", "replicated"))
         since, stamp = self._parts.confirmations.since, None
@@ -137,10 +144,10 @@ class WritePath(Generic[T]):
         Raises:
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
             Unconfirmed: accepted, and not yet as far as ``until``. DeadLettered: refused by the
-            sink. ConfigError: no sink takes the key, though it is to be waited for.
+            sink. ConfigError: no sink takes the key, and nothing was stored.
         """
         self._check_level("write_behind", until, ("accepted", "replicated", "sink"))
-        sink = self._outlet_of(key)[0].name if until == "sink" else ""
+        sink = self._outlet_of(key)[0].name
         since = self._parts.confirmations.since
         with self._writing("behind", key) as reservation:
             tags, packed = await self._packed(key, value)
@@ -161,7 +168,7 @@ class WritePath(Generic[T]):
 
         Raises:
             SinkError: as the sink raised it. KeyBusy: others had the key for ``timeout_ms``.
-            ConfigError: no sink takes the key. InvalidEntry: the value is too large.
+            ConfigError: no sink takes the key. InvalidValue: it cannot be stored.
             Unavailable: before, or after the source took it; write it again.
         """
         fills = value is not None or self._policy.negative_ms > 0
@@ -249,7 +256,11 @@ class WritePath(Generic[T]):
         self, key: str, value: T | None, ttl_ms: int | None = None
     ) -> tuple[Mapping[str, int], Packed]:
         tags = await self._loads.tags_of(self._labels_of(key))
-        return tags, self._loads.pack(self._kept(value), tags, ttl_ms=ttl_ms)
+        try:
+            return tags, self._loads.pack(self._kept(value), tags, ttl_ms=ttl_ms)
+        except InvalidEntry as error:
+            fix = _FIXES.get(error.fault, _ENCODABLE)
+            raise InvalidValue(self.name, key, error.fault, error.problem, fix=fix) from error
 
     def _keep(
         self,
@@ -290,7 +301,8 @@ class WritePath(Generic[T]):
                 value=key,
                 origin=f"a write of {self.name}",
                 problem="no sink takes this key",
-                fix=f"declare one with @node.sink, of the template of {self.name}",
+                fix=f"declare one with @node.sink, of the template of {self.name}, also where only "
+                "others work: all nodes of a namespace run the same application",
             )
         return found
 
