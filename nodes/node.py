@@ -38,17 +38,17 @@ from prometheus_client import CollectorRegistry
 
 from ..coordinator.instruments import Instruments
 from ..coordinator.scripting import run
-from ..schemas.errors import Backpressure, ForebayError, LoaderError
-from ..schemas.events import NewerSchema, read_event
-from ..schemas.keys import check_key
+from ..schemas.errors import Backpressure, ForebayError, InvalidKey, LoaderError
+from ..schemas.keys import check_key, refuse_one_string
 from ..schemas.settings import Settings
 from ..schemas.settings_sources import Resolved
 from . import status
 from .cache.cached import Cached
 from .code_settings import in_code, with_namespace
-from .declarations import Declarations, refuse_one_string
+from .declarations import Declarations
 from .explain.document import Explanation
 from .life import Life
+from .publishing import Event, as_json, name_of
 from .running import Running, running
 from .web.face import Check, Read
 
@@ -177,7 +177,11 @@ class Node(Declarations):
         return self._running is not None
 
     async def invalidate(
-        self, keys: Sequence[str] = (), *, tags: Sequence[str] = (), soft: bool = False
+        self,
+        keys: Sequence[str] | None = None,
+        *,
+        tags: Sequence[str] | None = None,
+        soft: bool = False,
     ) -> None:
         """Make every copy of these keys, and whatever carries these tags, old: on this node
         before it returns, elsewhere within ``max_staleness_ms``.
@@ -185,23 +189,26 @@ class Node(Declarations):
         Raises:
             InvalidKey: nothing was done. Unavailable: the outcome may be unknown; repeat it.
         """
-        refuse_one_string("keys", keys)
-        refuse_one_string("tags", tags)
-        checked_keys = [check_key(key) for key in keys]
-        checked_tags = [check_key(tag, name="tag") for tag in tags]
+        if keys is None and tags is None:
+            raise InvalidKey("keys", "", "are not given, nor tags; name what is to be invalidated")
+        refuse_one_string("keys", keys or ())
+        refuse_one_string("tags", tags or ())
+        checked_keys = [check_key(key) for key in keys or ()]
+        checked_tags = [check_key(tag, name="tag") for tag in tags or ()]
         await self.parts.invalidate(checked_keys, checked_tags, soft)
 
-    async def publish(self, events: Sequence[bytes]) -> list[str]:
-        """Put events, as JSON, into the ingress stream, all or none; returns their ids.
+    async def publish(self, events: Sequence[Event]) -> list[str]:
+        """Put events, as JSON or dicts, into the ingress stream, all or none; returns their ids.
 
         Raises:
             InvalidEvent, Backpressure, Unavailable: none was stored, or it is unknown.
         """
         parts = self.parts
         bound, bytes_max = parts.settings.durable.events_max, parts.settings.durable.event_bytes_max
-        names = [_name_of(event, bytes_max) for event in events]
+        raw = as_json(events)
+        names = [name_of(event, bytes_max) for event in raw]
         script = parts.scripts["event_publish"]
-        reply = await run(parts.backend.link, script, [parts.names.events], [bound, *events])
+        reply = await run(parts.backend.link, script, [parts.names.events], [bound, *raw])
         if reply and reply[0] == 0:
             raise Backpressure(parts.names.events, int(reply[1]), bound)
         for name in names:
@@ -264,13 +271,6 @@ class Node(Declarations):
 
     def _forget(self) -> None:
         self._running, self._life, self._begun = None, None, False
-
-
-def _name_of(event: bytes, bytes_max: int) -> str:
-    try:
-        return read_event(event, bytes_max=bytes_max).name
-    except NewerSchema:
-        return "unknown"  # ingress holds it for a node that knows
 
 
 def _made_up_id() -> str:

@@ -260,8 +260,10 @@ def _wrong(field: Field, found: Found) -> ConfigError:
     close = nearest(str(found.value), choices) if choices else ""
     if close:
         fix = f"did you mean {close}?"
-    problem = f"must be {expectation(field)}"
-    return _refused(field.name, shown(field.name, found.value), found.origin, problem, fix)
+    problem, value = f"must be {expectation(field)}", shown(field.name, found.value)
+    if isinstance(found.value, str) and not found.textual and not field.secret:
+        value = f'"{value}"'  # in a file "80" is no number
+    return _refused(field.name, value, found.origin, problem, fix)
 
 
 def _build(values: Mapping[str, object]) -> Settings:

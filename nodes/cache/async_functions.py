@@ -22,7 +22,7 @@ def called(function: Callable[..., Any]) -> Callable[..., Any]:
         function = function.func
     if inspect.isroutine(function) or isinstance(function, type):
         return function
-    own: Callable[..., Any] = getattr(type(function), "__call__", function)
+    own: Callable[..., Any] = vars(type(function)).get("__call__", function)
     return own
 
 

@@ -157,8 +157,8 @@ class Batches:
         for key in found:
             if key not in known:
                 problem = (
-                    f"the batch loader returned {key!r:.80}, of type {type(key).__name__}, which was "
-                    f"not asked for; keys must be as they were given, such as {asked[0][0]!r:.80}"
+                    f"the batch loader returned {key!r:.80}, of type {type(key).__name__}, which "
+                    f"was not asked for; return keys as they were given: {asked[0][0]!r:.80}"
                 )
                 raise LoaderError(self._cache, "", problem)
         for item, future, _ in asked:

@@ -29,6 +29,7 @@ import structlog
 
 from ...schemas.errors import ConfigError, ForebayError, PartialFailure
 from ...schemas.jobs import RefreshJob
+from ...schemas.keys import refuse_one_string
 from ...schemas.settings import CacheDefaults, Limits
 from . import scope
 from .async_functions import name_of_function, refuse_sync
@@ -44,7 +45,7 @@ from .policy import Policy
 from .reads import ReadPath
 from .source import source_of
 from .warming import How, Items, WarmReport, warm
-from .writable import Writable
+from .writable import NOT_RUNNING, Writable
 from .writes import WriteParts, WritePath
 
 __all__ = ["Cached"]
@@ -130,6 +131,7 @@ class Cached(Writable[T], Generic[P, T]):
         Raises:
             PartialFailure: some could not be had; it holds the values of the others.
         """
+        refuse_one_string("items", items)
         asked = list(items)
         hits = await self.many_with_info(asked)
         errors = {
@@ -146,11 +148,12 @@ class Cached(Writable[T], Generic[P, T]):
 
     async def many_with_info(self, items: Iterable[Any]) -> list[Hit[T] | Exception]:
         """As ``many``, with tiers and ages; in place of what failed stands its exception."""
+        refuse_one_string("items", items)
         calls: dict[str, tuple[Any, ...]] = {}
         keys = []
         for item in items:
-            args = item if isinstance(item, tuple) and len(self.keying.parameters) > 1 else (item,)
-            keys.append(key := self.key(*args))
+            key, args = self.keying.of_item(item)
+            keys.append(key)
             calls[key] = args
         wanted = {key: functools.partial(self._call, args, {}) for key, args in calls.items()}
         reads = BulkReads(self.path, self._batches)
@@ -218,7 +221,7 @@ class Cached(Writable[T], Generic[P, T]):
     @property
     def path(self) -> ReadPath[T]:
         if self._path is None:
-            raise ForebayError(f"{self.name} is used before its node was started")
+            raise ForebayError(f"{self.name}: {NOT_RUNNING}")
         return self._path
 
     def bind(self, core: Core, defaults: CacheDefaults, limits: Limits) -> ReadPath[T]:

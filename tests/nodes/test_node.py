@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 import structlog
 from structlog.testing import capture_logs
@@ -100,6 +101,38 @@ async def test_published_events_are_stored_in_order(
     )
     assert node.instruments.counts["events_published", "refresh"] == 3
     assert await node.publish([]) == []
+
+
+async def test_nothing_to_invalidate_is_a_mistake(node: forebay.Node) -> None:
+    """Lists that happen to be empty are none."""
+    with pytest.raises(forebay.InvalidKey, match="name what is to be invalidated"):
+        await node.invalidate()
+    await node.invalidate([], tags=[])
+
+
+async def test_events_may_be_text_or_dicts(node: forebay.Node, valkey_server: ValkeyServer) -> None:
+    """publish: they are stored as JSON."""
+    event = {"type": "refresh", "keys": ["a:1"]}
+    await node.publish([event, msgspec.json.encode(event).decode(), msgspec.json.encode(event)])
+    stored = valkey_server.execute("XRANGE", f"forebay:{node.namespace}:events", "-", "+")
+    assert [msgspec.json.decode(fields[1]) for _, fields in stored] == [event] * 3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        b'{"type": "refresh", "keys": ["a:1"]}',
+        '{"type": "refresh", "keys": ["a:1"]}',
+        {"type": "refresh", "keys": ["a:1"]},
+        [7],
+        [{"type": object()}],
+        ["\ud800"],
+    ],
+)
+async def test_one_event_is_no_list_of_events(node: forebay.Node, given: Any) -> None:
+    """publish: it is refused for what it is, and not read letter by letter."""
+    with pytest.raises(forebay.InvalidEvent, match=r"write a list|give JSON"):
+        await node.publish(given)
 
 
 async def test_one_bad_event_keeps_all_out(node: forebay.Node, valkey_server: ValkeyServer) -> None:

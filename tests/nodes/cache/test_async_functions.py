@@ -19,6 +19,10 @@ def sync(id: int) -> int:
     return id
 
 
+def wrapped(*given: int) -> Any:
+    return plain(*given)
+
+
 class Caller:
     async def __call__(self, id: int) -> int:
         return id
@@ -49,12 +53,10 @@ async def test_whatever_is_async_can_be_a_loader(function: Any) -> None:
     assert cached.value_type is int
 
 
-@pytest.mark.parametrize(
-    "function", [sync, SyncCaller(), functools.partial(sync, 1), lambda id: plain(id)]
-)
+@pytest.mark.parametrize("function", [sync, SyncCaller(), functools.partial(sync, 1), wrapped])
 def test_what_is_not_async_is_refused_where_it_is_declared(function: Any) -> None:
     """N1: as a loader, a batch loader and a sink, by name and with the fix."""
-    node, fix = forebay.Node(), "write an? `async def"
+    node, fix = forebay.Node(), "write `async def`"
     with pytest.raises(forebay.ConfigError, match=fix) as caught:
         node.cached("a:{id}", ttl=60)(function)
     assert (caught.value.setting, caught.value.value) == ("the loader", name_of_function(function))

@@ -149,7 +149,7 @@ async def test_keys_that_nobody_asked_for_are_an_error(batches: Batches, source:
     for error in await together(*map(batches.load, "ab")):
         assert isinstance(error, LoaderError)
         assert "returned 1, of type int" in error.problem
-        assert "such as 'a'" in error.problem
+        assert "given: 'a'" in error.problem
         assert error.key in "ab"
 
 

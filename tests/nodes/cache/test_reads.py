@@ -780,6 +780,8 @@ async def test_what_a_write_may_invalidate_is_bounded_and_checked(node) -> None:
         await node.row.write_behind(1, {"n": 1}, invalidates_keys=[f"k{n}" for n in range(1_001)])
     with pytest.raises(InvalidKey, match="invalidates_tags"):
         await node.row.write_behind(1, {"n": 1}, invalidates_tags=["no key"])
+    with pytest.raises(InvalidKey, match="write a list"):
+        await node.row.write_behind(1, {"n": 1}, invalidates_tags="catalog")
     receipt = await node.row.write_behind(
         1, {"n": 1}, invalidates_keys=[f"k{n}" for n in range(1_000)]
     )
