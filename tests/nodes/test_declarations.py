@@ -81,7 +81,10 @@ REFUSED = [
     'Argument 1 to "__call__" of "Cached" has incompatible type "str"; expected "int"',
     'Missing positional argument "id" in call to "__call__" of "Cached"',
     'Argument 2 to "invalidate" of "Cached" has incompatible type "int"; expected "str"',
-    'Argument 1 to "invalidate" of "Node" has incompatible type "int"; expected "Sequence[str] | None"',
+    (
+        'Argument 1 to "invalidate" of "Node" has incompatible type "int"; '
+        'expected "Sequence[str] | None"'
+    ),
     'Argument 1 to "Node" has incompatible type "int"; expected "str | None"',
     'Argument 1 has incompatible type "Callable[[int], int]"',
     'Value of type variable "S" of function cannot be "Callable[[list[int]], ',
@@ -292,7 +295,7 @@ def test_public_face_is_typed(tmp_path: Path) -> None:
 )
 def test_a_refusal_says_which_cache_it_is_about(make_node: MakeNode, options: Any) -> None:
     """D1: an application has many of them."""
-    with pytest.raises((forebay.ConfigError, forebay.InvalidKey), match="a:{id}"):
+    with pytest.raises((forebay.ConfigError, forebay.InvalidKey), match=r"a:\{id\}"):
         make_node().cached("a:{id}", **options)(squared)
 
 

@@ -172,7 +172,7 @@ def test_a_template_that_cannot_work_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["p:{}", "p:{id:>5}", "p:{id!r}", "p:{id", "p:id}:{a}", "p:{1}"])
 def test_what_only_looks_like_a_field_is_told_how_to_be_one(text: str) -> None:
     """The whole template is shown, under the name of what it is."""
-    with pytest.raises(InvalidKey, match="write {name}") as caught:
+    with pytest.raises(InvalidKey, match=r"write \{name\}") as caught:
         KeyTemplate(text, name="tag")
     assert (caught.value.name, caught.value.value) == ("tag", text)
 

@@ -461,7 +461,7 @@ async def test_an_item_that_does_not_fit_names_the_cache(make_node: Any) -> None
 
     row = declare(node, Table())
     for item in (1, (1,), (1, 2, 3)):
-        with pytest.raises(forebay.InvalidKey, match="an item of pair, .* does not fit pair:"):
+        with pytest.raises(forebay.InvalidKey, match=r"an item of pair, .* does not fit pair:"):
             await pair.many([item])
-    with pytest.raises(forebay.InvalidKey, match="id of row, .*cannot be part of a key"):
+    with pytest.raises(forebay.InvalidKey, match=r"id of row, .*cannot be part of a key"):
         await row.many([(1, 2)])

@@ -93,7 +93,7 @@ def test_template_and_parameters_must_fit(function, template: str, tags: list[st
         cached(function, template, tags=tags)
     assert caught.value.value == (tags or [template])[0]
     if tags:
-        with pytest.raises(ConfigError, match="use fields of p:{id} only"):
+        with pytest.raises(ConfigError, match=r"use fields of p:\{id\} only"):
             cached(function, template, depends_on=tags)
 
 
