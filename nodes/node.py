@@ -28,7 +28,7 @@ import os
 import secrets
 import socket
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -48,6 +48,7 @@ from .code_settings import in_code, with_namespace
 from .declarations import Declarations
 from .explain.document import Explanation
 from .life import Life
+from .logs import configure_embedded
 from .publishing import Event, as_json, name_of
 from .running import Running, running
 from .web.face import Check, Read
@@ -69,6 +70,7 @@ class Node(Declarations):
         """
         super().__init__()
         self._in_code = in_code(namespace, settings)
+        configure_embedded(self._in_code.settings.log, instance="-")
         self._resolved = self._in_code if settings is not None else None
         self._running: Running | None = None
         self._life: Life | None = None
@@ -106,7 +108,7 @@ class Node(Declarations):
         finally:
             self.drained = parts.drained
             self._forget()
-            log.info("node.stopped", drained=self.drained)
+            _say("node.stopped", drained=self.drained)
 
     async def drain(self) -> bool:
         """Take no new work, finish what is under way, hand over the rest; before stopping.
@@ -125,6 +127,8 @@ class Node(Declarations):
         self._only_before_start()
         resolved = self._settings()
         self._id = resolved.settings.node.id or _made_up_id()
+        told = [resolved.settings.valkey.password]
+        configure_embedded(resolved.settings.log, instance=self._id, secrets=told)
         self._begun, self.drained = True, None
         self._life = Life(self._living(resolved, otherwise=workers))
         try:
@@ -132,7 +136,7 @@ class Node(Declarations):
         except BaseException:
             self._forget()
             raise
-        log.info("node.running", namespace=self.namespace, workers=self.parts.crew is not None)
+        _say("node.running", namespace=self.namespace, workers=self.parts.crew is not None)
         return self
 
     @asynccontextmanager
@@ -271,6 +275,12 @@ class Node(Declarations):
 
     def _forget(self) -> None:
         self._running, self._life, self._begun = None, None, False
+
+
+def _say(event: str, **fields: object) -> None:
+    """A line between a start and its end: an application's own logging may raise anything."""
+    with suppress(Exception):
+        log.info(event, **fields)
 
 
 def _made_up_id() -> str:

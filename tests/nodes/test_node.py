@@ -211,5 +211,5 @@ async def test_node_without_logging_configured_keeps_quiet_about_secrets(
         assert node.is_running
     out, err = capsys.readouterr()
 
-    assert "node.running" in out
+    assert "node.running" in err
     assert "hunter2" not in out + err

@@ -20,7 +20,9 @@ def test_state_of_a_node_is_a_word_also_when_a_note_goes_by() -> None:
     live_module = pytest.importorskip("rich.live")
     nodes = [NodeScene(name="node-1", url="u", up=True), NodeScene(name="node-2", url="u")]
     written = io.StringIO()
-    console = console_module.Console(file=written, force_terminal=True, no_color=True, width=100)
+    console = console_module.Console(
+        file=written, force_terminal=True, no_color=True, highlight=False, width=100
+    )
     with live_module.Live(console=console, auto_refresh=False) as live:
         live.update(dev_view._table(Scene(nodes=nodes)), refresh=True)
         console.print("a [note]", markup=False)
