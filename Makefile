@@ -25,6 +25,8 @@ SOAK_SECONDS ?= 120
 soak: $(VENV)/for-test  ## faults for minutes, with figures: is every node as current as it says?
 	cd tests && ../$(BIN)/python -m faults.coherence --seconds $(SOAK_SECONDS)
 	cd tests && ../$(BIN)/python -m faults.outage --seconds 60
+	cd tests && ../$(BIN)/python -m faults.flood --seconds 30
+	cd tests && ../$(BIN)/python -m faults.flood --seconds 30 --lease
 
 check: lint types layers  ## everything but the tests
 

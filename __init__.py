@@ -14,33 +14,50 @@ __version__ = "0.1.0"
 __all__ = [
     "Backpressure",
     "ConfigError",
+    "CoordinationError",
     "DeadLettered",
     "FatalSinkError",
     "ForebayError",
     "InvalidEvent",
     "InvalidKey",
+    "InvalidLimit",
+    "InvalidLock",
     "InvalidValue",
     "KeyBusy",
+    "Lease",
+    "LeaseLost",
     "LoaderError",
     "Loading",
+    "LockNotAcquired",
+    "LockNotHeld",
     "Node",
     "PartialFailure",
     "PoisonSinkError",
+    "RateLimitMiddleware",
+    "RateLimited",
     "RequestScopeMiddleware",
+    "ServerRefused",
+    "SinkError",
+    "SlotLost",
     "SourceFailing",
     "SqlSink",
+    "StaleToken",
     "StartupError",
     "TransientSinkError",
     "Unavailable",
     "Unconfirmed",
+    "UnknownReservation",
+    "Verdict",
     "Write",
     "__version__",
     "loading",
+    "rate_limit_middleware",
     "request_scope",
     "request_scope_middleware",
 ]
 
 if TYPE_CHECKING:
+    from .coordinator.lease import Lease
     from .nodes.cache.loading import Loading, loading
     from .nodes.cache.scope import request_scope
     from .nodes.node import Node
@@ -48,9 +65,12 @@ if TYPE_CHECKING:
     from .nodes.sinks.sql import SqlSink
     from .nodes.web.aiohttp_middleware import request_scope_middleware
     from .nodes.web.asgi import RequestScopeMiddleware
+    from .nodes.web.limit_aiohttp import rate_limit_middleware
+    from .nodes.web.limit_asgi import RateLimitMiddleware
     from .schemas.errors import (
         Backpressure,
         ConfigError,
+        CoordinationError,
         DeadLettered,
         FatalSinkError,
         ForebayError,
@@ -61,20 +81,44 @@ if TYPE_CHECKING:
         LoaderError,
         PartialFailure,
         PoisonSinkError,
+        ServerRefused,
+        SinkError,
         SourceFailing,
         StartupError,
         TransientSinkError,
         Unavailable,
         Unconfirmed,
     )
+    from .schemas.errors_limits import InvalidLimit, RateLimited, SlotLost, UnknownReservation
+    from .schemas.errors_locks import (
+        InvalidLock,
+        LeaseLost,
+        LockNotAcquired,
+        LockNotHeld,
+        StaleToken,
+    )
+    from .schemas.limits import Verdict
 
 _HOMES = {
+    "InvalidLimit": ".schemas.errors_limits",
+    "InvalidLock": ".schemas.errors_locks",
+    "Lease": ".coordinator.lease",
+    "LeaseLost": ".schemas.errors_locks",
     "Loading": ".nodes.cache.loading",
+    "LockNotAcquired": ".schemas.errors_locks",
+    "LockNotHeld": ".schemas.errors_locks",
     "Node": ".nodes.node",
+    "RateLimitMiddleware": ".nodes.web.limit_asgi",
+    "RateLimited": ".schemas.errors_limits",
     "RequestScopeMiddleware": ".nodes.web.asgi",
+    "SlotLost": ".schemas.errors_limits",
     "SqlSink": ".nodes.sinks.sql",
+    "StaleToken": ".schemas.errors_locks",
+    "UnknownReservation": ".schemas.errors_limits",
+    "Verdict": ".schemas.limits",
     "Write": ".nodes.sinks.base",
     "loading": ".nodes.cache.loading",
+    "rate_limit_middleware": ".nodes.web.limit_aiohttp",
     "request_scope": ".nodes.cache.scope",
     "request_scope_middleware": ".nodes.web.aiohttp_middleware",
 }

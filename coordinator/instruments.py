@@ -90,7 +90,16 @@ _OUTCOME = ("result", ("hit", "stale", "miss", "negative", "error", "refused"))
 _WAY = ("way", ("put", "through", "around", "behind"))
 _END = ("result", ("stored", "refused", "unknown"))
 _EXTERNAL = ("kind", ("set", "deleted", "flushed", "missed", "overflow"))
+_HANDOVER = ("kind", ("free", "wished", "forced", "dead"))
+_MEMBER = ("state", ("active", "suspect", "leaving", "away"))
+_DECIDER = ("source", ("server", "deny_cache", "lease", "local"))
+_VERDICT = ("result", ("allowed", "refused"))
 _BREAKER = ("state", ("closed", "open", "half_open"))
+
+_ACQUIRED = ("result", ("taken", "waited", "refused", "timed_out", "cancelled", "failed"))
+_LOST = ("reason", ("expired", "taken", "forced", "stopped"))
+_RENEWED = ("result", ("renewed", "reclaimed", "failed"))
+_ANOMALY = ("kind", ("loop_stalled", "server_clock_jumped"))
 
 CATALOGUE = (
     Instrument("build_info", "Always 1; the label tells the version.", ("version",)),
@@ -137,13 +146,39 @@ CATALOGUE = (
         "Shards taken and given up.",
         ("direction",),
     ),
+    Instrument(
+        "handovers_total",
+        "Resources taken: free, released to us, by force, of a dead owner.",
+        (_HANDOVER,),
+    ),
+    Instrument("members", "Members of the cluster, as this node knows them.", (_MEMBER,)),
     Instrument("fenced_total", "Commits refused since another node had taken over."),
+    Instrument("locks_held", "Leases that this process has."),
+    Instrument("lock_waiters", "Callers of this process that wait for a lock."),
+    Instrument("lock_acquires_total", "Tries to get a lock, by their end.", (_ACQUIRED,)),
+    Instrument("lock_wait_seconds", "Time in the queue of a lock.", (), COARSE_S),
+    Instrument("lock_losses_total", "Leases that ended under their holders.", (_LOST,)),
+    Instrument("lock_renewals_total", "Leases to be renewed, by how it went.", (_RENEWED,)),
+    Instrument("lock_reaped_total", "Releases made good afterwards."),
+    Instrument("time_anomalies_total", "Times when time passed unevenly.", (_ANOMALY,)),
     Instrument("backend_up", "1 while Valkey answers this node."),
     Instrument("backend_reconnects_total", "Connections made anew.", ("connection",)),
     Instrument("backend_timeouts_total", "Commands without a reply in time."),
     Instrument("breaker_state", "1 for the state the breaker is in.", ("name", _BREAKER)),
     Instrument("link_in_flight", "Commands sent and not answered yet."),
     Instrument("event_loop_lag_seconds", "The latest beat of late, by how late it was."),
+    Instrument(
+        "limiter_decisions_total",
+        "Asks of a limit, by who decided; for a partial ask, its tokens.",
+        ("limit", _DECIDER, _VERDICT),
+    ),
+    Instrument("limiter_shadow_refused_total", "Asks a shadow would have refused.", ("limit",)),
+    Instrument("limiter_returned_total", "Grants and tokens given back unspent.", ("limit",)),
+    Instrument(
+        "limiter_leased_tokens",
+        "Tokens charged and not spent; summed over nodes, what a window may admit more.",
+        ("limit",),
+    ),
     Instrument("limit_reached_total", "Times a bound held something back.", ("limit",)),
     Instrument("http_requests_total", "Requests, by route template and status.", ("route", "code")),
 )

@@ -4,29 +4,33 @@ O1  An owner hands out no work later than two thirds of the lease after it *sent
     successful renewal, on its own monotonic clock; the server gives the shard away only after
     the whole lease.
 O2  Every commit carries the epoch; once another owner is in force it is refused (Fenced).
-    Two processes that share a node id are two owners.
-O3  Free resources are taken, those of a dead owner when its lease is over; nobody keeps more
-    than its fair share of what there is among the nodes alive, so newcomers get some.
-O4  What is given up is drained first (``yielding``), and free for others at once. Leases are
-    renewed meanwhile, however long the drain takes.
+O3  Every node computes the same assignment (``roster.wanted``), and claims what it gives to
+    itself. What is free is taken at once; what a dead owner had, when its lease is over.
+O4  What another should have is handed over: that one's claim is a wish; the owner drains
+    (``yielding``) while its leases are renewed, and releases it to the one who wished. After
+    ``handover_ms`` renewals are refused, and it goes over by force, under the next epoch.
 O5  What was given up by ``give_up`` or ``leave`` is not taken again by this node.
+O6  A node with a label (``node.id``) that goes away keeps its shards for ``rejoin_grace_ms``, be it
+    planned (``leave(rejoin=True)``) or a crash: the one that comes back with the label takes
+    them, and nothing moves. The ingress stream is not kept: a dead owner's is taken as others'.
 
-Which nodes are alive is the roster's word, on the server's clock. Resources are the shards
-and the ingress stream (``EVENTS``). Assignment is by chance, not by plan. Should the server's
-clock jump ahead, leases end early there: only O2 holds then.
+Resources are the shards and the ingress stream (``EVENTS``). The decisions are in
+``succession``, ``roster`` and ``assignment``; this sends and tells. Node ids must differ between
+processes. Should the server's clock jump ahead, leases end early there: only O2 holds then.
+So it is for a node that starts in the same second in which a server forgets its owners.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, assert_never
 
 import anyio
 import structlog
 from anyio.abc import TaskStatus
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ..schemas.errors import ForebayError
 from ..schemas.keys import EVENTS, Names
@@ -34,25 +38,16 @@ from ..schemas.settings import Workers
 from .clock import Clock
 from .instruments import Instruments
 from .link import Arg, Commands, Reply
+from .roster import STATES, Profile, State
 from .scripting import Call, Scripts, run, run_many
+from .succession import Change, Gained, Lost, Succession, Tenure
 
 __all__ = ["Ownership", "Tenure"]
 
 log = structlog.get_logger(__name__)
 
-
-class Tenure:
-    """One stretch of owning a resource. ``valid_until`` is monotonic seconds."""
-
-    __slots__ = ("epoch", "resource", "valid_until")
-
-    def __init__(self, resource: int, epoch: int, valid_until: float) -> None:
-        self.resource = resource
-        self.epoch = epoch
-        self.valid_until = valid_until
-
-    def __repr__(self) -> str:
-        return f"<Tenure {self.resource} epoch {self.epoch}>"
+_WISH_BEATS = 3  # a wish that is not repeated for so long is forgotten
+_HASTE = 4  # so many times as often while something is on its way
 
 
 class OwnershipStatistics(Struct, frozen=True, kw_only=True):
@@ -84,30 +79,59 @@ class Ownership:
         clock: Clock,
         rng: random.Random,
         instruments: Instruments,
+        profile: Profile | None = None,
     ) -> None:
-        self.tenures: dict[int, Tenure] = {}
-        self.nodes: tuple[str, ...] = ()
+        """``profile`` tells label, address, version; what is owned is filled in."""
+        token = f"{rng.getrandbits(64):016x}"
+        profile = profile or Profile()
+        self._grace_ms = options.rejoin_grace_ms if profile.label else 0
+        self._succession = Succession(
+            node_id,
+            names.shards,
+            ttl_ms=options.ownership_ttl_ms,
+            profile=replace(profile, incarnation=token, weight=options.weight),
+        )
+        self.tenures = self._succession.tenures
         self._commands = commands
         self._names = names
         self._scripts = scripts
         self._node_id = node_id
-        self._ttl_ms = options.ownership_ttl_ms
-        self._beat_s = options.beat_ms / 1000
+        self._beat_ms = options.beat_ms
+        self._claim_args: list[Arg] = [
+            node_id,
+            options.ownership_ttl_ms,
+            token,
+            options.handover_ms,
+            _WISH_BEATS * options.beat_ms,
+        ]
         self._clock = clock
         self._rng = rng
         self._instruments = instruments
         self._successors: list[Successor] = []
-        self._token = f"{rng.getrandbits(64):016x}"
-        self._rested: dict[int, float] = {}  # surplus given up lately: for others to take
-        self._declined: set[int] = set()  # given up for good
-        self._surplus_seen = False
-        self._surplus: list[Tenure] = []  # being handed over
+        self._surplus: list[Tenure] = []  # to be handed over
         self._surplus_chosen = anyio.Event()
+        self._hurry = anyio.Event()
         self._beating = anyio.Lock()
-        self._leaving = self._left = False
+        self._left = False
 
     def add(self, successor: Successor) -> None:
         self._successors.append(successor)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Who shares the work, this node included, leaving or not."""
+        members = self._succession.roster.members.values()
+        return tuple(
+            each.id
+            for each in members
+            if each.profile.weight
+            and (each.state in ("active", "suspect") or each.id == self._node_id)
+        )
+
+    def members(self) -> dict[State, int]:
+        """How many there are, by state."""
+        roster = self._succession.roster
+        return {state: roster.count(state) for state in STATES}
 
     def statistics(self) -> OwnershipStatistics:
         return OwnershipStatistics(
@@ -119,16 +143,13 @@ class Ownership:
 
     def in_force(self, resource: int) -> Tenure | None:
         """The tenure, if work of this resource may be handed out right now (O1)."""
-        tenure = self.tenures.get(resource)
-        if tenure is None or self._clock.monotonic() >= tenure.valid_until:
-            return None
-        return tenure
+        return self._succession.in_force(resource, self._clock.monotonic())
 
     def fenced(self, tenure: Tenure) -> None:
         """A commit was refused: another owner is in force."""
         self._instruments.counts["fenced",] += 1
         if self.tenures.get(tenure.resource) is tenure:
-            self._lose(tenure, "fenced")
+            self._tell(self._succession.lose(tenure, "fenced"))
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Beat until cancelled; started after the first beat."""
@@ -137,8 +158,15 @@ class Ownership:
             await self._beat_or_tell()
             task_status.started()
             while True:
-                await anyio.sleep(self._beat_s * self._rng.uniform(0.8, 1.1))
+                await self._pause()
                 await self._beat_or_tell()
+
+    async def _pause(self) -> None:
+        """Until the next beat is due. While something is on its way, a beat is short."""
+        beat_s = self._beat_ms / 1000 / (_HASTE if self._succession.unsettled else 1)
+        with anyio.move_on_after(beat_s * self._rng.uniform(0.8, 1.1)):
+            await self._hurry.wait()
+        self._hurry = anyio.Event()
 
     async def _beat_or_tell(self) -> None:
         try:
@@ -147,38 +175,55 @@ class Ownership:
             log.warning("beat.failed", error=str(error))
 
     async def beat(self) -> None:
-        """Renew what is owned; then choose what to hand over, or take what is free."""
+        """Be seen, renew what is owned, claim what should be, choose what to hand over."""
         async with self._beating:
             if self._left:
                 return
-            await self._enrol(self._ttl_ms)
-            await self._renew()
-            if self._leaving or self._surplus:
-                return
-            surplus = len(self.tenures) - self._fair_share()
-            if surplus <= 0:
-                self._surplus_seen = False
-                await self._take(-surplus)
-            elif self._surplus_seen:
-                # Twice in a row, so that a node late for one beat takes nothing away.
-                self._surplus_seen = False
-                self._surplus = self._choose(surplus)
+            await self._enrol()
+            await self._claim()
+            self._surplus += self._succession.to_yield()
+            if self._surplus:
                 self._surplus_chosen.set()
-            else:
-                self._surplus_seen = True
+
+    async def _enrol(self) -> None:
+        args = self._succession.beat(beat_ms=self._beat_ms, grace_ms=self._grace_ms)
+        keys = [self._names.nodes, self._names.members]
+        reply = await run(self._commands, self._scripts["roster_beat"], keys, args)
+        self._succession.learn(reply, self._clock.monotonic())
+
+    async def _claim(self) -> None:
+        sent_at = self._clock.monotonic()
+        claims = [(each, self.tenures.get(each)) for each in self._succession.claims(sent_at)]
+        script, refused = self._scripts["owner_claim"], list[ForebayError]()
+        calls = [
+            Call(script=script, keys=[self._own(each)], args=self._claim_args) for each, _ in claims
+        ]
+        replies: list[Reply] = await run_many(self._commands, calls) if calls else []
+        now = self._clock.monotonic()
+        for (resource, claimed), reply in zip(claims, replies, strict=True):
+            if isinstance(reply, ForebayError):
+                refused.append(reply)
+            for change in self._succession.answer(
+                resource, claimed, reply, sent_at=sent_at, now=now
+            ):
+                self._tell(change)
+        if refused:
+            log.warning("claim.refused", resources=len(refused), error=str(refused[0]))
 
     async def _hand_over(self) -> None:
         """Beside the beats, since a drain may take longer than a lease."""
-        while True:
-            await self._surplus_chosen.wait()
-            self._surplus_chosen = anyio.Event()
-            rested = self._clock.monotonic() + self._beat_s * 2
-            self._rested = {tenure.resource: rested for tenure in self._surplus}
-            try:
-                await self._release(self._surplus)
-            except ForebayError as error:
-                log.warning("handover.failed", error=str(error))
-            self._surplus = []
+        async with anyio.create_task_group() as tasks:
+            while True:
+                await self._surplus_chosen.wait()
+                self._surplus_chosen = anyio.Event()
+                surplus, self._surplus = self._surplus, []
+                tasks.start_soon(self._release_or_tell, surplus)
+
+    async def _release_or_tell(self, tenures: Sequence[Tenure]) -> None:
+        try:
+            await self._release(tenures)
+        except ForebayError as error:
+            log.warning("handover.failed", error=str(error))
 
     async def give_up(self, tenures: Sequence[Tenure]) -> None:
         """Drain and release these, for good.
@@ -186,29 +231,33 @@ class Ownership:
         Raises:
             Unavailable: others may have to wait for the end of the leases.
         """
-        self._declined.update(tenure.resource for tenure in tenures)
+        self._succession.decline(tenure.resource for tenure in tenures)
         await self._release(tenures)
+        self._hurry.set()  # so that others learn of it
 
-    async def leave(self, *, patient: bool = True) -> None:
+    async def leave(self, *, patient: bool = True, rejoin: bool = False) -> None:
         """Release everything and sign off; beats do nothing after that.
 
         Without patience work under way is not waited for: what it commits late is fenced off.
+        With ``rejoin`` the shards are kept for the one that comes with the same label (O6).
 
         Raises:
             Unavailable: as ``give_up``.
         """
-        self._leaving = True
+        succession = self._succession
+        succession.depart(rejoin=rejoin and self._grace_ms > 0)
+        self._hurry.set()
         await self._give_up_all(patient)
         async with self._beating:  # the one under way might take something, or sign on again
             self._left = True
             await self._give_up_all(patient)
-            await self._enrol(0)
+            if succession.state == "leaving":
+                succession.state = "gone"
+            await self._enrol()
 
     async def _give_up_all(self, patient: bool) -> None:
-        if patient:
-            await self.give_up(list(self.tenures.values()))
-        else:
-            await self._let_go(list(self.tenures.values()))
+        tenures = list(self.tenures.values())
+        await (self._release(tenures) if patient else self._let_go(tenures))
 
     async def _release(self, tenures: Sequence[Tenure]) -> None:
         for successor in self._successors:
@@ -218,104 +267,33 @@ class Ownership:
     async def _let_go(self, tenures: Sequence[Tenure]) -> None:
         for tenure in tenures:
             if self.tenures.get(tenure.resource) is tenure:
-                self._lose(tenure, "released")
+                self._tell(self._succession.release(tenure, self._clock.monotonic()))
         script = self._scripts["owner_release"]
-        await run_many(
-            self._commands,
-            [
-                Call(script=script, keys=[self._own(t.resource)], args=[self._node_id, t.epoch])
-                for t in tenures
-            ],
-        )
-
-    async def _enrol(self, ttl_ms: int) -> None:
-        script = self._scripts["roster_beat"]
-        nodes = await run(self._commands, script, [self._names.nodes], [self._node_id, ttl_ms])
-        self.nodes = tuple(bytes(node).decode() for node in nodes)
-
-    def _fair_share(self) -> int:
-        return math.ceil((self._names.shards + 1) / max(1, len(self.nodes)))
-
-    def _choose(self, count: int) -> list[Tenure]:
-        shards = [tenure for tenure in self.tenures.values() if tenure.resource != EVENTS]
-        return self._rng.sample(shards, min(count, len(shards)))
-
-    async def _renew(self) -> None:
-        held, sent_at = list(self.tenures.values()), self._clock.monotonic()
-        replies = await self._claim([tenure.resource for tenure in held])
-        for tenure, reply in zip(held, replies, strict=True):
-            if self.tenures.get(tenure.resource) is not tenure or isinstance(reply, ForebayError):
-                continue  # given up meanwhile; or not renewed, and so over soon
-            granted, epoch = reply[0], int(reply[1])
-            if not granted:
-                self._lose(tenure, "taken")
-            elif epoch == tenure.epoch:
-                tenure.valid_until = self._valid_until(sent_at)
-            else:
-                self._lose(tenure, "forgotten")  # by the server; it is ours again, anew
-                self._gain(Tenure(tenure.resource, epoch, self._valid_until(sent_at)))
-
-    async def _take(self, count: int) -> None:
-        """As many of the resources that nobody owns now, by chance."""
-        free = await self._free() if count else []
-        chosen, sent_at = self._rng.sample(free, min(count, len(free))), self._clock.monotonic()
-        for resource, reply in zip(chosen, await self._claim(chosen), strict=True):
-            if not isinstance(reply, ForebayError) and reply[0]:
-                self._gain(Tenure(resource, int(reply[1]), self._valid_until(sent_at)))
-
-    async def _free(self) -> list[int]:
-        others = [r for r in range(EVENTS, self._names.shards) if self._may_take(r)]
-        time, *owners = await self._commands.call_many(
-            [("TIME",), *(("HMGET", self._own(r), "u", "t") for r in others)]
-        )
-        if isinstance(time, ForebayError):
-            raise time
-        now_us, ours = int(time[0]) * 1_000_000 + int(time[1]), self._token.encode()
-        # A lease with our token, of which we do not know: the reply to a claim was lost.
-        return [
-            resource
-            for resource, reply in zip(others, owners, strict=True)
-            if not isinstance(reply, ForebayError)
-            and (reply[0] is None or int(reply[0]) <= now_us or reply[1] == ours)
+        calls = [
+            Call(script=script, keys=[self._own(t.resource)], args=[self._node_id, t.epoch])
+            for t in tenures
         ]
-
-    def _may_take(self, resource: int) -> bool:
-        return (
-            resource not in self.tenures
-            and resource not in self._declined
-            and self._rested.get(resource, 0.0) <= self._clock.monotonic()
-        )
-
-    async def _claim(self, resources: Sequence[int]) -> list[Reply]:
-        if not resources:
-            return []
-        script = self._scripts["owner_claim"]
-        args: list[Arg] = [self._node_id, self._ttl_ms, self._token]
-        replies = await run_many(
-            self._commands,
-            [Call(script=script, keys=[self._own(each)], args=args) for each in resources],
-        )
-        refused = [reply for reply in replies if isinstance(reply, ForebayError)]
-        if refused:
-            log.warning("claim.refused", resources=len(refused), error=str(refused[0]))
-        return replies
+        await run_many(self._commands, calls)
+        self._succession.released(tenure.resource for tenure in tenures)
 
     def _own(self, resource: int) -> str:
         return self._names.part(resource, "own")
 
-    def _valid_until(self, sent_at: float) -> float:
-        return sent_at + self._ttl_ms * 2 / 3 / 1000
-
-    def _gain(self, tenure: Tenure) -> None:
-        self.tenures[tenure.resource] = tenure
-        self._instruments.counts["ownership_changes", "gained"] += 1
-        for successor in self._successors:
-            successor.gained(tenure)
-
-    def _lose(self, tenure: Tenure, why: str) -> None:
-        del self.tenures[tenure.resource]
-        self._instruments.counts["ownership_changes", "lost"] += 1
-        if why != "released":
-            log.warning("ownership.lost", resource=tenure.resource, epoch=tenure.epoch, why=why)
-        for successor in self._successors:
-            successor.lost(tenure)
+    def _tell(self, change: Change) -> None:
+        counts, tenure = self._instruments.counts, change.tenure
+        match change:
+            case Gained(_, kind):
+                counts["ownership_changes", "gained"] += 1
+                counts["handovers", kind] += 1
+                for successor in self._successors:
+                    successor.gained(tenure)
+            case Lost(_, why):
+                counts["ownership_changes", "lost"] += 1
+                if why != "released":
+                    log.warning(
+                        "ownership.lost", resource=tenure.resource, epoch=tenure.epoch, why=why
+                    )
+                for successor in self._successors:
+                    successor.lost(tenure)
+            case _:
+                assert_never(change)

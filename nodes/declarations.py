@@ -13,12 +13,15 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from ..schemas.errors import ConfigError
 from ..schemas.keys import refuse_one_string
+from ..schemas.limits import Limit, StoreDown
 from ..schemas.settings import LEASE_MS_MAX, CacheDefaults
+from ..schemas.settings_limits import DEFAULT_LIMIT
 from .cache.async_functions import name_of_function, refuse_sync
 from .cache.cached import Cached
 from .cache.declaration import Declaration, declaring, exceptions, policy_of
 from .cache.policy import OnDisconnected
 from .hooks import Hook
+from .limits import LimitBook, RateLimit
 from .sinks.base import Sink, Write
 from .sinks.callables import CallableSink
 from .workers.routes import Routes
@@ -36,6 +39,7 @@ H = TypeVar("H", bound=Hook)
 class Declarations:
     def __init__(self) -> None:
         self._routes = Routes()
+        self._limits = LimitBook()
         self._on_start: list[Hook] = []
         self._on_stop: list[Hook] = []
         self._begun = False  # from the beginning of a start to the end of its stop
@@ -138,6 +142,60 @@ class Declarations:
             return function
 
         return declare
+
+    def limit(
+        self,
+        name: str = DEFAULT_LIMIT,
+        *,
+        rate: float | None = None,
+        per: float = 1.0,
+        burst: int = 0,
+        shadow: bool = False,
+        store_down: StoreDown = "local",
+        lease: bool = False,
+        lease_hold: float = 1.0,
+        concurrency: int = 0,
+    ) -> RateLimit:
+        """A rate limit that all nodes share; also on a node that runs. Times in seconds.
+
+        Without ``rate`` it is what the settings say: a table [limits.NAME], or for the default
+        name ``limiter.max_tokens`` and ``limiter.window_s``. With it, that is what holds where
+        the settings say nothing.
+
+        Args:
+            name: in settings, metrics, headers and verdicts.
+            rate: tokens in every ``per``.
+            per: see ``rate``.
+            burst: tokens at once; by default as many as ``rate``.
+            shadow: charge and count, but refuse nothing.
+            store_down: what holds without Valkey: a fair share (``local``), nothing is let in
+                (``closed``), or all is (``open``).
+            lease: fetch tokens ahead, and spend them without asking.
+            lease_hold: how long such tokens are kept.
+            concurrency: slots at a time.
+
+        Raises:
+            InvalidLimit, InvalidKey: it cannot work.
+        """
+        if rate is not None:
+            self._limits.declare(
+                Limit(
+                    name=name,
+                    rate=rate,
+                    per=per,
+                    burst=burst,
+                    shadow=shadow,
+                    store_down=store_down,
+                    lease=lease,
+                    lease_hold=lease_hold,
+                    concurrency=concurrency,
+                )
+            )
+        return self._limits.handle(name)
+
+    def limits(self, *names: str) -> RateLimit:
+        """Several limits that are asked together: all of them grant, or none does."""
+        return self._limits.handle(*names)
 
     def on_start(self, hook: H) -> H:
         """Run before the workers start, when the node can be used already."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..coordinator.clock import Clock, ServerClock
+from ..schemas.keys import dependents_of
 from ..schemas.notices import Bumped, Changed, Dropped, Extended, Notice
 from .cache.reads import ReadPath
 from .cache.tags import TagTable
@@ -42,11 +43,11 @@ class Hearing:
             case Changed(key=key, outdates=outdates):
                 self._noticed(key, version)
                 if outdates:
-                    self._outdated(key, version, soft=False)
+                    self._outdated(dependents_of(key), version, soft=False)
             case Dropped(keys=keys, soft=soft):
                 for key in keys:
                     self._noticed(key, version)
-                    self._outdated(key, version, soft=soft)
+                    self._outdated(dependents_of(key), version, soft=soft)
             case Bumped(tags=tags, soft=soft):
                 for tag in tags:
                     self._outdated(tag, version, soft=soft)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -48,6 +48,7 @@ from .code_settings import in_code, with_namespace
 from .declarations import Declarations
 from .explain.document import Explanation
 from .life import Life
+from .locking import Locking
 from .logs import configure_embedded
 from .publishing import Event, as_json, name_of
 from .running import Running, running
@@ -58,7 +59,7 @@ __all__ = ["Node"]
 log = structlog.get_logger(__name__)
 
 
-class Node(Declarations):
+class Node(Declarations, Locking):
     """Declare caches and sinks on it, then use it as ``async with node``."""
 
     def __init__(self, namespace: str | None = None, *, settings: Settings | None = None) -> None:
@@ -72,6 +73,7 @@ class Node(Declarations):
         self._in_code = in_code(namespace, settings)
         configure_embedded(self._in_code.settings.log, instance="-")
         self._resolved = self._in_code if settings is not None else None
+        self._look_again: Callable[[], Resolved] | None = None
         self._running: Running | None = None
         self._life: Life | None = None
         self._id = ""
@@ -85,12 +87,14 @@ class Node(Declarations):
         settings = self._running.settings if self._running else self._in_code.settings
         return f"<Node {settings.node.namespace} {self._id or '-'} {state}>"
 
-    def configure(self, resolved: Resolved) -> None:
-        """Take these settings instead of looking for them; they replace those given in code."""
+    def configure(self, resolved: Resolved, again: Callable[[], Resolved] | None = None) -> None:
+        """Take these settings instead of looking for them; they replace those given in code.
+        ``again`` finds them anew, for ``reload_limits``.
+        """
         self._only_before_start()
         if self._resolved is self._in_code:
             log.warning("node.settings_replaced", reason="those in code are not looked at")
-        self._resolved = resolved
+        self._resolved, self._look_again = resolved, again
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -150,6 +154,7 @@ class Node(Declarations):
             settings, self._routes, self.instruments, node_id=node_id, origins=resolved.origins
         ) as parts:
             self._running = parts
+            self._limits.bind(parts.limiter, settings.limiter)
             async with parts.at_work(workers=works, on_start=self._on_start, on_stop=self._on_stop):
                 yield
 
@@ -175,6 +180,10 @@ class Node(Declarations):
         if self._running is None:
             raise ForebayError("the node is not running; use it inside `async with node:`")
         return self._running
+
+    @property
+    def _parts_with_locks(self) -> Running:
+        return self.parts
 
     @property
     def is_running(self) -> bool:
@@ -218,6 +227,16 @@ class Node(Declarations):
         for name in names:
             self.instruments.counts["events_published", name] += 1
         return [bytes(each).decode() for each in reply]
+
+    def reload_limits(self) -> list[str]:
+        """Take what the configuration says of limits now, as it was found at the start; the
+        names of those that changed. Debts stay as they are.
+
+        Raises:
+            ConfigError, InvalidLimit: one cannot be used; all stay as they were.
+        """
+        found = self._look_again() if self._look_again else self._settings()
+        return self._limits.reload(found.settings.limiter)
 
     async def read(self, key: str) -> Read | None:
         """The value of a key through the cache that declares it; None if none does.
@@ -274,6 +293,7 @@ class Node(Declarations):
         return with_namespace(resolved, self._in_code)
 
     def _forget(self) -> None:
+        self._limits.unbind()
         self._running, self._life, self._begun = None, None, False
 
 

@@ -19,6 +19,7 @@ import random
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -30,14 +31,16 @@ from ..coordinator.background import background_tasks
 from ..coordinator.clock import ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
 from ..coordinator.instruments import Instruments
+from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
-from ..schemas.errors import ConfigError, ForebayError, ServerRefused, StartupError, Unavailable
+from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
 from ..schemas.keys import Names
 from ..schemas.notices import Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
+from .birth import check_birth
 from .cache import scope
 from .cache.core import Core
 from .cache.reads import ReadPath
@@ -47,6 +50,7 @@ from .cache.waits import KeyWaits
 from .explain.node_part import NodePart
 from .hearing import Hearing
 from .hooks import Hook, run_in_the_end
+from .locking import locks_of
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
@@ -105,6 +109,7 @@ class Running:
             reset=self.hearing.reset,
             scripts=self.scripts,
         )
+        self.limiter = self._limiter()
         self.core = self._core()
         self.paths: list[ReadPath[Any]] = [
             cached.bind(self.core, settings.cache, settings.limits)
@@ -117,6 +122,7 @@ class Running:
         )
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
+        self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.crew: Crew | None = None
 
     def _core(self) -> Core:
@@ -134,7 +140,21 @@ class Running:
             rng=self.rng,
             ids=lambda: secrets.token_hex(8),
             invalidate=self.invalidate,
+            hear=partial(self.apply, 0),
             behind=self.routes.behind,
+        )
+
+    def _limiter(self) -> Limiter:
+        return Limiter(
+            self.backend.link,
+            self.names,
+            self.scripts,
+            clock=self.clock,
+            tasks=self.tasks,
+            instruments=self.instruments,
+            ids=lambda: secrets.token_hex(16),
+            budget_ms=self.settings.limiter.budget_ms,
+            members=self.members,
         )
 
     def _writing(self) -> Writing:
@@ -156,6 +176,10 @@ class Running:
             running_max=settings.limits.loads_max,
             instruments=self.instruments,
         )
+
+    def members(self) -> int:
+        """Nodes that share the work, as far as this one knows."""
+        return 1 if self.crew is None else max(1, len(self.crew.ownership.statistics().nodes))
 
     async def invalidate(
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
@@ -180,6 +204,8 @@ class Running:
         if channel == self.names.bell.encode():
             self.follower.bell(payload)
             return
+        if channel != self.names.work.encode():
+            return
         if payload.startswith(b"x "):
             self.explaining.asked(payload[2:])
             return
@@ -188,24 +214,6 @@ class Running:
             told[b"w"] = self.crew.writes.bell
         self.hearing.word(payload, told)
 
-    async def check_birth(self, origins: Mapping[str, str]) -> None:
-        """The number of shards was fixed when the namespace was born.
-
-        Raises:
-            ConfigError: this node was given another one.
-        """
-        link, shards = self.backend.link, self.names.shards
-        await link.call("HSETNX", self.names.meta, "shards", shards)
-        born_with = int(await link.call("HGET", self.names.meta, "shards"))
-        if born_with != shards:
-            raise ConfigError(
-                setting="node.shards",
-                value=str(shards),
-                origin=origins.get("node.shards", "default"),
-                problem=f"the namespace {self.names.namespace} was born with {born_with}",
-                fix=f"set node.shards = {born_with}, or use another namespace",
-            )
-
     async def follow(self, stack: AsyncExitStack) -> None:
         """Start the clock and the log, and become current."""
         link, doorbell = self.backend.link, self.backend.doorbell
@@ -213,8 +221,13 @@ class Running:
         await self.tasks.start(ClockSync(link, self.server_clock, self.clock).run)
         stack.callback(doorbell.on_message(self.bell))
         stack.callback(doorbell.on_state(self.follower.doorbell_changed))
-        doorbell.subscribe(self.names.bell.encode(), self.names.work.encode())
+        stack.callback(doorbell.on_message(self.limiter.heard))
+        stack.callback(doorbell.on_state(self.limiter.doorbell_changed))
+        channels = (self.names.bell, self.names.work, self.names.limits)
+        doorbell.subscribe(*(channel.encode() for channel in channels))
+        self.tasks.start_soon(self.limiter.run)
         stack.callback(link.on_state(self._link_changed))
+        await self.tasks.start(self.locks.run, doorbell, link, self.backend.run_id)
         await self.follower.sweep()
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
@@ -287,8 +300,9 @@ async def running(
         self = Running(settings, backend, routes, instruments, node_id, tasks)
         stack.push_async_callback(self.writing.aclose)
         with _faults_of(backend, settings, origins):
-            await self.check_birth(origins)
+            await check_birth(backend.link, self.names, origins)
             await self.follow(stack)
+        stack.push_async_callback(self.limiter.aclose)
         yield self
 
 

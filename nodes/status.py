@@ -74,11 +74,17 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
     staleness_s = parts.follower.staleness_s()
     if staleness_s < float("inf"):
         yield "log_staleness_seconds", (), staleness_s
+    locks = parts.locks.statistics()
+    yield "locks_held", (), float(locks.held)
+    yield "lock_waiters", (), float(locks.waiting)
     for state in ("closed", "open", "half_open"):
         yield "breaker_state", ("valkey", state), float(link.breaker == state)
     if parts.crew is not None:
         yield "owned_shards", (), float(parts.crew.ownership.statistics().shards)
+        for state, count in parts.crew.ownership.members().items():
+            yield "members", (state,), float(count)
         yield "writebehind_queue_entries", (), float(parts.crew.writes.backlog)
+    yield from parts.limiter.gauges()
     for cached in node.caches:
         near = cached.path.near.statistics()
         yield "cache_entries", (cached.name,), float(near.entries)

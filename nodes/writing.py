@@ -16,7 +16,7 @@ from ..coordinator.backend import Backend
 from ..coordinator.link import Reply
 from ..coordinator.replication import Replication
 from ..coordinator.scripting import Scripts, run
-from ..schemas.keys import Names
+from ..schemas.keys import Names, dependents_of
 from ..schemas.settings import Valkey
 from .cache.confirmations import Confirmations
 from .cache.core import Core
@@ -88,7 +88,7 @@ class Writing:
         stored, *stamp = await run(
             self._backend.link,
             self._scripts["write_fill"],
-            [*self._shared.entry_keys(key), self._names.tag(key)],
+            [*self._shared.entry_keys(key), self._names.tag(dependents_of(key))],
             [
                 lease.token,
                 packed.soft_ms,

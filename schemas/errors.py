@@ -1,4 +1,4 @@
-"""Every error that Forebay raises, in one tree.
+"""Every error that Forebay raises, in one tree; those of rate limits are in ``errors_limits``.
 
 Errors carry fields; the class builds the sentence. Whoever catches one decides on
 the class or on a field, never on the text. Foreign errors (valkey-py, SQLAlchemy,
@@ -16,6 +16,7 @@ __all__ = [
     "Backpressure",
     "BreakerOpen",
     "ConfigError",
+    "CoordinationError",
     "DeadLettered",
     "Disconnected",
     "FatalSinkError",
@@ -199,6 +200,10 @@ class Fenced(ForebayError):
         self.current_epoch = current_epoch
 
 
+class CoordinationError(ForebayError):
+    """The base of errors about what the cluster shares: locks, limits, ownership."""
+
+
 class InvalidKey(ForebayError):
     """Raised for a key, tag or namespace that the key grammar does not allow."""
 
@@ -231,7 +236,11 @@ class NewerSchema(ForebayError):
 
 
 class InvalidEntry(ForebayError):
-    """Raised for stored bytes that are no readable entry; the reader counts a miss."""
+    """Raised for stored bytes that are no readable entry; the reader counts a miss.
+
+    And for a value that cannot be stored, before it is; users are told so by InvalidValue or
+    LoaderError, with the key.
+    """
 
     def __init__(self, fault: EntryFault, problem: str = "") -> None:
         super().__init__(f"{fault}: {problem}" if problem else fault)
@@ -239,11 +248,12 @@ class InvalidEntry(ForebayError):
         self.problem = problem
 
 
-class InvalidValue(InvalidEntry):
-    """Raised for a value that cannot be stored, before it is; nothing was done."""
+class InvalidValue(ForebayError):
+    """Raised for a value that no entry of its cache can hold: too large, or of another type."""
 
-    def __init__(self, cache: str, key: str, fault: EntryFault, problem: str, *, fix: str) -> None:
-        super().__init__(fault, f"the value for {key!r} of {cache}: {problem}; {fix}")
+    def __init__(self, cache: str, key: str, problem: str, *, fix: str = "") -> None:
+        suffix = f"; {fix}" if fix else ""
+        super().__init__(f"{cache} cannot hold this value of {key!r}: {problem}{suffix}")
         self.cache = cache
         self.key = key
         self.problem = problem

@@ -4,15 +4,23 @@
     {shop:07}:log       stream  notices, ids dense: <epoch>-<seq>
     {shop:07}:e0:KEY    string  entry (0: the cache version, CACHE_VER)
     {shop:07}:l:KEY     string  fill lease: the token of the one who may fill
-    {shop:07}:t:TAG     string  tag version
+    {shop:07}:t:TAG     string  tag version; *KEY is the tag of what depends on a key, in its shard
     {shop:07}:i:ID      string  an event id seen lately
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
+    {shop:07}:k:NAME    hash    a lock and its holders     :kq:NAME, :kw:NAME  who waits for it
+    {shop:07}:locks     zset    locks that are held        :era  hash  run of the server meant
+    {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT
+    {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
+    {shop:07}:rs:LIMIT:SUBJECT   zset    slots in use: nonce -> until
     forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
-    forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  roster
+    forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  last beats
+    {forebay:shop:nodes}:members  hash  the roster
+    forebay:shop:wake:PROCESS   channel  a lock is yours, or is so no more
     forebay:shop:failing:CACHE  string, expires  who tries the failing source of a cache
     forebay:shop:bell   channel notices as they happen     forebay:shop:work   channel  jobs
+    forebay:shop:limits channel subjects that were refunded
     forebay:shop:reply:HEX  channel  answers to one who asked all nodes on :work
     forebay:shop:mark:ID    string, expires  written by the node ID to see what is replicated
 
@@ -40,11 +48,13 @@ __all__ = [
     "KeyTemplate",
     "Names",
     "check_key",
+    "dependents_of",
     "refuse_one_string",
     "shard_of",
 ]
 
 KEY_BYTES_MAX = 512
+_DEPENDENTS = "*"
 EVENTS = -1  #: stands for the ingress stream where a shard number is asked for
 
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f{}*?\[\]\\\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -78,6 +88,11 @@ def refuse_one_string(name: str, given: Iterable[object]) -> None:
     """Whose characters would be taken for names; raises InvalidKey."""
     if isinstance(given, str | bytes):
         raise InvalidKey(name, str(given), "is one string; write a list of them")
+
+
+def dependents_of(key: str) -> str:
+    """The tag that whatever depends on a key carries; no key or tag of an application is so."""
+    return _DEPENDENTS + key
 
 
 def shard_of(key: str, shards: int) -> int:
@@ -223,11 +238,14 @@ class Names:
         "bell",
         "cache_version",
         "events",
+        "limits",
+        "members",
         "meta",
         "namespace",
         "nodes",
         "prefixes",
         "shards",
+        "wake",
         "work",
     )
 
@@ -242,12 +260,17 @@ class Names:
         self.events = f"forebay:{namespace}:events"
         self.meta = f"forebay:{namespace}:meta"
         self.nodes = f"forebay:{namespace}:nodes"
+        self.members = f"{{{self.nodes}}}:members"
         self.bell = f"forebay:{namespace}:bell"
         self.work = f"forebay:{namespace}:work"
+        self.wake = f"forebay:{namespace}:wake:"
+        self.limits = f"forebay:{namespace}:limits"
         self._reply = f"forebay:{namespace}:reply:"
 
-    def shard(self, key: str) -> int:
-        return crc32(key.encode()) % self.shards
+    def shard(self, name: str) -> int:
+        """The shard of a key or a tag."""
+        of = name[1:] if name.startswith(_DEPENDENTS) else name
+        return crc32(of.encode()) % self.shards
 
     def marker(self, node_id: str) -> str:
         return f"forebay:{self.namespace}:mark:{node_id}"
@@ -260,14 +283,29 @@ class Names:
 
     def of_key(self, key: str) -> tuple[str, str, str]:
         """Entry, fill lease, and the tag that whatever depends on the key carries."""
-        return self.entry(key), self.lease(key), self.tag(key)
+        return self.entry(key), self.lease(key), self.tag(dependents_of(key))
 
     def failing(self, cache: str) -> str:
         """Who of the cluster may try the failing source of this cache."""
         return f"forebay:{self.namespace}:failing:{cache}"
 
+    def lock(self, name: str) -> tuple[str, str, str, str, str]:
+        """Record, queue and waiters of a lock; index and era of its shard."""
+        prefix = self.prefixes[crc32(name.encode()) % self.shards]
+        return (
+            f"{prefix}k:{name}",
+            f"{prefix}kq:{name}",
+            f"{prefix}kw:{name}",
+            f"{prefix}locks",
+            f"{prefix}era",
+        )
+
     def tag(self, tag: str) -> str:
         return f"{self.prefixes[self.shard(tag)]}t:{tag}"
+
+    def limit(self, kind: str, limit: str, subject: str, within: str = "") -> str:
+        """State (r), slots (rs) or reservations (rr) of a subject; ``within`` says the shard."""
+        return f"{self.prefixes[self.shard(within or subject)]}{kind}:{limit}:{subject}"
 
     def reply(self, nonce: str) -> str:
         """The channel of one who asks; ``nonce`` is random, in hexadecimal digits."""

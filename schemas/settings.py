@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from .limits import Limit
+
 __all__ = [
     "LEASE_MS_MAX",
     "CacheDefaults",
@@ -146,6 +148,9 @@ class Workers(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     enabled: bool | None = None  #: unset: if the node has sinks, or is run by `forebay run`
     ownership_ttl_ms: Annotated[int, Meta(ge=1_000, le=60_000)] = 4_000
     beat_ms: Annotated[int, Meta(ge=100, le=20_000)] = 1_000
+    handover_ms: Annotated[int, Meta(ge=1_000, le=600_000)] = 30_000  #: then it goes by force
+    rejoin_grace_ms: Annotated[int, Meta(ge=0, le=600_000)] = 10_000  #: with node.id only
+    weight: Annotated[float, Meta(ge=0, le=1_000)] = 1.0  #: of the share of the work; 0: none
     flush_rows_max: Annotated[int, Meta(ge=1, le=100_000)] = 1_000
     flush_delay_ms: Annotated[int, Meta(ge=0, le=60_000)] = 20
     attempts_max: Annotated[int, Meta(ge=1, le=100)] = 5
@@ -153,10 +158,12 @@ class Workers(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Limiter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The default rate limit: max_tokens in every window_s."""
+    """Rate limits: the default one is max_tokens in every window_s."""
 
     max_tokens: Count = 100
     window_s: Annotated[float, Meta(gt=0, le=86_400)] = 1.0
+    budget_ms: Millis = 50  #: how long a decision may wait for Valkey
+    named: tuple[Limit, ...] = ()  #: from tables [limits.NAME], or given in code
 
 
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from .errors import ConfigError
+from .errors_limits import InvalidLimit
 from .settings import Settings
+from .settings_limits import default_limit
 from .settings_names import shown
 from .urls import Endpoint, endpoint_of
 
@@ -130,6 +132,14 @@ def _host(settings: Settings) -> Iterator[Complaint]:
         yield "http.host", "an empty host would listen on all interfaces", fix
 
 
+def _default_limit(settings: Settings) -> Iterator[Complaint]:
+    try:
+        default_limit(settings.limiter)
+    except InvalidLimit as error:
+        for name in ("limiter.max_tokens", "limiter.window_s"):
+            yield name, f"the two make no limit: {error.field} {error.problem}", error.fix
+
+
 _RULES: tuple[Rule, ...] = (
     _fake,
     _reader,
@@ -137,6 +147,7 @@ _RULES: tuple[Rule, ...] = (
     _beats,
     _flush,
     _host,
+    _default_limit,
     _at_most("valkey.connect_timeout_ms", "valkey.startup_timeout_ms", "no try could end in time"),
     _at_most("valkey.reconnect_jitter_ms", "valkey.reconnect_max_ms", "it is part of that wait"),
     _at_most("durable.event_bytes_max", "http.body_bytes_max", "such an event could not be posted"),

@@ -33,6 +33,7 @@ __all__ = [
 
 _SHOWN_CHARS_MAX = 120
 _WORDS = {
+    "limiter.named": '[limits.NAME] tables in the file, or JSON: {"NAME": {"rate": 10}}',
     "node.namespace": (
         "1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or a digit"
     ),
@@ -96,6 +97,8 @@ def shown(name: str, value: object) -> str:
         return "(a table)"
     if isinstance(value, list):
         return "(a list)"
+    if isinstance(value, tuple):
+        return plainly(", ".join(each.name for each in value))
     return plainly(mask_url(str(value)) if field.url else str(value))
 
 

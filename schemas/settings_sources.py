@@ -24,7 +24,8 @@ import msgspec
 from msgspec import Struct, structs
 
 from .errors import ConfigError
-from .settings import Secret, Settings
+from .limits import Limit
+from .settings import Limits, Secret, Settings
 from .settings_checks import check
 from .settings_env import (
     FILE_RANK,
@@ -34,6 +35,7 @@ from .settings_env import (
     from_environment,
     from_secret_file,
 )
+from .settings_limits import named_limits
 from .settings_names import (
     FIELDS,
     SECTIONS,
@@ -50,6 +52,7 @@ __all__ = ["FLAGS", "FileSource", "Resolved", "SettingRow", "describe", "resolve
 
 _TEXT_CHARS_MAX = 4_096
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_BOUNDS = frozenset(field.name for field in structs.fields(Limits))
 _TRUTH = frozenset({"true", "false", "1", "0"})
 
 #: flags with a name of their own; any other setting is given by its dotted name
@@ -146,8 +149,20 @@ def _from_file(file: FileSource, read_secret: ReadSecret) -> Iterator[Found]:
         if not isinstance(table, dict):
             fix = f"write [{section}] and its settings below"
             raise _refused(section, "***", origin, "is a section, not a value", fix)
+        if section == "limits":
+            named = {k: v for k, v in table.items() if isinstance(v, dict) and k not in _BOUNDS}
+            table = {k: v for k, v in table.items() if k not in named}
+            yield from _named_limits(named, origin)
         for leaf, value in table.items():
             yield _file_value(f"{section}.{leaf}", value, table, origin, read_secret)
+
+
+def _named_limits(tables: dict[str, Any], origin: str) -> Iterator[Found]:
+    if tables:
+        limits = named_limits(tables, origin)
+        yield Found(
+            name="limiter.named", value=limits, origin=origin, rank=FILE_RANK, textual=False
+        )
 
 
 def _file_value(
@@ -234,6 +249,8 @@ def _same_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) 
 
 def _decoded(found: Found) -> object:
     field, value = FIELDS[found.name], found.value
+    if found.textual and found.name == "limiter.named":
+        return _limits_in_json(field, found)
     if field.secret:
         return Secret(_text(found))
     if field.text:
@@ -246,6 +263,14 @@ def _decoded(found: Found) -> object:
         return msgspec.convert(value, field.type, strict=not found.textual)
     except (msgspec.ValidationError, ValueError):
         raise _wrong(field, found) from None
+
+
+def _limits_in_json(field: Field, found: Found) -> tuple[Limit, ...]:
+    try:
+        tables = msgspec.json.decode(_text(found), type=dict[str, dict[str, Any]])
+    except msgspec.DecodeError:
+        raise _wrong(field, found) from None
+    return named_limits(tables, found.origin)
 
 
 def _parts(field: Field) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from msgspec import Struct
 from forebay.coordinator.link import Arg, Commands, Reply
 from forebay.coordinator.scripting import load_scripts, run
 from forebay.schemas.entry import Entry, EntryMeta, make_tail, read_entry
-from forebay.schemas.keys import Names
+from forebay.schemas.keys import Names, dependents_of
 from forebay.schemas.notices import (
     Bumped,
     Changed,
@@ -126,7 +126,7 @@ class Desk:
     ) -> int:
         said = self._said(Changed(key, outdates=True), self.names.shard(key))
         args: list[Arg] = [soft_ms, hard_ms, tail_of(value), *said, MINUTE_MS]
-        keys = [*self.entry_keys(key), self.names.tag(key)]
+        keys = [*self.entry_keys(key), self.names.tag(dependents_of(key))]
         reply = await self.run("entry_put", keys, *args)
         return int(reply[0])
 
@@ -143,7 +143,7 @@ class Desk:
     ) -> list[Reply]:
         shard = self.names.shard(key)
         keys = [*self.entry_keys(key), self.part("writes", shard), self.names.seen(shard, event_id)]
-        keys.append(self.names.tag(key))
+        keys.append(self.names.tag(dependents_of(key)))
         args: list[Arg] = [soft_ms, hard_ms, tail_of(value)]
         args += self._said(Changed(key, outdates=True), shard)
         args += [f"job of {value}", bound, self.names.work, mark, MINUTE_MS if event_id else 0]
@@ -155,7 +155,7 @@ class Desk:
     ) -> list[Reply]:
         said = self._said(Changed(key, outdates=True), self.names.shard(key))
         args: list[Arg] = [token, MINUTE_MS, 2 * MINUTE_MS, tail_of(value), *said, MINUTE_MS]
-        keys = [*self.entry_keys(key), self.names.tag(key)]
+        keys = [*self.entry_keys(key), self.names.tag(dependents_of(key))]
         return list(await self.run("write_fill", keys, *args))
 
     async def begin_write(self, token: str, *, key: str = "k") -> list[Reply]:
@@ -219,8 +219,17 @@ class Desk:
         reply: bytes | None = await self.run("log_begin", keys, *self._said(Dropped(()), number))
         return reply
 
-    async def claim(self, owner: str, *, token: str = "t", ttl_ms: int = MINUTE_MS) -> list[Reply]:
-        return list(await self.run("owner_claim", [self.part("own")], owner, ttl_ms, token))
+    async def claim(
+        self,
+        owner: str,
+        *,
+        token: str = "t",
+        ttl_ms: int = MINUTE_MS,
+        forced_ms: int = MINUTE_MS,
+        fresh_ms: int = MINUTE_MS,
+    ) -> list[Reply]:
+        keys = [self.part("own")]
+        return list(await self.run("owner_claim", keys, owner, ttl_ms, token, forced_ms, fresh_ms))
 
     async def give_up(self, owner: str, epoch: int) -> int:
         return int(await self.run("owner_release", [self.part("own")], owner, epoch))
@@ -239,9 +248,24 @@ class Desk:
         args += [version for _, version in sunk]
         return list(await self.run("checkpoint_commit", keys, *args))
 
-    async def beat(self, node: str, ttl_ms: int = MINUTE_MS) -> set[str]:
-        reply = await self.run("roster_beat", [self.names.nodes], node, ttl_ms)
-        return {bytes(each).decode() for each in reply}
+    async def beat(
+        self,
+        member: str,
+        state: str = "active",
+        *,
+        beat_ms: int = MINUTE_MS,
+        grace_ms: int = 0,
+        profile: str = "{}",
+        known: int = 0,
+    ) -> tuple[int, bool, dict[str, str]]:
+        """The version, whether it is the whole roster, and the state of each member told."""
+        keys = [self.names.nodes, self.names.members]
+        reply = await self.run(
+            "roster_beat", keys, member, state, beat_ms, grace_ms, profile, known
+        )
+        told = dict(zip(reply[2::2], reply[3::2], strict=True))
+        states = {bytes(k).decode(): bytes(v).split(b" ")[1].decode() for k, v in told.items()}
+        return int(reply[0]), bool(reply[1]), states
 
     async def publish(self, *events: str, bound: int = 100) -> list[Reply]:
         return list(await self.run("event_publish", [self.names.events], bound, *events))

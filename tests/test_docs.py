@@ -1,8 +1,9 @@
 """The documents say what is true: their code compiles, and what is marked for it runs.
 
-A block is run when the line before its fence is ``<!-- run -->``: ``python`` with top-level
-``await`` allowed, ``sh`` with ``forebay`` on the path. It gets an empty directory, a
-real server in FOREBAY_URL, and a namespace of its own; it has to end with 0 in time.
+A block is run when the line before its fence is ``<!-- run -->``, as a reader runs what was copied
+to a file: ``python block.py``, or ``sh`` with ``forebay`` on the path. It gets an empty directory,
+a real server in FOREBAY_URL, and a namespace of its own; it has to end with 0 in time. A Python
+block that is not run is a fragment of a service, so it may await.
 """
 
 from __future__ import annotations
@@ -24,14 +25,6 @@ from valkeyd import ValkeyServer
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 RUN_LIMIT_S = 40
-RUNNER = """
-import ast, asyncio, sys, types
-text = open(sys.argv[1]).read()
-code = compile(text, sys.argv[1], "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-result = types.FunctionType(code, {"__name__": "__main__"})()
-if asyncio.iscoroutine(result):
-    asyncio.run(result)
-"""
 
 
 class Block(NamedTuple):
@@ -62,7 +55,8 @@ def fault_of(block: Block) -> str:
     """Why the block cannot be what it says it is, or nothing."""
     try:
         if block.language == "python":
-            compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            fragment = 0 if block.runs else ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+            compile(block.text, str(block), "exec", flags=fragment)
         elif block.language == "json":
             json.loads(block.text)
         elif block.language == "toml":
@@ -79,7 +73,9 @@ def test_every_block_is_of_its_language() -> None:
     assert [fault for fault in map(fault_of, blocks()) if fault] == []
 
 
-@pytest.mark.parametrize("language,text", [("python", "def"), ("json", "{"), ("toml", "=")])
+@pytest.mark.parametrize(
+    "language,text", [("python", "def"), ("python", "await main()"), ("json", "{"), ("toml", "=")]
+)
 def test_broken_block_is_found_when_planted(language: str, text: str) -> None:
     """The check of blocks notices a broken one, and where it is."""
     (block,) = blocks_of("X.md", f"words\n\n<!-- run -->\n```{language}\n{text}\n```\n")
@@ -93,18 +89,21 @@ def test_marked_block_runs(
     block: Block, tmp_path: Path, valkey_server: ValkeyServer, namespace: str
 ) -> None:
     """What a reader copies works as it stands."""
-    script = tmp_path / "block"
+    script = tmp_path / ("block.py" if block.language == "python" else "block.sh")
     script.write_text(block.text)
-    words = ["bash", "-euo", "pipefail", str(script)]
-    if block.language == "python":
-        words = [sys.executable, "-c", RUNNER, str(script)]
+    program = [sys.executable] if block.language == "python" else ["bash", "-euo", "pipefail"]
     environment = os.environ | {
         "FOREBAY_URL": valkey_server.url,
         "FOREBAY_NAMESPACE": namespace,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     done = subprocess.run(
-        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=RUN_LIMIT_S
+        [*program, str(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=RUN_LIMIT_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -118,12 +117,31 @@ def test_readme_begins_with_run_and_test() -> None:
     assert [each for each in commands if each.startswith("make ")][:2] == ["make run", "make test"]
 
 
+def anchors_of(text: str) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 _-]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+def dead_links(path: Path, text: str) -> list[str]:
+    """Links to files and headings that are not there."""
+    dead = []
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)", text):
+        name, _, anchor = target.partition("#")
+        found = path.parent / name if name else path
+        lost = bool(name) and not found.exists()
+        if lost or (anchor and anchor not in anchors_of(found.read_text() if name else text)):
+            dead.append(f"{path.name}: {target}")
+    return dead
+
+
 def test_links_between_documents_lead_somewhere() -> None:
-    """No link to a file that is not there."""
-    dead = [
-        f"{path.name}: {target}"
-        for path in DOCUMENTS
-        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", path.read_text())
-        if not (path.parent / target).exists()
-    ]
-    assert dead == []
+    """No link to a file or a heading that is not there."""
+    assert [dead for path in DOCUMENTS for dead in dead_links(path, path.read_text())] == []
+
+
+def test_dead_link_is_found_when_planted() -> None:
+    """The check of links notices a lost file and a lost heading, and lets the others pass."""
+    text = "# A heading\n[1](#a-heading) [2](#another) [3](no/file.md) [4](README.md#forebay)"
+
+    assert dead_links(ROOT / "X.md", text) == ["X.md: #another", "X.md: no/file.md"]

@@ -204,7 +204,7 @@ class Workshop:
         """Have all leases end, as those of nodes that died; the nodes do not know."""
         for resource in range(EVENTS, self.names.shards):
             await self.link.call("HSET", self.names.part(resource, "own"), "u", 0)
-        await self.link.call("DEL", self.names.nodes)
+        await self.link.call("DEL", self.names.nodes, self.names.members)
 
     def ingress(self, owner: Ownership, commands: Commands | None = None) -> Ingress:
         chosen, parts = commands or self.link, self.parts

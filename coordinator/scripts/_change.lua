@@ -21,7 +21,8 @@ local function next_change(head, log)
   if not epoch then
     local last = redis.call("XREVRANGE", log, "+", "-", "COUNT", 1)[1]
     if last then
-      epoch, newest = tonumber(string.match(last[1], "^%d+")), tonumber(last[2][2]) or 0
+      epoch = tonumber(string.match(last[1], "^%d+"))
+      newest = math.max(newest, tonumber(last[2][2]) or 0)
     end
   end
   if not epoch or redis.call("EXISTS", log) == 0 then

@@ -12,6 +12,8 @@ G2  What the loader does not return is absent; an exception as a value fails tha
 G3  A call is for at most ``batch_max`` keys, and lasts no longer than ``limit_s``.
 G4  Cancelling one load leaves the call to the others; the call is made in the node's tasks,
     which a loader that is cancelled from inside does not end.
+G5  The call is made outside of every request scope, also if it is a member who leaves, in the
+    middle of a request, that lets it go.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from ...schemas.errors import LoaderError, Unavailable
 from .failures import CallFailed, own_copy
 from .flights import flying, flying_with
 from .loading import under_way
+from .scope import outside
 
 __all__ = ["BatchLoader", "Batches", "Group"]
 
@@ -130,10 +133,11 @@ class Batches:
     async def _call(self, asked: Sequence[_Asked]) -> None:
         try:
             above = [flight for _, _, flights in asked for flight in flights]
-            with flying_with(above), under_way(None), anyio.move_on_after(self._limit_s) as scope:
-                found = await self._loader([item for item, _, _ in asked])
-                self._share_out(asked, found)
-            if scope.cancelled_caught:
+            with flying_with(above), under_way(None), outside():
+                with anyio.move_on_after(self._limit_s) as limit:
+                    found = await self._loader([item for item, _, _ in asked])
+                    self._share_out(asked, found)
+            if limit.cancelled_caught:
                 problem = "the batch took longer than its lease"
                 self._fail(asked, LoaderError(self._cache, "", problem))
         except Exception as error:

@@ -29,7 +29,7 @@ import structlog
 
 from ...schemas.errors import ConfigError, ForebayError, PartialFailure
 from ...schemas.jobs import RefreshJob
-from ...schemas.keys import refuse_one_string
+from ...schemas.keys import dependents_of, refuse_one_string
 from ...schemas.settings import CacheDefaults, Limits
 from . import scope
 from .async_functions import name_of_function, refuse_sync
@@ -91,9 +91,11 @@ class Cached(Writable[T], Generic[P, T]):
         """The value: from the near cache, the shared tier, or the loader.
 
         Raises:
-            Unavailable: Valkey does not answer, and the cache is declared to fail then.
+            Unavailable, ServerRefused: Valkey does not answer, or refuses, and the cache is
+            declared to fail then.
             SourceFailing: nothing is stored, and the loader is known to fail.
-            Whatever the loader raises.
+            LoaderError: it took too long, asks for itself, or returned no value of its type.
+            Backpressure: too many loads or callers who wait. Whatever the loader raises.
         """
         key = self.key(*args, **kwargs)
         if scope.opened and (seen := scope.current()) is not None:
@@ -209,7 +211,7 @@ class Cached(Writable[T], Generic[P, T]):
         try:
             call = self._call_of(job.key)
         except Exception:
-            await self.path.loads.give_back(job.key, job.token)
+            await self.path.loads.leases.give_back(job.key, job.token)
             raise
         return await self.path.refresh(job.key, job.token, call)
 
@@ -294,7 +296,11 @@ class Cached(Writable[T], Generic[P, T]):
     def _labels_of(self, fields: Mapping[str, Any]) -> Sequence[str]:
         """All tags that a value carries: its own, those of what it depends on."""
         tags, keys = self.keying.labels(fields)
-        return list(dict.fromkeys([*tags, *self._behind(keys)])) if keys else tags
+        if not keys:
+            return tags
+        found = dict.fromkeys([*tags, *self._behind(keys)])
+        found.pop(dependents_of(self.template.format(fields)), None)  # it is not behind itself
+        return list(found)
 
 
 def _not_running(key: str) -> NearEntry | None:

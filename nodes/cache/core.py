@@ -14,6 +14,7 @@ from ...coordinator.instruments import Instruments
 from ...coordinator.link import Commands
 from ...coordinator.log import Follower
 from ...schemas.entry import Entry
+from ...schemas.notices import Notice
 from .shared import SharedTier
 from .tags import TagTable
 from .waits import KeyWaits
@@ -40,6 +41,7 @@ class Core(Struct, kw_only=True):
     rng: random.Random
     ids: Callable[[], str]
     invalidate: Callable[[Sequence[str], Sequence[str]], Awaitable[None]]
+    hear: Callable[[int, Notice], None]  #: a version and a notice of this node's own
     behind: Callable[[Sequence[str]], Sequence[str]]  #: the keys, and what they depend on
 
 

@@ -97,8 +97,11 @@ class Flights(Generic[C, R]):
         loads_max: int,
         waiters_max: int,
         served_late: Callable[[], None] = lambda: None,
+        full: Callable[[str], None] = lambda bound: None,
     ) -> None:
-        """``served_late`` is called whenever callers get a fallback for want of patience."""
+        """``served_late`` is called whenever callers get a fallback for want of patience, ``full``
+        with the bound that refuses one.
+        """
         self._tasks = tasks
         self._cache = cache
         self._load = load
@@ -107,6 +110,7 @@ class Flights(Generic[C, R]):
         self._loads_max = loads_max
         self._waiters_max = waiters_max
         self._served_late = served_late
+        self._full = full
         self._flights: dict[str, _Flight[C, R]] = {}
         self._loads = 0
         self._waiting = 0
@@ -171,6 +175,7 @@ class Flights(Generic[C, R]):
         self, flight: _Flight[C, R], above: tuple[_Flight[Any, Any], ...]
     ) -> R | _Failed:
         if self._waiting >= self._waiters_max:
+            self._full("waiters")
             raise Backpressure(f"callers of {self._cache}", self._waiting, self._waiters_max)
         future = asyncio.get_running_loop().create_future()
         flight.waiters[future] = None
@@ -188,6 +193,7 @@ class Flights(Generic[C, R]):
 
     def _start(self, key: str, call: C, todo: Todo[R]) -> _Flight[C, R]:
         if self._loads >= self._loads_max:
+            self._full("loads")
             raise Backpressure(f"loads of {self._cache}", self._loads, self._loads_max)
         flight: _Flight[C, R] = _Flight(self, key, todo.seen, call, self._monotonic())
         try:

@@ -91,8 +91,10 @@ class Loading:
         """Say how long the value lives, in seconds, what it is known by, or not to store it.
 
         Raises:
-            ConfigError: a lifetime is none.
+            ConfigError: a lifetime is none. LoaderError: the etag is no string.
         """
+        if not isinstance(etag, str | None):
+            raise LoaderError(self.cache, self.key, f"its etag is no string, but {etag!r:.80}")
         if ttl is not None:
             self.ttl_ms = lifetime_ms("ttl", ttl)
         if stale_for is not None:
@@ -110,7 +112,8 @@ class Loading:
         self.tags += self._checked("tag", tags)
 
     def depends_on(self, *keys: str) -> None:
-        """Have the value be invalidated with these keys, and with what they depend on.
+        """Have the value be invalidated with these keys, and with what they are declared to depend
+        on; not with what their own loaders have named.
 
         Raises:
             InvalidKey: one cannot be a key. LoaderError: they are too many.

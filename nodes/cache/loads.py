@@ -10,7 +10,8 @@ L4  A loader may neither take longer than its lease, nor end the node by being c
     inside: both are its failure.
 L5  A value that is there already, byte for byte, only has its life extended.
 L6  Where a tag that the loader named was bumped since the load began, it is loaded once more.
-L6  An absence that is not to be remembered takes the old value away all the same.
+L7  An absence that is not to be remembered takes the old value away all the same, if the lease
+    is still there: otherwise what is stored now is newer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Generic, Literal, TypeVar
 import anyio
 import structlog
 
-from ...schemas.entry import Entry, read_entry
+from ...schemas.entry import Entry
 from ...schemas.errors import (
     ForebayError,
     InvalidEntry,
@@ -32,13 +33,15 @@ from ...schemas.errors import (
     SourceFailing,
     Unavailable,
 )
+from ...schemas.keys import dependents_of
 from .core import Core, Hit, Lease, LoadCall, Tier
+from .fill_leases import FillLeases
 from .loading import NOT_MODIFIED, Loading, under_way
 from .near import NearCache, NearEntry, Reservation
 from .packing import Packed, Packer
 from .policy import Policy, ahead_ms
 from .scope import outside
-from .shared import Granted, Held, Newer, Stamp
+from .shared import Stamp
 from .source import Source
 from .tags import TagState
 from .values import ValueCodec
@@ -70,53 +73,16 @@ class LoadPath(Generic[T]):
         self.codec = codec
         self.near = near
         self.source = source
-        self.pack = Packer(policy, codec, core.rng).pack
         self._packer = Packer(policy, codec, core.rng)
+        self.pack = self._packer.pack
+        self.leases = FillLeases(
+            core.shared, name, policy, bytes_max=codec.bytes_max, tags_of=self.tags_of
+        )
         self.waits = core.waits
         self.clock = core.clock
         self._own = own
         self._core = core
         self._slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
-
-    async def begin(
-        self, key: str, token: str, tags: Sequence[str], *, seen: int, patient: bool = False
-    ) -> Lease | Newer | Held:
-        """Take the fill lease of a key, or learn what stands in the way.
-
-        Raises:
-            Unavailable, ServerRefused: the lease is not held.
-        """
-        shared, lease_ms = self._core.shared, self.policy.lease_ms
-        try:
-            outcome = await shared.begin(key, token, lease_ms=lease_ms, seen=seen, patient=patient)
-            if isinstance(outcome, Granted):
-                return await self._leased(key, token, tags, outcome)
-        except BaseException:
-            await self.give_back(key, token)  # it may have been granted
-            raise
-        return outcome
-
-    async def taken_over(self, key: str, token: str, tags: Sequence[str]) -> Lease | None:
-        """The lease that a refresh job carries; None if it is over.
-
-        Raises:
-            Unavailable, ServerRefused: it is not known.
-        """
-        try:
-            if granted := await self._core.shared.holds(key, token):
-                return await self._leased(key, token, tags, granted)
-        except BaseException:
-            await self.give_back(key, token)
-            raise
-        return None
-
-    async def _leased(self, key: str, token: str, tags: Sequence[str], granted: Granted) -> Lease:
-        try:
-            raw = granted.entry
-            previous = read_entry(raw, bytes_max=self.codec.bytes_max) if raw else None
-        except InvalidEntry:
-            previous = None  # counted where it was read
-        return Lease(key, token, await self.tags_of(tags), granted.since, previous)
 
     async def load_and_fill(
         self, lease: Lease, call: LoadCall[T], reservation: Reservation
@@ -127,13 +93,17 @@ class LoadPath(Generic[T]):
         if not load.overtaken:
             return hit
         # Who came after the bump waits for this load too, and is not to get what is from before.
-        renewed = await self.taken_over(lease.key, lease.token, call.tags)
+        try:
+            renewed = await self.leases.take_over(lease.key, lease.token, call.tags)
+        except (Unavailable, ServerRefused) as error:
+            log.warning("fill.failed", cache=self.name, key=lease.key, error=str(error))
+            return hit
         if renewed is None:
             return hit
         load = Loading(self.name, lease.key, renewed.previous, self._shown)
         hit = await self._load_once(renewed, call, reservation, load)
         if load.overtaken:
-            await self.give_back(lease.key, lease.token)
+            await self.leases.give_back(lease.key, lease.token)
         return hit
 
     async def _load_once(
@@ -147,13 +117,13 @@ class LoadPath(Generic[T]):
             packed, tags = await self._packed(value, lease, load)
             stamp = None if packed is None else await self._store(lease, packed)
         except SourceFailing:
-            await self.give_back(lease.key, lease.token)
+            await self.leases.give_back(lease.key, lease.token)
             raise
         except Exception:
-            await self._failed(lease)
+            await self.leases.failed(lease)
             raise
         except BaseException:
-            await self.give_back(lease.key, lease.token)
+            await self.leases.give_back(lease.key, lease.token)
             raise
         if packed is None and not load.overtaken:
             await self._not_stored(lease, gone=value is None)
@@ -176,7 +146,7 @@ class LoadPath(Generic[T]):
 
     def is_depended_on(self, key: str) -> bool:
         """Whether something that was read here may carry the tag named after this key."""
-        return key in self._core.tags
+        return dependents_of(key) in self._core.tags
 
     def _decoded(self, entry: Entry) -> T:
         value: T = self.codec.value(entry)  # type: ignore[assignment]  # None is T's own then
@@ -204,7 +174,7 @@ class LoadPath(Generic[T]):
 
     async def _named(self, lease: Lease, load: Loading) -> Mapping[str, int] | None:
         """The versions of the tags that the loader named; None if one was bumped meanwhile."""
-        traced = {*load.kept, *self._core.behind(load.dependencies)}
+        traced = {*load.kept, *self._core.behind(load.dependencies)} - {dependents_of(lease.key)}
         more = [tag for tag in dict.fromkeys((*load.tags, *traced)) if tag not in lease.tags]
         if not more:
             return {}
@@ -239,7 +209,7 @@ class LoadPath(Generic[T]):
         except ForebayError as error:
             log.warning("fill.failed", cache=self.name, key=key, error=str(error))
             # Beside the callers, who have waited long enough.
-            core.tasks.start_soon(self.give_back, key, lease.token)
+            core.tasks.start_soon(self.leases.give_back, key, lease.token)
             return None
         if stamp is None:
             core.instruments.counts["fills_refused", self.name] += 1
@@ -330,27 +300,11 @@ class LoadPath(Generic[T]):
         state_of = self._core.tags.state
         return tuple([(state_of(tag), version) for tag, version in tags.items()])
 
-    async def give_back(self, key: str, token: str) -> None:
-        """Let the next one load; costs nothing if the lease is gone already."""
-        with anyio.move_on_after(1, shield=True):
-            try:
-                await self._core.shared.release(key, token)
-            except ForebayError as error:
-                log.debug("lease.kept", cache=self.name, key=key, error=str(error))
-
     async def _not_stored(self, lease: Lease, *, gone: bool) -> None:
-        await self.give_back(lease.key, lease.token)
-        if gone and lease.previous is not None:
+        ours = await self.leases.give_back(lease.key, lease.token)
+        if ours and gone and lease.previous is not None:
             with suppress(ForebayError):
                 await self._core.invalidate((lease.key,), ())
-
-    async def _failed(self, lease: Lease) -> None:
-        with anyio.move_on_after(1, shield=True):
-            try:
-                throttle_ms = self.policy.throttle_ms
-                await self._core.shared.failed(lease.key, lease.token, throttle_ms=throttle_ms)
-            except ForebayError as error:
-                log.debug("lease.kept", cache=self.name, key=lease.key, error=str(error))
 
     async def bypass(self, key: str, call: LoadCall[T]) -> Hit[T]:
         """Ask the source and store nothing."""

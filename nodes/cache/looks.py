@@ -20,9 +20,9 @@ from .lookups import Wanted
 from .near import Reservation
 from .policy import Load, Serve, ServeStale, decide
 from .refreshing import RefreshRequests
-from .tags import Standing, standing
+from .tags import Standing, TagVersions, standing
 
-__all__ = ["Asked", "Looks"]
+__all__ = ["Asked", "Beside", "Looks"]
 
 T = TypeVar("T")
 Asked = tuple[str, Wanted, Reservation]
@@ -46,7 +46,7 @@ class Looks(Generic[T]):
         key: str,
         raw: bytes | None,
         reservation: Reservation,
-        beside: Sequence[Asked] = (),
+        beside: Beside | None = None,
     ) -> Hit[T] | Todo[Hit[T]]:
         """A hit, or what will not do, of these stored bytes; ``beside`` is asked for with them."""
         try:
@@ -101,33 +101,45 @@ class Looks(Generic[T]):
 
     def _hit(self, entry: Entry, now_ms: int, *, stale: bool = False) -> Hit[T] | None:
         try:
-            value = self._codec.value(entry)
+            value, size = self._codec.measured(entry)
         except InvalidEntry as error:
             self._unreadable(error)
             return None
         version = entry.version
         age_ms = now_ms - version // 1000 if version else 0
         # None is T's own when negatives are cached.
-        return Hit(value, "shared", version, max(0, age_ms), stale, len(entry.payload))  # type: ignore[arg-type]
+        return Hit(value, "shared", version, max(0, age_ms), stale, size)  # type: ignore[arg-type]
 
     def _unreadable(self, error: InvalidEntry) -> None:
         self._counts["cache_decode_errors", self._loads.name, error.fault] += 1
 
-    async def _standing(self, entry: Entry, beside: Sequence[Asked]) -> Standing:
+    async def _standing(self, entry: Entry, beside: Beside | None) -> Standing:
         embedded, tags, live = entry.meta.tags, self._tags, self._loads.live
         if live and (known := tags.stand_as_known(embedded)) is not None:
             return known
-        if live and beside:  # one question for all that came with it
-            return standing(embedded, await tags.versions(_tags_of(beside), trust=True))
-        return standing(embedded, await tags.versions(tuple(embedded), trust=live))
+        if beside is None:
+            return standing(embedded, await tags.versions(tuple(embedded), trust=live))
+        if not beside.versions.keys() >= embedded.keys():
+            beside.versions |= await tags.versions(beside.tags(), trust=live)
+        return standing(embedded, beside.versions)
 
 
-def _tags_of(asked: Sequence[Asked]) -> Sequence[str]:
-    """The tags of all entries that have come and can be read."""
-    tags: dict[str, int] = {}
-    for _, wanted, _ in asked:
-        came = wanted.done() and not wanted.cancelled() and wanted.exception() is None
-        if came and (raw := wanted.result()):
-            with suppress(InvalidEntry):
-                tags |= read_entry(raw, bytes_max=len(raw)).meta.tags
-    return list(tags)
+class Beside:
+    """Reads that were asked for together: one question about tags does for all that have come.
+
+    Versions asked for while the reads are under way are new enough for each of them.
+    """
+
+    def __init__(self, asked: Sequence[Asked]) -> None:
+        self.versions: dict[str, TagVersions] = {}
+        self._asked = asked
+
+    def tags(self) -> Sequence[str]:
+        """Those of all entries that have come and can be read."""
+        tags: dict[str, int] = {}
+        for _, wanted, _ in self._asked:
+            came = wanted.done() and not wanted.cancelled() and wanted.exception() is None
+            if came and (raw := wanted.result()):
+                with suppress(InvalidEntry):
+                    tags |= read_entry(raw, bytes_max=len(raw)).meta.tags
+        return list(tags)

@@ -3,8 +3,9 @@
 R1  Each caller looks at the shared tier (see ``Looks``); where there is nothing to serve, one
     loads for all.
 R2  At most one load of a key runs in this process, and, by the lease, in the cluster.
-R3  A caller who comes after a notice for the key, or for one of its tags, never gets what a
-    flight brings that began before (Flights F2).
+R3  A caller who comes after a notice for the key, or for a tag that is declared, never gets what
+    a flight brings that began before (Flights F2). Which tags the loader names is known only when
+    it has run; a bump meanwhile makes it run once more (Loads L6).
 R4  Where the loader fails, what was kept for that is served, flagged as stale.
 R5  While Valkey does not answer, or refuses: ``bypass`` asks the source and stores nothing;
     ``stale`` serves what the near cache has and does not know to be wrong, flagged, and then
@@ -25,7 +26,7 @@ from ...schemas.settings import Limits
 from .core import Core, Hit, Lease, LoadCall
 from .flights import Flights, Todo
 from .loads import LoadPath
-from .looks import Asked, Looks
+from .looks import Beside, Looks
 from .lookups import Wanted
 from .near import NearEntry, Reservation
 from .policy import ahead_ms
@@ -60,6 +61,7 @@ class ReadPath(Generic[T]):
             loads_max=limits.loads_max,
             waiters_max=limits.waiters_max,
             served_late=lambda: loads.count("shared", "stale"),
+            full=self._count_full,
         )
         self._core = core
         self._staleness_s = loads.policy.staleness_ms / 1000
@@ -96,11 +98,12 @@ class ReadPath(Generic[T]):
     async def look_at(self, keys: Sequence[str]) -> dict[str, Hit[T] | Todo[Hit[T]] | Exception]:
         """What the shared tier has of these keys, asked for together."""
         asked = [(key, self._core.shared.get(key), self.near.reserve(key)) for key in keys]
+        beside = Beside(asked)
         found: dict[str, Hit[T] | Todo[Hit[T]] | Exception] = {}
         try:
             for key, wanted, reservation in asked:
                 try:
-                    found[key] = await self._look(key, wanted, reservation, beside=asked)
+                    found[key] = await self._look(key, wanted, reservation, beside=beside)
                 except ForebayError as error:
                     found[key] = error
         finally:
@@ -117,7 +120,7 @@ class ReadPath(Generic[T]):
         """Load a key again under the lease of a refresh job; false: it was refused."""
         reservation = self.near.reserve(key)
         try:
-            lease = await self.loads.taken_over(key, token, call.tags)
+            lease = await self.loads.leases.take_over(key, token, call.tags)
             if lease is None:
                 return False
             with self.flights.alone(key, call):
@@ -143,12 +146,15 @@ class ReadPath(Generic[T]):
     def tag_noticed(self, tag: str) -> None:
         self.flights.detach_where(lambda call: tag in call.tags)
 
+    def _count_full(self, bound: str) -> None:
+        self._core.instruments.counts["limit_reached", bound] += 1
+
     def _heard_since(self, moment: float) -> bool:
         """Whether a change acknowledged after that moment, and due here by now, was heard of."""
         return self.loads.live or self._core.clock.monotonic() - moment < self._staleness_s
 
     async def _look(
-        self, key: str, wanted: Wanted, reservation: Reservation, beside: Sequence[Asked] = ()
+        self, key: str, wanted: Wanted, reservation: Reservation, beside: Beside | None = None
     ) -> Hit[T] | Todo[Hit[T]]:
         """What the shared tier has to serve; or what will not do."""
         try:
@@ -207,7 +213,9 @@ class ReadPath(Generic[T]):
         token, give_up_at = core.ids(), core.clock.monotonic() + 2 * self.policy.lease_ms / 1000
         while core.clock.monotonic() < give_up_at:
             with core.waits.watch(key) as said:
-                outcome = await self.loads.begin(key, token, call.tags, seen=seen, patient=patient)
+                outcome = await self.loads.leases.begin(
+                    key, token, call.tags, seen=seen, patient=patient
+                )
                 match outcome:
                     case Lease():
                         return outcome

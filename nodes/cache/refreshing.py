@@ -2,7 +2,7 @@
 
 V1  This node asks for one version to be replaced once a second at most, however many read it.
 V2  At most a thousand questions are under way; what goes beyond is shed, and counted.
-V3  A question that fails is forgotten: the next reader asks again.
+V3  A question that fails is not repeated by itself: the first reader after that second asks again.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.scripting import Call, Scripts, granted, run, run_many
 from ...schemas.errors import Backpressure, Level
 from ...schemas.jobs import RefreshJob, WriteJob, write_job
-from ...schemas.keys import Names
+from ...schemas.keys import Names, dependents_of
 from ...schemas.notices import Bumped, Changed, Dropped, Extended, Notice, write_notice
 from ...schemas.settings import Durable
 from .lookups import Lookups
@@ -137,7 +137,7 @@ class SharedTier:
         reply = await run(
             self._commands,
             self._scripts["entry_put"],
-            [*self.entry_keys(key), self.names.tag(key)],
+            [*self.entry_keys(key), self.names.tag(dependents_of(key))],
             [soft_ms, hard_ms, tail, *self.written(key), TAG_KEEP_MS],
         )
         return _stamp(reply)
@@ -154,7 +154,7 @@ class SharedTier:
                 *self.entry_keys(key),
                 names.part(shard, "writes"),
                 names.seen(shard, job.event_id),
-                names.tag(key),
+                names.tag(dependents_of(key)),
             ],
             args=[
                 soft_ms,
@@ -282,9 +282,10 @@ class SharedTier:
             await run(self._commands, self._scripts["lease_fail"], keys, [token, throttle_ms])
         )
 
-    async def release(self, key: str, token: str) -> None:
-        """Give a fill lease back."""
-        await run(self._commands, self._scripts["lease_release"], [self.names.lease(key)], [token])
+    async def release(self, key: str, token: str) -> bool:
+        """Give a fill lease back; false if it was gone, or another's."""
+        keys = [self.names.lease(key)]
+        return bool(await run(self._commands, self._scripts["lease_release"], keys, [token]))
 
     async def refresh(self, job: RefreshJob, *, lease_ms: int, seen: int) -> int:
         """Hand a refresh to the cluster: 1 done, 0 not needed, -1 shed."""

@@ -7,7 +7,8 @@ O1  After ``failures`` failed loads in a row, of which no two neighbours were of
     asks it nothing for a while.
 O2  While it fails, one load in the whole cluster is let through in each recovery time.
 O3  When that one succeeds, every node is told, and loads go on.
-O4  What says nothing of the source (``harmless`` errors, cancellation) changes nothing.
+O4  What says nothing of the source (``harmless`` errors, cancellation) changes nothing; nor
+    does a load that began before the source counted as failing, whatever comes of it.
 
 Words between nodes only make it fast: a node that missed one finds out by a probe of its own.
 Without Valkey each node probes for itself.
@@ -85,7 +86,8 @@ class Source:
             self._failed(key, error)
             raise
         self._failed_key, self._failed_call = "", None
-        self.breaker.succeeded()
+        if self.breaker.closed:
+            self.breaker.succeeded()
         return value
 
     def heard(self, *, failing: bool) -> None:
@@ -140,14 +142,14 @@ class Source:
         return reply is not None
 
     def _failed(self, key: str, error: Exception) -> None:
-        if isinstance(error, self._harmless) or key == self._failed_key:
+        before = self.breaker.closed
+        if not before or isinstance(error, self._harmless) or key == self._failed_key:
             return
         if isinstance(error.__cause__, CallFailed) and error.__cause__ is self._failed_call:
             return
         self._failed_key, self._failed_call = key, error.__cause__
-        before = self.breaker.closed
         self.breaker.failed()
-        if before and not self.breaker.closed:
+        if not self.breaker.closed:
             log.warning("source.failing", cache=self.cache, error=f"{type(error).__name__}")
             self._tell("f")
 

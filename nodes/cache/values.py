@@ -6,7 +6,8 @@ V3  A value that is not of the declared type is refused when it is encoded: by i
     decoding what was made of it, since other nodes will. None always passes; an int passes for
     a float. Decoding costs a third of a load's encoding to the same again, and no I/O.
 V4  All forms of compression are read, whichever is written.
-V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for each caller.
+V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for each caller, and
+    what it has packed itself can be decoded.
 V6  Where no type is declared, ``plain`` gives what every other node will decode.
 """
 
@@ -80,14 +81,7 @@ class ValueCodec(Generic[T]):
         Raises:
             InvalidEntry: it is too large, of another type, or no value that can be encoded.
         """
-        if self._classes and type(value) not in self._classes:
-            self._check(value)
-        payload = self._encoded(value)
-        if len(payload) > self._bytes_max:
-            raise InvalidEntry("oversized", f"{len(payload)} bytes, {self._bytes_max} are allowed")
-        if self._checks:
-            self._check_read(payload)
-        return payload
+        return self._readable(self._fitting(self._encoded(value)))
 
     def plain(self, value: T) -> T:
         """The value as it will be read; raises InvalidEntry."""
@@ -130,30 +124,43 @@ class ValueCodec(Generic[T]):
         Raises:
             InvalidEntry: the bytes are not a value of this cache's type.
         """
+        return self.measured(entry)[0]
+
+    def measured(self, entry: Entry) -> tuple[T | None, int]:
+        """As ``value``, with the size of its bytes before compression."""
         if entry.negative:
-            return None
+            return None, 0
         payload = decompressed(entry, bytes_max=self._bytes_max)
         if entry.codec != "j":
-            return self.unpack(payload)
+            return self.unpack(payload), len(payload)
         try:
-            return self.convert(payload)
+            return self.convert(payload), len(payload)
         except InvalidEntry:
             raise
         except Exception as error:  # see pack
             raise InvalidEntry("bad_value", str(error)) from error
 
     def _encoded(self, value: T) -> bytes:
+        if self._classes and type(value) not in self._classes:
+            self._check(value)
         try:
             return self._encode(value)
         except Exception as error:  # a type's own code may raise anything
             raise InvalidEntry("bad_value", str(error)) from error
 
-    def _check_read(self, payload: bytes) -> None:
+    def _fitting(self, payload: bytes) -> bytes:
+        if len(payload) > self._bytes_max:
+            raise InvalidEntry("oversized", f"{len(payload)} bytes, {self._bytes_max} are allowed")
+        return payload
+
+    def _readable(self, payload: bytes) -> bytes:
         try:
-            self._packed.decode(payload)
+            if self._checks:
+                self._packed.decode(payload)
         except Exception as error:  # as in _encoded
             problem = f"declared {name_of(self._type)}: {error}"
             raise InvalidEntry("wrong_type", problem) from error
+        return payload
 
     def _check(self, value: T) -> None:
         if value is not None and not fits(value, self._classes):
@@ -168,16 +175,21 @@ class PackedCodec(ValueCodec[bytes], Generic[T]):
     """
 
     def packed(self, value: T) -> bytes:
-        """As ``ValueCodec.pack``."""
-        return super().pack(cast(Any, value))
+        """The msgpack of a value, however large it is: it may be given, and not stored.
+
+        Raises:
+            InvalidEntry: it is of another type, or no value that can be encoded and decoded.
+        """
+        # Checked here: ``own`` would be too late, since callers get no InvalidEntry.
+        return self._readable(self._encoded(cast(Any, value)))
 
     def own(self, payload: bytes) -> T:
         """A value that nobody else has; raises InvalidEntry."""
         return cast(T, super().unpack(payload))
 
     def pack(self, value: bytes) -> bytes:
-        """As it is: ``packed`` or ``convert`` has made it."""
-        return value
+        """As it is, if it is not too large: ``packed`` or ``convert`` has made it."""
+        return self._fitting(value)
 
     def unpack(self, payload: bytes) -> bytes:
         """The same bytes, if they can be decoded; raises InvalidEntry."""

@@ -52,7 +52,7 @@ class Writable(Generic[T]):
 
         Raises:
             Unavailable: it may have been stored. Unconfirmed: it was, and not yet further.
-            InvalidValue: it cannot be stored. ConfigError: ``ttl``, ``until`` or ``timeout``.
+            InvalidValue: no entry can hold it. ConfigError: ``ttl``, ``until`` or ``timeout``.
         """
         *arguments, value = args
         ttl_ms = None if ttl is None else lifetime_ms("ttl", ttl, origin=f"a put of {self.name}")
@@ -72,6 +72,7 @@ class Writable(Generic[T]):
         Raises:
             SinkError: as the sink raised it; nothing was changed, unless its outcome is unknown.
             KeyBusy: others had the key for too long. ConfigError: no sink takes it.
+            InvalidValue: no entry can hold it; the sink was not asked.
             Unavailable: Valkey did not answer, perhaps after the source took it; write it again.
         """
         *arguments, value = args
@@ -104,7 +105,7 @@ class Writable(Generic[T]):
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
             Unconfirmed: accepted, and not yet further. DeadLettered: the sink will not take it.
             InvalidKey: one in ``invalidates`` cannot be a key, or there are too many.
-            ConfigError: no sink of this application takes the key.
+            InvalidValue: no entry can hold the value. ConfigError: no sink takes the key.
         """
         *arguments, value = args
         after = Invalidates(

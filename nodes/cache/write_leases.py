@@ -43,7 +43,7 @@ class Turn(Struct, frozen=True):
     key: str
     lease_ms: int
     timeout_ms: int
-    give_back: Callable[[str, str], Awaitable[None]]
+    give_back: Callable[[str, str], Awaitable[object]]
 
 
 class WriteLeases:

@@ -5,8 +5,8 @@ T   write-through the sink, then entry and notice
 A   write-around  the sink, then an invalidation
 B   write-behind  entry, notice and job at once; the sink soon
 
-X1  When a write returns, this node reads what it wrote; so does every other after the notice.
-    A negative entry is replaced like any other.
+X1  When a write returns, this node reads what it wrote, and serves nothing that depends on what
+    was there before; so does every other after the notice. A negative entry is replaced too.
 X2  T and A hold the key's fill lease from before the sink is written (see ``WriteLeases``), so a
     load of the row that is about to be old cannot be stored, and of two writes one comes after
     the other. The row's version is drawn under the lease: the sink's guard keeps late ones out.
@@ -47,6 +47,7 @@ from ...schemas.errors import (
     TransientSinkError,
 )
 from ...schemas.jobs import Invalidates, WriteJob
+from ...schemas.notices import Changed
 from ..sinks.base import SinkBatch, Write
 from ..sinks.outlet import Outlet
 from ..strays import asked_to_stop
@@ -66,7 +67,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 Way = Literal["put", "through", "around", "behind"]
 
-_REFUSALS = (Backpressure, InvalidEntry, KeyBusy)
+_REFUSALS = (Backpressure, InvalidValue, KeyBusy)
 _OF_LEASE = 0.9  #: what the sink may use of the lease; the rest is for the fill
 _FIXES: Mapping[str, str] = {
     "oversized": "store less, or raise cache.value_bytes_max",
@@ -82,6 +83,14 @@ class WriteParts(Struct, kw_only=True):
     leases: WriteLeases
     fill: Callable[[WriteLease, Packed], Awaitable[Stamp | None]]  #: None: the lease is gone
     confirmations: Confirmations
+
+
+class _Made(Struct, frozen=True):
+    """A value on its way: made once, since its owner, or the sink, may change it meanwhile."""
+
+    kept: Any  #: what the near cache has of it
+    tags: Mapping[str, int]
+    packed: Packed
 
 
 class WritePath(Generic[T]):
@@ -117,8 +126,7 @@ class WritePath(Generic[T]):
 
         Raises:
             Unavailable: it may have been stored. Unconfirmed: it was, here.
-            InvalidValue: it is too large, or cannot be encoded. ConfigError: ``until`` is no
-            level of this.
+            InvalidValue: no entry can hold it. ConfigError: ``until`` is no level of this.
         """
         self._check_level("put", until, ("accepted", "replicated"))
         since, stamp = self._parts.confirmations.since, None
@@ -126,11 +134,12 @@ class WritePath(Generic[T]):
             if value is None and not self._policy.negative_ms:
                 await self._core.invalidate((key,), ())
             else:
-                tags, packed = await self._packed(key, value, ttl_ms)
+                made = await self._made(key, value, ttl_ms)
+                packed = made.packed
                 stamp = await self._core.shared.put(
                     key, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
                 )
-                self._keep(reservation, stamp, value, tags, packed)
+                self._keep(reservation, stamp, made)
         receipt = Receipt(stamp=stamp, shard=self._core.shared.names.shard(key))
         return await self._parts.confirmations.reached(
             key, receipt, until, since=since, sink="", timeout_ms=timeout_ms
@@ -144,21 +153,23 @@ class WritePath(Generic[T]):
         Raises:
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
             Unconfirmed: accepted, and not yet as far as ``until``. DeadLettered: refused by the
-            sink. ConfigError: no sink takes the key, and nothing was stored.
+            sink. ConfigError: no sink takes the key. InvalidValue: no entry can hold the value.
         """
         self._check_level("write_behind", until, ("accepted", "replicated", "sink"))
         sink = self._outlet_of(key)[0].name
         since = self._parts.confirmations.since
         with self._writing("behind", key) as reservation:
-            tags, packed = await self._packed(key, value)
+            made = await self._made(key, value)
+            packed = made.packed
             job = WriteJob(key=key, value=packed.payload, invalidates=after)
             receipt = await self._core.shared.write(
                 job, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
             )
             if receipt.stamp is not None:
-                self._reads.noticed(key, receipt.stamp.version)
-                if value is not None:
-                    self._keep(reservation, receipt.stamp, value, tags, packed)
+                if value is None:
+                    self._written(key, receipt.stamp)
+                else:
+                    self._keep(reservation, receipt.stamp, made)
         return await self._parts.confirmations.reached(
             key, receipt, until, since=since, sink=sink, timeout_ms=timeout_ms
         )
@@ -168,7 +179,7 @@ class WritePath(Generic[T]):
 
         Raises:
             SinkError: as the sink raised it. KeyBusy: others had the key for ``timeout_ms``.
-            ConfigError: no sink takes the key. InvalidValue: it cannot be stored.
+            ConfigError: no sink takes the key. InvalidValue: no entry can hold the value.
             Unavailable: before, or after the source took it; write it again.
         """
         fills = value is not None or self._policy.negative_ms > 0
@@ -193,8 +204,8 @@ class WritePath(Generic[T]):
     ) -> Receipt:
         outlet, params = self._outlet_of(key)
         with self._writing(way, key) as reservation:
-            tags, packed = await self._packed(key, value)
-            give_back, lease_ms = self._loads.give_back, self._policy.lease_ms
+            made = await self._made(key, value)
+            give_back, lease_ms = self._loads.leases.give_back, self._policy.lease_ms
             lease = await self._parts.leases.take(Turn(key, lease_ms, timeout_ms, give_back))
             touched = True
             try:
@@ -204,14 +215,14 @@ class WritePath(Generic[T]):
                 except SinkError as error:
                     touched = error.outcome_unknown
                     raise
-                stamp = await self._fill(lease, packed) if fills else None
+                stamp = await self._fill(lease, made.packed) if fills else None
                 if stamp is None:
                     await self._core.invalidate((key,), ())
             except BaseException:
                 await self._let_go(lease, touched=touched)
                 raise
             if stamp is not None:
-                self._keep(reservation, stamp, value, tags, packed)
+                self._keep(reservation, stamp, made)
         shard = self._core.shared.names.shard(key)
         return Receipt(stamp=stamp, shard=shard, reached="sink")
 
@@ -240,7 +251,7 @@ class WritePath(Generic[T]):
     async def _let_go(self, lease: WriteLease, *, touched: bool) -> None:
         """Give the lease back; where the source may have the value, by an invalidation."""
         if not touched:
-            await self._loads.give_back(lease.key, lease.token)
+            await self._loads.leases.give_back(lease.key, lease.token)
             return
         problem = "no answer within a second"
         with anyio.move_on_after(1, shield=True):
@@ -252,27 +263,24 @@ class WritePath(Generic[T]):
                 return
         log.error("write.not_invalidated", cache=self.name, key=lease.key, error=problem)
 
-    async def _packed(
-        self, key: str, value: T | None, ttl_ms: int | None = None
-    ) -> tuple[Mapping[str, int], Packed]:
+    async def _made(self, key: str, value: T | None, ttl_ms: int | None = None) -> _Made:
         tags = await self._loads.tags_of(self._labels_of(key))
         try:
-            return tags, self._loads.pack(self._kept(value), tags, ttl_ms=ttl_ms)
+            kept = self._kept(value)
+            return _Made(kept, tags, self._loads.pack(kept, tags, ttl_ms=ttl_ms))
         except InvalidEntry as error:
             fix = _FIXES.get(error.fault, _ENCODABLE)
-            raise InvalidValue(self.name, key, error.fault, error.problem, fix=fix) from error
+            raise InvalidValue(self.name, key, str(error), fix=fix) from error
 
-    def _keep(
-        self,
-        reservation: Reservation,
-        stamp: Stamp,
-        value: T | None,
-        tags: Mapping[str, int],
-        packed: Packed,
-    ) -> None:
-        self._reads.noticed(reservation.key, stamp.version)
+    def _written(self, key: str, stamp: Stamp) -> None:
+        """Known here before its notice comes; so is that what depends on it is old (X1)."""
+        self._core.hear(stamp.version, Changed(key, self._core.node_id, outdates=True))
+
+    def _keep(self, reservation: Reservation, stamp: Stamp, made: _Made) -> None:
+        packed = made.packed
+        self._written(reservation.key, stamp)
         size, lifetime_ms = len(packed.payload or b""), packed.meta.soft_ms
-        self._loads.keep(reservation, stamp, self._kept(value), tags, size, lifetime_ms)
+        self._loads.keep(reservation, stamp, made.kept, made.tags, size, lifetime_ms)
 
     @contextmanager
     def _writing(self, way: Way, key: str) -> Iterator[Reservation]:

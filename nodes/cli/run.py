@@ -54,7 +54,8 @@ def command(
 ) -> int:
     """Run a node as a worker until it is told to stop."""
     with errors_told():
-        resolved = load(config, flags if port is None else {**flags, "port": port})
+        given = flags if port is None else {**flags, "port": port}
+        resolved = load(config, given)
         settings = resolved.settings
         configure_logs(
             settings.log,
@@ -64,7 +65,7 @@ def command(
             color=wants_color(sys.stderr),
         )
         node = load_app(app) if app else Node()
-        node.configure(resolved)
+        node.configure(resolved, lambda: load(config, given))
         code: int = anyio.run(run_node, node, resolved, backend_options=_fast_loop())
         return code
 
@@ -134,6 +135,7 @@ async def run_node(node: Node, resolved: Resolved) -> int:
                 tasks.start_soon(_fail_with, node.parts.backend.server)
                 url = await _serve(stack, node, resolved)
                 signals.first = lambda _: stop.set()
+                stack.enter_context(_reloads(node))
                 log.info("node.started", url=url, node=node.instance)
                 await stop.wait()
                 log.info("node.draining", signal=signals.name)
@@ -163,6 +165,24 @@ async def _fail_with(server: EmbeddedServer | None) -> None:
     if server is not None:
         await server.died.wait()
         raise ProcessFailed("the embedded valkey-server", "ended by itself; its log says why")
+
+
+@contextmanager
+def _reloads(node: Node) -> Iterator[None]:
+    """SIGHUP: read the limits anew."""
+
+    def reload() -> None:
+        try:
+            log.info("limits.reloaded", changed=node.reload_limits())
+        except ForebayError as error:
+            log.error("limits.not_reloaded", reason=str(error))
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 class _Signals:

@@ -19,6 +19,7 @@ from ...coordinator.backend import Backend
 from ...coordinator.background import background_tasks
 from ...coordinator.link import Commands
 from ...coordinator.ownership import Ownership
+from ...coordinator.roster import Profile
 from ...coordinator.scripting import Scripts
 from ...schemas.errors import ForebayError
 from ...schemas.keys import EVENTS, Names
@@ -68,7 +69,9 @@ class Crew:
             clock=core.clock,
             rng=core.rng,
             instruments=core.instruments,
+            profile=_profile(parts.settings),
         )
+        self._rejoins = bool(parts.settings.node.id)
         self.deliveries = {
             outlet.name: Delivery(
                 outlet,
@@ -144,14 +147,22 @@ class Crew:
                     await ownership.give_up([events])
                 if len(ownership.nodes) <= 1:
                     await self.writes.empty()
-                await ownership.leave()
+                await ownership.leave(rejoin=self._rejoins)
                 finished = True
             if not finished:
                 with anyio.move_on_after(limit_s * (1 - _FINISHING)):
-                    await ownership.leave(patient=False)
+                    await ownership.leave(patient=False, rejoin=self._rejoins)
         except ForebayError as error:
             log.warning("drain.incomplete", error=str(error))
         return finished
+
+
+def _profile(settings: Settings) -> Profile:
+    from ... import __version__
+
+    http = settings.http
+    address = f"{http.host}:{http.port}" if http.enabled and http.port else ""
+    return Profile(label=settings.node.id, http=address, version=__version__)
 
 
 @asynccontextmanager

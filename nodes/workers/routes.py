@@ -14,7 +14,7 @@ import msgspec
 
 from ...schemas.entry import EntryMeta
 from ...schemas.errors import ConfigError, ForebayError
-from ...schemas.keys import KeyTemplate
+from ...schemas.keys import KeyTemplate, dependents_of
 from ...schemas.settings import CacheDefaults
 from ..cache.cached import Cached
 from ..cache.packing import Packed
@@ -101,20 +101,21 @@ class Routes:
         return min([each.staleness_ms for each in policies] or [defaults.max_staleness_ms])
 
     def behind(self, keys: Sequence[str]) -> Sequence[str]:
-        """These keys, with the tags of all that they depend on, and of what that depends on.
+        """The tags of whatever depends on these keys: theirs, and of all that they depend on.
 
         Raises:
             ForebayError: they are over a thousand.
         """
-        found = dict.fromkeys(keys)
-        waiting = list(found)
+        found: dict[str, None] = {}
+        waiting = list(keys)
         while waiting:
-            key = waiting.pop()
+            key = waiting.pop(0)
+            if dependents_of(key) in found:
+                continue
             cached = self.cache_of(key)
             tags, further = cached.labels_of(key) if cached is not None else ((), ())
-            new = [each for each in further if each not in found]
-            found |= dict.fromkeys([*tags, *new])
-            waiting += new
+            found |= dict.fromkeys([dependents_of(key), *tags])
+            waiting += further
             if len(found) > _BEHIND_MAX:
                 raise ForebayError(f"{keys[0]} depends on over {_BEHIND_MAX} keys and tags")
         return list(found)

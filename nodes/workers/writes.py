@@ -85,7 +85,7 @@ class WriteBehind:
         held = [each for t in tenures if (each := self._holdings.get(t.resource)) is not None]
         for holding in held:
             holding.yielding = True
-        with anyio.move_on_after(self._options.ownership_ttl_ms / 2000):
+        with anyio.move_on_after(self._options.handover_ms / 1000):
             while any(holding.busy for holding in held):
                 await self._idle.wait()
 

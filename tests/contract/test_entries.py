@@ -724,6 +724,15 @@ async def test_a_head_that_is_lost_is_made_anew_from_the_log(desk: Desk) -> None
     assert len({each.position.epoch for each in logged}) == 1
 
 
+async def test_a_tag_that_is_made_without_a_head_uses_up_its_version(desk: Desk) -> None:
+    """C1: the log's end is not all that was given since."""
+    await desk.put()
+    future = await desk.now_us() + 3_600_000_000
+    await desk.commands.call("DEL", desk.part("head"))
+    await desk.commands.call("HSET", desk.part("head"), "v", future)
+    assert await desk.put() == future + 1
+
+
 async def test_epochs_are_distinct_though_everything_was_lost(desk: Desk) -> None:
     """C2: head and log are gone, as after a FLUSHALL, within the same millisecond."""
     positions = []

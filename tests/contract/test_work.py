@@ -154,7 +154,7 @@ async def test_a_log_that_was_trimmed_to_its_end_goes_on_where_it_was(desk: Desk
 
 async def test_one_owner_at_a_time(desk: Desk) -> None:
     """Others learn who it is and how long its lease may still last."""
-    done, epoch = await desk.claim("a")
+    done, epoch, *_ = await desk.claim("a")
     assert done == 1
     refused, in_force, left_ms, owner = await desk.claim("b")
     assert (refused, in_force, owner) == (0, epoch, b"a")
@@ -163,12 +163,12 @@ async def test_one_owner_at_a_time(desk: Desk) -> None:
 
 async def test_claiming_again_renews_under_the_same_epoch(desk: Desk) -> None:
     """owner_claim I2: be it a renewal, a repetition, or late, as long as nobody came between."""
-    _, epoch = await desk.claim("a", ttl_ms=1_000)
+    _, epoch, *_ = await desk.claim("a", ttl_ms=1_000)
     before = int(await desk.commands.call("HGET", desk.part("own"), "u"))
-    assert await desk.claim("a") == [1, epoch]
+    assert (await desk.claim("a"))[:2] == [1, epoch]
     assert int(await desk.commands.call("HGET", desk.part("own"), "u")) > before + 1_000_000
     await desk.end_lease()
-    assert await desk.claim("a") == [1, epoch]
+    assert (await desk.claim("a"))[:2] == [1, epoch]
     assert (await desk.claim("b"))[0] == 0
 
 
@@ -176,7 +176,7 @@ async def test_a_lease_that_is_over_can_be_taken(desk: Desk) -> None:
     """owner_claim I1: under a larger epoch, also back and forth."""
     epochs = []
     for owner in ("a", "b", "a", "b"):
-        done, epoch = await desk.claim(owner, token=owner)
+        done, epoch, *_ = await desk.claim(owner, token=owner)
         assert done == 1
         epochs.append(int(epoch))
         await desk.end_lease()
@@ -185,34 +185,34 @@ async def test_a_lease_that_is_over_can_be_taken(desk: Desk) -> None:
 
 async def test_the_same_node_id_with_another_token_is_another_owner(desk: Desk) -> None:
     """owner_claim I2: two processes may share an id by mistake, and must not share a lease."""
-    _, first = await desk.claim("a", token="one")
+    _, first, *_ = await desk.claim("a", token="one")
     assert (await desk.claim("a", token="two"))[:2] == [0, first]
     await desk.end_lease()
-    done, second = await desk.claim("a", token="two")
+    done, second, *_ = await desk.claim("a", token="two")
     assert done == 1
     assert int(second) > int(first)
 
 
 async def test_an_epoch_grows_though_the_record_or_the_clock_is_lost(desk: Desk) -> None:
     """owner_claim I1: max(previous + 1, clock)."""
-    _, first = await desk.claim("a")
+    _, first, *_ = await desk.claim("a")
     await desk.commands.call("DEL", desk.part("own"))
-    _, second = await desk.claim("a")
+    _, second, *_ = await desk.claim("a")
     assert int(second) > int(first)
     future = await desk.now_us() + 3_600_000_000
     await desk.commands.call("HSET", desk.part("own"), "e", future, "u", 1)
-    assert await desk.claim("b") == [1, str(future + 1).encode()]
+    assert (await desk.claim("b"))[:2] == [1, str(future + 1).encode()]
 
 
 async def test_releasing_makes_way_at_once(desk: Desk) -> None:
     """owner_release I1: the next epoch is larger; a second release, or another's, does nothing."""
-    _, epoch = await desk.claim("a")
+    _, epoch, *_ = await desk.claim("a")
     assert await desk.give_up("b", int(epoch)) == 0
     assert await desk.give_up("a", int(epoch) + 1) == 0
     assert (await desk.claim("b"))[0] == 0
     assert await desk.give_up("a", int(epoch)) == 1
     assert await desk.give_up("a", int(epoch)) == 0
-    done, later = await desk.claim("b")
+    done, later, *_ = await desk.claim("b")
     assert done == 1
     assert int(later) > int(epoch)
     assert await desk.give_up("a", int(epoch)) == 0
@@ -220,9 +220,9 @@ async def test_releasing_makes_way_at_once(desk: Desk) -> None:
 
 async def test_who_claims_again_after_a_release_has_a_new_epoch(desk: Desk) -> None:
     """owner_release: what the owner sent before must not count as what it does now."""
-    _, epoch = await desk.claim("a")
+    _, epoch, *_ = await desk.claim("a")
     await desk.give_up("a", int(epoch))
-    _, later = await desk.claim("a")
+    _, later, *_ = await desk.claim("a")
     assert int(later) > int(epoch)
     assert (await desk.commit("a", int(epoch), "5-0"))[0] == 0
 
@@ -232,7 +232,7 @@ async def test_who_claims_again_after_a_release_has_a_new_epoch(desk: Desk) -> N
 
 async def sunk(desk: Desk) -> tuple[int, int, str]:
     """A claim and a pending write: the owner's epoch, the write's version and its job's id."""
-    _, epoch = await desk.claim("a")
+    _, epoch, *_ = await desk.claim("a")
     _, version, _, _, job_id, _ = await desk.write("value")
     return int(epoch), int(version), bytes(job_id).decode()
 
@@ -262,7 +262,7 @@ async def test_what_was_sunk_may_expire_again(desk: Desk) -> None:
 
 async def test_what_was_sunk_too_late_is_gone(desk: Desk) -> None:
     """The sink was away for longer than the entry was to live."""
-    _, epoch = await desk.claim("a")
+    _, epoch, *_ = await desk.claim("a")
     _, version, _, _, job_id, _ = await desk.write(soft_ms=1, hard_ms=1)
     await anyio.sleep(0.005)
     assert (await desk.entry()).pending == int(version)
@@ -333,7 +333,7 @@ async def test_a_commit_of_one_who_is_fenced_off_writes_nothing(desk: Desk, how:
     current = str(epoch).encode()
     if how == "other owner":
         await desk.end_lease()
-        _, current = await desk.claim("b", token="b")
+        _, current, *_ = await desk.claim("b", token="b")
     elif how == "released":
         await desk.give_up("a", epoch)
     elif how == "record lost":
@@ -349,18 +349,126 @@ async def test_a_commit_of_one_who_is_fenced_off_writes_nothing(desk: Desk, how:
 # roster_beat, event_publish
 
 
-async def test_the_roster_knows_who_lives(desk: Desk) -> None:
-    """roster_beat I1: until its deadline, or until it leaves; a beat sent twice is one node."""
-    assert await desk.beat("a") == {"a"}
-    assert await desk.beat("b") == {"a", "b"}
-    assert await desk.beat("b") == {"a", "b"}
-    assert await desk.beat("b", 0) == {"a"}
-    assert await desk.beat("b", 0) == {"a"}
-    await desk.beat("c", 10)
+async def test_a_wish_is_told_to_the_owner_and_makes_the_next(desk: Desk) -> None:
+    """owner_claim I5: what is released goes to the one who wished, at once, and to no other."""
+    _, epoch, *_ = await desk.claim("a")
+    assert (await desk.claim("b", token="b"))[0] == 0
+    assert (await desk.claim("a"))[3:] == [b"b", b"kept"]
+    assert (await desk.claim("c", token="c"))[0] == 0
+    await desk.give_up("a", int(epoch))
+    refused, _, _, whose = await desk.claim("c", token="c")
+    assert (refused, whose) == (0, b"b")
+    assert (await desk.claim("a"))[0] == 0
+    done, later, _, wisher, kind = await desk.claim("b", token="b")
+    assert (done, wisher, kind) == (1, b"", b"wished")
+    assert int(later) > int(epoch)
+    assert (await desk.claim("b", token="b"))[3] == b""
+
+
+async def test_a_wish_that_is_not_repeated_is_forgotten(desk: Desk) -> None:
+    """owner_claim I5: as that of a node that has died."""
+    _, epoch, *_ = await desk.claim("a")
+    await desk.claim("b", token="b", fresh_ms=1)
+    await anyio.sleep(0.005)
+    assert (await desk.claim("a"))[3] == b""
+    await desk.give_up("a", int(epoch))
+    assert (await desk.claim("c", token="c"))[0] == 1
+
+
+async def test_an_owner_who_does_not_give_way_is_not_renewed(desk: Desk) -> None:
+    """owner_claim I2, I4: its lease ends forced_ms after the wish, or where it was to end."""
+    _, epoch, *_ = await desk.claim("a", ttl_ms=50)
+    await desk.claim("b", token="b", forced_ms=200)
+    _, _, left_ms, *_ = await desk.claim("a", forced_ms=200)
+    assert 0 < left_ms <= 200
     with anyio.fail_after(10):
-        while await desk.beat("a") != {"a"}:
+        while (reply := await desk.claim("b", token="b", forced_ms=200))[0] == 0:
+            assert (await desk.claim("a", forced_ms=200))[1] == epoch
             await anyio.sleep(0.005)
+    assert reply[4] == b"forced"
+    assert (await desk.claim("a"))[0] == 0
+
+
+async def test_a_lease_is_not_shortened_by_a_wish(desk: Desk) -> None:
+    """owner_claim I4: what was granted is what the owner counts on."""
+    await desk.claim("a")
+    assert (await desk.claim("b", token="b", forced_ms=0))[0] == 0
+    assert (await desk.claim("b", token="b", forced_ms=0))[0] == 0
+    granted, _, left_ms, *_ = await desk.claim("a", forced_ms=0)
+    assert granted == 1
+    assert left_ms > MINUTE_MS / 2
+
+
+async def test_the_roster_tells_what_has_changed(desk: Desk) -> None:
+    """roster_beat I2: each change once; who knows nothing, or another roster, is told all."""
+    version, _, told = await desk.beat("a")
+    assert told == {"a": "active"}
+    assert await desk.beat("a", known=version) == (version, False, {})
+    later, whole, told = await desk.beat("b", known=version)
+    assert (whole, told) == (False, {"b": "active"})
+    assert later > version
+    newest, _, told = await desk.beat("b", "gone", known=later)
+    assert told == {"b": "gone"}
+    assert await desk.beat("a", known=newest) == (newest, False, {})
+    assert await desk.beat("a", known=newest + 1) == (newest, True, {"a": "active", "b": "gone"})
+    await desk.commands.call("DEL", desk.names.members)
+    reborn, whole, told = await desk.beat("a", known=newest)
+    assert (whole, told) == (True, {"a": "active"})
+    assert reborn > newest
+
+
+async def silent_for(desk: Desk, member: str, ms: int) -> None:
+    await desk.commands.call("ZINCRBY", desk.names.nodes, -ms, member)
+
+
+async def test_a_silent_member_is_suspect_and_then_gone(desk: Desk) -> None:
+    """roster_beat I1: after three and five of its own beats; heard again, it is active."""
+    await desk.beat("b", beat_ms=2 * MINUTE_MS)
+    version, *_ = await desk.beat("a")
+    await silent_for(desk, "b", 4 * MINUTE_MS)
+    assert await desk.beat("a", known=version) == (version, False, {})
+    await silent_for(desk, "b", 2 * MINUTE_MS)
+    version, _, told = await desk.beat("a", known=version)
+    assert told == {"b": "suspect"}
+    version, _, told = await desk.beat("b", beat_ms=2 * MINUTE_MS, known=version)
+    assert told == {"b": "active"}
+    await silent_for(desk, "b", 10 * MINUTE_MS)
+    version, _, told = await desk.beat("a", known=version)
+    assert told == {"b": "gone"}
+    await silent_for(desk, "b", MINUTE_MS)
+    await desk.beat("a")
     assert await desk.commands.call("ZCARD", desk.names.nodes) == 1
+    assert (await desk.beat("a", known=version - 1))[1]
+
+
+@pytest.mark.parametrize("how", ["crashed", "planned"])
+async def test_a_place_is_kept_for_the_grace(desk: Desk, how: str) -> None:
+    """roster_beat I1: away, be it planned or not, until the grace since its last beat is over."""
+    await desk.beat("a")
+    grace_ms = 9 * MINUTE_MS
+    await desk.beat("b", "away" if how == "planned" else "active", grace_ms=grace_ms)
+    await silent_for(desk, "b", 6 * MINUTE_MS)
+    version, _, told = await desk.beat("a")
+    assert told["b"] == "away"
+    await silent_for(desk, "b", 3 * MINUTE_MS)
+    assert (await desk.beat("a", known=version))[2] == {"b": "gone"}
+
+
+@pytest.mark.parametrize("by_ms", [-20 * MINUTE_MS, 20 * MINUTE_MS])
+async def test_nobody_is_judged_by_an_outage(desk: Desk, by_ms: int) -> None:
+    """roster_beat I3: nor by a clock that was set back."""
+    await desk.beat("a")
+    version, *_ = await desk.beat("b")
+    head = bytes(await desk.commands.call("HGET", desk.names.members, "")).decode().split()
+    head[2] = str(int(head[2]) + by_ms)
+    await desk.commands.call("HSET", desk.names.members, "", " ".join(head))
+    for member in ("a", "b"):
+        await silent_for(desk, member, -by_ms)
+    version, _, told = await desk.beat("a", known=version)
+    assert told.get("b", "active") in ("suspect", "active")
+    assert (await desk.beat("b", known=version))[2].get("b", "active") == "active"
+    await silent_for(desk, "b", 5 * MINUTE_MS)
+    assert (await desk.beat("a", known=version))[2] == {"b": "gone"}
 
 
 async def test_events_are_published_all_or_none(desk: Desk) -> None:

@@ -50,7 +50,7 @@ async def test_a_write_waits_for_whoever_has_the_lease(desk: Desk) -> None:
 
 async def test_a_write_waits_for_a_pending_write_behind(desk: Desk) -> None:
     """write_begin I4: also if it was invalidated meanwhile."""
-    _, epoch = await desk.claim("a")
+    _, epoch, *_ = await desk.claim("a")
     _, version, _, _, job_id, _ = await desk.write("behind")
     assert await desk.begin_write("mine") == [2]
     await desk.invalidate()
@@ -139,7 +139,7 @@ async def test_a_commit_is_told_on_the_channel_of_jobs(desk: Desk, backend: Back
     with anyio.fail_after(20):
         while not await desk.commands.call("PUBLISH", desk.names.work, "hello"):
             await anyio.sleep(0.005)
-    _, epoch = await desk.claim("a")
+    _, epoch, *_ = await desk.claim("a")
     await desk.commit("b", int(epoch), "5-0")
     await desk.commit("a", int(epoch), "6-0")
     told = (desk.names.work.encode(), f"d {desk.shard}".encode())

@@ -25,7 +25,7 @@ CALL = re.compile(r"redis\.p?call\(")
 FUNCTION = re.compile(r"local function (\w+)\(([^)]*)\)")
 LOCAL = re.compile(r"local ([\w, ]+?) = ([^\n]+)")
 
-NO_KEY = {"TIME", "PUBLISH", "SPUBLISH", "PING", "ECHO"}
+NO_KEY = {"TIME", "PUBLISH", "SPUBLISH", "PING", "ECHO", "INFO"}
 ALL_KEYS = {"DEL", "UNLINK", "EXISTS", "MGET"}
 KEY_AT = {"XGROUP": 2, "XINFO": 2, "OBJECT": 2}
 

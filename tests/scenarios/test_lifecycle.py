@@ -7,14 +7,12 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event, Thread
 
-import msgspec
 import pytest
-import valkey
 
 from conftest import MakeServer
 from noded import NodeProcess, Shop, until
+from publisher import KEYS, Publisher, assert_in_order, write_event
 from valkeyd import ValkeyServer
 
 QUICK = {"workers__ownership_ttl_ms": 1_000, "workers__beat_ms": 200}
@@ -24,51 +22,12 @@ IMPATIENT = {
     "valkey__reconnect_jitter_ms": 10,
     "valkey__reconnect_max_ms": 100,
 }
-KEYS = 20
 
 
 @pytest.fixture
 def shop(valkey_server: ValkeyServer, tmp_path: Path, namespace: str) -> Iterator[Shop]:
     with Shop(tmp_path, namespace, valkey__url=valkey_server.url, **QUICK) as shop:
         yield shop
-
-
-def write_event(number: int, price: int) -> dict[str, object]:
-    return {"type": "write", "key": f"product:{number}", "value": {"id": number, "price": price}}
-
-
-class Publisher(Thread):
-    """Writes ever higher prices, round and round, until it is told to end."""
-
-    def __init__(self, server: ValkeyServer, stream: str) -> None:
-        super().__init__()
-        self.published: dict[str, int] = {}
-        self.count = 0
-        self._client = valkey.Valkey(unix_socket_path=server.socket_path)
-        self._stream = stream
-        self._end = Event()
-
-    def run(self) -> None:
-        with self._client as client:
-            while not self._end.wait(0.002):
-                self.count += 1
-                number, price = self.count % KEYS, self.count
-                event = msgspec.json.encode(write_event(number, price))
-                client.xadd(self._stream, {"event": event})
-                self.published[f"product:{number}"] = price
-
-    def end(self) -> None:
-        self._end.set()
-        self.join()
-
-
-def assert_in_order(shop: Shop) -> None:
-    """By their versions, the prices of each key only ever rise."""
-    seen: dict[str, int] = {}
-    for write in sorted(shop.sunk(), key=lambda write: write["version"]):
-        price = write["value"]["price"]
-        assert price >= seen.get(write["key"], 0), write
-        seen[write["key"]] = price
 
 
 def test_draining_node_is_alive_but_not_ready_and_a_second_signal_ends_it(shop: Shop) -> None:

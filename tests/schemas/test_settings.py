@@ -472,7 +472,7 @@ def test_every_setting_has_an_environment_name(name: str) -> None:
     field = FIELDS[name]
     alone = {} if name != "valkey.reader_url" else {"FOREBAY_URL": URL}
     default = field.default
-    text = {"valkey.url": URL, "valkey.reader_url": URL}.get(name) or (
+    text = {"valkey.url": URL, "valkey.reader_url": URL, "limiter.named": "{}"}.get(name) or (
         str(default).lower() if isinstance(default, bool) else str(default)
     )
     if field.secret or default is None or default == "":

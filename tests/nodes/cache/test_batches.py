@@ -11,6 +11,7 @@ import pytest
 
 from forebay.nodes.cache.batches import Batches
 from forebay.nodes.cache.loading import Loading, loading, under_way
+from forebay.nodes.cache.scope import current, request_scope
 from forebay.schemas.errors import ForebayError, LoaderError, TimedOut, Unavailable
 
 
@@ -325,3 +326,26 @@ async def test_a_batch_loader_runs_for_no_single_key(
         await batches.load("k", group.member() if grouped else None)
         assert loading() is own
     assert [type(each) for each in got] == [ForebayError]
+
+
+@pytest.mark.parametrize("last", ["asks", "leaves"])
+async def test_a_batch_loader_sees_no_request(tasks: anyio.abc.TaskGroup, last: str) -> None:
+    """G5: what it returns is for everyone, whoever lets the call go."""
+    scopes = []
+
+    async def load(items: list[Any]) -> Mapping[Any, Any]:
+        scopes.append(current())
+        return {}
+
+    batches = Batches("product", load, tasks, limit_s=20.0)
+    group = batches.group(2)
+    first, second = group.member(), group.member()
+    asked = asyncio.ensure_future(batches.load("a", first))
+    await settled()
+    async with request_scope():
+        assert current() is not None
+        if last == "asks":
+            await together(batches.load("b", second))
+        second.leave()
+        assert await together(asked) == [None]
+    assert scopes == [None]

@@ -78,3 +78,22 @@ def test_one_codec_serves_several_threads(compression: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         tails = set(pool.map(lambda _: codec.tail(payload, EntryMeta()), range(200)))
     assert len(tails) == 1
+
+
+async def test_the_near_cache_counts_what_it_holds(make_node) -> None:
+    """Near N3, N4: the value, not its compressed form, by whichever way it came."""
+    nodes = [make_node(compress_over_bytes=100, near_value_bytes_max=2_000) for _ in range(2)]
+    for node in nodes:
+
+        @node.cached("text:{id}", ttl=600)
+        async def text(id: int) -> str:
+            return "x" * (1_000 * id)
+
+        node.text = text
+    async with nodes[0], nodes[1]:
+        for node in nodes:
+            assert [len(await node.text(n)) for n in (1, 3)] == [1_000, 3_000]
+        loaded, read = (node.text.path.near.statistics() for node in nodes)
+        assert (read.entries, read.bytes) == (loaded.entries, loaded.bytes)
+        assert (read.entries, read.oversized) == (1, 1)
+        assert 1_000 < read.bytes < 2_000

@@ -122,6 +122,18 @@ async def test_what_depends_on_it_is_old_with_it(worlds, source, eventually, cha
     assert source.asked.count("page:1") == 2
 
 
+@pytest.mark.parametrize("way", ["put", "write_behind"])
+async def test_a_write_is_known_here_before_its_notice_comes(worlds, source, way: str) -> None:
+    """Writes X1, E2: also by what depends on the key."""
+    one = worlds[0]
+    one.node.parts.follower.bell = lambda payload: None
+    source.values.update({f"{name}:1": f"new {name}" for name in ("team", "page", "note")})
+    await getattr(one.user, way)(1, "another")
+    assert [await each(1) for each in (one.page, one.note, one.team)] == [
+        "new page", "new note", "new team",
+    ]  # fmt: skip
+
+
 async def test_dependencies_go_one_way(worlds) -> None:
     """What it depends on is not old with it."""
     await worlds[0].page.invalidate(1)

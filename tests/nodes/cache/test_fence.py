@@ -27,7 +27,7 @@ from forebay.nodes.cache.shared import TAG_KEEP_MS, SharedTier
 from forebay.nodes.cache.tags import Captured, TagTable, TagVersions, standing
 from forebay.schemas.entry import EntryMeta, make_tail, read_entry
 from forebay.schemas.jobs import RefreshJob, WriteJob, write_job
-from forebay.schemas.keys import Names
+from forebay.schemas.keys import Names, dependents_of
 from forebay.schemas.notices import Changed, Extended, write_notice
 from forebay.schemas.settings import Durable
 from links import link_to, running
@@ -44,7 +44,7 @@ PENDING_CHECK = r"^if pending_of\(.*> 0 then return { 0 } end$"
 
 def traced(story: Story) -> Sequence[str]:
     """What is only bumped where it exists."""
-    return [story.base]
+    return [dependents_of(story.base)]
 
 
 class World:
@@ -157,11 +157,13 @@ def tagged(story: Story, name: str) -> Steps:
 def reliant(story: Story, name: str) -> Steps:
     """A loader that reads the value of another key, and was declared to."""
     granted, *_ = yield story.begin(name)
-    version, *_ = yield story.capture(story.base)
+    version, *_ = yield story.capture(dependents_of(story.base))
     value = story.source
     yield
     if granted:
-        yield Judged(story, value, fill(story, name, value, {story.base: int(version)}))
+        yield Judged(
+            story, value, fill(story, name, value, {dependents_of(story.base): int(version)})
+        )
     yield
 
 
@@ -170,7 +172,7 @@ def finder(story: Story, name: str) -> Steps:
     granted, _, since, *_ = yield story.begin(name)
     value = story.source
     yield
-    captured = yield story.capture(story.base)
+    captured = yield story.capture(dependents_of(story.base))
     tags = discovered(story, captured, int(since))
     if granted and tags is not None:
         yield Judged(story, value, fill(story, name, value, tags))
@@ -184,10 +186,10 @@ def discovered(story: Story, reply: Sequence[Any], since: int) -> dict[str, int]
 
     async def capture(tags: Sequence[str]) -> dict[str, Captured]:
         version, hard, made = reply
-        return {story.base: Captured(int(version), int(hard), int(made))}
+        return {dependents_of(story.base): Captured(int(version), int(hard), int(made))}
 
     table = TagTable(story.world.names, capture)
-    asking = table.discovered([story.base], since=since, traced=traced(story))
+    asking = table.discovered([dependents_of(story.base)], since=since, traced=traced(story))
     with pytest.raises(StopIteration) as done:
         asking.send(None)
     found: dict[str, int] | None = done.value.value
@@ -280,7 +282,7 @@ def through(story: Story, name: str) -> Steps:
     value = story.source
     yield
     story.settled = max(story.settled, value)
-    keys = [*story.entry_keys, story.world.names.tag(story.key)]
+    keys = [*story.entry_keys, story.world.names.tag(dependents_of(story.key))]
     written = (LEASE_MS, LEASE_MS, tail_of(value), *story.announcement, TAG_KEEP_MS)
     yield story.call("entry_put", keys, *written)
 
@@ -292,7 +294,7 @@ def leased(story: Story, name: str) -> Steps:
     if value and int(version[0]) > story.row_version:
         story.source, story.row_version = value, int(version[0])
     yield None
-    keys = [*story.entry_keys, story.world.names.tag(story.key)]
+    keys = [*story.entry_keys, story.world.names.tag(dependents_of(story.key))]
     args = [name, LEASE_MS, LEASE_MS, tail_of(value), *story.announcement, TAG_KEEP_MS]
     stored = Judged(story, value, story.call("write_fill", keys, *args))
     reply = yield stored if value else None
@@ -309,7 +311,7 @@ def unleased(story: Story, name: str) -> Steps:
     if version > story.row_version:
         story.source, story.row_version = version, version
     yield None
-    keys = [*story.entry_keys, story.world.names.tag(story.key)]
+    keys = [*story.entry_keys, story.world.names.tag(dependents_of(story.key))]
     written = (LEASE_MS, LEASE_MS, tail_of(version), *story.announcement, TAG_KEEP_MS)
     yield story.call("entry_put", keys, *written)
     yield
@@ -441,7 +443,7 @@ async def _stale_entries(link: Link, stories: Sequence[Story]) -> int:
     names, stale = stories[0].world.names, 0
     entries = await link.call("MGET", *[names.entry(story.key) for story in stories])
     tags = await link.call("MGET", *[names.tag(story.tag) for story in stories])
-    bases = await link.call("MGET", *[names.tag(story.base) for story in stories])
+    bases = await link.call("MGET", *[names.tag(dependents_of(story.base)) for story in stories])
     seconds, _ = await link.call("TIME")
     for story, raw, *versions in zip(stories, entries, tags, bases, strict=True):
         if raw is None:
@@ -449,7 +451,7 @@ async def _stale_entries(link: Link, stories: Sequence[Story]) -> int:
         entry = read_entry(raw, bytes_max=10_000)
         current = {
             tag: TagVersions(*_versions_of(version))
-            for tag, version in zip((story.tag, story.base), versions, strict=True)
+            for tag, version in zip((story.tag, dependents_of(story.base)), versions, strict=True)
             if version is not None
         }
         fresh = entry.soft_at_ms > (int(seconds) + 60) * 1000

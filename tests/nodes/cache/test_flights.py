@@ -28,6 +28,7 @@ class Airport:
         self.heard = True
         self.now = 0.0
         self.served_late = 0
+        self.full: list[str] = []
         clock: Any = SimpleNamespace(monotonic=lambda: self.now)
         self.flights: Flights[str, Any] = Flights(
             tasks,
@@ -36,6 +37,7 @@ class Airport:
             heard_since=lambda moment: self.heard or moment >= self.now,
             clock=clock,
             served_late=self.count_late,
+            full=self.full.append,
             **{"loads_max": 100, "waiters_max": 10_000, **options},
         )
 
@@ -246,6 +248,7 @@ async def test_loads_are_bounded(tasks: anyio.abc.TaskGroup) -> None:
     refused = [task.exception() for task in callers.tasks[2:4]]
     assert all(isinstance(each, Backpressure) for each in refused)
     assert refused[0] is not refused[1]
+    assert airport.full == ["loads"] * 2
     assert "c" not in airport.flights
     airport.load_gate.set()
     got = await callers.got()
@@ -261,6 +264,7 @@ async def test_those_who_wait_are_bounded(tasks: anyio.abc.TaskGroup) -> None:
     await callers.join("a", "a", "a")
     with pytest.raises(Backpressure):
         await airport.join("a")
+    assert airport.full == ["waiters"]
     callers.tasks[2].cancel()
     await callers.join("a")
     airport.load_gate.set()

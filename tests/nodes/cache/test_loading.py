@@ -69,6 +69,15 @@ def test_lifetimes_are_seconds_and_only_those_that_are_given_count() -> None:
     assert (load.ttl_ms, load.stored, load.new_etag) == (500, False, "e2")
 
 
+@pytest.mark.parametrize("etag", [5, b"e1", ["e1"]])
+def test_an_etag_is_a_string(etag: Any) -> None:
+    """It would be stored, and make the entry one that no node can read."""
+    load = load_of()
+    with pytest.raises(LoaderError, match="etag"):
+        load.keep(etag=etag)
+    assert load.new_etag is None
+
+
 @pytest.mark.parametrize(
     ("name", "seconds"),
     [

@@ -126,3 +126,59 @@ async def test_a_bulk_read_does_not_wait_for_another_s_load_to_begin_its_own(
         assert await many == [1, 4, 9]
         assert await single == 1
     assert calls == [[1], [2, 3]]
+
+
+async def test_an_absence_that_was_overtaken_takes_nothing_away(
+    make_node, source, eventually
+) -> None:
+    """L7: what was put while the loader ran is newer than what it did not find."""
+    node = make_node()
+
+    @node.cached("row:{id}", ttl=60, negative_ttl=0)
+    async def row(id: int) -> str | None:
+        found: str | None = await source.get(id)
+        return found
+
+    async with node:
+        await row.put(1, "old")
+        await node.invalidate(["row:1"], soft=True)
+        source.hold()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(row, 1)
+            with anyio.fail_after(20):
+                await source.began.wait()
+            await row.put(1, "new")
+            source.let_go()
+        await eventually(lambda: node.instruments.counts["refreshes", "refused"])
+        row.path.near.clear()
+        assert await row(1) == "new"
+
+
+async def test_a_value_survives_that_cannot_be_loaded_once_more(make_node, source) -> None:
+    """L6: the callers get what there is, though Valkey did not answer in between."""
+    node = make_node()
+
+    @node.cached("row:{id}", ttl=60)
+    async def row(id: int) -> str:
+        forebay.loading().tag("late")
+        found: str = await source.get(id)
+        return found
+
+    async def away(key: str, token: str) -> None:
+        raise Disconnected("just now")
+
+    source.values[1] = "first"
+    async with node:
+        source.hold()
+        async with anyio.create_task_group() as tasks:
+
+            async def read() -> None:
+                assert await row(1) == "first"
+
+            tasks.start_soon(read)
+            with anyio.fail_after(20):
+                await source.began.wait()
+            await node.invalidate(tags=["late"])
+            node.parts.shared.holds = away
+            source.let_go()
+        assert source.loads == 1

@@ -24,7 +24,7 @@ Row = dict[str, int]
 
 def declare(node: forebay.Node, source: Any, **options: Any) -> Cached[Any, Row | None]:
     """The cache that most tests use: rows by id, all with two tags."""
-    options = {"ttl": 600.0, "tags": ["rows", "row:{id}"], **options}
+    options = {"ttl": 600.0, "tags": ["rows", "number:{id}"], **options}
 
     @node.cached("row:{id}", **options)
     async def row(id: int) -> Row | None:
@@ -275,7 +275,7 @@ async def test_an_invalidation_is_visible_here_before_it_returns(node, source) -
             lambda: node.row.invalidate(1),
             lambda: node.invalidate(["row:1"]),
             lambda: node.invalidate(tags=["rows"]),
-            lambda: node.invalidate(tags=["row:1", "nobody"]),
+            lambda: node.invalidate(tags=["number:1", "nobody"]),
             lambda: node.invalidate(["row:1", "row:2"], tags=["rows"]),
         ],
         start=1,
@@ -285,7 +285,7 @@ async def test_an_invalidation_is_visible_here_before_it_returns(node, source) -
         assert (await node.row.get_with_info(1)).tier == "near"
         await invalidation()
         assert await node.row(1) == {"n": number + 1}
-    await node.invalidate(tags=["row:2"])
+    await node.invalidate(tags=["number:2"])
     assert (await node.row.get_with_info(1)).tier == "near"
 
 
@@ -301,7 +301,7 @@ async def test_an_invalidation_is_visible_elsewhere_within_the_promise(
         if by == "key":
             await cluster[0].row.invalidate(1)
         else:
-            await cluster[0].invalidate(tags=["row:1"])
+            await cluster[0].invalidate(tags=["number:1"])
         clock = cluster[0].parts.clock
         due = clock.monotonic() + promise_s
         late: list[Row] = []

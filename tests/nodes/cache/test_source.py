@@ -379,3 +379,27 @@ async def test_a_refusal_is_a_loader_error(cluster: Cluster) -> None:
     assert isinstance(error, LoaderError)
     assert error.retry_after_ms == RECOVERY_MS
     assert error.__cause__ is None
+
+
+@pytest.mark.parametrize("down", [None, ConnectionError("down")])
+async def test_a_load_from_before_does_not_speak_for_the_probe(cluster: Cluster, down: Any) -> None:
+    """O2, O4: it neither closes while the probe is out, nor has it out for nothing."""
+    source = cluster.node()
+    late, cluster.load_gate = cluster.load_gate, anyio.Event()
+    cluster.tasks.start_soon(cluster.ask, source, "old")
+    await anyio.wait_all_tasks_blocked()
+    old, cluster.load_gate, cluster.down = cluster.load_gate, late, ConnectionError("down")
+    await cluster.ask(source, "a", "b", "c")
+    cluster.later()
+    cluster.load_gate = anyio.Event()
+    cluster.tasks.start_soon(cluster.ask, source, "probe")
+    await anyio.wait_all_tasks_blocked()
+    cluster.down = down
+    old.set()
+    await anyio.wait_all_tasks_blocked()
+    assert source.breaker.state == "half_open"
+    cluster.down = None
+    cluster.load_gate.set()
+    await anyio.wait_all_tasks_blocked()
+    assert source.breaker.closed
+    assert cluster.said == ["f product", "o product"]

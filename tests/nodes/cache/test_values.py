@@ -220,10 +220,30 @@ def test_packed_published_values_are_converted() -> None:
 
 
 def test_what_is_packed_is_checked() -> None:
-    """V2, V3: the loader's result is refused as in any cache."""
-    for value, fault in ((Product(1, "a", Decimal(1)), "wrong_type"), (Basket(["a" * LIMIT]), "")):
-        with pytest.raises(InvalidEntry, match=fault or "oversized"):
+    """V3, V5: what could not be decoded is refused before anybody has it."""
+    wrong: Any = Basket([1])  # type: ignore[list-item]
+    for value, fault in ((Product(1, "a", Decimal(1)), "wrong_type"), (wrong, "bad_value")):
+        with pytest.raises(InvalidEntry, match=fault):
             packed_codec(Basket).packed(value)
+
+
+def test_what_is_packed_may_be_too_large_only_to_be_stored() -> None:
+    """V2: its callers can have it all the same, as in any cache."""
+    codec = packed_codec(Basket)
+    payload = codec.packed(Basket(["a" * LIMIT]))
+    assert codec.own(payload) == Basket(["a" * LIMIT])
+    with pytest.raises(InvalidEntry, match="oversized"):
+        codec.pack(payload)
+
+
+@pytest.mark.parametrize("kind", [ValueCodec, PackedCodec])
+def test_the_size_of_a_value_is_that_before_compression(kind) -> None:
+    """What the near cache keeps of it is not compressed."""
+    codec = codec_of(Any, compress_over_bytes=0)
+    entry = stored(codec, "a" * 500)
+    assert len(entry.payload) < 100
+    measured = kind(Any, bytes_max=LIMIT, compress_over_bytes=0).measured(entry)
+    assert measured[1] == len(codec.pack("a" * 500))
 
 
 def test_packed_bytes_are_decoded_before_they_are_handed_out() -> None:

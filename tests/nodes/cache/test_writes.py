@@ -281,7 +281,7 @@ async def test_what_no_entry_can_hold_is_refused_first(open_place: OpenPlace, wa
     place = await open_place(value_bytes_max=100)
     with pytest.raises(InvalidValue, match="value_bytes_max") as caught:
         await write(place, way, "x" * 200)
-    assert (caught.value.cache, caught.value.key, caught.value.fault) == ("row", KEY, "oversized")
+    assert (caught.value.cache, caught.value.key) == ("row", KEY)
     with pytest.raises(InvalidValue, match="loader is declared to return"):
         await write(place, way, 7)
     assert (place.table.batches, await place.entry(), await place.lease()) == ([], None, None)
@@ -478,7 +478,7 @@ async def blind(place: Place, value: str) -> None:
     version = 1 + max(place.table.rows.get(KEY, (0, None))[0], len(place.table.batches))
     write_ = forebay.Write(key=KEY, params=params, value=value, version=version)
     await outlet.write(SinkBatch(writes=(write_,)))
-    _, packed = await path._packed(KEY, value)
+    packed = path._loads.pack(value, {})
     stamp = await place.parts.shared.put(
         KEY, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
     )

@@ -45,11 +45,17 @@ def work_hard(instruments: Instruments) -> None:
     for kind in ("invalidate", "write", "refresh"):
         instruments.observe("event_delay_seconds", 0.001, kind)
         instruments.observe("event_processing_seconds", 0.001, kind)
+    for limit in ("api", "login"):
+        for source, result in (("server", "allowed"), ("server", "refused"), ("lease", "allowed")):
+            counts["limiter_decisions", limit, source, result] += 1
+        counts["limiter_shadow_refused", limit] += 1
+        counts["limiter_returned", limit] += 1
     for sink, result in product(("products", "orders"), ("ok", "error")):
         instruments.observe("writebehind_flush_seconds", 0.1, sink, result)
         counts["writebehind_rows", sink, result] += 1
     for reason in ("undecodable", "oversized", "unknown_type", "wrong_field", "sink_refused"):
         counts["dead_letters", reason] += 1
+    instruments.observe("lock_wait_seconds", 0.01)
     counts["backend_reconnects", "link"] += 1
     for code in ("200", "202", "400", "413", "422", "429", "503"):
         counts["http_requests", "/v1/events", code] += 1
@@ -64,11 +70,15 @@ def gauges() -> Iterator[tuple[str, tuple[str, ...], float]]:
     for cache in CACHES:
         yield "cache_entries", (cache,), 1.0
         yield "cache_size_bytes", (cache,), 1.0
+    for limit in ("api", "login"):
+        yield "limiter_leased_tokens", (limit,), 1.0
     for stream in ("events", "writes", "refreshes"):
         yield "stream_lag_events", (stream,), 1.0
         yield "stream_oldest_undelivered_age_seconds", (stream,), 1.0
     for state in ("closed", "open", "half_open"):
         yield "breaker_state", ("link", state), 0.0
+    for state in ("active", "suspect", "leaving", "away"):
+        yield "members", (state,), 1.0
     for each in CATALOGUE:
         if each.kind == "gauge" and not each.labels:
             yield each.name, (), 1.0

@@ -1,0 +1,73 @@
+"""Keys that refuse whoever comes with an older fencing token than somebody before.
+
+    await guards.set("report:7", page, token=lease)
+
+V1  A write under a lower token than one that was seen for the key is refused, and nothing changes.
+    The same token may write again.
+V2  The highest token is kept beside the key, for good, also where the value expires or is deleted.
+
+A key is given as it is in Valkey. It must be written through its guard alone: a plain SET is not
+seen.
+"""
+
+from __future__ import annotations
+
+from ..schemas.errors_locks import StaleToken
+from ..schemas.keys import check_key
+from .lease import Lease
+from .link import Arg, Commands, Reply
+from .scripting import Scripts, run
+
+__all__ = ["Guards", "fence_of"]
+
+Token = Lease | int
+
+
+class Guards:
+    def __init__(self, commands: Commands, scripts: Scripts) -> None:
+        self._commands = commands
+        self._set = scripts["guard_set"]
+        self._delete = scripts["guard_delete"]
+
+    async def set(self, key: str, value: str | bytes, *, token: Token, ttl: float = 0) -> None:
+        """Set the key; ``ttl`` in seconds, 0: for good.
+
+        Raises:
+            StaleToken: refused. LeaseLost: the lease is over. Unavailable: it may have been set.
+        """
+        number = _number(token)
+        args: list[Arg] = [number, value, max(1, int(ttl * 1000)) if ttl > 0 else 0]
+        _obey(key, number, await run(self._commands, self._set, _keys(key), args))
+
+    async def delete(self, key: str, *, token: Token) -> bool:
+        """Delete the key; false if there was none. Raises as ``set``."""
+        number = _number(token)
+        reply = await run(self._commands, self._delete, _keys(key), [number])
+        return bool(_obey(key, number, reply))
+
+    async def highest(self, key: str) -> int:
+        """The highest token that was seen; 0: none."""
+        return int(await self._commands.call("GET", fence_of(check_key(key))) or 0)
+
+
+def fence_of(key: str) -> str:
+    """Where the highest token is kept: beside the key, also in a cluster."""
+    return f"{{{key}}}:fence"
+
+
+def _keys(key: str) -> list[str]:
+    return [check_key(key), fence_of(key)]
+
+
+def _number(token: Token) -> int:
+    if isinstance(token, Lease):
+        token.check()
+        return token.token
+    return token
+
+
+def _obey(key: str, token: int, reply: Reply) -> int:
+    done, what = reply
+    if not done:
+        raise StaleToken(key, token, int(what))
+    return int(what)

@@ -1,0 +1,69 @@
+"""What all sets of limits of a process share: server, clock, outage, tasks and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+from anyio.abc import TaskGroup
+
+from ...schemas.errors import Unavailable
+from ..clock import Clock
+from ..instruments import Instruments
+from .ledger import Ledger
+from .store_down import Outage
+
+__all__ = ["Desk"]
+
+log = structlog.get_logger(__name__)
+
+
+class Desk:
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        clock: Clock,
+        tasks: TaskGroup,
+        instruments: Instruments,
+        members: Callable[[], int],
+    ) -> None:
+        self.ledger = ledger
+        self.clock = clock
+        self.members = members  #: processes that share the limits
+        self.outage = Outage(clock)
+        self.hears = False  #: whether it would be told of refunds
+        self.closed = False
+        self._tasks = tasks
+        self._counts = instruments.counts
+
+    def __repr__(self) -> str:
+        return f"<Desk {self.outage!r}{'' if self.hears else ' deaf'}>"
+
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if self.closed:
+            raise Unavailable("the limiter is closed")
+        self._tasks.start_soon(work)
+
+    def answered(self) -> None:
+        if self.outage.known:
+            self.outage.over()
+            log.info("limiter.server_back")
+
+    def failed(self, why: Exception) -> None:
+        if not self.outage.known:
+            log.warning("limiter.server_away", reason=str(why))
+        self.outage.failed()
+
+    def count(self, name: str, limit: str, *, by: int) -> None:
+        self._counts[name, limit] += by
+
+    def limit_reached(self, what: str) -> None:
+        self._counts["limit_reached", what] += 1
+
+    def decided(self, limit: str, source: str, allowed: int, refused: int) -> None:
+        if allowed:
+            self._counts["limiter_decisions", limit, source, "allowed"] += allowed
+        if refused:
+            self._counts["limiter_decisions", limit, source, "refused"] += refused

@@ -1,0 +1,206 @@
+"""Keeps the leases of this process alive, and ends those that it cannot keep.
+
+N1  Each lease is renewed a third, two thirds ... after it was granted: on a schedule that does not
+    move when a renewal was slow or the event loop busy. Two may fail, and there is time left.
+N2  All leases of a shard that are due travel in one script, up to ``AT_ONCE``.
+N3  A lease whose deadline has come is lost then, whatever a renewal under way will say: before
+    the server can give the lock to another (A1 of ``lease``).
+N4  A lease that a new era of the server does not know is reclaimed, for the rest of its time.
+N5  When a connection is made anew, everything is renewed at once.
+
+One task for the schedule, one for the deadlines, however many leases there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import anyio
+import structlog
+from anyio.abc import TaskStatus
+
+from ..schemas.errors import ForebayError
+from ..schemas.errors_locks import LossReason
+from .clock import Clock
+from .instruments import Instruments
+from .lease import Lease
+from .lock_records import Held, LockRecords
+from .stalls import Stalls
+
+__all__ = ["AT_ONCE", "Renewals"]
+
+log = structlog.get_logger(__name__)
+
+AT_ONCE = 100
+_TOGETHER_S = 0.02  #: what is due so soon goes along
+
+
+class _Alarm:
+    """Sleeps until a time that may still come nearer."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._at = math.inf
+        self._nearer = anyio.Event()
+
+    def by(self, at: float) -> None:
+        if at < self._at:
+            self._at = at
+            self._nearer.set()
+
+    async def next(self) -> float:
+        """Wait for it; returns when it was due, and is set to never."""
+        while (left_s := self._at - self._clock.monotonic()) > 0:
+            self._nearer = anyio.Event()
+            with anyio.move_on_after(left_s):
+                await self._nearer.wait()
+        due, self._at = self._at, math.inf
+        return due
+
+
+class Renewals:
+    def __init__(
+        self,
+        records: LockRecords,
+        *,
+        shard_of: Callable[[str], int],
+        stalls: Stalls,
+        clock: Clock,
+        instruments: Instruments,
+        abandoned: Callable[[Lease], None],
+    ) -> None:
+        """``abandoned`` hears of a lease that is lost here, but may still be there."""
+        self.held: dict[str, Lease] = {}
+        self._records = records
+        self._shard_of = shard_of
+        self._stalls = stalls
+        self._clock = clock
+        self._instruments = instruments
+        self._abandoned = abandoned
+        self._due = _Alarm(clock)
+        self._end = _Alarm(clock)
+
+    def __repr__(self) -> str:
+        return f"<Renewals of {len(self.held)} leases>"
+
+    def add(self, lease: Lease) -> None:
+        self.held[lease.nonce] = lease
+        self._due.by(lease.renew_at)
+        self._end.by(lease.deadline)
+
+    def drop(self, lease: Lease) -> None:
+        self.held.pop(lease.nonce, None)
+
+    def lose(self, nonce: str, reason: LossReason) -> None:
+        """A lease is over; no word if it is none of ours."""
+        lease = self.held.pop(nonce, None)
+        if lease is None:
+            return
+        self._instruments.counts["lock_losses", reason] += 1
+        log.warning("lease.lost", lock=lease.name, token=lease.token, reason=reason)
+        lease.lose(reason)
+        if reason in ("expired", "stopped"):
+            self._abandoned(lease)
+
+    def connected(self) -> None:
+        """The server may be another, or have forgotten."""
+        self._stalls.forget()
+        now = self._clock.monotonic()
+        for lease in self.held.values():
+            lease.renew_at = now
+        self._due.by(now if self.held else math.inf)
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._watch_deadlines)
+            tasks.start_soon(self._keep_renewing)
+            task_status.started()
+
+    async def _watch_deadlines(self) -> NoReturn:
+        while True:
+            due = await self._end.next()
+            now = self._clock.monotonic()
+            self._stalls.woke(due=due, now=now)
+            self.expire(now)
+
+    def expire(self, now: float) -> None:
+        """End what is past its deadline, and look again at the next."""
+        for lease in list(self.held.values()):
+            if lease.deadline <= now:
+                self.lose(lease.nonce, "expired")
+            else:
+                self._end.by(lease.deadline)
+
+    async def _keep_renewing(self) -> NoReturn:
+        while True:
+            due = await self._due.next()
+            now = self._clock.monotonic()
+            self._stalls.woke(due=due, now=now)
+            await self.renew(self._choose(now))
+
+    def _choose(self, now: float) -> list[Lease]:
+        """What is due; its next time is a whole number of steps after its last."""
+        chosen = []
+        for lease in self.held.values():
+            if lease.renew_at <= now + _TOGETHER_S:
+                chosen.append(lease)
+                step_s = lease.terms.lease_us / 3e6
+                missed = max(0.0, now - lease.renew_at) // step_s
+                lease.renew_at += (missed + 1) * step_s
+            self._due.by(lease.renew_at)
+        return chosen
+
+    async def renew(self, leases: Sequence[Lease]) -> None:
+        """Renew these, each shard's together."""
+        if not leases:
+            return
+        timeout_ms = min(each.terms.lease_us for each in leases) // 6_000
+        async with anyio.create_task_group() as tasks:
+            for batch in _batches(leases, self._shard_of):
+                tasks.start_soon(self._renew, batch, timeout_ms)
+
+    async def _renew(self, leases: list[Lease], timeout_ms: int) -> None:
+        named = [Held(each.terms, each.nonce, each.token) for each in leases]
+        sent_at = self._clock.monotonic()
+        try:
+            now_us, statuses = await self._records.renew(named, timeout_ms=timeout_ms)
+        except ForebayError as error:
+            self._instruments.counts["lock_renewals", "failed"] += len(leases)
+            log.warning("lease.not_renewed", leases=len(leases), error=str(error))
+            return
+        self._stalls.heard(now_us, at=sent_at)
+        for lease, status in zip(leases, statuses, strict=True):
+            if status == 1:
+                self._instruments.counts["lock_renewals", "renewed"] += 1
+                lease.renewed(sent_at)
+            elif status == 2:
+                await self._reclaim(lease)
+            else:
+                self.lose(lease.nonce, "taken")
+
+    async def _reclaim(self, lease: Lease) -> None:
+        held = Held(lease.terms, lease.nonce, lease.token)
+        left_s = lease.remaining_s()
+        try:
+            # Not for longer than it was granted: the deadline stays, and is renewed afterwards.
+            reclaimed = left_s > 0 and await self._records.reclaim(held, left_s)
+        except ForebayError as error:
+            log.warning("lease.not_reclaimed", lock=lease.name, error=str(error))
+            return
+        if not reclaimed:
+            self.lose(lease.nonce, "taken")
+            return
+        self._instruments.counts["lock_renewals", "reclaimed"] += 1
+        log.info("lease.reclaimed", lock=lease.name, token=lease.token)
+
+
+def _batches(leases: Sequence[Lease], shard_of: Callable[[str], int]) -> list[list[Lease]]:
+    shards: dict[int, list[Lease]] = defaultdict(list)
+    for lease in leases:
+        shards[shard_of(lease.name)].append(lease)
+    return [
+        each[at : at + AT_ONCE] for each in shards.values() for at in range(0, len(each), AT_ONCE)
+    ]

@@ -1,0 +1,159 @@
+"""Who is in the cluster, as one member knows it: what it says in a beat, what it learns by it.
+
+R1  Members are judged by the server's clock, in the script: suspect after three beats missed,
+    after five gone; or away, as long as the place of a member with a label is kept.
+R2  A beat that brings no news transfers no members, however many there are.
+R3  A record that cannot be read is a member without weight, and no reason to fail.
+
+An id is one process. A label is what is the same after its restart (``node.id``). Whoever owns
+nothing, and wants to be seen, beats with weight 0; who only reads need not beat at all.
+Does not do I/O: ``arguments`` are for roster_beat.lua, ``learn`` takes its reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Literal, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ..schemas.keys import EVENTS
+from .assignment import Candidate, assign
+from .link import Arg, Reply
+
+__all__ = ["STATES", "Member", "Profile", "Roster", "State", "pack", "unpack", "wanted"]
+
+State = Literal["active", "suspect", "leaving", "away", "gone"]
+_RANK: tuple[State, ...] = ("away", "suspect", "leaving", "active")  #: whose word on owning counts
+STATES: tuple[State, ...] = get_args(State)[:-1]  #: those that are in the roster
+
+
+class Profile(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a member tells of itself. Unknown fields, of later versions, are ignored."""
+
+    incarnation: str = ""
+    label: str = ""  #: the same after a restart; empty: none
+    http: str = ""  #: host:port
+    version: str = ""
+    weight: Annotated[float, Meta(ge=0, le=1000)] = 1.0
+    held: str = ""  #: what it owns, or has kept for it; see ``pack``
+    declines: str = ""  #: what it will not own
+
+
+class Member(Struct, frozen=True, kw_only=True):
+    id: str
+    state: State
+    profile: Profile
+    held: frozenset[int]
+    declines: frozenset[int]
+
+
+def pack(resources: Iterable[int]) -> str:
+    """A set of resources as hexadecimal digits: the lowest bit is the ingress stream."""
+    bits = 0
+    for resource in resources:
+        bits |= 1 << (resource - EVENTS)
+    return f"{bits:x}" if bits else ""
+
+
+def unpack(digits: str) -> frozenset[int]:
+    bits = int(digits or "0", 16)
+    return frozenset(at + EVENTS for at in range(bits.bit_length()) if bits >> at & 1)
+
+
+class Roster:
+    """``version`` 0: nothing is known yet."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.members: dict[str, Member] = {}
+
+    def arguments(
+        self, id: str, state: State, profile: Profile, *, beat_ms: int, grace_ms: int
+    ) -> list[Arg]:
+        return [id, state, beat_ms, grace_ms, msgspec.json.encode(profile), self.version]
+
+    def learn(self, reply: Sequence[Reply]) -> bool:
+        """Take in a reply; whether the roster that was known before is lost."""
+        known, self.version = self.version, int(reply[0])
+        whole = bool(reply[1])
+        if whole:
+            self.members = {}
+        for name, record in zip(reply[2::2], reply[3::2], strict=True):
+            member = _read(bytes(name).decode(), bytes(record))
+            if member.state == "gone":
+                self.members.pop(member.id, None)
+            else:
+                self.members[member.id] = member
+        return whole and known > 0
+
+    def count(self, state: State) -> int:
+        return sum(member.state == state for member in self.members.values())
+
+
+def _read(id: str, record: bytes) -> Member:
+    try:
+        _, state, _, _, body = record.split(b" ", 4)
+        profile = msgspec.json.decode(body, type=Profile)
+        held, declines = unpack(profile.held), unpack(profile.declines)
+    except (ValueError, msgspec.MsgspecError):
+        state, profile = b"active", Profile(weight=0)
+        held = declines = frozenset()
+    known = state.decode()
+    return Member(
+        id=id,
+        state=known if known in get_args(State) else "leaving",  # type: ignore[arg-type]
+        profile=profile,
+        held=held,
+        declines=declines,
+    )
+
+
+def wanted(members: Mapping[str, Member], shards: int) -> dict[int, str]:
+    """Who should own what. The ingress stream counts apart: it has no place in the shares.
+
+    Shards of a member that is away are kept for it, or go to the one with its label; the
+    ingress stream is not: events must not stand still for a restart.
+    """
+    heirs = _heirs(members)
+    standing = [each for each in members.values() if _stands(each, heirs)]
+    owners = _owners(members, heirs)
+    candidates = [
+        Candidate(
+            each.id,
+            each.profile.weight,
+            frozen=each.state != "active",
+            declines=each.declines,
+        )
+        for each in standing
+    ]
+    present = [each for each in candidates if members[each.id].state != "away"]
+    return assign(range(shards), candidates, owners) | assign([EVENTS], present, owners)
+
+
+def _heirs(members: Mapping[str, Member]) -> dict[str, str]:
+    """Of each label the member that is active, to be taken for one that is silent."""
+    active = [each for _, each in sorted(members.items()) if each.state == "active"]
+    return {each.profile.label: each.id for each in reversed(active) if each.profile.label}
+
+
+def _stands(member: Member, heirs: Mapping[str, str]) -> bool:
+    match member.state:
+        case "active":
+            return True
+        case "suspect" | "away":
+            return member.profile.label not in heirs
+        case _:
+            return False
+
+
+def _owners(members: Mapping[str, Member], heirs: Mapping[str, str]) -> dict[int, str]:
+    """Where two say that they own the same, the one that is heard of counts."""
+    owners: dict[int, str] = {}
+    for member in sorted(members.values(), key=lambda each: (_RANK.index(each.state), each.id)):
+        owner = (
+            member.id if member.state == "active" else heirs.get(member.profile.label, member.id)
+        )
+        owners.update(dict.fromkeys(member.held, owner))
+    return owners

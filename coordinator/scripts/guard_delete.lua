@@ -1,0 +1,13 @@
+-- Delete a value, unless a higher token has been here.
+--
+-- KEYS[1] value  any type  what is guarded
+-- KEYS[2] fence  string    the highest token seen
+-- ARGV[1] token  of the lease under which it is deleted
+-- Returns {1, count} deleted, so many; {0, highest} refused
+--
+-- I1 The highest token never sinks, and stays when the value goes.
+
+local highest = redis.call("GET", KEYS[2])
+if highest and tonumber(highest) > tonumber(ARGV[1]) then return { 0, highest } end
+redis.call("SET", KEYS[2], ARGV[1])
+return { 1, redis.call("DEL", KEYS[1]) }

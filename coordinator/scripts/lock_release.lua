@@ -1,0 +1,50 @@
+-- Give a lock back, or leave its queue; whoever waits first has it from then on.
+-- With _lock.lua.
+--
+-- KEYS[1] record   hash   the lock and its holders
+-- KEYS[2] queue    zset   who waits, in order
+-- KEYS[3] waiters  hash   what they wait for
+-- KEYS[4] index    zset   locks of this shard that are held
+-- KEYS[5] era      hash   which run of the server these locks are from
+-- ARGV[1] name     of the lock
+-- ARGV[2] nonce    whose lease or place in the queue it is
+-- ARGV[3] run      id of the run of this server, if known; else empty
+-- Returns {1, handed} released, or left the queue; {2, {}} it was the last to be released, before;
+--         {0, {}} it is neither. handed: nonces and tokens of the same process that have it now
+--
+-- I1 Who neither holds nor waits changes nothing.
+-- I2 Released twice, the second time has no effect.
+-- I3 Its first write only frees memory: a server whose memory is full still releases.
+-- I4 The lock goes to the first who waits in this very step: nobody can come between.
+
+local nonce = ARGV[2]
+local now = server_us()
+
+-- What is asked for most, shorter: its only holder, and nobody who waits.
+local held = redis.call("HMGET", KEYS[1], "h:" .. nonce, "v")
+if held[1] and not held[2] and redis.call("HLEN", KEYS[1]) <= 6 and redis.call("EXISTS", KEYS[2]) == 0 then
+  local token, ends = string.match(held[1], "^%d+ (%d+) (%d+)")
+  if tonumber(ends) > now then
+    redis.call("HDEL", KEYS[1], "h:" .. nonce, "a:" .. nonce)
+    redis.call("HSET", KEYS[1], "r", nonce)
+    redis.call("ZREM", KEYS[4], ARGV[1])
+    if is_stale(tonumber(token), now) then redis.call("PEXPIRE", KEYS[1], KEEP_MS) end
+    return { 1, {} }
+  end
+end
+
+local lock = load(KEYS[1], now)
+if lock.holders[nonce] then
+  drop(KEYS[1], lock, nonce)
+  redis.call("HSET", KEYS[1], "r", nonce)
+elseif redis.call("ZREM", KEYS[2], nonce) == 1 then
+  redis.call("HDEL", KEYS[3], nonce)
+else
+  return { lock.r == nonce and 2 or 0, {} }
+end
+local handed = {}
+if redis.call("EXISTS", KEYS[2]) == 1 and grace_of(KEYS[5], now, ARGV[3]) <= now then
+  handed = admit(KEYS[1], KEYS[2], KEYS[3], lock, now, process_of(nonce))
+end
+settle(KEYS[1], KEYS[4], lock, ARGV[1])
+return { 1, handed }

@@ -1,0 +1,219 @@
+"""What one member claims, keeps and hands over: decisions only, without I/O and without a clock.
+
+Feed it replies, and ask it what is next: ``learn`` (of roster_beat.lua), ``claims``, ``answer``
+(of owner_claim.lua), ``to_yield``. Times are seconds on the member's own monotonic clock.
+
+S1  A tenure is in force no later than two thirds of what the server granted, since sending.
+S2  Only what the assignment gives to this member is claimed. Where another owns it, the claim
+    is a wish.
+S3  What another should have is yielded to it when it has wished for it, not before; what is
+    yielded is drained before it is released.
+S4  Who finds that the roster was lost only renews for one lease, and only what is in force:
+    other owners are not in the new roster yet.
+S5  What was released is not claimed before the server has answered, or for one lease: a claim
+    that overtook the release would renew what is then given away.
+S6  What was declined, or is left, is not claimed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from ..schemas.errors import ForebayError
+from .link import Arg, Reply
+from .roster import Member, Profile, Roster, State, pack, wanted
+
+__all__ = ["Change", "Gained", "Kind", "Lost", "Succession", "Tenure", "Why"]
+
+Kind = Literal["free", "wished", "forced", "dead"]
+Why = Literal["taken", "forgotten", "fenced", "released", "expired"]
+
+_IN_FORCE = 2 / 3  # of a lease
+
+
+class Tenure:
+    """One stretch of owning a resource. ``valid_until`` is monotonic seconds."""
+
+    __slots__ = ("epoch", "resource", "valid_until")
+
+    def __init__(self, resource: int, epoch: int, valid_until: float) -> None:
+        self.resource = resource
+        self.epoch = epoch
+        self.valid_until = valid_until
+
+    def __repr__(self) -> str:
+        return f"<Tenure {self.resource} epoch {self.epoch}>"
+
+
+class Gained(Struct, frozen=True):
+    tenure: Tenure
+    kind: Kind
+
+
+class Lost(Struct, frozen=True):
+    tenure: Tenure
+    why: Why
+
+
+Change = Gained | Lost
+
+
+class Succession:
+    def __init__(self, id: str, shards: int, *, ttl_ms: int, profile: Profile) -> None:
+        self.id = id
+        self.state: State = "active"
+        self.roster = Roster()
+        self.tenures: dict[int, Tenure] = {}
+        self.declined: set[int] = set()
+        self.yielding: set[int] = set()
+        self.kept: frozenset[int] = frozenset()  #: for the one who comes back with our label
+        self._shards = shards
+        self._ttl_ms = ttl_ms
+        self._profile = profile
+        self._resting: dict[int, float] = {}  # release sent, and not answered
+        self._wishes: dict[int, str] = {}  # owned here, and another waits for it
+        self._asked: frozenset[int] = frozenset()  # claimed at last
+        self._held_told: frozenset[int] = frozenset()
+        self._held_back_until = float("-inf")
+        self._wanted: dict[int, str] = {}
+        self._wanted_of: tuple[object, ...] = ()
+
+    def beat(self, *, beat_ms: int, grace_ms: int) -> list[Arg]:
+        """The arguments of roster_beat.lua."""
+        profile = self._told()
+        return self.roster.arguments(
+            self.id, self.state, profile, beat_ms=beat_ms, grace_ms=grace_ms
+        )
+
+    def learn(self, reply: Sequence[Reply], now: float) -> None:
+        if self.roster.learn(reply):
+            self._held_back_until = now + self._ttl_ms / 1000
+
+    def claims(self, now: float) -> list[int]:
+        """What to claim now: what is owned, so that it stays; what should be."""
+        self._asked = frozenset()
+        if now < self._held_back_until:
+            return [each for each in self.tenures if self.in_force(each, now)]
+        owned = list(self.tenures)
+        if self.state != "active":
+            return owned
+        mine = [
+            each
+            for each, owner in self.wanted().items()
+            if owner == self.id and each not in self.tenures and self._resting.get(each, now) <= now
+        ]
+        self._asked = frozenset(mine)
+        return owned + mine
+
+    def answer(
+        self, resource: int, claimed: Tenure | None, reply: Reply, *, sent_at: float, now: float
+    ) -> Iterator[Change]:
+        """What the reply to a claim changes; ``claimed`` is the tenure as of sending."""
+        tenure = self.tenures.get(resource)
+        if tenure is not claimed:
+            return  # given up or fenced off meanwhile
+        if isinstance(reply, ForebayError):
+            if tenure is not None and now >= tenure.valid_until:
+                yield self.lose(tenure, "expired")
+            return
+        granted, epoch = bool(reply[0]), int(reply[1])
+        if not granted:
+            if tenure is not None:
+                yield self.lose(tenure, "taken")
+            return
+        self._wish(resource, bytes(reply[3]).decode())
+        valid_until = sent_at + int(reply[2]) / 1000 * _IN_FORCE
+        if tenure is not None and tenure.epoch == epoch:
+            tenure.valid_until = valid_until
+            return
+        if tenure is not None:
+            yield self.lose(tenure, "forgotten")  # by the server; it is ours again, anew
+        self.tenures[resource] = gained = Tenure(resource, epoch, valid_until)
+        kind = bytes(reply[4]).decode()
+        yield Gained(gained, "free" if kind == "kept" else kind)  # type: ignore[arg-type]
+
+    def _wish(self, resource: int, wisher: str) -> None:
+        if wisher:
+            self._wishes[resource] = wisher
+        else:
+            self._wishes.pop(resource, None)
+
+    def lose(self, tenure: Tenure, why: Why) -> Lost:
+        del self.tenures[tenure.resource]
+        self._wishes.pop(tenure.resource, None)
+        self.yielding.discard(tenure.resource)
+        return Lost(tenure, why)
+
+    def release(self, tenure: Tenure, now: float) -> Lost:
+        """Give it up; ``released`` is to be called when the server has done so."""
+        self._resting[tenure.resource] = now + self._ttl_ms / 1000
+        return self.lose(tenure, "released")
+
+    def released(self, resources: Iterable[int]) -> None:
+        for resource in resources:
+            self._resting.pop(resource, None)
+
+    def to_yield(self) -> list[Tenure]:
+        """What is to be drained and released now; each is told once."""
+        if self.state != "active" or not self._wishes:
+            return []
+        plan = self.wanted()
+        found = [
+            self.tenures[resource]
+            for resource, wisher in self._wishes.items()
+            if wisher == plan.get(resource) != self.id and resource not in self.yielding
+        ]
+        self.yielding.update(each.resource for each in found)
+        return found
+
+    def depart(self, *, rejoin: bool) -> None:
+        """Claim nothing more, and say so; ``kept`` is what was owned then."""
+        if self.state == "active":
+            self.state = "away" if rejoin else "leaving"
+            self.kept = frozenset(self.tenures)
+
+    def decline(self, resources: Iterable[int]) -> None:
+        self.declined.update(resources)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether something is on its way, so that the next beat should be soon."""
+        if self.state != "active":
+            return False
+        waiting = self._asked - self.tenures.keys()
+        untold = self._held_told != self.tenures.keys()
+        return bool(waiting or untold or self.yielding or self.roster.count("suspect"))
+
+    def in_force(self, resource: int, now: float) -> Tenure | None:
+        tenure = self.tenures.get(resource)
+        return None if tenure is None or now >= tenure.valid_until else tenure
+
+    def wanted(self) -> dict[int, str]:
+        """The assignment by what is known, with what is owned here as it is now."""
+        of = (self.roster.version, self.state, frozenset(self.tenures), len(self.declined))
+        if of != self._wanted_of:
+            me = Member(
+                id=self.id,
+                state=self.state,
+                profile=self._profile,
+                held=frozenset(self.tenures),
+                declines=frozenset(self.declined),
+            )
+            self._wanted = wanted({**self.roster.members, self.id: me}, self._shards)
+            self._wanted_of = of
+        return self._wanted
+
+    def _told(self) -> Profile:
+        base, self._held_told = self._profile, frozenset(self.tenures)
+        return Profile(
+            incarnation=base.incarnation,
+            label=base.label,
+            http=base.http,
+            version=base.version,
+            weight=base.weight,
+            held=pack(self.kept if self.state == "away" else self.tenures),
+            declines=pack(self.declined),
+        )

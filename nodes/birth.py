@@ -1,0 +1,29 @@
+"""What was fixed when a namespace was born: its number of shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..coordinator.link import Commands
+from ..schemas.errors import ConfigError
+from ..schemas.keys import Names
+
+__all__ = ["check_birth"]
+
+
+async def check_birth(link: Commands, names: Names, origins: Mapping[str, str]) -> None:
+    """The first node decides for all.
+
+    Raises:
+        ConfigError: this node was given another number.
+    """
+    await link.call("HSETNX", names.meta, "shards", names.shards)
+    born_with = int(await link.call("HGET", names.meta, "shards"))
+    if born_with != names.shards:
+        raise ConfigError(
+            setting="node.shards",
+            value=str(names.shards),
+            origin=origins.get("node.shards", "default"),
+            problem=f"the namespace {names.namespace} was born with {born_with}",
+            fix=f"set node.shards = {born_with}, or use another namespace",
+        )

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from limiters import House, house_of
+from valkeyd import ValkeyServer
+
+
+@pytest.fixture
+async def house(valkey_server: ValkeyServer, namespace: str) -> AsyncIterator[House]:
+    async with house_of(valkey_server, namespace) as made:
+        yield made

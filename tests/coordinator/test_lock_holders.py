@@ -1,0 +1,174 @@
+"""Holders that stand still, are busy, or die: N1 and N3 of renewals, K2 of locks, S1 and S2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+from anyio.streams.buffered import BufferedByteReceiveStream
+from prometheus_client import CollectorRegistry
+
+from forebay.coordinator.instruments import Instruments
+from forebay.coordinator.stalls import Stalls
+from forebay.schemas.errors import ServerRefused
+from forebay.schemas.errors_locks import LeaseLost, LockNotAcquired
+from noded import environ
+from smithy import MakeForge, smithy
+from valkeyd import ValkeyServer
+
+PATIENCE_S = 20.0
+ReadLine = Callable[[], Awaitable[list[str]]]
+HOLDER = """
+import sys, anyio, forebay
+from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
+
+async def main(url, namespace):
+    settings = Settings(
+        node=NodeSettings(namespace=namespace, shards=4, id="holder"),
+        valkey=Valkey(url=url), workers=Workers(enabled=False),
+    )
+    async with forebay.Node(settings=settings) as node:
+        try:
+            async with node.lock("l", lease=2) as lease:
+                print("held", lease.token, flush=True)
+                await anyio.sleep_forever()
+        except forebay.LeaseLost as lost:
+            print("lost", lost.reason, flush=True)
+
+import structlog
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+anyio.run(main, *sys.argv[1:])
+"""
+
+
+@pytest.fixture
+async def make(valkey_server: ValkeyServer, namespace: str) -> AsyncIterator[MakeForge]:
+    async with smithy(valkey_server, namespace) as make:
+        yield make
+
+
+@asynccontextmanager
+async def holder(server: ValkeyServer, namespace: str) -> AsyncIterator[tuple[int, ReadLine]]:
+    """Its process id, and how to read a line of what it says."""
+    command = [sys.executable, "-c", HOLDER, server.socket_url, namespace]
+    async with await anyio.open_process(command, env=environ()) as process:
+        assert process.stdout is not None
+        said = BufferedByteReceiveStream(process.stdout)
+
+        async def line() -> list[str]:
+            with anyio.fail_after(PATIENCE_S):
+                return (await said.receive_until(b"\n", 1_000)).decode().split()
+
+        try:
+            yield process.pid, line
+        finally:
+            process.kill()
+
+
+async def test_a_process_that_stood_still_knows_that_it_has_lost(
+    make: MakeForge, valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """SIGSTOP for longer than the lease: another has the lock, and the first is told at once."""
+    one = await make("one")
+    async with holder(valkey_server, namespace) as (pid, line):
+        word, token = await line()
+        os.kill(pid, signal.SIGSTOP)
+        async with one.lock("l", timeout=PATIENCE_S) as lease:
+            assert word == "held"
+            assert lease.token > int(token)
+            os.kill(pid, signal.SIGCONT)
+            assert await line() == ["lost", "expired"]
+
+
+async def test_what_a_dead_process_held_is_free_when_its_lease_ends(
+    make: MakeForge, valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """kill -9: whoever waits has it then, and not before."""
+    one = await make("one")
+    async with holder(valkey_server, namespace) as (_, line):
+        await line()
+    assert await one.try_lock("l") is None
+    async with one.lock("l", timeout=PATIENCE_S):
+        pass
+
+
+async def test_a_busy_event_loop_loses_no_lease(make: MakeForge) -> None:
+    """N1: the schedule is absolute, so steps of work that are shorter than the slack do no harm."""
+    one = await make("one")
+    async with one.lock("l", lease=2) as lease:
+        until = time.monotonic() + 4.5
+        while time.monotonic() < until:
+            time.sleep(0.1)
+            await anyio.sleep(0)
+            lease.check()
+    assert one.counts["lock_renewals", "renewed"] >= 4
+    assert one.counts["time_anomalies", "loop_stalled"] >= 1
+
+
+async def test_a_deadline_is_not_put_off_by_a_renewal_under_way(make: MakeForge) -> None:
+    """N3: without an answer the lease is lost at its deadline, before the server's end of it."""
+    one, two = await make("one"), await make("two")
+
+    async def never(*args: object, **options: object) -> object:
+        return await anyio.sleep_forever()
+
+    with pytest.raises(LeaseLost) as caught:
+        async with one.lock("l", lease=2) as lease:
+            one.records.renew = never  # type: ignore[method-assign,assignment]
+            await anyio.sleep_forever()
+    assert caught.value.reason == "expired"
+    assert one.counts["lock_losses", "expired"] == 1
+    async with two.lock("l") as later:
+        assert later.token > lease.token
+
+
+class Replicas:
+    """Says whether replicas have it."""
+
+    def __init__(self, *, there: bool) -> None:
+        self.there = there
+        self.since = 1
+
+    async def confirm(self, *, since: int, timeout_ms: int) -> None:
+        await anyio.lowlevel.checkpoint()
+        if not self.there:
+            raise ServerRefused("NOREPLICAS", "there is none")
+
+
+async def test_at_level_replicated_a_grant_counts_when_replicas_have_it(make: MakeForge) -> None:
+    """G4: else it is released, and LockNotAcquired says why; so it is where nobody can tell."""
+    one = await make("one")
+    one.replication = Replicas(there=True)
+    async with one.lock("l", level="replicated"):
+        pass
+    for replicas in (Replicas(there=False), None):
+        one.replication = replicas
+        with pytest.raises(LockNotAcquired) as caught:
+            await one.lock("l", level="replicated").acquire()
+        assert caught.value.reason == "not_replicated"
+        assert await one.list() == []
+
+
+def test_time_that_passes_unevenly_is_counted() -> None:
+    """S1, S2: a late wake-up, and a clock of the server that was set; not what is usual."""
+    instruments = Instruments(CollectorRegistry())
+    stalls, counts = Stalls(instruments), instruments.counts
+    stalls.woke(due=10.0, now=10.04)
+    stalls.heard(5_000_000, at=10.0)
+    stalls.heard(6_050_000, at=11.0)
+    assert sum(counts["time_anomalies", kind] for kind in KINDS) == 0
+    stalls.woke(due=11.0, now=11.2)
+    stalls.heard(9_000_000, at=12.0)
+    assert [counts["time_anomalies", kind] for kind in KINDS] == [1, 1]
+    stalls.forget()
+    stalls.heard(1_000_000, at=13.0)
+    assert counts["time_anomalies", "server_clock_jumped"] == 1
+
+
+KINDS = ("loop_stalled", "server_clock_jumped")
