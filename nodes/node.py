@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -77,6 +77,7 @@ class Node(Declarations, Locking):
         self._running: Running | None = None
         self._life: Life | None = None
         self._id = ""
+        self._origins: Mapping[str, str] = {}
         self.registry = CollectorRegistry()
         self.instruments = Instruments(self.registry)
         self.instruments.add_source(lambda: status.gauges(self))
@@ -114,6 +115,35 @@ class Node(Declarations, Locking):
             self._forget()
             _say("node.stopped", drained=self.drained)
 
+    @asynccontextmanager
+    async def serving(self) -> AsyncGenerator[str]:
+        """Answer HTTP while the block runs, as `forebay run` does: probes, stats, metrics, events
+        and reads, at ``http.host`` and ``http.port`` of the settings, by default 127.0.0.1:8642.
+
+            async with node, node.serving() as url:
+                ...
+
+        Gives the URL; an empty one where ``http.enabled`` is false, and nobody is answered.
+
+        Raises:
+            ConfigError: the address cannot be listened on. ForebayError: the node is not running.
+        """
+        from .web.server import serve  # what embeds a node without it need not load it
+
+        settings, origins = self.parts.settings, self._origins
+        if not settings.http.enabled:
+            yield ""
+            return
+        async with serve(
+            self,
+            settings.http,
+            event_bytes_max=settings.durable.event_bytes_max,
+            clock=self.parts.clock,
+            random=self.parts.rng,
+            origin_of=lambda setting: origins.get(setting, "default"),
+        ) as address:
+            yield address.url
+
     async def drain(self) -> bool:
         """Take no new work, finish what is under way, hand over the rest; before stopping.
 
@@ -133,7 +163,7 @@ class Node(Declarations, Locking):
         self._id = resolved.settings.node.id or _made_up_id()
         told = [resolved.settings.valkey.password]
         configure_embedded(resolved.settings.log, instance=self._id, secrets=told)
-        self._begun, self.drained = True, None
+        self._begun, self.drained, self._origins = True, None, resolved.origins
         self._life = Life(self._living(resolved, otherwise=workers))
         try:
             await self._life.begin()

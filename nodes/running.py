@@ -36,7 +36,7 @@ from ..coordinator.log import Follower
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
-from ..schemas.keys import Names
+from ..schemas.keys import Names, dependents_of
 from ..schemas.notices import Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
@@ -190,7 +190,7 @@ class Running:
                 self.apply(0, version, notice)
         finally:
             # Also if the outcome is unknown; with what depends on them, whatever that is.
-            more = bool(tags) or any(key in self.tags for key in keys)
+            more = bool(tags) or any(dependents_of(key) in self.tags for key in keys)
             scope.forget(keys, more=more)
 
     def apply(self, shard: int, version: int, notice: Notice) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import aiohttp
 import anyio
 import msgspec
 import pytest
@@ -13,7 +15,7 @@ from structlog.testing import capture_logs
 
 import forebay
 from conftest import MakeServer
-from forebay.schemas.settings import Settings, Valkey
+from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey
 from valkeyd import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
@@ -213,3 +215,57 @@ async def test_node_without_logging_configured_keeps_quiet_about_secrets(
 
     assert "node.running" in err
     assert "hunter2" not in out + err
+
+
+async def test_embedded_node_serves_http_while_asked_to(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """serving: as `forebay run` does, as often as the application likes."""
+    settings = Settings(
+        node=NodeSettings(namespace=namespace),
+        valkey=Valkey(url=valkey_server.socket_url),
+        http=Http(port=0),
+    )
+    node = forebay.Node(settings=settings)
+    for _ in range(2):
+        async with node, node.serving() as url, aiohttp.ClientSession() as client:
+            async with client.get(f"{url}/livez") as answer:
+                assert answer.status == 200
+            async with client.get(f"{url}/metrics") as answer:
+                text = await answer.text()
+            assert text.count("\nforebay_event_loop_lag_seconds ") == 1
+    with pytest.raises(forebay.ForebayError, match="not running"):
+        async with node.serving():
+            pass
+
+
+async def test_endpoint_that_is_switched_off_is_not_served(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """serving: a setting of the operator's, which the code need not ask for."""
+    settings = Settings(
+        node=NodeSettings(namespace=namespace),
+        valkey=Valkey(url=valkey_server.socket_url),
+        http=Http(enabled=False),
+    )
+    async with forebay.Node(settings=settings) as node, node.serving() as url:
+        assert url == ""
+
+
+async def test_port_of_an_embedded_node_that_is_taken_is_told(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """serving: with the setting, where it came from, and what to do; the node stops in order."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = Settings(
+            node=NodeSettings(namespace=namespace),
+            valkey=Valkey(url=valkey_server.socket_url),
+            http=Http(port=taken.getsockname()[1]),
+        )
+        node = forebay.Node(settings=settings)
+        with pytest.raises(forebay.ConfigError, match=r"http.port = .* \(from the code\)"):
+            async with node, node.serving():
+                pass
+    assert not node.is_running
