@@ -35,7 +35,7 @@ I4  Values of different text never give the same key of a template, and ``match`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from urllib.parse import quote, unquote
 from zlib import crc32
@@ -49,6 +49,7 @@ __all__ = [
     "Names",
     "check_key",
     "dependents_of",
+    "refuse_one_string",
     "shard_of",
 ]
 
@@ -83,6 +84,12 @@ def check_key(key: str, *, name: str = "key") -> str:
     return key
 
 
+def refuse_one_string(name: str, given: Iterable[object]) -> None:
+    """Whose characters would be taken for names; raises InvalidKey."""
+    if isinstance(given, str | bytes):
+        raise InvalidKey(name, str(given), "is one string; write a list of them")
+
+
 def dependents_of(key: str) -> str:
     """The tag that whatever depends on a key carries; no key or tag of an application is so."""
     return _DEPENDENTS + key
@@ -102,14 +109,17 @@ class KeyTemplate:
 
     __slots__ = ("_encoded", "_literals", "_pattern", "_safe", "fields", "text")
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, name: str = "key template") -> None:
+        """``name`` is what an error calls it.
+
+        Raises:
+            InvalidKey: no keys could be made of it, or not told apart.
+        """
+        if not isinstance(text, str):
+            raise InvalidKey(name, repr(text), "is no text")
         literals, fields = _FIELD.split(text)[::2], _FIELD.findall(text)
-        if len(set(fields)) != len(fields):
-            raise InvalidKey("key template", text, "names a field twice")
-        check_key("".join(literals) or "x", name="key template")
-        if any(all(map(_alike, part)) for part in literals[1:-1]):
-            problem = "needs something like ':' or '-' between two fields"
-            raise InvalidKey("key template", text, problem)
+        if problem := _problem_of(literals, fields):
+            raise InvalidKey(name, text, problem)
         self.text = text
         self.fields = tuple(fields)
         self._literals = tuple(literals)
@@ -180,6 +190,21 @@ class KeyTemplate:
         except UnicodeEncodeError:
             raise InvalidKey(field, ascii(text), "is not valid Unicode") from None
         return escaped.translate(self._encoded) if self._encoded else escaped
+
+
+def _problem_of(literals: Sequence[str], fields: Sequence[str]) -> str:
+    """Why they make no template; nothing if they do."""
+    if len(set(fields)) != len(fields):
+        return "names a field twice"
+    if "{" in (rest := "".join(literals)) or "}" in rest:
+        return "holds a brace that is part of no field; write {name}, without a format"
+    if any(all(map(_alike, part)) for part in literals[1:-1]):
+        return "needs something like ':' or '-' between two fields"
+    try:
+        check_key(rest or "x")
+    except InvalidKey as error:
+        return error.problem
+    return ""
 
 
 def _alike(character: str) -> bool:

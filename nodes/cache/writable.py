@@ -17,13 +17,15 @@ from typing import Any, Generic, Literal, TypeVar
 
 from ...schemas.errors import ForebayError, InvalidKey, Level
 from ...schemas.jobs import Invalidates
-from ...schemas.keys import check_key
+from ...schemas.keys import check_key, refuse_one_string
 from .declaration import lifetime_ms
 from .packing import Packed
 from .shared import Receipt
 from .writes import WritePath
 
-__all__ = ["Writable"]
+__all__ = ["NOT_RUNNING", "Writable"]
+
+NOT_RUNNING = "the node is not running; use it inside `async with node:`"
 
 T = TypeVar("T")
 
@@ -103,7 +105,7 @@ class Writable(Generic[T]):
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
             Unconfirmed: accepted, and not yet further. DeadLettered: the sink will not take it.
             InvalidKey: one in ``invalidates`` cannot be a key, or there are too many.
-            InvalidValue: no entry can hold the value.
+            InvalidValue: no entry can hold the value. ConfigError: no sink takes the key.
         """
         *arguments, value = args
         after = Invalidates(
@@ -137,7 +139,7 @@ class Writable(Generic[T]):
     @property
     def writes(self) -> WritePath[T]:
         if self._writes is None:
-            raise ForebayError(f"{self.name} is used before its node was started")
+            raise ForebayError(f"{self.name}: {NOT_RUNNING}")
         return self._writes
 
     def _timeout_ms(self, timeout_s: float) -> int:
@@ -145,6 +147,7 @@ class Writable(Generic[T]):
 
 
 def _checked(name: str, keys: Sequence[str]) -> tuple[str, ...]:
+    refuse_one_string(name, keys)
     if len(keys) > _INVALIDATES_MAX:
         raise InvalidKey(name, f"{len(keys)} keys", f"are over {_INVALIDATES_MAX}")
     return tuple([check_key(key, name=name) for key in keys])

@@ -12,7 +12,7 @@ Who may call what is decided by a further middleware, between ``border`` and the
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from random import Random
 
@@ -84,7 +84,11 @@ async def serve(
         heartbeat=heartbeat,
         random=random,
     )
-    served.instruments.add_source(lambda: [("event_loop_lag_seconds", (), heartbeat.lag_s())])
+
+    def gauges() -> Iterable[tuple[str, tuple[str, ...], float]]:
+        return [("event_loop_lag_seconds", (), heartbeat.lag_s())]
+
+    served.instruments.add_source(gauges)
     # aiohttp waits this long for handlers, and as long again for their cancellation.
     runner = GuardedRunner(
         make_app(context), http=http, instruments=served.instruments, stop_s=stop_ms / 3_000
@@ -95,6 +99,7 @@ async def serve(
             log.info("http.listening", url=address.url)
             yield address
     finally:
+        served.instruments.remove_source(gauges)
         with anyio.move_on_after(stop_ms / 1000, shield=True):
             await runner.cleanup()
 

@@ -440,3 +440,28 @@ async def test_a_batch_loader_that_asks_for_its_own_keys_is_told(nodes, make_nod
         with anyio.fail_after(5):
             hits = await loop.many_with_info([1, 2, 3])
         assert all(isinstance(hit, LoaderError) and "itself" in hit.problem for hit in hits)
+
+
+@pytest.mark.parametrize("given", ["12", b"12"])
+async def test_one_string_is_no_list_of_items(make_node: Any, given: Any) -> None:
+    """Its characters would be read as two keys."""
+    row = declare(make_node(), Table())
+    for read in (row.many, row.many_with_info):
+        with pytest.raises(forebay.InvalidKey, match="write a list"):
+            await read(given)
+
+
+async def test_an_item_that_does_not_fit_names_the_cache(make_node: Any) -> None:
+    """Too few arguments, too many, or a tuple where there is one."""
+    node = make_node()
+
+    @node.cached("pair:{a}:{b}", ttl=60)
+    async def pair(a: int, b: int) -> int:
+        return a + b
+
+    row = declare(node, Table())
+    for item in (1, (1,), (1, 2, 3)):
+        with pytest.raises(forebay.InvalidKey, match=r"an item of pair, .* does not fit pair:"):
+            await pair.many([item])
+    with pytest.raises(forebay.InvalidKey, match=r"id of row, .*cannot be part of a key"):
+        await row.many([(1, 2)])
