@@ -48,6 +48,7 @@ __all__ = [
     "KeyTemplate",
     "Names",
     "check_key",
+    "depended_on",
     "dependents_of",
     "refuse_one_string",
     "shard_of",
@@ -93,6 +94,11 @@ def refuse_one_string(name: str, given: Iterable[object]) -> None:
 def dependents_of(key: str) -> str:
     """The tag that whatever depends on a key carries; no key or tag of an application is so."""
     return _DEPENDENTS + key
+
+
+def depended_on(tag: str) -> str | None:
+    """The key, if this is the tag of what depends on one."""
+    return tag[1:] if tag.startswith(_DEPENDENTS) else None
 
 
 def shard_of(key: str, shards: int) -> int:

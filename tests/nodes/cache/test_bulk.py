@@ -324,7 +324,9 @@ async def test_in_a_request_scope_each_key_is_read_once(nodes, table, valkey_ser
 
 
 @pytest.mark.parametrize("size", [201, 1_201])
-async def test_large_reads_are_cut_into_few_pieces(nodes, table, valkey_server, size: int) -> None:
+async def test_large_reads_are_cut_into_few_pieces(
+    nodes, table, valkey_server, eventually, size: int
+) -> None:
     """M1: an MGET for 200, a call for 500; on another node, no tag is asked for by itself."""
     numbers = range(size)
     assert await nodes[0].row.many(numbers) == rows(*numbers)
@@ -336,7 +338,11 @@ async def test_large_reads_are_cut_into_few_pieces(nodes, table, valkey_server, 
     shards, pages = 4, -(-size // 200)
     assert calls_of(valkey_server, "evalsha") - before["evalsha"] <= shards * pages
     assert len(table.asked) == size
-    assert [hit.tier for hit in await nodes[1].row.many_with_info(numbers)] == ["near"] * size
+
+    async def all_near() -> bool:  # as soon as the node is current again, on a busy machine
+        return {hit.tier for hit in await nodes[1].row.many_with_info(numbers)} == {"near"}
+
+    await eventually(all_near)
 
 
 async def test_items_of_two_parameters_are_tuples(make_node) -> None:
