@@ -166,9 +166,11 @@ def _name(tag: str) -> str:
 
 
 def _tag(tag: TagState) -> str:
+    key = depended_on(tag.tag)
+    name = tag.tag if key is None else f"key {key}"
     now = f"{tag.version} now" if tag.version is not None else "none now"
     hard = f", {tag.hard_version} at least" if tag.hard_version != tag.version else ""
-    return f"{_name(tag.tag).removeprefix('tag ')} {_TAG[tag.state]}: captured at {tag.embedded}, {now}{hard}"
+    return f"{name} {_TAG[tag.state]}: captured at {tag.embedded}, {now}{hard}"
 
 
 def _lease(document: Explanation) -> str:
