@@ -4,7 +4,7 @@ V1  Whatever the bytes are, decoding gives a value of the declared type or Inval
 V2  A value larger than ``bytes_max`` is refused when it is encoded, not when it is read.
 V3  A value that is not of the declared type is refused when it is encoded: by its class, and by
     decoding what was made of it, since other nodes will. None always passes; an int passes for
-    a float. Decoding costs a third of a load's encoding to the same again, and no I/O.
+    a float. Measured: 0.6 us more for 50 bytes, 7 us for 1.4 kB, beside round trips.
 V4  All forms of compression are read, whichever is written.
 V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for each caller, and
     what it has packed itself can be decoded.
