@@ -5,7 +5,7 @@
     {shop:07}:e0:KEY    string  entry (0: the cache version, CACHE_VER)
     {shop:07}:l:KEY     string  fill lease: the token of the one who may fill
     {shop:07}:t:TAG     string  tag version; *KEY is the tag of what depends on a key, in its shard
-    {shop:07}:i:ID      string  an event id seen lately
+    {shop:07}:i:ID      string  an event id seen lately    :f:KEY  string  highest fencing token
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
@@ -290,6 +290,10 @@ class Names:
     def of_key(self, key: str) -> tuple[str, str, str]:
         """Entry, fill lease, and the tag that whatever depends on the key carries."""
         return self.entry(key), self.lease(key), self.tag(dependents_of(key))
+
+    def fence(self, key: str) -> str:
+        """The highest fencing token under which the entry was put."""
+        return f"{self.prefixes[self.shard(key)]}f:{key}"
 
     def failing(self, cache: str) -> str:
         """Who of the cluster may try the failing source of this cache."""

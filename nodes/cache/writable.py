@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
+from ...coordinator.guards import token_of
+from ...coordinator.lease import Lease
 from ...schemas.errors import ForebayError, InvalidKey, Level
 from ...schemas.jobs import Invalidates
 from ...schemas.keys import check_key, refuse_one_string
@@ -44,13 +46,16 @@ class Writable(Generic[T]):
         ttl: float | None = None,
         until: Literal["accepted", "replicated"] = "accepted",
         timeout: float = _TIMEOUT_S,  # noqa: ASYNC109 - part of a bounded wait, not of a scope
+        token: Lease | int = 0,
     ) -> Receipt:
         """Store a value that the caller knows to be the newest; the sink is not told.
 
         None is stored as a known absence, or, where absences are not cached, invalidates.
-        ``ttl`` in seconds; by default the cache's.
+        ``ttl`` in seconds; by default the cache's. ``token``: the lock's lease under which it is
+        put, so that one who lost the lock cannot put what is older than its successor's.
 
         Raises:
+            StaleToken: a put under a later token was there before. LeaseLost: the lease is over.
             Unavailable: it may have been stored. Unconfirmed: it was, and not yet further.
             InvalidValue: no entry can hold it. ConfigError: ``ttl``, ``until`` or ``timeout``.
         """
@@ -62,6 +67,7 @@ class Writable(Generic[T]):
             ttl_ms=ttl_ms,
             until=until,
             timeout_ms=self._timeout_ms(timeout),
+            token=token_of(token),
         )
 
     async def write_through(self, *args: Any, timeout: float = _TIMEOUT_S) -> Receipt:  # noqa: ASYNC109

@@ -120,11 +120,19 @@ class WritePath(Generic[T]):
         return f"<WritePath {self.name}>"
 
     async def put(
-        self, key: str, value: T | None, *, ttl_ms: int | None, until: Level, timeout_ms: int
+        self,
+        key: str,
+        value: T | None,
+        *,
+        ttl_ms: int | None,
+        until: Level,
+        timeout_ms: int,
+        token: int = 0,
     ) -> Receipt:
         """Store a value that is the newest; None for a known absence.
 
         Raises:
+            StaleToken: a put under a later token was there before.
             Unavailable: it may have been stored. Unconfirmed: it was, here.
             InvalidValue: no entry can hold it. ConfigError: ``until`` is no level of this.
         """
@@ -137,7 +145,11 @@ class WritePath(Generic[T]):
                 made = await self._made(key, value, ttl_ms)
                 packed = made.packed
                 stamp = await self._core.shared.put(
-                    key, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
+                    key,
+                    soft_ms=packed.soft_ms,
+                    hard_ms=packed.hard_ms,
+                    tail=packed.tail,
+                    token=token,
                 )
                 self._keep(reservation, stamp, made)
         receipt = Receipt(stamp=stamp, shard=self._core.shared.names.shard(key))

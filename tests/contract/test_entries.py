@@ -463,6 +463,18 @@ async def test_a_put_over_a_pending_write_keeps_it_pending(desk: Desk) -> None:
     assert await desk.ttl_ms() == -1
 
 
+async def test_a_put_under_an_old_token_changes_nothing(desk: Desk) -> None:
+    """entry_put I4: the same token may put again, and one without a token is not asked."""
+    assert await desk.put("first", token=7) > 0
+    assert await desk.put("again", token=7) > 0
+    before = await desk.everything()
+    assert await desk.put("late", token=6) == -7
+    assert await desk.everything() == before
+    assert await desk.put("later", token=8) > 0
+    assert await desk.put("free") > 0
+    assert await desk.put("late", token=7) == -8
+
+
 async def test_a_put_sent_twice_is_two_changes_of_one_value(desk: Desk) -> None:
     """Repeating is harmless: the second is newer, and says the same."""
     first, second = await desk.put("same"), await desk.put("same")
