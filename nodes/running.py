@@ -269,6 +269,7 @@ class Running:
             outlets=self.writing.outlets,
             core=self.core,
             dead_letters=self.dead_letters,
+            locks=self.locks,
             settings=self.settings,
         )
 
