@@ -51,6 +51,7 @@ from .explain.node_part import NodePart
 from .hearing import Hearing
 from .hooks import Hook, run_in_the_end
 from .locking import locks_of
+from .pacing import Pacing
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
@@ -141,6 +142,7 @@ class Running:
             ids=lambda: secrets.token_hex(8),
             invalidate=self.invalidate,
             hear=partial(self.apply, 0),
+            pace=Pacing(self.limiter).turn,
             behind=self.routes.behind,
         )
 

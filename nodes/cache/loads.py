@@ -81,6 +81,7 @@ class LoadPath(Generic[T]):
         )
         self.waits = core.waits
         self.clock = core.clock
+        self.pace = core.pace
         self._own = own
         self._failing = FirstOfKind()
         self._core = core
