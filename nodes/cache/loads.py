@@ -34,6 +34,7 @@ from ...schemas.errors import (
     Unavailable,
 )
 from ...schemas.keys import dependents_of
+from ..first_of_kind import FirstOfKind
 from .core import Core, Hit, Lease, LoadCall, Tier
 from .fill_leases import FillLeases
 from .loading import NOT_MODIFIED, Loading, under_way
@@ -80,7 +81,9 @@ class LoadPath(Generic[T]):
         )
         self.waits = core.waits
         self.clock = core.clock
+        self.pace = core.pace
         self._own = own
+        self._failing = FirstOfKind()
         self._core = core
         self._slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
 
@@ -181,7 +184,7 @@ class LoadPath(Generic[T]):
         try:
             found = await self._core.tags.discovered(more, since=lease.since, traced=traced)
         except (Unavailable, ServerRefused) as error:
-            log.warning("fill.failed", cache=self.name, key=lease.key, error=str(error))
+            self._failing.say(log, "fill.failed", error, cache=self.name, key=lease.key)
             return None
         if found is None:
             self._core.instruments.counts["fills_refused", self.name] += 1
@@ -207,10 +210,11 @@ class LoadPath(Generic[T]):
                     tail=packed.tail,
                 )
         except ForebayError as error:
-            log.warning("fill.failed", cache=self.name, key=key, error=str(error))
+            self._failing.say(log, "fill.failed", error, cache=self.name, key=key)
             # Beside the callers, who have waited long enough.
             core.tasks.start_soon(self.leases.give_back, key, lease.token)
             return None
+        self._failing.over()
         if stamp is None:
             core.instruments.counts["fills_refused", self.name] += 1
         return stamp

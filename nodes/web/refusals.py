@@ -94,7 +94,7 @@ def refuse(
 
 def of_http(error: web.HTTPException) -> web.Response:
     """For what aiohttp refuses by itself."""
-    code, fix = _HTTP_CODES.get(error.status, ("refused", ""))
+    code, fix = _HTTP_CODES.get(error.status, ("refused", "GET / lists the routes"))
     allow = error.headers.get("Allow")
     headers = {"Allow": allow} if allow else None
     return refuse(error.status, code, error.reason, fix=fix, headers=headers)
@@ -107,7 +107,8 @@ def of_error(error: ForebayError, random: Random) -> web.Response | None:
             status = _EVENT_STATUS.get(error.fault, 422)
             return refuse(status, error.fault, error.problem, field=error.field, fix=error.fix)
         case InvalidKey():
-            return refuse(400, "invalid_key", str(error), field=error.name)
+            fix = "write the key as its template makes it, percent-encoded once in a path"
+            return refuse(400, "invalid_key", str(error), field=error.name, fix=fix)
         case Backpressure():
             problem = f"the stream holds {error.length} of {error.bound} entries"
             return _later(429, "backpressure", problem, random)

@@ -12,7 +12,7 @@ Who may call what is decided by ``bearer``, between ``border`` and the routes.
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from random import Random
 
@@ -91,7 +91,11 @@ async def serve(
         clock=clock,
         coordination=coordination,
     )
-    served.instruments.add_source(lambda: [("event_loop_lag_seconds", (), heartbeat.lag_s())])
+
+    def gauges() -> Iterable[tuple[str, tuple[str, ...], float]]:
+        return [("event_loop_lag_seconds", (), heartbeat.lag_s())]
+
+    served.instruments.add_source(gauges)
     # aiohttp waits this long for handlers, and as long again for their cancellation.
     runner = GuardedRunner(
         make_app(context, bearer), http=http, instruments=served.instruments, stop_s=stop_ms / 3_000
@@ -102,6 +106,7 @@ async def serve(
             log.info("http.listening", url=address.url)
             yield address
     finally:
+        served.instruments.remove_source(gauges)
         with anyio.move_on_after(stop_ms / 1000, shield=True):
             await runner.cleanup()
 

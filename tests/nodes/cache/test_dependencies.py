@@ -36,6 +36,10 @@ class World:
             forebay.loading().depends_on(f"team:{id}")
             return await source.get(f"note:{id}")
 
+        @node.sink("user:{id}")
+        async def nowhere(writes: list[forebay.Write[str]]) -> None:
+            """No worker is there to use it."""
+
         self.user, self.team, self.page, self.note = user, team, page, note
         self.all = [user, team, page, note]
 
@@ -178,10 +182,6 @@ async def test_a_soft_invalidation_reaches_what_depends_softly(
 async def test_an_event_reaches_what_depends(worlds, make_node, source, eventually) -> None:
     """Invalidations and writes, as published in any language."""
     worker = World(make_node(workers=True), source)
-
-    @worker.node.sink("user:{id}")
-    async def save(writes: list[forebay.Write[Any]]) -> None: ...
-
     async with worker.node:
         source.values["page:1"] = "new page"
         await worker.node.publish([b'{"type": "invalidate", "keys": ["user:1"]}'])

@@ -65,6 +65,7 @@ async def test_a_read_that_gives_nothing_says_why(
         assert response.status == status
 
     assert f'"code":"{code}"' in body
+    assert '"fix":""' not in body
     assert "hunter2" not in body
 
 
