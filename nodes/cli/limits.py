@@ -61,32 +61,24 @@ def ls(as_json: bool, **options: Any) -> None:
         click.echo(_line(limit))
 
 
-@command.command("show")
+@command.command("show", epilog="Example:  forebay limits show api user-1")
 @click.argument("name")
 @click.argument("subject")
 @_options
 def show(name: str, subject: str, as_json: bool, **options: Any) -> None:
-    r"""How much of the limit NAME is left for SUBJECT; nothing is charged.
-
-    \b
-    forebay limits show api user-1
-    """
+    """How much of the limit NAME is left for SUBJECT; nothing is charged."""
     verdict = _asked(partial(_peek, name=name, subject=subject), **options)
     _tell(verdict, f"{verdict.remaining} left", as_json=as_json)
 
 
-@command.command("take")
+@command.command("take", epilog="Example:  forebay limits take api user-1 --cost 5")
 @click.argument("name")
 @click.argument("subject")
 @click.option("--cost", type=int, default=1, show_default=True, help="How many tokens.")
 @click.option("--partial", "part", is_flag=True, help="As many of them as there are.")
 @_options
 def take(name: str, subject: str, cost: int, part: bool, as_json: bool, **options: Any) -> int:
-    r"""Charge SUBJECT under the limit NAME; exit code 1 if that is refused.
-
-    \b
-    forebay limits take api user-1 --cost 5
-    """
+    """Charge SUBJECT under the limit NAME; exit code 1 if that is refused."""
     question = partial(_take, name=name, subject=subject, cost=cost, part=part)
     verdict = _asked(question, **options)
     said = f"took {verdict.granted}, {verdict.remaining} left" if verdict.allowed else "refused"

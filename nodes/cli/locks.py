@@ -27,6 +27,7 @@ from ...schemas.keys import Names, check_key
 from ...schemas.locks import Holder, LockView, Waiting
 from ...schemas.settings_sources import Resolved
 from ..explain.collect import names_at
+from .namespaces import must_be_born
 from .sources import load, log_to_stderr, must_be_shared, setting_options
 
 __all__ = ["command"]
@@ -59,15 +60,11 @@ def ls(as_json: bool, config: str | None, flags: Mapping[str, object]) -> None:
         click.echo(_line(view))
 
 
-@command.command("show")
+@command.command("show", epilog="Example:  forebay locks show rebuild")
 @click.argument("name")
 @_options
 def show(name: str, as_json: bool, config: str | None, flags: Mapping[str, object]) -> None:
-    r"""Who holds the lock NAME since when and what for, and who waits.
-
-    \b
-    forebay locks show rebuild
-    """
+    """Who holds the lock NAME since when and what for, and who waits."""
     (view,) = _asked(partial(_show, names=[_checked(name)]), config, flags)
     if as_json:
         _print(view)
@@ -79,15 +76,11 @@ def show(name: str, as_json: bool, config: str | None, flags: Mapping[str, objec
         click.echo(f"  waits: {_waits(waiting)}")
 
 
-@command.command("release")
+@command.command("release", epilog="Example:  forebay locks release rebuild")
 @click.argument("name")
 @_options
 def release(name: str, as_json: bool, config: str | None, flags: Mapping[str, object]) -> int:
-    r"""Take the lock NAME from whoever holds it; exit code 1 if nobody does.
-
-    \b
-    forebay locks release rebuild
-    """
+    """Take the lock NAME from whoever holds it; exit code 1 if nobody does."""
     count = _asked(partial(_force, name=_checked(name)), config, flags)
     if as_json:
         _print({"name": name, "released": count})
@@ -119,7 +112,9 @@ async def _ask(resolved: Resolved, question: Callable[[LockRecords], Awaitable[T
     async with Backend(
         settings.valkey, client_name=_NAME, origins=resolved.origins, clock=clock
     ) as backend:
-        names = await names_at(backend.link, Names(settings.node.namespace, settings.node.shards))
+        asked = Names(settings.node.namespace, settings.node.shards)
+        await must_be_born(backend.link, asked, resolved)
+        names = await names_at(backend.link, asked)
         scripts = load_scripts()
         records = LockRecords(
             backend.link, names, scripts, clock=clock, handed=lambda *_handed: None

@@ -132,8 +132,10 @@ class LockDesk:
         """
         try:
             return await self._acquire(wish)
-        except BaseException:
-            await self.give_up(wish)
+        except BaseException as error:
+            asked_only = isinstance(error, LockNotAcquired) and error.reason != "timed_out"
+            if not asked_only:  # else there is neither lease nor place
+                await self.give_up(wish)
             raise
 
     async def give_up(self, wish: Wish) -> None:

@@ -115,7 +115,12 @@ def make_app(context: Context, bearer: Middleware) -> web.Application:
     app = web.Application(middlewares=[border, bearer])
     app[CONTEXT] = context
     app.on_response_prepare.append(_add_headers)
-    routes = _routes(context)
+
+    async def describe(_request: web.Request) -> web.StreamResponse:
+        return answer(described)
+
+    about_api = _Route("GET", "/openapi.json", "this API, as OpenAPI 3.1", describe)
+    routes = (*_routes(context), about_api)
     listed = [{"method": r.method, "path": r.path, "purpose": r.purpose} for r in routes]
 
     async def index(_request: web.Request) -> web.StreamResponse:
@@ -126,11 +131,7 @@ def make_app(context: Context, bearer: Middleware) -> web.Application:
     about = [(r.method, r.path, r.purpose) for r in routes]
     described = openapi.document(about, version=__version__, guarded=bool(context.http.token_file))
 
-    async def describe(_request: web.Request) -> web.StreamResponse:
-        return answer(described)
-
     app.router.add_get("/", index)
-    app.router.add_get("/openapi.json", describe)
     for each in routes:
         path = each.path.replace("{key}", "{key:.+}").replace("{name}", "{name:[^/]+}")
         if each.method == "GET":

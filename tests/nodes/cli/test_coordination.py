@@ -112,6 +112,14 @@ def test_bad_input_is_wrong_usage(command: Forebay, words: tuple[str, ...]) -> N
     assert "defect" not in ended.err
 
 
+def test_a_namespace_that_nobody_uses_is_a_typing_error(command: Forebay) -> None:
+    """Exit code 2: an empty list would hide it."""
+    ended = command("locks", "ls")
+
+    assert (ended.code, ended.out) == (2, "")
+    assert "no node has ever run in it" in ended.err
+
+
 @pytest.mark.parametrize("words", [("locks", "ls"), ("limits", "ls")])
 def test_without_a_server(command: Forebay, words: tuple[str, ...]) -> None:
     """Exit code 3 where none answers; 2 where none is named."""

@@ -207,6 +207,33 @@ async def test_an_endpoint_that_stops_leaves_no_place(node: forebay.Node) -> Non
         assert (await node.locks.show("l")).waiting == 0
 
 
+async def test_cancelled_at_any_time_nothing_is_left(node: forebay.Node) -> None:
+    """D3: hundreds that ask for one lock, cancelled while asking, waiting or having it."""
+    coordination, rng, had = node.coordination(), Random(11), 0
+    assert coordination is not None
+    desk = coordination.locks
+
+    async def one() -> None:
+        nonlocal had
+        wish = desk.wish("l", lease=30, timeout=60, meta=None, nonce=None)
+        with anyio.move_on_after(rng.uniform(0, 0.1)):
+            try:
+                await desk.acquire(wish)
+                had += 1
+                await anyio.sleep(rng.uniform(0, 0.005))
+            finally:
+                await desk.give_up(wish)
+
+    with desk.listening():
+        for _ in range(3):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(100):
+                    tasks.start_soon(one)
+    assert 0 < had < 300
+    view = await node.locks.show("l")
+    assert (view.holders, view.waiting) == ((), 0)
+
+
 async def test_too_many_waiters_are_turned_away(node: forebay.Node) -> None:
     """429 and a place to come back to later; who does not wait is served all the same."""
     async with node.lock("l"), endpoint(node) as client, anyio.create_task_group() as tasks:
