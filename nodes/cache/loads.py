@@ -37,6 +37,7 @@ from ...schemas.keys import dependents_of
 from ..first_of_kind import FirstOfKind
 from .core import Core, Hit, Lease, LoadCall, Tier
 from .fill_leases import FillLeases
+from .inheritance import inherited
 from .loading import NOT_MODIFIED, Loading, under_way
 from .near import NearCache, NearEntry, Reservation
 from .packing import Packed, Packer
@@ -177,11 +178,13 @@ class LoadPath(Generic[T]):
 
     async def _named(self, lease: Lease, load: Loading) -> Mapping[str, int] | None:
         """The versions of the tags that the loader named; None if one was bumped meanwhile."""
-        traced = {*load.kept, *self._core.behind(load.dependencies)} - {dependents_of(lease.key)}
-        more = [tag for tag in dict.fromkeys((*load.tags, *traced)) if tag not in lease.tags]
-        if not more:
-            return {}
+        traced = {*load.kept, *self._core.behind(load.dependencies)}
         try:
+            traced |= await inherited({*lease.tags, *traced}, self._core.shared)
+            traced.discard(dependents_of(lease.key))
+            more = [tag for tag in dict.fromkeys((*load.tags, *traced)) if tag not in lease.tags]
+            if not more:
+                return {}
             found = await self._core.tags.discovered(more, since=lease.since, traced=traced)
         except (Unavailable, ServerRefused) as error:
             self._failing.say(log, "fill.failed", error, cache=self.name, key=lease.key)

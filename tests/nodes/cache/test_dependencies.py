@@ -266,6 +266,47 @@ async def test_a_named_dependency_is_worth_one_load(make_node, source) -> None:
         assert await note(1) == "by eve: hello"
 
 
+async def test_what_loaders_name_is_passed_on(make_node, source, eventually) -> None:
+    """Inheritance Y1: through any number of entries, with their tags; here and elsewhere."""
+    nodes = [make_node(jitter=0.0, lease_ms=60_000) for _ in range(2)]
+
+    def declare(node: forebay.Node) -> Any:
+        @node.cached("low:{id}", ttl=600)
+        async def low(id: int) -> str | None:
+            forebay.loading().tag("author:7")
+            return await source.get("low")
+
+        @node.cached("middle:{id}", ttl=600)
+        async def middle(id: int) -> str | None:
+            forebay.loading().depends_on(f"low:{id}")
+            return f"{await low(id)}, {await source.get('middle')}"
+
+        @node.cached("high:{id}", ttl=600)
+        async def high(id: int) -> str | None:
+            forebay.loading().depends_on(f"middle:{id}")
+            return f"{await middle(id)}, {await source.get('high')}"
+
+        return high
+
+    one, two = map(declare, nodes)
+    source.values.update(low="low", middle="middle", high="high")
+    async with nodes[0], nodes[1]:
+        for _ in range(2):
+            assert await one(1) == await two(1) == "low, middle, high"
+        source.values["low"] = "new"
+        await nodes[1].invalidate(["low:1"])
+        assert await two(1) == "new, middle, high"
+        await eventually(lambda: _reads(one, "new, middle, high"))
+        source.values["low"] = "newer"
+        await nodes[0].invalidate(tags=["author:7"])
+        assert await one(1) == "newer, middle, high"
+        await eventually(lambda: _reads(two, "newer, middle, high"))
+
+
+async def _reads(cached: Any, value: str) -> bool:
+    return bool(await cached(1) == value)
+
+
 async def test_circles_are_no_trouble(make_node, source) -> None:
     """Each depends on the other: both are old when one is, and nothing runs in a circle."""
     one, two = make_node(), make_node()
