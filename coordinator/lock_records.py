@@ -73,7 +73,7 @@ class LockRecords:
 
     async def acquire(self, terms: Terms, nonce: str, mode: Mode) -> Grant | Refusal:
         """Raises LockNotAcquired, InvalidLock or Unavailable."""
-        args: list[Arg] = [
+        args = (
             nonce,
             f"{terms.kind} {terms.capacity}",
             terms.weight,
@@ -83,12 +83,13 @@ class LockRecords:
             self.run,
             terms.about,
             terms.name,
-        ]
+        )
         sent_at = self._clock.monotonic()
         reply = await run(self._commands, self._acquire, self._names.lock(terms.name), args)
         if type(reply) is bytes:
             token = int(reply)
-            self.highest = max(self.highest, token)
+            if token > self.highest:
+                self.highest = token
             return Grant(token, sent_at)
         code = reply[0]
         if code == 1:
@@ -110,9 +111,10 @@ class LockRecords:
 
     async def release(self, name: str, nonce: str) -> bool:
         """Give back a lease or a place in the queue; false if there was none, or not any more."""
-        args: list[Arg] = [nonce, self.run, name]
         sent_at = self._clock.monotonic()
-        reply = await run(self._commands, self._release, self._names.lock(name), args)
+        reply = await run(
+            self._commands, self._release, self._names.lock(name), (nonce, self.run, name)
+        )
         return self._released(reply, sent_at)
 
     def _released(self, reply: Reply, sent_at: float) -> bool:

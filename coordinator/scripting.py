@@ -104,13 +104,15 @@ async def run(
     *,
     timeout_ms: int | None = None,
 ) -> Reply:
-    call = Call(script=script, keys=keys, args=args)
+    count = len(keys)
     try:
-        return await commands.call(*call.by_sha(), timeout_ms=timeout_ms)
+        return await commands.call(
+            "EVALSHA", script.sha, count, *keys, *args, timeout_ms=timeout_ms
+        )
     except ServerRefused as refused:
         if refused.code != "NOSCRIPT":
             raise
-    return await commands.call(*call.in_full(), timeout_ms=timeout_ms)
+    return await commands.call("EVAL", script.source, count, *keys, *args, timeout_ms=timeout_ms)
 
 
 async def run_many(
