@@ -75,7 +75,8 @@ class LockRecords:
         """Raises LockNotAcquired, InvalidLock or Unavailable."""
         args = (
             nonce,
-            f"{terms.kind} {terms.capacity}",
+            terms.kind,
+            terms.capacity,
             terms.weight,
             terms.lease_us,
             mode,

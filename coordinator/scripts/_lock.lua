@@ -3,7 +3,8 @@
 -- A lock is a weighted semaphore with a queue; a mutex has room for one, a writer takes all of it.
 -- record (hash): k kind, c capacity, v set if c was set live, t last token, r nonce released last;
 --                per holder "h:NONCE": "weight token ends since", and "a:NONCE": about;
---                f in short: "k c", nobody holds it; "=k c", one does; nobody waits, nor set live.
+--                f in short: not there, nobody holds it; "=", one does; in both nobody waits and
+--                c was not set live. Else "".
 --                No value of 64 bytes or more, where about is short: it stays a listpack.
 -- queue (zset): nonce -> ticket.  waiters (hash): nonce -> "beat weight lease about"
 -- index (zset): name -> until when it may be held.  era (hash): rid, grace, max: longest lease given
@@ -17,7 +18,7 @@
 -- L5 While a new era is in its grace, nothing is granted that was not held before.
 -- L6 Whatever is held is in the index. What is there may be idle: it goes a minute or two after
 --    its last use, so that taking and releasing need not touch the index each time.
--- L7 Where f says something, it is so but for time: its holder may have ended.
+-- L7 What f says is so but for time: its holder may have ended.
 
 local CAP_US = 30000000 -- the longest lease that there can be
 local STALE_US, HANDOFF_US, ADMIT_MAX = 3000000, 1000000, 100
@@ -165,12 +166,13 @@ end
 -- The last writes of a change: what has ended goes, and what there is is said in short.
 local function settle(changed, overview, places, lock, name)
   if #lock.ended > 0 then redis.call("HDEL", changed, unpack(lock.ended)) end
-  if not lock.k then return end
-  local short = ""
-  if not lock.v and lock.count < 2 and redis.call("EXISTS", places) == 0 then
-    short = (lock.count == 1 and "=" or "") .. lock.k .. " " .. digits(lock.c)
+  if lock.v or lock.count > 1 or redis.call("EXISTS", places) == 1 then
+    if lock.f ~= "" and lock.k then redis.call("HSET", changed, "f", "") end
+  elseif lock.count == 1 then
+    if lock.f ~= "=" then redis.call("HSET", changed, "f", "=") end
+  elseif lock.f then
+    redis.call("HDEL", changed, "f")
   end
-  if short ~= lock.f then redis.call("HSET", changed, "f", short) end
   if lock.count == 0 then return end
   if not lock.v then redis.call("PEXPIRE", changed, KEEP_MS) end
   note(overview, name, math.max(lock.t, lock.now), lock.now)
