@@ -39,7 +39,7 @@ if unknown or (last[2] == ARGV[2] and last[3] == ARGV[3] and not last[4]) then
   local kept = now % 60000000 >= now - before
   if era[1] == ARGV[8] and tonumber(era[2]) <= now and lease_us <= tonumber(era[3])
     and now > before and now > floor and (kept or now % 32 > 0) then
-    local token = string.format("%.0f", now)
+    local token = time[1] .. string.sub("00000" .. time[2], -6)
     local line = string.format("%s %s %.0f %s", ARGV[4], token, now + lease_us, token)
     redis.call("HSET", KEYS[1], "t", token, "f", "=", "h:" .. nonce, line, "a:" .. nonce, ARGV[9])
     if unknown then redis.call("HSET", KEYS[1], "k", ARGV[2], "c", ARGV[3]) end
