@@ -71,9 +71,7 @@ class Grants:
         self._replication = replication
         self._numbers = count(1)
 
-    def acquire(
-        self, terms: Terms, *, timeout_s: float = math.inf
-    ) -> Coroutine[None, None, Lease]:
+    def acquire(self, terms: Terms, *, timeout_s: float = math.inf) -> Coroutine[None, None, Lease]:
         """A lease, as soon as it is this caller's turn.
 
         Raises:
@@ -123,9 +121,6 @@ class Grants:
                 grant = None  # there was no answer, and it may be asked again
             if isinstance(grant, Grant):
                 self._counts["lock_acquires", "taken"] += 1
-            elif mode == "try":
-                holder = grant.holder if grant else ""
-                raise LockNotAcquired(terms.name, waited_ms=0, holder=holder, reason="held")
             else:
                 grant = await self._wait(terms, nonce, mode, timeout_s, grant)
                 since = replication.since if replication else 0
@@ -149,6 +144,9 @@ class Grants:
     async def _wait(
         self, terms: Terms, nonce: str, mode: Mode, timeout_s: float, answer: Refusal | None
     ) -> Grant:
+        if mode == "try":
+            holder = answer.holder if answer else ""
+            raise LockNotAcquired(terms.name, waited_ms=0, holder=holder, reason="held")
         began = answered_at = self._clock.monotonic()
         with self._queue.place(nonce) as place:
             while True:

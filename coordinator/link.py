@@ -6,11 +6,11 @@ I2  The link never sends a command twice. After a loss ``outcome_unknown`` tells
     caller whether it may have been carried out.
 I3  Every call ends by its deadline, give or take a step of the sweeper; while there is
     no connection it waits for one, unless the breaker is open.
-I4  A connection on which nothing was heard for twice the command timeout, though replies
-    were due, is dropped and made anew.
+I4  A connection on which nothing was heard for twice the command timeout, though replies were due,
+    is dropped and made anew.
 I5  At most ``in_flight_max`` commands are under way; one more is refused at once.
-I6  State listeners hear False before any caller learns of the loss, and True before any
-    command goes out on the new connection.
+I6  State listeners hear False before any caller learns of the loss, and True before any command
+    goes out on the new connection.
 
 The breaker counts lost connections, failed tries to connect, and stalls (calls found late at one
 time are one); any reply is a success. Nothing is retried, decoded, or sent that must be alone.
@@ -55,7 +55,6 @@ class Commands(Protocol):
         self, commands: Sequence[Sequence[Arg]], *, timeout_ms: int | None = None
     ) -> list[Reply]:
         """One write, replies in order; a refused command is a ServerRefused in its place."""
-        ...
 
 
 class LinkStatistics(Struct, frozen=True, kw_only=True):

@@ -89,8 +89,7 @@ class LockRecords:
         reply = await run(self._commands, self._acquire, self._names.lock(terms.name), args)
         if type(reply) is bytes:
             token = int(reply)
-            if token > self.highest:
-                self.highest = token
+            self.highest = max(self.highest, token)
             return Grant(token, sent_at)
         code = reply[0]
         if code == 1:
