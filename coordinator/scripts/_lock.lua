@@ -115,7 +115,7 @@ local function hold(held_in, lock, nonce, weight, token, ends, since, about)
   local line = weight .. " " .. text .. " " .. digits(ends) .. " " .. from
   lock.holders[nonce] = { weight = weight, token = text, ends = ends, line = line }
   lock.used, lock.count = lock.used + weight, lock.count + 1
-  lock.about[nonce] = about
+  lock.about[nonce], lock.given = about, true
   lock.t = math.max(lock.t, token)
   local last = token < lock.t and digits(lock.t) or text
   redis.call("HSET", held_in, "t", last, "h:" .. nonce, line, "a:" .. nonce, about)

@@ -107,7 +107,7 @@ if mode ~= "try" then
   redis.call("PEXPIRE", KEYS[3], KEEP_MS)
   if grace <= now then
     handed = admit(KEYS[1], KEYS[2], KEYS[3], lock, now, process_of(nonce))
-    if #handed > 0 or #lock.ended > 0 then settle(KEYS[1], KEYS[4], KEYS[2], lock, ARGV[10]) end
+    if lock.given or #lock.ended > 0 then settle(KEYS[1], KEYS[4], KEYS[2], lock, ARGV[10]) end
   end
   head = redis.call("ZRANGE", KEYS[2], 0, 0)[1]
 end
