@@ -165,7 +165,14 @@ class Locks:
 
     async def list(self, *, bound: int = LISTED_MAX) -> Sequence[LockView]:
         """The locks that are held, by name."""
-        return await self._records.show(await self._records.names_held(bound))
+        names = await self._records.names_used()
+        found: list[LockView] = []
+        for at in range(0, len(names), LISTED_MAX):
+            views = await self._records.show(names[at : at + LISTED_MAX])
+            found += [view for view in views if view.holders]
+            if len(found) >= bound:
+                break
+        return found[:bound]
 
     async def show(self, name: str) -> LockView:
         """Who holds it, since when and what for; who waits."""
