@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import count
-from typing import Protocol
 
 import anyio
 import structlog
@@ -28,23 +27,15 @@ from .lock_queue import LockQueue
 from .lock_records import Grant, LockRecords, Mode, Refusal
 from .reaper import Reaper
 from .renewals import Renewals
+from .replication import Confirms
 
-__all__ = ["Confirms", "Grants"]
+__all__ = ["Grants"]
 
 log = structlog.get_logger(__name__)
 
 INSIST_S = 1.0
 OUTAGE_S = 30.0
 _PAUSE_S = 0.1
-
-
-class Confirms(Protocol):
-    """Tells whether replicas have what the primary accepted: ``Replication`` does."""
-
-    @property
-    def since(self) -> int: ...
-
-    async def confirm(self, *, since: int, timeout_ms: int) -> None: ...
 
 
 class Grants:

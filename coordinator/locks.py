@@ -34,7 +34,7 @@ from ..schemas.errors_locks import LockNotHeld
 from ..schemas.keys import Names, check_key
 from ..schemas.locks import LockView
 from .clock import Clock
-from .grants import Confirms, Grants
+from .grants import Grants
 from .guards import Guards
 from .instruments import Instruments
 from .introduction import read_info
@@ -45,6 +45,7 @@ from .lock_queue import LockQueue
 from .lock_records import LockRecords
 from .reaper import Reaper
 from .renewals import Renewals
+from .replication import Confirms
 from .scripting import Scripts
 from .stalls import Stalls
 
@@ -111,6 +112,7 @@ class Locks:
             clock=clock,
             instruments=instruments,
             abandoned=self._abandoned,
+            replication=lambda: self.replication,
         )
         grants = Grants(
             records,

@@ -34,7 +34,7 @@ from forebay.schemas.keys import Names
 from noded import until
 from valkeyd import ValkeyServer
 
-__all__ = ["LOCK_FAULTS", "LockFault", "LockNemesis", "Workers", "order_of"]
+__all__ = ["LOCK_FAULTS", "LockFault", "LockNemesis", "Workers", "in_step", "order_of"]
 
 LockFault = Literal[
     "stop holder", "kill holder", "kill clients", "restart", "fail over", "hurry over", "split"
@@ -57,7 +57,7 @@ LOCK_FAULTS: Sequence[LockFault] = (
     "fail over",
 )
 _CALM_S = 1.2
-_LAG_S = 0.4
+_LAG_S = 3.2  #: leases and places in queues that the replica saw have ended when it is promoted
 _SPLIT_S = 3 * LEASE_S
 _TRIES = 200
 
@@ -81,6 +81,11 @@ def order_of(
     return [kind for _ in range(rounds) for kind in rng.sample(kinds, len(kinds))]
 
 
+def in_step(primary: ValkeyServer) -> bool:
+    """Whether it has a replica that follows."""
+    return b"state=online" in primary.execute("INFO", "replication")
+
+
 class Done(msgspec.Struct, frozen=True):
     kind: LockFault
     at_s: float
@@ -92,6 +97,7 @@ class LockNemesis:
         self,
         primary: ValkeyServer,
         replica: ValkeyServer,
+        spare: ValkeyServer,
         *,
         relay: Relay,
         sentinel: Sentinel,
@@ -100,6 +106,7 @@ class LockNemesis:
         locks: Sequence[str],
     ) -> None:
         self.primary, self.replica = primary, replica
+        self._spare = spare  #: is started when a promoted replica needs one of its own
         self.disturbed: list[tuple[float, float]] = []
         self.done: list[Done] = []
         self._relay = relay
@@ -128,8 +135,9 @@ class LockNemesis:
             self.done.append(Done(kind, round(began - self._began, 3), holder))
             time.sleep(max(0.0, ended - time.monotonic()) + _CALM_S)
 
-    def _holder(self, *, for_s: float = 0.0) -> tuple[bytes, str]:
-        """A nonce and a process that has held a lock for so long; empty if there is none."""
+    def _holders(self, *, for_s: float = 0.0) -> Mapping[bytes, str]:
+        """The nonces of leases that are that old, and the processes that have them."""
+        found = {}
         seconds, us = self.primary.execute("TIME")
         before_us = int(seconds) * 1_000_000 + int(us) - for_s * 1e6
         for record in self._records:
@@ -138,19 +146,20 @@ class LockNemesis:
             for field, line in fields.items():
                 if field.startswith(b"h:") and int(line.split(b" ")[3]) <= before_us:
                     nonce = field.removeprefix(b"h:")
-                    return nonce, json.loads(fields[b"a:" + nonce])["by"]
-        return b"", ""
+                    node_id: str = json.loads(fields[b"a:" + nonce])["by"]
+                    found[nonce] = node_id.partition("~")[0]
+        return found
 
     def _caught(self) -> str:
         """A process that was stopped while it held a lock; "" if none ever does."""
         for _ in range(_TRIES):
-            nonce, process = self._holder()
-            if nonce and process in self.workers.running():
-                self.workers.signal(process, signal.SIGSTOP)
-                time.sleep(0.02)  # what it had sent has arrived
-                if nonce == self._holder()[0]:
-                    return process
-                self.workers.signal(process, signal.SIGCONT)
+            for nonce, process in self._holders().items():
+                if process in self.workers.running():
+                    self.workers.signal(process, signal.SIGSTOP)
+                    time.sleep(0.02)  # what it had sent has arrived
+                    if nonce in self._holders():
+                        return process
+                    self.workers.signal(process, signal.SIGCONT)
             time.sleep(0.01)
         return ""
 
@@ -215,11 +224,11 @@ class LockNemesis:
         self._swap()
 
     def _split(self) -> str:
-        for _ in range(_TRIES):
-            nonce, holder = self._holder(for_s=LEASE_S)
-            if nonce:
-                break
-            time.sleep(0.02)
+        self._spare.start()
+        self._spare.execute("REPLICAOF", "127.0.0.1", self.replica.port)
+        until(lambda: in_step(self.replica), what="the replica of the replica")
+        old = until(lambda: self._holders(for_s=0.7 * LEASE_S), what="a lease of some age")
+        holder = next(iter(old.values()))
         others = [name for name in self.workers.running() if name != holder]
         self.replica.execute("REPLICAOF", "NO", "ONE")
         self._relay.lead(self.replica.port, others)

@@ -26,7 +26,7 @@ import msgspec
 
 from faults.lock_checker import Granted, faults_of
 from faults.lock_history import Line, Refused, Wrote, grants_of, read, writes_of
-from faults.lock_nemesis import LOCK_FAULTS, Done, LockFault, LockNemesis, order_of
+from faults.lock_nemesis import LOCK_FAULTS, Done, LockFault, LockNemesis, in_step, order_of
 from faults.lock_setting import LEASE_S, LockSetup
 from faults.relay import Relay
 from faults.sentinel import Sentinel
@@ -145,11 +145,13 @@ def _cluster(setup: LockSetup, processes: Sequence[str]) -> Iterator[LockNemesis
         primary = stack.enter_context(ValkeyServer(config=SERVER))
         replica = stack.enter_context(ValkeyServer(config=SERVER))
         replica.execute("REPLICAOF", "127.0.0.1", primary.port)
+        spare = ValkeyServer(config=SERVER)
+        stack.callback(spare.close)
         relay = stack.enter_context(Relay(primary.port))
         sentinel = stack.enter_context(Sentinel())
         names = Names(setup.namespace, setup.shards)
         _have_short_graces(primary, names)
-        until(lambda: b"state=online" in primary.execute("INFO", "replication"), what="the replica")
+        until(lambda: in_step(primary), what="the replica")
         workers = WorkerProcesses(setup, relay)
         stack.callback(workers.close)
         for name in processes:
@@ -158,6 +160,7 @@ def _cluster(setup: LockSetup, processes: Sequence[str]) -> Iterator[LockNemesis
         yield LockNemesis(
             primary,
             replica,
+            spare,
             relay=relay,
             sentinel=sentinel,
             workers=workers,

@@ -9,6 +9,7 @@ W2  Who has lost a lease tries to write under its token all the same, as one who
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import signal
 import time
@@ -63,7 +64,7 @@ class Worker:
         return rng.uniform(0.0, 2 * self._setup.hold_s)
 
     async def _section(self, name: str, hold_s: float) -> None:
-        asked_at, held = now(), None
+        asked_at, ended_at, held = now(), math.inf, None
         try:
             async with self._node.lock(name, lease=LEASE_S, level=self._setup.level) as lease:
                 granted_at, held = now(), lease
@@ -75,24 +76,22 @@ class Worker:
                     await self._write(name, lease)
                     await anyio.sleep(hold_s)
                 finally:
-                    self._end(lease)
-        except forebay.LeaseLost:
+                    ended_at = now()
+                    self._end(lease, ended_at)
+        except forebay.LeaseLost as lost:
             if held is not None:
+                self._end(held, ended_at, lost.reason)
                 await self._write(name, held, late=True)
         except ForebayError as error:
-            why = getattr(error, "reason", type(error).__name__)
+            why = getattr(error, "reason", None) or str(error)[:80]
             self._history.write(Refused(name=name, why=why, at=now()))
             await anyio.sleep(_PAUSE_S)
 
-    def _end(self, lease: Lease) -> None:
-        at = min(now(), lease.deadline)
+    def _end(self, lease: Lease, at: float, lost: str = "") -> None:
+        """Whoever is late believed until the deadline: what asks the lease hears that it is over."""
+        until = min(at, lease.deadline)
         self._history.write(
-            Ended(
-                name=lease.name,
-                token=lease.token,
-                believed_until=at,
-                lost="" if lease.reason in (None, "stopped") else lease.reason,
-            )
+            Ended(name=lease.name, token=lease.token, believed_until=until, lost=lost)
         )
 
     async def _write(self, name: str, lease: Lease, *, late: bool = False) -> None:
