@@ -1,7 +1,8 @@
 """Keeps the leases of this process alive, and ends those that it cannot keep.
 
 N1  Each lease is renewed a third, two thirds ... after it was granted: on a schedule that does not
-    move when a renewal was slow or the event loop busy. Two may fail, and there is time left.
+    move when a renewal was slow or the event loop busy. What fails is tried again after a twelfth,
+    so that two may run out of time, and a third comes before the deadline.
 N2  All leases of a shard that are due travel in one script, up to ``AT_ONCE``.
 N3  A lease whose deadline has come is lost then, whatever a renewal under way will say: before
     the server can give the lock to another (A1 of ``lease``).
@@ -175,8 +176,8 @@ class Renewals:
         try:
             now_us, statuses = await self._records.renew(named, timeout_ms=timeout_ms)
         except ForebayError as error:
-            self._instruments.counts["lock_renewals", "failed"] += len(leases)
             log.warning("lease.not_renewed", leases=len(leases), error=str(error))
+            self._failed(leases)
             return
         self._stalls.heard(now_us, at=sent_at)
         unconfirmed = []
@@ -196,6 +197,13 @@ class Renewals:
         self._instruments.counts["lock_renewals", "renewed"] += 1
         lease.renewed(sent_at)
 
+    def _failed(self, leases: Sequence[Lease]) -> None:
+        self._instruments.counts["lock_renewals", "failed"] += len(leases)
+        now = self._clock.monotonic()
+        for lease in leases:
+            lease.renew_at = min(lease.renew_at, now + lease.terms.lease_us / 12e6)
+            self._due.by(lease.renew_at)
+
     async def _confirm(
         self,
         leases: Sequence[Lease],
@@ -208,8 +216,8 @@ class Renewals:
         try:
             await replication.confirm(since=since, timeout_ms=timeout_ms)
         except ForebayError as error:
-            self._instruments.counts["lock_renewals", "failed"] += len(leases)
             log.warning("lease.not_replicated", leases=len(leases), error=str(error))
+            self._failed(leases)
             return
         for lease in leases:
             self._renewed(lease, sent_at)

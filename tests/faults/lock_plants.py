@@ -54,7 +54,8 @@ def _renew_sleepily() -> None:
     renew, choose = Renewals.renew, Renewals._choose
 
     async def sleepy(self: Renewals, leases: Sequence[Lease]) -> None:
-        await renew(self, leases)
+        for lease in leases:
+            await renew(self, [lease])
         now = self._clock.monotonic()
         for lease in leases:
             lease.renew_at = now + lease.terms.lease_us / 3e6

@@ -17,7 +17,7 @@ ENVIRON = "LOCK_FAULTS"
 LEASE_S = 2.0
 
 #: counted: tokens are counted in the record; no grace: a new era grants at once;
-#: sleepy: a renewal sleeps for a third of the lease after it is done.
+#: sleepy: leases are renewed one after the other, and then it sleeps for a third of them.
 PlantedInLocks = Literal["", "counted", "no grace", "sleepy"]
 
 

@@ -67,8 +67,9 @@ def test_a_failover_without_grace_is_found() -> None:
 
 @pytest.mark.parametrize("planted", ["", "sleepy"])
 def test_renewals_that_drift_are_found(planted: str) -> None:
-    """A busy event loop loses no lease that is renewed on a schedule, but those whose renewals
-    sleep after they are done."""
-    setup = LockSetup(planted=planted, tasks=1, names=("a",), long_hold_s=8.0, busy_s=0.5)
+    """A busy event loop loses no lease that is renewed on a schedule, but some where renewals
+    begin to sleep when they are done."""
+    names = tuple("abcdefgh")
+    setup = LockSetup(planted=planted, tasks=8, names=names, hold_s=4.5, long_hold_s=9.0, busy_s=0.1)
     outcome = lock_run(setup, [], processes=("one",), calm_s=10.0)
-    assert outcome.kinds == ({"H6"} if planted else set())
+    assert outcome.kinds == ({"H6"} if planted else set()), outcome
