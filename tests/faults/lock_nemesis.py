@@ -124,7 +124,8 @@ class LockNemesis:
             "split": self._split,
         }
 
-    def execute(self, kinds: Sequence[LockFault]) -> None:
+    def execute(self, kinds: Sequence[LockFault], *, patient: bool = True) -> None:
+        """``patient``: wait after each until everything must be right again."""
         self._began = time.monotonic()
         time.sleep(_CALM_S)
         for kind in kinds:
@@ -133,7 +134,7 @@ class LockNemesis:
             ended = time.monotonic() + SETTLES_S[kind]
             self.disturbed.append((began, ended))
             self.done.append(Done(kind, round(began - self._began, 3), holder))
-            time.sleep(max(0.0, ended - time.monotonic()) + _CALM_S)
+            time.sleep(max(0.0, ended - time.monotonic()) * patient + _CALM_S)
 
     def _holders(self, *, for_s: float = 0.0) -> Mapping[bytes, str]:
         """The nonces of leases that are that old, and the processes that have them."""

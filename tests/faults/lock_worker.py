@@ -88,7 +88,7 @@ class Worker:
             await anyio.sleep(_PAUSE_S)
 
     def _end(self, lease: Lease, at: float, lost: str = "") -> None:
-        """Whoever is late believed until the deadline: what asks the lease hears that it is over."""
+        """Whoever is late believed until the deadline: a lease that is asked says so."""
         until = min(at, lease.deadline)
         self._history.write(
             Ended(name=lease.name, token=lease.token, believed_until=until, lost=lost)
