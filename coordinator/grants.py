@@ -3,7 +3,8 @@
 G1  The nonce is drawn before anything is sent, and everything asked for with it can be asked again.
 G2  Whoever is cancelled, or gets no answer, while acquiring or releasing, has it released before
     the cancellation goes on: by itself within ``INSIST_S``, else by the reaper.
-G3  A caller who waits keeps its place through an outage, up to ``OUTAGE_S`` or its timeout.
+G3  A caller who waits keeps its place through an outage, up to ``OUTAGE_S`` or its timeout; so it
+    does while a server loads its data, or is no primary.
 G4  At level ``replicated`` a lease is given to the caller only when replicas have it; where they
     have it not in time, it is released.
 """
@@ -17,7 +18,7 @@ from itertools import count
 import anyio
 import structlog
 
-from ..schemas.errors import CoordinationError, ForebayError, Unavailable
+from ..schemas.errors import CoordinationError, ForebayError, ServerRefused, Unavailable
 from ..schemas.errors_locks import LockNotAcquired
 from ..schemas.locks import Terms
 from .clock import Clock
@@ -36,6 +37,7 @@ log = structlog.get_logger(__name__)
 INSIST_S = 1.0
 OUTAGE_S = 30.0
 _PAUSE_S = 0.1
+_PASSING = frozenset({"LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY"})
 
 
 class Grants:
@@ -129,8 +131,8 @@ class Grants:
         """The answer to the first question; None: there was none, and it may be asked again."""
         try:
             answer = await self._records.acquire(terms, nonce, mode)
-        except Unavailable:
-            if mode == "try":
+        except ForebayError as error:
+            if mode == "try" or not _passes(error):
                 raise
             return None
         if isinstance(answer, Grant):
@@ -156,8 +158,9 @@ class Grants:
                     raise LockNotAcquired(terms.name, waited_ms=int(waited_s * 1000), holder=holder)
                 try:
                     reply = await self._records.acquire(terms, nonce, mode)
-                except Unavailable:
-                    if self._clock.monotonic() - answered_at > OUTAGE_S:
+                except ForebayError as error:
+                    late = self._clock.monotonic() - answered_at > OUTAGE_S
+                    if late or not _passes(error):
                         raise
                     answer = None
                     continue
@@ -197,6 +200,12 @@ class Grants:
             except ForebayError as failed:
                 log.debug("lock.not_released", lock=name, error=str(failed))
         self._reaper.take(name, nonce, until=until)
+
+
+def _passes(error: ForebayError) -> bool:
+    """Whether the same may be asked again."""
+    refused = isinstance(error, ServerRefused) and error.code in _PASSING
+    return refused or isinstance(error, Unavailable)
 
 
 def _how_it_ended(error: BaseException) -> str:

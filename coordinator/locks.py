@@ -7,8 +7,8 @@ K1  Of two leases of a lock, the later one has the larger token: also after a re
     a failover, or the loss of the lock's record.
 K2  ``fast``: while the server keeps what it has accepted, no two hold a lock that takes one. After
     a failover or restart nothing new is granted for a grace; who held a lock reclaims it.
-    ``replicated``: a grant counts only when replicas have it. Neither stops a process that stands
-    still from acting late: that is what tokens and guards are for.
+    ``replicated``: a grant or a renewal counts only when replicas have it. Neither stops a process
+    that stands still from acting late: that is what tokens and guards are for.
 K3  Who waits is served in order, by ticket; ``fair=False`` passes by those who wait if the lock is
     free at that moment.
 K4  One connection, one subscription, one schedule of renewals, whatever the number of locks.

@@ -15,8 +15,9 @@ from forebay.coordinator.scripting import Script, Scripts, load_scripts
 
 __all__ = ["plant"]
 
-_TOKEN = re.compile(r"math\.max\((before|lock\.t) \+ 1, now(, tonumber\(ARGV\[8\]\) \+ 1)?\)")
-_FLOOR = "lock.t = math.max(lock.t, tonumber(ARGV[8]))"
+_TOKEN = re.compile(r"math\.max\(lock\.t \+ 1, now\)")
+_SHORTCUT = 'redis.call("HMGET", KEYS[1], "t"'
+_FLOOR = re.compile(r"lock\.t = math\.max\(lock\.t, (floor|tonumber\(ARGV\[\d\]\))\)")
 _NO_GRACE = "\nlocal function grace_of() return 0, CAP_US end\n"
 
 
@@ -34,20 +35,21 @@ def plant(what: PlantedInLocks) -> None:
 
 def _counted(script: Script) -> Script:
     """Tokens as INCR would give them, in the record that holds the lock."""
-    if script.name != "lock_acquire":
-        return Script.of(script.name, _TOKEN.sub(r"\1 + 1", script.source))
-    source, count = _TOKEN.subn(r"\1 + 1", script.source)
-    assert count >= 3, "the tokens are made elsewhere now"
-    assert _FLOOR in source
-    return Script.of(script.name, source.replace(_FLOOR, ""))
+    source = _TOKEN.sub("lock.t + 1", script.source)
+    if script.name == "lock_acquire":
+        assert source != script.source, "tokens are made elsewhere now"
+        assert _SHORTCUT in source
+        source, count = _FLOOR.subn("", source)
+        assert count
+        # No record is found by the shortcut, which makes tokens in its own way.
+        source = source.replace(_SHORTCUT, 'redis.call("HMGET", KEYS[1] .. "-", "t"')
+    return Script.of(script.name, source)
 
 
 def _without_grace(script: Script) -> Script:
-    shared = (files("forebay.coordinator") / "scripts" / "_lock.lua").read_text()
-    if not script.source.startswith(shared):
-        return script
+    shared = (files("forebay.coordinator") / "scripts" / "_lock.lua").read_text().rstrip()
     assert "local function grace_of(" in shared
-    return Script.of(script.name, shared + _NO_GRACE + script.source.removeprefix(shared))
+    return Script.of(script.name, script.source.replace(shared, shared + _NO_GRACE))
 
 
 def _renew_sleepily() -> None:
