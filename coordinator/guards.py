@@ -18,7 +18,7 @@ from .lease import Lease
 from .link import Arg, Commands, Reply
 from .scripting import Scripts, run
 
-__all__ = ["Guards", "fence_of"]
+__all__ = ["Guards", "fence_of", "token_of"]
 
 Token = Lease | int
 
@@ -35,13 +35,13 @@ class Guards:
         Raises:
             StaleToken: refused. LeaseLost: the lease is over. Unavailable: it may have been set.
         """
-        number = _number(token)
+        number = token_of(token)
         args: list[Arg] = [number, value, max(1, int(ttl * 1000)) if ttl > 0 else 0]
         _obey(key, number, await run(self._commands, self._set, _keys(key), args))
 
     async def delete(self, key: str, *, token: Token) -> bool:
         """Delete the key; false if there was none. Raises as ``set``."""
-        number = _number(token)
+        number = token_of(token)
         reply = await run(self._commands, self._delete, _keys(key), [number])
         return bool(_obey(key, number, reply))
 
@@ -59,7 +59,8 @@ def _keys(key: str) -> list[str]:
     return [check_key(key), fence_of(key)]
 
 
-def _number(token: Token) -> int:
+def token_of(token: Token) -> int:
+    """The number; raises LeaseLost if the lease is over."""
     if isinstance(token, Lease):
         token.check()
         return token.token

@@ -258,6 +258,9 @@ class Instruments(Collector):
         """Ask this for gauges at every scrape. It reads memory only, and never suspends."""
         self._sources.append(source)
 
+    def remove_source(self, source: Gauges) -> None:
+        self._sources.remove(source)
+
     def describe(self) -> list[Metric]:
         return [_family(each, ()) for each in CATALOGUE]
 

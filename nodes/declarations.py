@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, overload
 
-from ..schemas.errors import ConfigError, InvalidKey
+from ..schemas.errors import ConfigError
+from ..schemas.keys import refuse_one_string
 from ..schemas.limits import Limit, StoreDown
 from ..schemas.settings import LEASE_MS_MAX, CacheDefaults
 from ..schemas.settings_limits import DEFAULT_LIMIT
+from .cache.async_functions import name_of_function, refuse_sync
 from .cache.cached import Cached
-from .cache.declaration import Declaration, exceptions, policy_of
+from .cache.declaration import Declaration, declaring, exceptions, policy_of
 from .cache.policy import OnDisconnected
 from .hooks import Hook
 from .limits import LimitBook, RateLimit
@@ -24,7 +26,7 @@ from .sinks.base import Sink, Write
 from .sinks.callables import CallableSink
 from .workers.routes import Routes
 
-__all__ = ["Declarations", "refuse_one_string"]
+__all__ = ["Declarations"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -83,8 +85,10 @@ class Declarations:
         Raises:
             ConfigError, InvalidKey: the declaration cannot work.
         """
-        refuse_one_string("tags", tags)
-        refuse_one_string("depends_on", depends_on)
+        refuse_one_string(f"tags of {template}:", tags)
+        refuse_one_string(f"depends_on of {template}:", depends_on)
+        with declaring(template):
+            classes = exceptions("harmless", harmless)
         declared = Declaration(
             template=template,
             ttl=ttl,
@@ -98,17 +102,19 @@ class Declarations:
             depends_on=tuple(depends_on),
             max_staleness=max_staleness,
             on_disconnected=on_disconnected,
-            harmless=exceptions("harmless", harmless),
+            harmless=classes,
             mutable=mutable,
             name=name,
         )
         # So that what is wrong is refused here; by the longest lease, since the node's own is
         # known only when it starts, and then it is looked at again.
-        policy_of(declared, CacheDefaults(lease_ms=LEASE_MS_MAX))
+        with declaring(template):
+            policy_of(declared, CacheDefaults(lease_ms=LEASE_MS_MAX))
 
         def declare(loader: Loader[P, T]) -> Cached[P, T]:
             self._only_before_start()
-            made: Cached[P, T] = Cached(loader, declared)
+            with declaring(template):
+                made: Cached[P, T] = Cached(loader, declared)
             self._routes.add_cache(made)
             return made
 
@@ -131,7 +137,8 @@ class Declarations:
             return None
 
         def declare(function: S) -> S:
-            self._add_sink(template, CallableSink(function.__name__, function))
+            refuse_sync("the sink", function)
+            self._add_sink(template, CallableSink(name_of_function(function), function))
             return function
 
         return declare
@@ -228,8 +235,3 @@ class Declarations:
                 problem="it is running already",
                 fix="declare everything before `async with node:`, and start it once",
             )
-
-
-def refuse_one_string(name: str, given: Sequence[str]) -> None:
-    if isinstance(given, str):
-        raise InvalidKey(name, given, "is one string; write a list of them")

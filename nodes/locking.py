@@ -19,9 +19,8 @@ from ..coordinator.lock_kinds import LockOptions, ReadWriteLock, Semaphore, Want
 from ..coordinator.locks import Locks
 from ..coordinator.replication import Confirms
 from ..coordinator.scripting import Scripts
-from ..schemas.keys import Names
+from ..schemas.keys import Names, refuse_one_string
 from .cache.core import Core
-from .declarations import refuse_one_string
 
 __all__ = ["Locking", "locks_of"]
 

@@ -11,13 +11,16 @@ I4  Logging does not raise: what cannot be shown or written is replaced or dropp
 I5  Cache keys, in the fields ``key`` and ``keys``, appear as ``log.keys`` says. A hash
     lets lines about one key be found; it does not stop who can guess the key.
 
-Calling it again replaces all of it. Whoever embeds a node need not call it at all.
+Calling it again replaces all of it. Whoever embeds a node need not call it at all: as long as the
+application has not configured structlog, ``configure_embedded`` has our lines, and no others, go to
+stderr in the same form and from the level that is set on.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from typing import Any, TextIO
 
@@ -29,7 +32,7 @@ from ..schemas.settings import Log, Secret
 from .log_lines import json_line, pretty_line
 from .log_values import Cleaner, Keys, Repeats
 
-__all__ = ["configure_logs"]
+__all__ = ["configure_embedded", "configure_logs"]
 
 _QUIET = ("aiohttp.access", "aiosqlite", "asyncio")  #: a line per request, or the values
 
@@ -44,9 +47,46 @@ def configure_logs(
     clock: Clock | None = None,
 ) -> None:
     """Send all logs to ``stream``; ``color`` counts for the pretty form only."""
-    level = logging.getLevelNamesMapping()[settings.level.upper()]
+    chain = _chain(settings, instance, stream, secrets, color, clock)
+    lines = _Lines(stream)
+    _configure(settings, chain, lambda *_: lines)
+    _route_stdlib(_level_of(settings), chain, lines)
+
+
+def configure_embedded(settings: Log, *, instance: str, secrets: Iterable[Secret] = ()) -> None:
+    """Send our logs to stderr, if nobody has said anything else; those of others are theirs."""
+    if not structlog.is_configured() or isinstance(
+        structlog.get_config()["logger_factory"], _ToStderr
+    ):
+        chain = _chain(settings, instance, sys.stderr, secrets, color=False, clock=None)
+        _configure(settings, chain, _ToStderr())
+
+
+def _level_of(settings: Log) -> int:
+    return logging.getLevelNamesMapping()[settings.level.upper()]
+
+
+def _configure(
+    settings: Log, chain: list[Processor], factory: Callable[..., WrappedLogger]
+) -> None:
+    structlog.configure(
+        processors=chain,
+        wrapper_class=structlog.make_filtering_bound_logger(_level_of(settings)),
+        logger_factory=factory,
+        cache_logger_on_first_use=False,  # a cached one would not follow the next call
+    )
+
+
+def _chain(
+    settings: Log,
+    instance: str,
+    stream: TextIO,
+    secrets: Iterable[Secret],
+    color: bool,
+    clock: Clock | None,
+) -> list[Processor]:
     pretty = settings.format == "pretty" or (settings.format == "auto" and _is_terminal(stream))
-    chain: list[Processor] = [
+    return [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         Repeats(clock or SystemClock()),
@@ -57,14 +97,6 @@ def configure_logs(
         _Instance(instance),
         pretty_line(color=color) if pretty else json_line,
     ]
-    lines = _Lines(stream)
-    structlog.configure(
-        processors=chain,
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_: lines,
-        cache_logger_on_first_use=False,  # a cached one would not follow the next call
-    )
-    _route_stdlib(level, chain, lines)
 
 
 def _is_terminal(stream: TextIO) -> bool:
@@ -97,10 +129,17 @@ class _Lines:
             with self._lock:
                 self._stream.write(line + "\n")
                 self._stream.flush()
-        except (OSError, ValueError):  # the reader is gone, or the stream is closed
+        except (OSError, ValueError, AttributeError):  # its reader is gone, it is closed or None
             return
 
     debug = info = warning = error = critical = exception = msg
+
+
+class _ToStderr:
+    """Where lines go that nobody has sent elsewhere: to whatever stderr is by then."""
+
+    def __call__(self, *_: object) -> _Lines:
+        return _Lines(sys.stderr)
 
 
 def _route_stdlib(level: int, chain: Sequence[Processor], lines: _Lines) -> None:

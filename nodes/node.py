@@ -27,8 +27,8 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,20 +38,22 @@ from prometheus_client import CollectorRegistry
 
 from ..coordinator.instruments import Instruments
 from ..coordinator.scripting import run
-from ..schemas.errors import Backpressure, ForebayError, LoaderError
-from ..schemas.events import NewerSchema, read_event
-from ..schemas.keys import check_key
+from ..schemas.errors import Backpressure, ForebayError, InvalidKey, LoaderError
+from ..schemas.keys import check_key, refuse_one_string
 from ..schemas.settings import Settings
 from ..schemas.settings_sources import Resolved
 from . import status
 from .cache.cached import Cached
 from .code_settings import in_code, with_namespace
-from .declarations import Declarations, refuse_one_string
+from .coordinating import coordination_of
+from .declarations import Declarations
 from .explain.document import Explanation
 from .life import Life
 from .locking import Locking
+from .logs import configure_embedded
+from .publishing import Event, as_json, name_of
 from .running import Running, running
-from .web.face import Check, Read
+from .web.face import Check, Coordination, Read
 
 __all__ = ["Node"]
 
@@ -70,11 +72,13 @@ class Node(Declarations, Locking):
         """
         super().__init__()
         self._in_code = in_code(namespace, settings)
+        configure_embedded(self._in_code.settings.log, instance="-")
         self._resolved = self._in_code if settings is not None else None
         self._look_again: Callable[[], Resolved] | None = None
         self._running: Running | None = None
         self._life: Life | None = None
         self._id = ""
+        self._origins: Mapping[str, str] = {}
         self.registry = CollectorRegistry()
         self.instruments = Instruments(self.registry)
         self.instruments.add_source(lambda: status.gauges(self))
@@ -110,7 +114,36 @@ class Node(Declarations, Locking):
         finally:
             self.drained = parts.drained
             self._forget()
-            log.info("node.stopped", drained=self.drained)
+            _say("node.stopped", drained=self.drained)
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncGenerator[str]:
+        """Answer HTTP while the block runs, as `forebay run` does: probes, stats, metrics, events
+        and reads, at ``http.host`` and ``http.port`` of the settings, by default 127.0.0.1:8642.
+
+            async with node, node.serving() as url:
+                ...
+
+        Gives the URL; an empty one where ``http.enabled`` is false, and nobody is answered.
+
+        Raises:
+            ConfigError: the address cannot be listened on. ForebayError: the node is not running.
+        """
+        from .web.server import serve  # what embeds a node without it need not load it
+
+        settings, origins = self.parts.settings, self._origins
+        if not settings.http.enabled:
+            yield ""
+            return
+        async with serve(
+            self,
+            settings.http,
+            event_bytes_max=settings.durable.event_bytes_max,
+            clock=self.parts.clock,
+            random=self.parts.rng,
+            origin_of=lambda setting: origins.get(setting, "default"),
+        ) as address:
+            yield address.url
 
     async def drain(self) -> bool:
         """Take no new work, finish what is under way, hand over the rest; before stopping.
@@ -129,14 +162,16 @@ class Node(Declarations, Locking):
         self._only_before_start()
         resolved = self._settings()
         self._id = resolved.settings.node.id or _made_up_id()
-        self._begun, self.drained = True, None
+        told = [resolved.settings.valkey.password]
+        configure_embedded(resolved.settings.log, instance=self._id, secrets=told)
+        self._begun, self.drained, self._origins = True, None, resolved.origins
         self._life = Life(self._living(resolved, otherwise=workers))
         try:
             await self._life.begin()
         except BaseException:
             self._forget()
             raise
-        log.info("node.running", namespace=self.namespace, workers=self.parts.crew is not None)
+        _say("node.running", namespace=self.namespace, workers=self.parts.crew is not None)
         return self
 
     @asynccontextmanager
@@ -186,7 +221,11 @@ class Node(Declarations, Locking):
         return self._running is not None
 
     async def invalidate(
-        self, keys: Sequence[str] = (), *, tags: Sequence[str] = (), soft: bool = False
+        self,
+        keys: Sequence[str] | None = None,
+        *,
+        tags: Sequence[str] | None = None,
+        soft: bool = False,
     ) -> None:
         """Make every copy of these keys, and whatever carries these tags, old: on this node
         before it returns, elsewhere within ``max_staleness_ms``.
@@ -194,23 +233,26 @@ class Node(Declarations, Locking):
         Raises:
             InvalidKey: nothing was done. Unavailable: the outcome may be unknown; repeat it.
         """
-        refuse_one_string("keys", keys)
-        refuse_one_string("tags", tags)
-        checked_keys = [check_key(key) for key in keys]
-        checked_tags = [check_key(tag, name="tag") for tag in tags]
+        if keys is None and tags is None:
+            raise InvalidKey("keys", "", "are not given, nor tags; name what is to be invalidated")
+        refuse_one_string("keys", keys or ())
+        refuse_one_string("tags", tags or ())
+        checked_keys = [check_key(key) for key in keys or ()]
+        checked_tags = [check_key(tag, name="tag") for tag in tags or ()]
         await self.parts.invalidate(checked_keys, checked_tags, soft)
 
-    async def publish(self, events: Sequence[bytes]) -> list[str]:
-        """Put events, as JSON, into the ingress stream, all or none; returns their ids.
+    async def publish(self, events: Sequence[Event]) -> list[str]:
+        """Put events, as JSON or dicts, into the ingress stream, all or none; returns their ids.
 
         Raises:
             InvalidEvent, Backpressure, Unavailable: none was stored, or it is unknown.
         """
         parts = self.parts
         bound, bytes_max = parts.settings.durable.events_max, parts.settings.durable.event_bytes_max
-        names = [_name_of(event, bytes_max) for event in events]
+        raw = as_json(events)
+        names = [name_of(event, bytes_max) for event in raw]
         script = parts.scripts["event_publish"]
-        reply = await run(parts.backend.link, script, [parts.names.events], [bound, *events])
+        reply = await run(parts.backend.link, script, [parts.names.events], [bound, *raw])
         if reply and reply[0] == 0:
             raise Backpressure(parts.names.events, int(reply[1]), bound)
         for name in names:
@@ -261,6 +303,10 @@ class Node(Declarations, Locking):
         """
         return await self.parts.explaining.explain(key)
 
+    def coordination(self) -> Coordination | None:
+        """What the endpoint serves of locks and limits; see ``http.coordinator``."""
+        return coordination_of(self.parts)
+
     def checks(self) -> Sequence[Check]:
         """The state of this node, from memory."""
         return status.checks(self)
@@ -286,11 +332,10 @@ class Node(Declarations, Locking):
         self._running, self._life, self._begun = None, None, False
 
 
-def _name_of(event: bytes, bytes_max: int) -> str:
-    try:
-        return read_event(event, bytes_max=bytes_max).name
-    except NewerSchema:
-        return "unknown"  # ingress holds it for a node that knows
+def _say(event: str, **fields: object) -> None:
+    """A line between a start and its end: an application's own logging may raise anything."""
+    with suppress(Exception):
+        log.info(event, **fields)
 
 
 def _made_up_id() -> str:

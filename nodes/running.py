@@ -36,7 +36,7 @@ from ..coordinator.log import Follower
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
-from ..schemas.keys import Names
+from ..schemas.keys import Names, dependents_of
 from ..schemas.notices import Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
@@ -51,6 +51,7 @@ from .explain.node_part import NodePart
 from .hearing import Hearing
 from .hooks import Hook, run_in_the_end
 from .locking import locks_of
+from .pacing import Pacing
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
@@ -141,6 +142,7 @@ class Running:
             ids=lambda: secrets.token_hex(8),
             invalidate=self.invalidate,
             hear=partial(self.apply, 0),
+            pace=Pacing(self.limiter).turn,
             behind=self.routes.behind,
         )
 
@@ -190,7 +192,7 @@ class Running:
                 self.apply(0, version, notice)
         finally:
             # Also if the outcome is unknown; with what depends on them, whatever that is.
-            more = bool(tags) or any(key in self.tags for key in keys)
+            more = bool(tags) or any(dependents_of(key) in self.tags for key in keys)
             scope.forget(keys, more=more)
 
     def apply(self, shard: int, version: int, notice: Notice) -> None:
@@ -269,6 +271,7 @@ class Running:
             outlets=self.writing.outlets,
             core=self.core,
             dead_letters=self.dead_letters,
+            locks=self.locks,
             settings=self.settings,
         )
 

@@ -84,6 +84,7 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
         for state, count in parts.crew.ownership.members().items():
             yield "members", (state,), float(count)
         yield "writebehind_queue_entries", (), float(parts.crew.writes.backlog)
+        yield from parts.crew.chores.gauges()
     yield from parts.limiter.gauges()
     for cached in node.caches:
         near = cached.path.near.statistics()
@@ -132,6 +133,7 @@ async def stats(node: Node) -> dict[str, object]:
         if crew is None
         else {
             **msgspec.to_builtins(crew.ownership.statistics()),
+            "leading": crew.chores.leading,
             "dead_letters": parts.dead_letters.buried,
             "sinks": {name: each.stopped or "ok" for name, each in crew.deliveries.items()},
         },

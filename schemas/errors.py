@@ -251,11 +251,13 @@ class InvalidEntry(ForebayError):
 class InvalidValue(ForebayError):
     """Raised for a value that no entry of its cache can hold: too large, or of another type."""
 
-    def __init__(self, cache: str, key: str, problem: str) -> None:
-        super().__init__(f"{cache} cannot hold this value of {key!r}: {problem}")
+    def __init__(self, cache: str, key: str, problem: str, *, fix: str = "") -> None:
+        suffix = f"; {fix}" if fix else ""
+        super().__init__(f"{cache} cannot hold this value of {key!r}: {problem}{suffix}")
         self.cache = cache
         self.key = key
         self.problem = problem
+        self.fix = fix
 
 
 class LoaderError(ForebayError):

@@ -5,7 +5,7 @@
     {shop:07}:e0:KEY    string  entry (0: the cache version, CACHE_VER)
     {shop:07}:l:KEY     string  fill lease: the token of the one who may fill
     {shop:07}:t:TAG     string  tag version; *KEY is the tag of what depends on a key, in its shard
-    {shop:07}:i:ID      string  an event id seen lately
+    {shop:07}:i:ID      string  an event id seen lately    :f:KEY  string  highest fencing token
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
@@ -35,7 +35,7 @@ I4  Values of different text never give the same key of a template, and ``match`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from urllib.parse import quote, unquote
 from zlib import crc32
@@ -48,7 +48,9 @@ __all__ = [
     "KeyTemplate",
     "Names",
     "check_key",
+    "depended_on",
     "dependents_of",
+    "refuse_one_string",
     "shard_of",
 ]
 
@@ -83,9 +85,20 @@ def check_key(key: str, *, name: str = "key") -> str:
     return key
 
 
+def refuse_one_string(name: str, given: Iterable[object]) -> None:
+    """Whose characters would be taken for names; raises InvalidKey."""
+    if isinstance(given, str | bytes):
+        raise InvalidKey(name, str(given), "is one string; write a list of them")
+
+
 def dependents_of(key: str) -> str:
     """The tag that whatever depends on a key carries; no key or tag of an application is so."""
     return _DEPENDENTS + key
+
+
+def depended_on(tag: str) -> str | None:
+    """The key, if this is the tag of what depends on one."""
+    return tag[1:] if tag.startswith(_DEPENDENTS) else None
 
 
 def shard_of(key: str, shards: int) -> int:
@@ -102,14 +115,17 @@ class KeyTemplate:
 
     __slots__ = ("_encoded", "_literals", "_pattern", "_safe", "fields", "text")
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, name: str = "key template") -> None:
+        """``name`` is what an error calls it.
+
+        Raises:
+            InvalidKey: no keys could be made of it, or not told apart.
+        """
+        if not isinstance(text, str):
+            raise InvalidKey(name, repr(text), "is no text")
         literals, fields = _FIELD.split(text)[::2], _FIELD.findall(text)
-        if len(set(fields)) != len(fields):
-            raise InvalidKey("key template", text, "names a field twice")
-        check_key("".join(literals) or "x", name="key template")
-        if any(all(map(_alike, part)) for part in literals[1:-1]):
-            problem = "needs something like ':' or '-' between two fields"
-            raise InvalidKey("key template", text, problem)
+        if problem := _problem_of(literals, fields):
+            raise InvalidKey(name, text, problem)
         self.text = text
         self.fields = tuple(fields)
         self._literals = tuple(literals)
@@ -180,6 +196,21 @@ class KeyTemplate:
         except UnicodeEncodeError:
             raise InvalidKey(field, ascii(text), "is not valid Unicode") from None
         return escaped.translate(self._encoded) if self._encoded else escaped
+
+
+def _problem_of(literals: Sequence[str], fields: Sequence[str]) -> str:
+    """Why they make no template; nothing if they do."""
+    if len(set(fields)) != len(fields):
+        return "names a field twice"
+    if "{" in (rest := "".join(literals)) or "}" in rest:
+        return "holds a brace that is part of no field; write {name}, without a format"
+    if any(all(map(_alike, part)) for part in literals[1:-1]):
+        return "needs something like ':' or '-' between two fields"
+    try:
+        check_key(rest or "x")
+    except InvalidKey as error:
+        return error.problem
+    return ""
 
 
 def _alike(character: str) -> bool:
@@ -259,6 +290,10 @@ class Names:
     def of_key(self, key: str) -> tuple[str, str, str]:
         """Entry, fill lease, and the tag that whatever depends on the key carries."""
         return self.entry(key), self.lease(key), self.tag(dependents_of(key))
+
+    def fence(self, key: str) -> str:
+        """The highest fencing token under which the entry was put."""
+        return f"{self.prefixes[self.shard(key)]}f:{key}"
 
     def failing(self, cache: str) -> str:
         """Who of the cluster may try the failing source of this cache."""

@@ -100,6 +100,8 @@ class Http(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     body_timeout_ms: Millis = 10_000
     connections_max: Annotated[int, Meta(ge=1, le=65_536)] = 1_024
     batch_events_max: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    coordinator: bool | None = None  #: serve locks and limits; unset: where workers run
+    token_file: str = ""  #: whoever changes anything then needs this bearer token
 
 
 class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -86,6 +86,7 @@ class Resolved(Struct, frozen=True, kw_only=True):
 
     settings: Settings
     origins: dict[str, str]
+    doubts: tuple[str, ...] = ()  #: of what is not in force, and could not be
 
 
 class SettingRow(Struct, frozen=True, kw_only=True):
@@ -104,16 +105,30 @@ def resolve(
     read_secret: ReadSecret,
 ) -> Resolved:
     best: dict[str, Found] = {}
+    lost: list[Found] = []
     in_file = _from_file(file, read_secret) if file else ()
     for found in (*in_file, *from_environment(environ, read_secret), *_from_flags(flags)):
         held = best.get(found.name)
         if held is None or found.rank >= held.rank:
             best[found.name] = found
+            lost += [held] if held else []
+        else:
+            lost.append(found)
     _part_from_credentials(best)
     origins = {name: best[name].origin if name in best else "default" for name in FIELDS}
     settings = _build({name: _decoded(found) for name, found in best.items()})
     check(settings, origins)
-    return Resolved(settings=settings, origins=origins)
+    return Resolved(settings=settings, origins=origins, doubts=tuple(_doubts(lost)))
+
+
+def _doubts(lost: Iterable[Found]) -> Iterator[str]:
+    """What is wrong with URLs that were overridden; they may be in force tomorrow."""
+    for found in lost:
+        if FIELDS[found.name].url and found.value:
+            try:
+                parse_url(_text(found), setting=found.name, origin=found.origin)
+            except ConfigError as error:
+                yield str(error)
 
 
 def describe(resolved: Resolved) -> list[SettingRow]:
@@ -285,8 +300,10 @@ def _wrong(field: Field, found: Found) -> ConfigError:
     close = nearest(str(found.value), choices) if choices else ""
     if close:
         fix = f"did you mean {close}?"
-    problem = f"must be {expectation(field)}"
-    return _refused(field.name, shown(field.name, found.value), found.origin, problem, fix)
+    problem, value = f"must be {expectation(field)}", shown(field.name, found.value)
+    if isinstance(found.value, str) and not found.textual and not field.secret:
+        value = f'"{value}"'  # in a file "80" is no number
+    return _refused(field.name, value, found.origin, problem, fix)
 
 
 def _build(values: Mapping[str, object]) -> Settings:

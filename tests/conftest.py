@@ -34,7 +34,8 @@ def require(flavour: Flavour) -> None:
 
 @pytest.fixture(autouse=True)
 def logs_as_they_come() -> Iterator[None]:
-    """What a test configures for the logs ends with it."""
+    """What a test configures for the logs ends with it; a node finds them configured."""
+    structlog.configure()
     yield
     structlog.reset_defaults()
 

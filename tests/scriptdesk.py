@@ -121,14 +121,15 @@ class Desk:
         value: str = "put",
         *,
         key: str = "k",
+        token: int = 0,
         soft_ms: int = MINUTE_MS,
         hard_ms: int = 2 * MINUTE_MS,
     ) -> int:
         said = self._said(Changed(key, outdates=True), self.names.shard(key))
-        args: list[Arg] = [soft_ms, hard_ms, tail_of(value), *said, MINUTE_MS]
-        keys = [*self.entry_keys(key), self.names.tag(dependents_of(key))]
+        args: list[Arg] = [soft_ms, hard_ms, tail_of(value), *said, MINUTE_MS, token]
+        keys = [*self.entry_keys(key), self.names.tag(dependents_of(key)), self.names.fence(key)]
         reply = await self.run("entry_put", keys, *args)
-        return int(reply[0])
+        return int(reply[1]) if reply[0] else -int(reply[1])
 
     async def write(
         self,

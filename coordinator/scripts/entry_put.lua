@@ -6,19 +6,26 @@
 -- KEYS[3] head     hash              epoch and newest version of the shard
 -- KEYS[4] log      stream            notices
 -- KEYS[5] tag      string, expires   version of the tag named after the key
+-- KEYS[6] fence    string, expires   the highest fencing token seen
 -- ARGV[1] soft_ms  lifetime until stale
 -- ARGV[2] hard_ms  lifetime until gone, >= soft_ms
 -- ARGV[3] tail     the envelope after the numbers
 -- ARGV[4] notice   msgpack
 -- ARGV[5] bell     channel
 -- ARGV[6] shard    number of the shard
--- ARGV[7] keep_ms  how long a tag version is kept unused
--- Returns {version, soft_at_ms, hard_at_ms}
+-- ARGV[7] keep_ms  how long a tag version, and a fence, is kept unused
+-- ARGV[8] token    of the lease under which it is put; 0: of none
+-- Returns {1, version, soft_at_ms, hard_at_ms}; {0, highest} refused
 --
 -- I1 A load under way cannot fill any more.
 -- I2 A pending write-behind stays pending, and so the entry does not expire.
 -- I3 What depends on the key is outdated.
+-- I4 Under a token lower than one that was seen, nothing is written.
 
+if ARGV[8] ~= "0" then
+  local highest = redis.call("GET", KEYS[6])
+  if highest and tonumber(highest) > tonumber(ARGV[8]) then return { 0, highest } end
+end
 local pending = pending_of(numbers_of(KEYS[1]))
 local change = next_change(KEYS[3], KEYS[4])
 local soft_at, hard_at = lifetimes(change.now, tonumber(ARGV[1]), tonumber(ARGV[2]))
@@ -32,4 +39,5 @@ end
 redis.call("DEL", KEYS[2])
 local version = string.format("%.0f", change.version)
 outdate_dependents(KEYS[3], KEYS[5], version, false, ARGV[7])
-return { version, string.format("%.0f", soft_at), string.format("%.0f", hard_at) }
+if ARGV[8] ~= "0" then redis.call("SET", KEYS[6], ARGV[8], "PX", ARGV[7]) end
+return { 1, version, string.format("%.0f", soft_at), string.format("%.0f", hard_at) }

@@ -7,7 +7,8 @@ G1  Loads that begin in one tick of the loop share a call; those of one bulk rea
     however long each takes to get its lease. A load that has to wait for another node leaves
     its group, and holds up nobody.
 G2  What the loader does not return is absent; an exception as a value fails that key alone. What
-    it raises fails all keys of the call, each with an exception object of its own.
+    it raises fails all keys of the call, each with an exception object of its own; so does what it
+    returns for a key that nobody asked for: the keys are of another type then, or another's.
 G3  A call is for at most ``batch_max`` keys, and lasts no longer than ``limit_s``.
 G4  Cancelling one load leaves the call to the others; the call is made in the node's tasks,
     which a loader that is cancelled from inside does not end.
@@ -156,6 +157,14 @@ class Batches:
         if not isinstance(found, Mapping):
             problem = f"the batch loader returned {type(found).__name__}, and no mapping"
             raise LoaderError(self._cache, "", problem)
+        known = {item for item, _, _ in asked}
+        for key in found:
+            if key not in known:
+                problem = (
+                    f"the batch loader returned {key!r:.80}, of type {type(key).__name__}, which "
+                    f"was not asked for; return keys as they were given: {asked[0][0]!r:.80}"
+                )
+                raise LoaderError(self._cache, "", problem)
         for item, future, _ in asked:
             value = found.get(item)
             if future.done():
@@ -169,6 +178,11 @@ class Batches:
         call = CallFailed(f"a call for {len(asked)} keys of {self._cache}")
         for item, future, _ in asked:
             if not future.done():
-                twin = own_copy(error, self._cache, str(item))
+                twin = self._twin(error, str(item))
                 twin.__cause__ = call
                 future.set_exception(twin)
+
+    def _twin(self, error: Exception, item: str) -> Exception:
+        if isinstance(error, LoaderError) and not error.key:  # ours, of the call as a whole
+            return LoaderError(self._cache, item, error.problem)
+        return own_copy(error, self._cache, item)

@@ -25,11 +25,14 @@ import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
+import structlog
+
 from ...schemas.errors import ConfigError, ForebayError, PartialFailure
 from ...schemas.jobs import RefreshJob
-from ...schemas.keys import dependents_of
+from ...schemas.keys import dependents_of, refuse_one_string
 from ...schemas.settings import CacheDefaults, Limits
 from . import scope
+from .async_functions import name_of_function, refuse_sync
 from .batches import Batches, BatchLoader, Member
 from .bulk import BulkReads
 from .copies import Copies
@@ -42,10 +45,12 @@ from .policy import Policy
 from .reads import ReadPath
 from .source import source_of
 from .warming import How, Items, WarmReport, warm
-from .writable import Writable
+from .writable import NOT_RUNNING, Writable
 from .writes import WriteParts, WritePath
 
 __all__ = ["Cached"]
+
+log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,8 +63,9 @@ class Cached(Writable[T], Generic[P, T]):
     """Callable like the loader it wraps; must be used while its node runs."""
 
     def __init__(self, loader: Callable[P, Awaitable[T]], declared: Declaration) -> None:
+        refuse_sync("the loader", loader)
         functools.update_wrapper(self, loader)
-        self.name = declared.name or loader.__name__
+        self.name = declared.name or name_of_function(loader)
         self.declared = declared
         self.keying = Keying(loader, declared, self.name)
         self.template = self.keying.template
@@ -74,6 +80,9 @@ class Cached(Writable[T], Generic[P, T]):
         self._near_hits_before = 0
         self._path: ReadPath[T] | None = None
         self._near_get: Callable[[str], NearEntry | None] = _not_running
+        if not self.keying.annotated:
+            fix = "annotate what the loader returns, or all get dicts, lists and the like"
+            log.warning("cache.untyped", cache=self.name, fix=fix)
 
     def __repr__(self) -> str:
         return f"<Cached {self.name} {self.template.text}>"
@@ -124,6 +133,7 @@ class Cached(Writable[T], Generic[P, T]):
         Raises:
             PartialFailure: some could not be had; it holds the values of the others.
         """
+        refuse_one_string("items", items)
         asked = list(items)
         hits = await self.many_with_info(asked)
         errors = {
@@ -140,11 +150,12 @@ class Cached(Writable[T], Generic[P, T]):
 
     async def many_with_info(self, items: Iterable[Any]) -> list[Hit[T] | Exception]:
         """As ``many``, with tiers and ages; in place of what failed stands its exception."""
+        refuse_one_string("items", items)
         calls: dict[str, tuple[Any, ...]] = {}
         keys = []
         for item in items:
-            args = item if isinstance(item, tuple) and len(self.keying.parameters) > 1 else (item,)
-            keys.append(key := self.key(*args))
+            key, args = self.keying.of_item(item)
+            keys.append(key)
             calls[key] = args
         wanted = {key: functools.partial(self._call, args, {}) for key, args in calls.items()}
         reads = BulkReads(self.path, self._batches)
@@ -171,6 +182,7 @@ class Cached(Writable[T], Generic[P, T]):
                 problem="there is one already" if self._batch_loader else "the node runs already",
                 fix="declare one for each cache, before `async with node:`",
             )
+        refuse_sync(f"the batch loader of {self.name}", loader)
         self._batch_loader = loader
         return loader
 
@@ -211,7 +223,7 @@ class Cached(Writable[T], Generic[P, T]):
     @property
     def path(self) -> ReadPath[T]:
         if self._path is None:
-            raise ForebayError(f"{self.name} is used before its node was started")
+            raise ForebayError(f"{self.name}: {NOT_RUNNING}")
         return self._path
 
     def bind(self, core: Core, defaults: CacheDefaults, limits: Limits) -> ReadPath[T]:

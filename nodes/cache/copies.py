@@ -3,6 +3,7 @@
 J1  Of a ``mutable`` cache only bytes are kept and shared: near cache, flights and request scopes
     hold the msgpack, and every caller decodes a value of its own.
 J2  Other caches pay nothing for it.
+J3  Where no type is declared, what is kept is what other nodes decode: all get the same kind.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Copies(Generic[T]):
         else:
             self.codec = ValueCodec[T].from_defaults(of, defaults)
         self._packed = packed
+        self._plain = packed is None and of is Any
 
     def own(self, kept: Any) -> T:
         """What one caller gets."""
@@ -45,13 +47,15 @@ class Copies(Generic[T]):
     def kept(self, value: T | None) -> Any:
         """What is kept of a caller's value; raises InvalidEntry."""
         packed = self._packed
-        if packed is None or value is None or value is NOT_MODIFIED:
+        if value is None or value is NOT_MODIFIED:
             return value
-        return packed.packed(value)
+        if packed is not None:
+            return packed.packed(value)
+        return self.codec.plain(value) if self._plain else value
 
     def keeping(self, load: Callable[[], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
         """A load that returns what is kept."""
-        if self._packed is None:
+        if self._packed is None and not self._plain:
             return load
 
         async def loaded() -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from anyio.abc import TaskGroup
 from msgspec import Struct
@@ -25,6 +25,12 @@ T = TypeVar("T")
 Tier = Literal["near", "shared", "source"]
 
 
+class Pace(Protocol):
+    """Returns when the cluster lets so many more of this name begin."""
+
+    async def __call__(self, name: str, count: int, *, per_second: float, burst: int) -> None: ...
+
+
 class Core(Struct, kw_only=True):
     """What all caches of a node share."""
 
@@ -42,6 +48,7 @@ class Core(Struct, kw_only=True):
     ids: Callable[[], str]
     invalidate: Callable[[Sequence[str], Sequence[str]], Awaitable[None]]
     hear: Callable[[int, Notice], None]  #: a version and a notice of this node's own
+    pace: Pace
     behind: Callable[[Sequence[str]], Sequence[str]]  #: the keys, and what they depend on
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from msgspec import Struct
 
@@ -11,7 +12,7 @@ from ...schemas.errors import ConfigError
 from ...schemas.settings import CacheDefaults
 from .policy import OnDisconnected, Policy
 
-__all__ = ["Declaration", "exceptions", "lifetime_ms", "policy_of"]
+__all__ = ["Declaration", "declaring", "exceptions", "lifetime_ms", "policy_of"]
 
 _LONGEST_S = 366 * 86_400
 _NEGATIVE_S_MAX = 10.0
@@ -36,6 +37,23 @@ class Declaration(Struct, frozen=True, kw_only=True):
     harmless: tuple[type[Exception], ...] = ()
     mutable: bool = False
     name: str = ""
+
+
+@contextmanager
+def declaring(template: object) -> Iterator[None]:
+    """Says in a ConfigError about a declaration which one it is."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.origin != _ORIGIN:
+            raise
+        raise ConfigError(
+            setting=error.setting,
+            value=error.value,
+            origin=f"{_ORIGIN}, {template}",
+            problem=error.problem,
+            fix=error.fix,
+        ) from None
 
 
 def lifetime_ms(name: str, seconds: float, *, zero: bool = False, origin: str = _ORIGIN) -> int:

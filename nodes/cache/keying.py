@@ -15,6 +15,7 @@ import msgspec
 
 from ...schemas.errors import ConfigError, InvalidKey
 from ...schemas.keys import KeyTemplate
+from .async_functions import called
 from .declaration import Declaration
 
 __all__ = ["Keying"]
@@ -26,9 +27,10 @@ class Keying:
     def __init__(
         self, loader: Callable[..., Awaitable[Any]], declared: Declaration, name: str
     ) -> None:
+        self.name = name
         self.template = KeyTemplate(declared.template)
-        tags = [KeyTemplate(text) for text in declared.tags]
-        behind = [KeyTemplate(text) for text in declared.depends_on]
+        tags = [KeyTemplate(text, name="tag") for text in declared.tags]
+        behind = [KeyTemplate(text, name="depends_on") for text in declared.depends_on]
         self._tags = [_maker(tag) for tag in tags]
         self._behind = [_maker(key) for key in behind]
         self._signature = inspect.signature(loader)
@@ -37,9 +39,10 @@ class Keying:
             each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
             for each in self._signature.parameters.values()
         )
-        hints = get_type_hints(loader, include_extras=True)
+        hints = get_type_hints(called(loader), include_extras=True)
         self._types = {name: hints.get(name, str) for name in self.parameters}
         self.value_type: Any = hints.get("return", Any)
+        self.annotated = "return" in hints
         _check_fields(self.template, [*tags, *behind], self.parameters, name)
         self.key = self._fast_key() or self._slow_key
 
@@ -79,6 +82,21 @@ class Keying:
             raise InvalidKey("key", key, f"is no key of {self.template.text}")
         return fields
 
+    def of_item(self, item: Any) -> tuple[str, tuple[Any, ...]]:
+        """The key and the arguments of one item of many: an argument, or the tuple of them.
+
+        Raises:
+            InvalidKey: the loader could not be called with it.
+        """
+        args = item if isinstance(item, tuple) and len(self.parameters) > 1 else (item,)
+        try:
+            return self.key(*args), args
+        except TypeError as error:
+            problem = f"does not fit {self.template.text}: {error}"
+            raise InvalidKey(f"an item of {self.name},", repr(item), problem) from None
+        except InvalidKey as error:
+            raise InvalidKey(f"{error.name} of {self.name},", error.value, error.problem) from None
+
     def item(self, values: Mapping[str, Any]) -> Any:
         """The one argument, or the tuple of them: how a batch loader is told of a key."""
         found = tuple(values[name] for name in self.parameters)
@@ -111,13 +129,22 @@ def _check_fields(
     template: KeyTemplate, labels: Sequence[KeyTemplate], parameters: Sequence[str], name: str
 ) -> None:
     missing = set(parameters) ^ set(template.fields)
-    unknown = {field for label in labels for field in label.fields} - set(parameters)
-    if not missing and not unknown:
-        return
+    if missing:
+        setting, wrong = "the key template", template
+        problem = f"fields and parameters differ in {', '.join(sorted(missing))}"
+        fix = "name every parameter of the function in the template, and no other"
+    else:
+        found = [label for label in labels if not set(label.fields) <= set(parameters)]
+        if not found:
+            return
+        setting, wrong = "a tag or dependency", found[0]
+        unknown = sorted(set(wrong.fields) - set(parameters))
+        problem = f"no parameter of the function is named {', '.join(unknown)}"
+        fix = f"use fields of {template.text} only"
     raise ConfigError(
-        setting=f"the key template of {name}",
-        value=template.text,
+        setting=f"{setting} of {name}",
+        value=wrong.text,
         origin="the declaration of a cache",
-        problem=f"fields and parameters differ in {', '.join(sorted(missing | unknown))}",
-        fix="name every parameter of the function in the template, and no other",
+        problem=problem,
+        fix=fix,
     )

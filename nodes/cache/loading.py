@@ -112,8 +112,8 @@ class Loading:
         self.tags += self._checked("tag", tags)
 
     def depends_on(self, *keys: str) -> None:
-        """Have the value be invalidated with these keys, and with what they are declared to depend
-        on; not with what their own loaders have named.
+        """Have the value be invalidated with these keys, and with what they depend on: as declared,
+        and as their own loaders have named it, where they are stored.
 
         Raises:
             InvalidKey: one cannot be a key. LoaderError: they are too many.

@@ -34,8 +34,10 @@ from ...schemas.errors import (
     Unavailable,
 )
 from ...schemas.keys import dependents_of
+from ..first_of_kind import FirstOfKind
 from .core import Core, Hit, Lease, LoadCall, Tier
 from .fill_leases import FillLeases
+from .inheritance import inherited
 from .loading import NOT_MODIFIED, Loading, under_way
 from .near import NearCache, NearEntry, Reservation
 from .packing import Packed, Packer
@@ -80,7 +82,9 @@ class LoadPath(Generic[T]):
         )
         self.waits = core.waits
         self.clock = core.clock
+        self.pace = core.pace
         self._own = own
+        self._failing = FirstOfKind()
         self._core = core
         self._slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
 
@@ -174,14 +178,16 @@ class LoadPath(Generic[T]):
 
     async def _named(self, lease: Lease, load: Loading) -> Mapping[str, int] | None:
         """The versions of the tags that the loader named; None if one was bumped meanwhile."""
-        traced = {*load.kept, *self._core.behind(load.dependencies)} - {dependents_of(lease.key)}
-        more = [tag for tag in dict.fromkeys((*load.tags, *traced)) if tag not in lease.tags]
-        if not more:
-            return {}
+        traced = {*load.kept, *self._core.behind(load.dependencies)}
         try:
+            traced |= await inherited({*lease.tags, *traced}, self._core.shared)
+            traced.discard(dependents_of(lease.key))
+            more = [tag for tag in dict.fromkeys((*load.tags, *traced)) if tag not in lease.tags]
+            if not more:
+                return {}
             found = await self._core.tags.discovered(more, since=lease.since, traced=traced)
         except (Unavailable, ServerRefused) as error:
-            log.warning("fill.failed", cache=self.name, key=lease.key, error=str(error))
+            self._failing.say(log, "fill.failed", error, cache=self.name, key=lease.key)
             return None
         if found is None:
             self._core.instruments.counts["fills_refused", self.name] += 1
@@ -207,10 +213,11 @@ class LoadPath(Generic[T]):
                     tail=packed.tail,
                 )
         except ForebayError as error:
-            log.warning("fill.failed", cache=self.name, key=key, error=str(error))
+            self._failing.say(log, "fill.failed", error, cache=self.name, key=key)
             # Beside the callers, who have waited long enough.
             core.tasks.start_soon(self.leases.give_back, key, lease.token)
             return None
+        self._failing.over()
         if stamp is None:
             core.instruments.counts["fills_refused", self.name] += 1
         return stamp

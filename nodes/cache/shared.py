@@ -18,6 +18,7 @@ from msgspec import Struct
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.scripting import Call, Scripts, granted, run, run_many
 from ...schemas.errors import Backpressure, Level
+from ...schemas.errors_locks import StaleToken
 from ...schemas.jobs import RefreshJob, WriteJob, write_job
 from ...schemas.keys import Names, dependents_of
 from ...schemas.notices import Bumped, Changed, Dropped, Extended, Notice, write_notice
@@ -132,15 +133,17 @@ class SharedTier:
             return "changed"
         return _stamp(reply[1:]) if reply[0] else None
 
-    async def put(self, key: str, *, soft_ms: int, hard_ms: int, tail: bytes) -> Stamp:
-        """Store a value known to be the newest."""
-        reply = await run(
-            self._commands,
-            self._scripts["entry_put"],
-            [*self.entry_keys(key), self.names.tag(dependents_of(key))],
-            [soft_ms, hard_ms, tail, *self.written(key), TAG_KEEP_MS],
-        )
-        return _stamp(reply)
+    async def put(
+        self, key: str, *, soft_ms: int, hard_ms: int, tail: bytes, token: int = 0
+    ) -> Stamp:
+        """Store a value known to be the newest; raises StaleToken under an old fencing token."""
+        names, script = self.names, self._scripts["entry_put"]
+        keys = [*self.entry_keys(key), names.tag(dependents_of(key)), names.fence(key)]
+        args = [soft_ms, hard_ms, tail, *self.written(key), TAG_KEEP_MS, token]
+        reply = await run(self._commands, script, keys, args)
+        if not reply[0]:
+            raise StaleToken(key, token, int(reply[1]))
+        return _stamp(reply[1:])
 
     def write_call(
         self, job: WriteJob, *, soft_ms: int, hard_ms: int, tail: bytes, mark: str = ""

@@ -2,7 +2,7 @@
 
 M1  At most ``concurrency`` keys are under way at a time; or one part, where there is a loader
     for many items at once. At most ``per_second`` begin in a second, but for a burst of a
-    tenth of them; what was not used is not made up for.
+    tenth of them; what was not used is not made up for. Nodes that warm one cache share it.
 M2  Items are taken in parts of at most ``TOGETHER``: an endless source of them does no harm.
 M3  A failure is counted, the first ``FAILURES_KEPT`` are kept, and the others go on. A value
     that was loaded, but could not be stored, is a failure: no other reader will find it.
@@ -197,6 +197,13 @@ async def warm(
     async with aclosing(_parts(items, pacer.burst)) as parts:
         async for part in parts:
             await pacer.turn(len(part))
+            if per_second is not None:  # and together with whoever else warms this cache
+                await cached.path.loads.pace(
+                    f"forebay.warm.{cached.name}",
+                    len(part),
+                    per_second=per_second,
+                    burst=pacer.burst,
+                )
             with outside():
                 await _warm_part(cached, part, by_key, limiter, tally)
     return tally.report()

@@ -15,15 +15,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
+from ...coordinator.guards import token_of
+from ...coordinator.lease import Lease
 from ...schemas.errors import ForebayError, InvalidKey, Level
 from ...schemas.jobs import Invalidates
-from ...schemas.keys import check_key
+from ...schemas.keys import check_key, refuse_one_string
 from .declaration import lifetime_ms
 from .packing import Packed
 from .shared import Receipt
 from .writes import WritePath
 
-__all__ = ["Writable"]
+__all__ = ["NOT_RUNNING", "Writable"]
+
+NOT_RUNNING = "the node is not running; use it inside `async with node:`"
 
 T = TypeVar("T")
 
@@ -42,13 +46,16 @@ class Writable(Generic[T]):
         ttl: float | None = None,
         until: Literal["accepted", "replicated"] = "accepted",
         timeout: float = _TIMEOUT_S,  # noqa: ASYNC109 - part of a bounded wait, not of a scope
+        token: Lease | int = 0,
     ) -> Receipt:
         """Store a value that the caller knows to be the newest; the sink is not told.
 
         None is stored as a known absence, or, where absences are not cached, invalidates.
-        ``ttl`` in seconds; by default the cache's.
+        ``ttl`` in seconds; by default the cache's. ``token``: the lock's lease under which it is
+        put, so that one who lost the lock cannot put what is older than its successor's.
 
         Raises:
+            StaleToken: a put under a later token was there before. LeaseLost: the lease is over.
             Unavailable: it may have been stored. Unconfirmed: it was, and not yet further.
             InvalidValue: no entry can hold it. ConfigError: ``ttl``, ``until`` or ``timeout``.
         """
@@ -60,6 +67,7 @@ class Writable(Generic[T]):
             ttl_ms=ttl_ms,
             until=until,
             timeout_ms=self._timeout_ms(timeout),
+            token=token_of(token),
         )
 
     async def write_through(self, *args: Any, timeout: float = _TIMEOUT_S) -> Receipt:  # noqa: ASYNC109
@@ -103,7 +111,7 @@ class Writable(Generic[T]):
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
             Unconfirmed: accepted, and not yet further. DeadLettered: the sink will not take it.
             InvalidKey: one in ``invalidates`` cannot be a key, or there are too many.
-            InvalidValue: no entry can hold the value.
+            InvalidValue: no entry can hold the value. ConfigError: no sink takes the key.
         """
         *arguments, value = args
         after = Invalidates(
@@ -137,7 +145,7 @@ class Writable(Generic[T]):
     @property
     def writes(self) -> WritePath[T]:
         if self._writes is None:
-            raise ForebayError(f"{self.name} is used before its node was started")
+            raise ForebayError(f"{self.name}: {NOT_RUNNING}")
         return self._writes
 
     def _timeout_ms(self, timeout_s: float) -> int:
@@ -145,6 +153,7 @@ class Writable(Generic[T]):
 
 
 def _checked(name: str, keys: Sequence[str]) -> tuple[str, ...]:
+    refuse_one_string(name, keys)
     if len(keys) > _INVALIDATES_MAX:
         raise InvalidKey(name, f"{len(keys)} keys", f"are over {_INVALIDATES_MAX}")
     return tuple([check_key(key, name=name) for key in keys])

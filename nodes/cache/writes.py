@@ -69,6 +69,11 @@ Way = Literal["put", "through", "around", "behind"]
 
 _REFUSALS = (Backpressure, InvalidValue, KeyBusy)
 _OF_LEASE = 0.9  #: what the sink may use of the lease; the rest is for the fill
+_FIXES: Mapping[str, str] = {
+    "oversized": "store less, or raise cache.value_bytes_max",
+    "wrong_type": "give what the loader is declared to return, or correct its annotation",
+}
+_ENCODABLE = "give what msgpack can hold, such as a Struct, dataclass, dict or str"
 
 
 class WriteParts(Struct, kw_only=True):
@@ -115,11 +120,19 @@ class WritePath(Generic[T]):
         return f"<WritePath {self.name}>"
 
     async def put(
-        self, key: str, value: T | None, *, ttl_ms: int | None, until: Level, timeout_ms: int
+        self,
+        key: str,
+        value: T | None,
+        *,
+        ttl_ms: int | None,
+        until: Level,
+        timeout_ms: int,
+        token: int = 0,
     ) -> Receipt:
         """Store a value that is the newest; None for a known absence.
 
         Raises:
+            StaleToken: a put under a later token was there before.
             Unavailable: it may have been stored. Unconfirmed: it was, here.
             InvalidValue: no entry can hold it. ConfigError: ``until`` is no level of this.
         """
@@ -132,7 +145,11 @@ class WritePath(Generic[T]):
                 made = await self._made(key, value, ttl_ms)
                 packed = made.packed
                 stamp = await self._core.shared.put(
-                    key, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
+                    key,
+                    soft_ms=packed.soft_ms,
+                    hard_ms=packed.hard_ms,
+                    tail=packed.tail,
+                    token=token,
                 )
                 self._keep(reservation, stamp, made)
         receipt = Receipt(stamp=stamp, shard=self._core.shared.names.shard(key))
@@ -148,11 +165,10 @@ class WritePath(Generic[T]):
         Raises:
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
             Unconfirmed: accepted, and not yet as far as ``until``. DeadLettered: refused by the
-            sink. ConfigError: no sink takes the key, though it is to be waited for.
-            InvalidValue: no entry can hold the value.
+            sink. ConfigError: no sink takes the key. InvalidValue: no entry can hold the value.
         """
         self._check_level("write_behind", until, ("accepted", "replicated", "sink"))
-        sink = self._outlet_of(key)[0].name if until == "sink" else ""
+        sink = self._outlet_of(key)[0].name
         since = self._parts.confirmations.since
         with self._writing("behind", key) as reservation:
             made = await self._made(key, value)
@@ -265,7 +281,8 @@ class WritePath(Generic[T]):
             kept = self._kept(value)
             return _Made(kept, tags, self._loads.pack(kept, tags, ttl_ms=ttl_ms))
         except InvalidEntry as error:
-            raise InvalidValue(self.name, key, str(error)) from error
+            fix = _FIXES.get(error.fault, _ENCODABLE)
+            raise InvalidValue(self.name, key, str(error), fix=fix) from error
 
     def _written(self, key: str, stamp: Stamp) -> None:
         """Known here before its notice comes; so is that what depends on it is old (X1)."""
@@ -304,7 +321,8 @@ class WritePath(Generic[T]):
                 value=key,
                 origin=f"a write of {self.name}",
                 problem="no sink takes this key",
-                fix=f"declare one with @node.sink, of the template of {self.name}",
+                fix=f"declare one with @node.sink, of the template of {self.name}, also where only "
+                "others work: all nodes of a namespace run the same application",
             )
         return found
 

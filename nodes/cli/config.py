@@ -1,5 +1,6 @@
 """`forebay config`: what is set, where it came from, and whether it can be used.
 
+``check`` also refuses what could not start, and warns of a bad URL that another one overrides.
 Nothing connects anywhere; that the server answers is shown by `forebay health`.
 """
 
@@ -12,7 +13,8 @@ import click
 import msgspec
 
 from ...schemas.errors import ConfigError
-from ...schemas.settings_sources import SettingRow, describe
+from ...schemas.settings_sources import Resolved, SettingRow, describe
+from ..cache.compression import compressor
 from .sources import RefusedSettings, errors_told, load, setting_options
 
 __all__ = ["command"]
@@ -49,18 +51,36 @@ def check(
 ) -> None:
     """Exit 0 if the settings can be used, 2 and the reason if not."""
     try:
-        rows = describe(load(config, flags))
+        resolved = load(config, flags)
+        _check_installed(resolved)
     except ConfigError as error:
         if not as_json:
             raise RefusedSettings(error) from None
         click.echo(_json(_told(error)))
         context.exit(error.exit_code)
+    rows, doubts = describe(resolved), list(resolved.doubts)
     kinds = Counter(row.origin.partition(" ")[0] for row in rows)
     if as_json:
-        click.echo(_json({"ok": True, "settings": len(rows), "from": dict(sorted(kinds.items()))}))
+        told = {"ok": True, "settings": len(rows), "from": dict(sorted(kinds.items()))}
+        click.echo(_json({**told, "warnings": doubts}))
         return
+    for doubt in doubts:
+        click.echo(f"Warning: not in force, {doubt}", err=True)
     counts = ", ".join(f"{count} from {kind}" for kind, count in sorted(kinds.items()))
     click.echo(f"ok: {len(rows)} settings, {counts}")
+
+
+def _check_installed(resolved: Resolved) -> None:
+    try:
+        compressor(resolved.settings.cache.compression)
+    except ConfigError as error:
+        raise ConfigError(
+            setting=error.setting,
+            value=error.value,
+            origin=resolved.origins[error.setting],
+            problem=error.problem,
+            fix=error.fix,
+        ) from None
 
 
 def _plain(row: SettingRow) -> dict[str, str]:

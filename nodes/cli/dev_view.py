@@ -198,6 +198,7 @@ def _summary(scene: Scene) -> str:
 def _table(scene: Scene) -> Group:
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for name in ("node", "url", "state", "events waiting", "writes waiting"):
@@ -205,7 +206,8 @@ def _table(scene: Scene) -> Group:
     for node in scene.nodes:
         backlog = node.backlog
         told = ("-", "-") if backlog is None else (str(backlog.events), str(backlog.writes))
-        state = "[green]ready[/]" if node.up else "[red]down[/]"
+        # No markup: notes are printed without any, and the table along with them.
+        state = Text("ready", style="green") if node.up else Text("down", style="red")
         table.add_row(node.name, node.url, state, *told)
     return Group(_summary(scene), table)
 

@@ -2,7 +2,8 @@
 
 I1  Nothing is changed by looking, and no value is shown.
 I2  It needs the server alone; nodes that run add what they know, each within a second.
-I3  It looks at a server that others use: one of its own would know nothing.
+I3  It looks at a server that others use: one of its own would know nothing; and at a namespace
+    that a node has run in.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ...schemas.settings_sources import Resolved
 from ..explain.collect import explain, names_at
 from ..explain.document import Explanation
 from ..explain.words import words
+from .namespaces import must_be_born
 from .sources import load, log_to_stderr, must_be_shared, setting_options
 
 __all__ = ["command"]
@@ -31,16 +33,12 @@ _NAME = "explain"
 _NO_SERVER = 3
 
 
-@click.command("explain")
+@click.command("explain", epilog="Example:  forebay explain product:42")
 @click.argument("key")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
 @setting_options
 def command(key: str, as_json: bool, config: str | None, flags: Mapping[str, object]) -> None:
-    r"""Why a read of KEY hits or misses: the entry, its tags and lease, and every node's copy.
-
-    \b
-    forebay explain product:42
-    """
+    """Why a read of KEY hits or misses: the entry, its tags and lease, and every node's copy."""
     try:
         check_key(key)
     except InvalidKey as error:
@@ -65,7 +63,9 @@ async def _found_out(resolved: Resolved, key: str) -> Explanation:
         settings.valkey, client_name=_NAME, origins=resolved.origins, clock=SystemClock()
     ) as backend:
         node, cache = settings.node, settings.cache
-        names = await names_at(backend.link, Names(node.namespace, node.shards, cache.version))
+        asked = Names(node.namespace, node.shards, cache.version)
+        await must_be_born(backend.link, asked, resolved)
+        names = await names_at(backend.link, asked)
         nonce, bytes_max = secrets.token_hex(16), cache.value_bytes_max
         return await explain(backend, names, key, nonce=nonce, bytes_max=bytes_max)
 

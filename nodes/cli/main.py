@@ -35,6 +35,8 @@ COMMANDS = {
     "run": Listed(".run:command", "Run a node as a worker."),
     "publish": Listed(".publish:command", "Publish an event: invalidate, write or refresh."),
     "explain": Listed(".explain:command", "Say why a read of a key hits or misses."),
+    "locks": Listed(".locks:command", "Show locks, or release one by force."),
+    "limits": Listed(".limits:command", "Show rate limits, or take of one."),
     "warm": Listed(".warm:command", "Load keys into the shared tier ahead of their readers."),
     "health": Listed(".health:command", "Ask a running node whether it is well."),
     "config": Listed(".config:command", "Show the settings in force, or check them."),

@@ -3,7 +3,8 @@
 I1  An event is checked as its readers will check it, before anything is connected.
 I2  It is sent once. A full stream refuses it; when no reply came, the error says that the
     event may be in, and the same command with the same ``--id`` may be repeated.
-I3  It goes to a server that others use: one of its own would forget the event at once.
+I3  It goes to a server that others use: one of its own would forget the event at once; and into a
+    namespace that a node has run in.
 
 Whether and when the event is applied is the nodes' part; the id of its entry is printed.
 """
@@ -26,6 +27,7 @@ from ...schemas.events import read_event
 from ...schemas.keys import Names
 from ...schemas.settings import Settings
 from ...schemas.settings_sources import Resolved
+from .namespaces import must_be_born
 from .sources import load, log_to_stderr, must_be_shared, setting_options
 
 __all__ = ["command"]
@@ -49,23 +51,21 @@ def _event_options(each: Any) -> Any:
     return setting_options(each)
 
 
-@command.command("invalidate")
+@command.command(
+    "invalidate", epilog="Example:  forebay publish invalidate product:42 --tag catalog"
+)
 @_event_options
 @click.argument("keys", metavar="KEY...", nargs=-1)
 @click.option("--tag", "tags", multiple=True, help="Whatever carries this tag; may be repeated.")
 @click.option("--soft", is_flag=True, help="Old values may be served while new ones are loaded.")
 def invalidate(keys: tuple[str, ...], tags: tuple[str, ...], soft: bool, **options: Any) -> None:
-    r"""Copies of these keys are old, and whatever carries these tags.
-
-    \b
-    forebay publish invalidate product:42 --tag catalog
-    """
+    """Copies of these keys are old, and whatever carries these tags."""
     if not keys and not tags:
         raise click.UsageError("name at least one KEY or --tag")
     _publish({"type": "invalidate", "keys": keys, "tags": tags, "soft": soft}, **options)
 
 
-@command.command("write")
+@command.command("write", epilog="Example:  forebay publish write product:42 '{\"price\": 7}'")
 @_event_options
 @click.argument("key")
 @click.argument("value", metavar="JSON")
@@ -73,11 +73,7 @@ def invalidate(keys: tuple[str, ...], tags: tuple[str, ...], soft: bool, **optio
     "--ttl", type=float, metavar="SECONDS", help="Lifetime; the cache's own if not given."
 )
 def write(key: str, value: str, ttl: float | None, **options: Any) -> None:
-    r"""Write a value now to the cache and soon to its source; null deletes.
-
-    \b
-    forebay publish write product:42 '{"price": 7}'
-    """
+    """Write a value now to the cache and soon to its source; null deletes."""
     try:
         msgspec.json.decode(value)
     except msgspec.DecodeError as error:
@@ -88,15 +84,11 @@ def write(key: str, value: str, ttl: float | None, **options: Any) -> None:
     _publish(body, **options)
 
 
-@command.command("refresh")
+@command.command("refresh", epilog="Example:  forebay publish refresh product:42 product:43")
 @_event_options
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 def refresh(keys: tuple[str, ...], **options: Any) -> None:
-    r"""Load these keys again, without waiting for a reader.
-
-    \b
-    forebay publish refresh product:42 product:43
-    """
+    """Load these keys again, without waiting for a reader."""
     _publish({"type": "refresh", "keys": keys}, **options)
 
 
@@ -132,11 +124,13 @@ def _names(settings: Settings) -> Names:
 
 async def _send(resolved: Resolved, raw: bytes) -> str:
     settings = resolved.settings
-    stream, bound = _names(settings).events, settings.durable.events_max
+    names, bound = _names(settings), settings.durable.events_max
+    stream = names.events
     script = load_scripts()["event_publish"]
     async with Backend(
         settings.valkey, client_name=_NAME, origins=resolved.origins, clock=SystemClock()
     ) as backend:
+        await must_be_born(backend.link, names, resolved)
         reply = await run(backend.link, script, [stream], [bound, raw])
     if reply[0] == 0:
         raise Backpressure(stream, reply[1], bound)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
-import random
 import signal
 import sys
 import traceback
@@ -28,13 +27,10 @@ import click
 import structlog
 
 from ...coordinator.background import background_tasks
-from ...coordinator.clock import SystemClock
 from ...coordinator.embedded import EmbeddedServer
 from ...schemas.errors import ConfigError, ForebayError, ProcessFailed
-from ...schemas.settings_sources import Resolved
 from ..logs import configure_logs
 from ..node import Node
-from ..web.server import serve
 from .sources import errors_told, load, setting_options, wants_color
 
 log = structlog.get_logger(__name__)
@@ -66,7 +62,7 @@ def command(
         )
         node = load_app(app) if app else Node()
         node.configure(resolved, lambda: load(config, given))
-        code: int = anyio.run(run_node, node, resolved, backend_options=_fast_loop())
+        code: int = anyio.run(run_node, node, backend_options=_fast_loop())
         return code
 
 
@@ -122,7 +118,7 @@ def _fast_loop() -> dict[str, Any]:
     return {"loop_factory": uvloop.new_event_loop}
 
 
-async def run_node(node: Node, resolved: Resolved) -> int:
+async def run_node(node: Node) -> int:
     """Serve until a signal comes; returns the exit code."""
     stop = anyio.Event()
     with anyio.CancelScope() as life:
@@ -133,7 +129,7 @@ async def run_node(node: Node, resolved: Resolved) -> int:
                 stack.push_async_exit(node.__aexit__)
                 tasks = await stack.enter_async_context(background_tasks())
                 tasks.start_soon(_fail_with, node.parts.backend.server)
-                url = await _serve(stack, node, resolved)
+                url = await stack.enter_async_context(node.serving())
                 signals.first = lambda _: stop.set()
                 stack.enter_context(_reloads(node))
                 log.info("node.started", url=url, node=node.instance)
@@ -142,23 +138,6 @@ async def run_node(node: Node, resolved: Resolved) -> int:
                 finished = await node.drain()
         return 0 if finished else _DRAIN_TOO_LONG
     return _SIGNALLED + signals.number
-
-
-async def _serve(stack: AsyncExitStack, node: Node, resolved: Resolved) -> str:
-    settings = resolved.settings
-    if not settings.http.enabled:
-        return ""
-    address = await stack.enter_async_context(
-        serve(
-            node,
-            settings.http,
-            event_bytes_max=settings.durable.event_bytes_max,
-            clock=SystemClock(),
-            random=random.Random(),
-            origin_of=lambda setting: resolved.origins.get(setting, "default"),
-        )
-    )
-    return address.url
 
 
 async def _fail_with(server: EmbeddedServer | None) -> None:

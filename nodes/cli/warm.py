@@ -34,9 +34,15 @@ KEYS_MAX = 1_000_000
 LINE_BYTES_MAX = KEY_BYTES_MAX + 64  #: some white space is let pass
 _NAME = "warm"
 _FAILED = 1
+_EXAMPLES = """
+\b
+Examples:
+  forebay warm --app shop.cache:node product product:1 product:2
+  forebay warm --app shop.cache:node product --keys-from keys.txt --per-second 200
+"""
 
 
-@click.command("warm")
+@click.command("warm", epilog=_EXAMPLES)
 @click.option(
     "--app",
     envvar="FOREBAY_APP",
@@ -75,12 +81,7 @@ def command(
     config: str | None,
     flags: Mapping[str, object],
 ) -> int:
-    r"""Load the keys of CACHE that are not fresh, ahead of their readers.
-
-    \b
-    forebay warm --app shop.cache:node product product:1 product:2
-    forebay warm --app shop.cache:node product --keys-from keys.txt --per-second 200
-    """
+    """Load the keys of CACHE that are not fresh, ahead of their readers."""
     with errors_told():
         resolved = load(config, {**flags, "workers.enabled": "false"})
         must_be_shared(resolved, "to load into")

@@ -149,13 +149,23 @@ class Session:
                     tasks.start_soon(_fail_when_dead, backend.server.died)
                 yield backend
 
+    def _ports(self) -> list[int]:
+        first, ports = self._plan.port, free_ports(self._plan.port, self._plan.nodes)
+        for number, port in enumerate(ports):
+            if first and port != first + number:
+                note = (
+                    f"port {first + number} is taken: node-{number + 1} listens on {port} instead"
+                )
+                self.scene.notes.append(note)
+        return ports
+
     @asynccontextmanager
     async def _cluster(self, directory: Path) -> AsyncGenerator[Cluster]:
         database = directory / "flights.db"
         await anyio.to_thread.run_sync(create, database, self._day)
         cluster = Cluster(
             self._plan.node_command,
-            ports=free_ports(self._plan.port, self._plan.nodes),
+            ports=self._ports(),
             environ=self._node_environ(database),
             directory=directory,
         )

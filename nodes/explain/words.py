@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ...schemas.keys import depended_on
 from ...schemas.masking import escape_controls
 from .document import EntryState, Explanation, NearState, NoticeLine, TagState
 
@@ -72,7 +73,7 @@ def _shared_part(document: Explanation) -> str:
     text = _SHARED[entry.state]
     outdating = next((each for each in entry.tags if each.state != "holds"), None)
     if entry.state == "outdated" and outdating is not None:
-        text = f"would be loaded: tag {outdating.tag} outdates the entry in the shared tier"
+        text = f"would be loaded: {_name(outdating.tag)} outdates the entry in the shared tier"
     if "would be loaded" not in text:
         return text
     if lease.state == "held":
@@ -159,10 +160,17 @@ def _until(left_ms: int | None, ahead: str, past: str, never: str) -> str:
     return ahead.format(span(left_ms)) if left_ms > 0 else past.format(span(-left_ms))
 
 
+def _name(tag: str) -> str:
+    key = depended_on(tag)
+    return f"tag {tag}" if key is None else f"key {key}"
+
+
 def _tag(tag: TagState) -> str:
+    key = depended_on(tag.tag)
+    name = tag.tag if key is None else f"key {key}"
     now = f"{tag.version} now" if tag.version is not None else "none now"
     hard = f", {tag.hard_version} at least" if tag.hard_version != tag.version else ""
-    return f"{tag.tag} {_TAG[tag.state]}: captured at {tag.embedded}, {now}{hard}"
+    return f"{name} {_TAG[tag.state]}: captured at {tag.embedded}, {now}{hard}"
 
 
 def _lease(document: Explanation) -> str:
@@ -236,7 +244,7 @@ def _node(node: NearState, cache_version: int) -> Iterator[str]:
 def _near(node: NearState) -> str:
     text = _NEAR[node.state]
     if node.tag:
-        text += f" (tag {node.tag})"
+        text += f" ({_name(node.tag)})"
     if node.state in ("no_cache", "absent"):
         return text
     fresh = _until(node.left_ms, "fresh for {}", "past since {}", "")

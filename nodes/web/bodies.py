@@ -76,7 +76,7 @@ class Bodies:
     def _too_big(self) -> web.Response:
         self._instruments.counts["limit_reached", "http_body_bytes"] += 1
         problem = f"the body has more than {self._bytes_max} bytes"
-        return self._unread(413, "too_large", problem, "send fewer events at a time")
+        return self._unread(413, "too_large", problem, "send less at a time")
 
     @staticmethod
     def _unread(status: int, code: str, problem: str, fix: str) -> web.Response:

@@ -32,7 +32,8 @@ async def read(request: web.Request) -> web.StreamResponse:
         return refuse(404, "no_cache", problem, field="key", fix="ask a node that has its cache")
     headers = _headers(found)
     if found.negative:
-        return refuse(404, "absent", "the source has no such value", field="key", headers=headers)
+        problem, fix = "the source has no such value", "when it has it, invalidate the key"
+        return refuse(404, "absent", problem, field="key", fix=fix, headers=headers)
     return web.Response(body=found.json, content_type="application/json", headers=headers)
 
 

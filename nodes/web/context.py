@@ -7,9 +7,10 @@ from random import Random
 from aiohttp import web
 from msgspec import Struct
 
+from ...coordinator.clock import Clock
 from ...schemas.settings import Http
 from .bodies import Bodies
-from .face import Served
+from .face import Coordination, Served
 from .heartbeat import Heartbeat
 
 __all__ = ["CONTEXT", "Context"]
@@ -22,6 +23,8 @@ class Context(Struct, frozen=True, kw_only=True):
     bodies: Bodies
     heartbeat: Heartbeat
     random: Random
+    clock: Clock
+    coordination: Coordination | None  #: only on nodes with the coordinator role
 
 
 CONTEXT = web.AppKey("context", Context)

@@ -16,9 +16,11 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from ...coordinator.instruments import Instruments
+from ...coordinator.limits.limiter import Limiter
 from ..explain.document import Explanation
+from .lock_desk import LockDesk
 
-__all__ = ["Check", "Gate", "Read", "Served", "State"]
+__all__ = ["Check", "Coordination", "Gate", "Read", "Served", "State"]
 
 Gate = Literal["live", "ready", "start"]
 State = Literal["pass", "warn", "fail"]
@@ -44,6 +46,13 @@ class Read(Struct, frozen=True, kw_only=True):
     negative: bool = False  #: the source is known not to have it
 
 
+class Coordination(Struct, frozen=True, kw_only=True):
+    """What a node with the coordinator role has for programs that are no node."""
+
+    locks: LockDesk
+    limits: Limiter
+
+
 class Served(Protocol):
     @property
     def instance(self) -> str: ...
@@ -60,6 +69,10 @@ class Served(Protocol):
     def checks(self) -> Sequence[Check]: ...
 
     async def stats(self) -> dict[str, object]: ...
+
+    def coordination(self) -> Coordination | None:
+        """None: this node has not that role. Asked once for each endpoint."""
+        ...
 
     async def publish(self, events: Sequence[bytes]) -> list[str]:
         """The stream ids of these events.

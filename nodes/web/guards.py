@@ -23,7 +23,7 @@ from ...coordinator.instruments import Instruments
 from ...schemas.settings import Http
 from .refusals import SECURITY_HEADERS, refuse
 
-__all__ = ["GuardedHandler", "GuardedRunner", "GuardedServer"]
+__all__ = ["GuardedHandler", "GuardedRunner", "GuardedServer", "client_gone"]
 
 log = structlog.get_logger(__name__)
 
@@ -36,13 +36,20 @@ _FULL = (
 _CLIENTS_FAULT = (web.RequestPayloadError, web.PayloadAccessError, OSError)
 
 
+async def client_gone(request: web.Request) -> None:
+    """Return when the client has closed its connection, for whoever works long for it."""
+    assert isinstance(request.protocol, GuardedHandler)
+    await request.protocol.gone.wait()
+
+
 class GuardedHandler(web.RequestHandler):
     """One connection."""
 
-    __slots__ = ("_guard", "_header_timer", "_write_timer")
+    __slots__ = ("_guard", "_header_timer", "_write_timer", "gone")
 
     def __init__(self, guard: GuardedServer, **settings: Any) -> None:
         super().__init__(guard, **settings)
+        self.gone = asyncio.Event()
         self._guard = guard
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -57,6 +64,7 @@ class GuardedHandler(web.RequestHandler):
         self._expect_headers()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self.gone.set()
         self._headers_done()
         self._stop_write_timer()
         super().connection_lost(exc)

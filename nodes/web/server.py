@@ -6,32 +6,34 @@ S2  Every answer passes ``border``: errors become JSON refusals there, and are c
     route template, never by path.
 S3  An error nobody expected is a 500 that tells nothing, and a traceback in the log.
 
-Who may call what is decided by a further middleware, between ``border`` and the routes.
+Who may call what is decided by ``bearer``, between ``border`` and the routes.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, nullcontext
 from random import Random
 
 import anyio
 import structlog
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 from msgspec import Struct
 
+from ... import __version__
 from ...coordinator.clock import Clock
 from ...schemas.errors import ConfigError, ForebayError
 from ...schemas.settings import Http
-from . import cache, events, explain, health, metrics, stats
+from . import cache, events, explain, health, limits, locks, metrics, openapi, stats
+from .bearer import bearer_of
 from .bodies import Bodies
 from .context import CONTEXT, Context
 from .face import Served
 from .guards import GuardedRunner
 from .heartbeat import Heartbeat
-from .refusals import SECURITY_HEADERS, answer, of_error, of_http, refuse
+from .refusals import SECURITY_HEADERS, Refused, answer, of_error, of_http, refuse
 
 __all__ = ["Address", "make_app", "serve"]
 
@@ -73,9 +75,12 @@ async def serve(
     """Answer HTTP for this node while the body runs.
 
     Raises:
-        ConfigError: the address cannot be listened on.
+        ConfigError: the address cannot be listened on, or there is no token in its file.
     """
+    origin = origin_of("http.token_file")
+    bearer = bearer_of(http.token_file, clock, origin)
     heartbeat = Heartbeat(clock)
+    coordination = served.coordination()
     context = Context(
         served=served,
         http=http,
@@ -83,27 +88,39 @@ async def serve(
         bodies=Bodies(http, served.instruments),
         heartbeat=heartbeat,
         random=random,
+        clock=clock,
+        coordination=coordination,
     )
-    served.instruments.add_source(lambda: [("event_loop_lag_seconds", (), heartbeat.lag_s())])
+
+    def gauges() -> Iterable[tuple[str, tuple[str, ...], float]]:
+        return [("event_loop_lag_seconds", (), heartbeat.lag_s())]
+
+    served.instruments.add_source(gauges)
     # aiohttp waits this long for handlers, and as long again for their cancellation.
     runner = GuardedRunner(
-        make_app(context), http=http, instruments=served.instruments, stop_s=stop_ms / 3_000
+        make_app(context, bearer), http=http, instruments=served.instruments, stop_s=stop_ms / 3_000
     )
     try:
-        with heartbeat.beating():
+        with heartbeat.beating(), coordination.locks.listening() if coordination else nullcontext():
             address = await _bind(runner, http, origin_of)
             log.info("http.listening", url=address.url)
             yield address
     finally:
+        served.instruments.remove_source(gauges)
         with anyio.move_on_after(stop_ms / 1000, shield=True):
             await runner.cleanup()
 
 
-def make_app(context: Context) -> web.Application:
-    app = web.Application(middlewares=[border])
+def make_app(context: Context, bearer: Middleware) -> web.Application:
+    app = web.Application(middlewares=[border, bearer])
     app[CONTEXT] = context
     app.on_response_prepare.append(_add_headers)
-    routes = _routes(context.served)
+
+    async def describe(_request: web.Request) -> web.StreamResponse:
+        return answer(described)
+
+    about_api = _Route("GET", "/openapi.json", "this API, as OpenAPI 3.1", describe)
+    routes = (*_routes(context), about_api)
     listed = [{"method": r.method, "path": r.path, "purpose": r.purpose} for r in routes]
 
     async def index(_request: web.Request) -> web.StreamResponse:
@@ -111,9 +128,12 @@ def make_app(context: Context) -> web.Application:
         about = {"name": "forebay", "instance": served.instance, "namespace": served.namespace}
         return answer({**about, "routes": listed})
 
+    about = [(r.method, r.path, r.purpose) for r in routes]
+    described = openapi.document(about, version=__version__, guarded=bool(context.http.token_file))
+
     app.router.add_get("/", index)
     for each in routes:
-        path = each.path.replace("{key}", "{key:.+}")
+        path = each.path.replace("{key}", "{key:.+}").replace("{name}", "{name:[^/]+}")
         if each.method == "GET":
             app.router.add_get(path, each.handler)
         else:
@@ -121,7 +141,12 @@ def make_app(context: Context) -> web.Application:
     return app
 
 
-def _routes(served: Served) -> tuple[_Route, ...]:
+def _routes(context: Context) -> tuple[_Route, ...]:
+    coordination = _COORDINATION if context.coordination else ()
+    return (*_own_routes(context.served), *coordination)
+
+
+def _own_routes(served: Served) -> tuple[_Route, ...]:
     return (
         _Route("GET", "/livez", "200 while the process is alive", health.probe("live")),
         _Route("GET", "/readyz", "200 when it can do its work", health.probe("ready")),
@@ -134,6 +159,19 @@ def _routes(served: Served) -> tuple[_Route, ...]:
         _Route("GET", cache.PREFIX + "{key}", "read through the cache", cache.read),
         _Route("GET", explain.PREFIX + "{key}", "why a read hits or misses", explain.explain),
     )
+
+
+_COORDINATION = (
+    _Route("GET", "/v1/locks", "the locks that are held", locks.list_all),
+    _Route("GET", "/v1/locks/{name}", "who holds it, who waits", locks.show),
+    _Route("POST", "/v1/locks/{name}", "take a lock, or wait for it", locks.acquire),
+    _Route("POST", "/v1/locks/{name}/renew", "keep a lock", locks.renew),
+    _Route("DELETE", "/v1/locks/{name}", "give a lock back", locks.release),
+    _Route("GET", "/v1/limits", "the rate limits", limits.list_all),
+    _Route("POST", "/v1/limits/{name}/take", "ask a limit", limits.take),
+    _Route("POST", "/v1/limits/{name}/reserve", "charge an estimate", limits.reserve),
+    _Route("POST", "/v1/limits/{name}/settle", "charge what it was", limits.settle),
+)
 
 
 @web.middleware
@@ -158,6 +196,8 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
         return response
     except ConnectionError:
         raise  # the client is gone, nobody reads an answer
+    except Refused as error:
+        return error.response
     except ForebayError as error:
         answered = of_error(error, request.app[CONTEXT].random)
         if answered is not None:

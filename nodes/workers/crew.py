@@ -26,6 +26,7 @@ from ...schemas.keys import EVENTS, Names
 from ...schemas.settings import Settings
 from ..cache.core import Core
 from ..sinks.outlet import Outlet
+from .chores import Chores, Lockable
 from .dead_letters import DeadLetters
 from .delivery import Delivery
 from .external import ExternalWriters
@@ -53,6 +54,7 @@ class WorkParts(Struct, kw_only=True):
     outlets: Mapping[str, Outlet]  #: of all sinks, by name
     core: Core
     dead_letters: DeadLetters
+    locks: Lockable
     settings: Settings
 
 
@@ -97,6 +99,7 @@ class Crew:
         )
         retain = parts.settings.durable.log_retain
         self.trimmer = Trimmer(link, parts.names, self.ownership, core.follower, retain=retain)
+        self.chores = Chores(link, parts.names, parts.locks, core.server_clock, log_retain=retain)
         self.external = self._external(parts) if parts.settings.cache.external_writers else None
         for successor in (self.writes, self.ingress, self.external):
             if successor is not None:
@@ -176,6 +179,6 @@ async def crew(parts: WorkParts) -> AsyncGenerator[Crew]:
         tasks = await stack.enter_async_context(background_tasks())
         if made.external is not None:
             await tasks.start(made.external.run)
-        for part in (made.writes, made.ingress, made.ownership, made.trimmer):
+        for part in (made.writes, made.ingress, made.ownership, made.trimmer, made.chores):
             await tasks.start(part.run)
         yield made

@@ -141,11 +141,13 @@ class Delivery:
                 await self._try(batch)
             except TransientSinkError as error:
                 attempt += 1
-                log.warning("sink.paused", sink=self.sink.name, attempt=attempt, error=str(error))
+                say = log.warning if attempt == 1 else log.debug
+                say("sink.paused", sink=self.sink.name, attempt=attempt, error=str(error))
                 await self._pause(self._delay_s(attempt), ours)
             except FatalSinkError as error:
+                say = log.debug if str(error) == self.stopped else log.error
                 self.stopped = str(error)
-                log.error("sink.stopped", sink=self.sink.name, error=str(error))
+                say("sink.stopped", sink=self.sink.name, error=str(error))
                 await self._pause(_STOPPED_S, ours)
             else:
                 if attempt or self.stopped:

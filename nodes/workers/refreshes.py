@@ -27,6 +27,7 @@ from ...coordinator.link import Commands
 from ...schemas.errors import ForebayError, ServerRefused
 from ...schemas.jobs import RefreshJob, read_refresh
 from ...schemas.keys import Names
+from ..first_of_kind import FirstOfKind
 from ..strays import asked_to_stop
 from .routes import Routes
 
@@ -70,6 +71,7 @@ class Refreshes:
         self._limiter = anyio.CapacityLimiter(running_max)
         self._counts = instruments.counts
         self._rung: set[int] = set()
+        self._failing = FirstOfKind()
         self._wake = anyio.Event()
 
     def __repr__(self) -> str:
@@ -94,7 +96,7 @@ class Refreshes:
                         await self._limiter.acquire_on_behalf_of(job)
                         tasks.start_soon(self._do, job)
                 except ForebayError as error:
-                    log.debug("refreshes.failed", error=str(error))
+                    self._failing.say(log, "refreshes.failed", error)
                 with anyio.move_on_after(_SWEEP_S) as swept:
                     await self._wake.wait()
                 if swept.cancelled_caught:
@@ -107,12 +109,13 @@ class Refreshes:
         )
         jobs: list[Taken] = []
         without_group = []
+        refused: list[ServerRefused] = []
         for shard, reply in zip(shards, replies, strict=True):
             if isinstance(reply, ServerRefused):
                 if reply.code == "NOGROUP":
                     without_group.append(shard)
                 else:
-                    log.warning("refreshes.refused", shard=shard, error=str(reply))
+                    refused.append(reply)
             elif reply:
                 entries = reply[0][1]
                 jobs += [Taken(shard, bytes(raw_id), _job(fields)) for raw_id, fields in entries]
@@ -120,16 +123,27 @@ class Refreshes:
                     self.bell(shard)
         if without_group:
             await self._make_groups(without_group)
+        self._tell(refused)
         return jobs
+
+    def _tell(self, refused: Sequence[ServerRefused]) -> None:
+        """One line for all shards; nothing refused, nothing failing."""
+        if refused:
+            self._failing.say(log, "refreshes.refused", refused[0], shards=len(refused))
+        else:
+            self._failing.over()
 
     async def _make_groups(self, shards: Sequence[int]) -> None:
         """From the first entry on. Another node may be faster, which is as good."""
         create = [("XGROUP", "CREATE", self._streams[n], _GROUP, "0", "MKSTREAM") for n in shards]
+        refused = []
         for shard, reply in zip(shards, await self._commands.call_many(create), strict=True):
             if isinstance(reply, ServerRefused) and reply.code != "BUSYGROUP":
-                log.warning("refreshes.refused", shard=shard, error=str(reply))
+                refused.append(reply)
             else:
                 self.bell(shard)
+        if refused:
+            self._failing.say(log, "refreshes.refused", refused[0], shards=len(refused))
 
     async def _do(self, job: Taken) -> None:
         result = "failed"

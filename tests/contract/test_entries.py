@@ -9,6 +9,7 @@ import pytest
 
 from forebay.coordinator.backend import Backend
 from forebay.schemas.entry import EntryMeta, read_entry
+from forebay.schemas.keys import dependents_of
 from forebay.schemas.notices import Changed, Dropped, Extended, read_bell
 from scriptdesk import MINUTE_MS, Desk
 
@@ -351,15 +352,15 @@ async def test_what_depends_on_a_key_is_outdated_with_it(desk: Desk, how: str) -
     """entries_invalidate I3, entry_put I3, entry_write I3: the version is the change's own."""
     await prepared(desk, how)
     outdate, soft = OUTDATING[how]
-    ((before, _, made),) = await desk.captured("k")
+    ((before, _, made),) = await desk.captured(dependents_of("k"))
     assert made == 1
     await outdate(desk)
     version = (await desk.log())[-1].version
-    assert await desk.captured("k") == [(version, before if soft else version, 0)]
-    assert 0 < await desk.commands.call("PTTL", desk.names.tag("k")) <= MINUTE_MS
+    assert await desk.captured(dependents_of("k")) == [(version, before if soft else version, 0)]
+    assert 0 < await desk.commands.call("PTTL", desk.names.tag(dependents_of("k"))) <= MINUTE_MS
     await outdate(desk)
     later = (await desk.log())[-1].version
-    assert await desk.captured("k") == [(later, before if soft else later, 0)]
+    assert await desk.captured(dependents_of("k")) == [(later, before if soft else later, 0)]
 
 
 @pytest.mark.parametrize("how", OUTDATING)
@@ -367,39 +368,39 @@ async def test_where_nothing_depends_on_a_key_no_tag_is_made(desk: Desk, how: st
     """Or there would be one more key for each that was ever written."""
     await prepared(desk, how)
     await OUTDATING[how][0](desk)
-    assert await desk.commands.call("EXISTS", desk.names.tag("k")) == 0
+    assert await desk.commands.call("EXISTS", desk.names.tag(dependents_of("k"))) == 0
     version = (await desk.log())[-1].version
-    assert (await desk.captured("k"))[0][2] == 1
+    assert (await desk.captured(dependents_of("k")))[0][2] == 1
     assert desk.changed == [version], "whoever makes the tag is told of it"
 
 
 async def test_what_is_loaded_outdates_nothing(desk: Desk) -> None:
     """It only replaces what has ended: neither a fill nor an extension touches the tag."""
-    before = await desk.captured("k")
+    before = await desk.captured(dependents_of("k"))
     assert before[0][2] == 1
     await desk.begin("mine")
     version = int((await desk.fill("mine"))[1])
     await desk.begin("mine", seen=version)
     await desk.extend("mine", version)
-    assert await desk.captured("k") == [(*before[0][:2], 0)]
+    assert await desk.captured(dependents_of("k")) == [(*before[0][:2], 0)]
 
 
 async def test_a_pending_write_that_is_invalidated_outdates_too(desk: Desk) -> None:
     """entries_invalidate I3: what depends on the key cannot wait for the sink."""
     await desk.write("written")
-    await desk.captured("k")
+    await desk.captured(dependents_of("k"))
     await desk.invalidate()
     version = (await desk.log())[-1].version
-    assert await desk.captured("k") == [(version, version, 0)]
+    assert await desk.captured(dependents_of("k")) == [(version, version, 0)]
 
 
 async def test_each_key_outdates_what_depends_on_it_alone(desk: Desk) -> None:
     """entries_invalidate I3: of many keys, those that have a tag."""
     first, second, third = desk.keys_of(0, 3)
-    before = await desk.captured(first, third)
+    before = await desk.captured(*map(dependents_of, (first, third)))
     await desk.invalidate(first, second, soft=True)
     version = (await desk.log(0))[-1].version
-    after = await desk.captured(first, second, third)
+    after = await desk.captured(*map(dependents_of, (first, second, third)))
     assert after[0] == (version, before[0][1], 0)
     assert after[1][2] == 1
     assert after[2] == (*before[1][:2], 0)
@@ -407,13 +408,13 @@ async def test_each_key_outdates_what_depends_on_it_alone(desk: Desk) -> None:
 
 async def test_a_repetition_outdates_nothing(desk: Desk) -> None:
     """entry_write I1: as it changes nothing else."""
-    await desk.captured("k")
+    await desk.captured(dependents_of("k"))
     await desk.write("first", mark="005")
-    before = await desk.captured("k")
+    before = await desk.captured(dependents_of("k"))
     await desk.write("again", mark="005")
     await desk.invalidate(mark="004")
     await desk.write("no room", bound=0)
-    assert await desk.captured("k") == before
+    assert await desk.captured(dependents_of("k")) == before
 
 
 # entry_touch
@@ -460,6 +461,18 @@ async def test_a_put_over_a_pending_write_keeps_it_pending(desk: Desk) -> None:
     entry = await desk.entry()
     assert (entry.version, entry.pending, entry.payload) == (newer, int(version), b"put")
     assert await desk.ttl_ms() == -1
+
+
+async def test_a_put_under_an_old_token_changes_nothing(desk: Desk) -> None:
+    """entry_put I4: the same token may put again, and one without a token is not asked."""
+    assert await desk.put("first", token=7) > 0
+    assert await desk.put("again", token=7) > 0
+    before = await desk.everything()
+    assert await desk.put("late", token=6) == -7
+    assert await desk.everything() == before
+    assert await desk.put("later", token=8) > 0
+    assert await desk.put("free") > 0
+    assert await desk.put("late", token=7) == -8
 
 
 async def test_a_put_sent_twice_is_two_changes_of_one_value(desk: Desk) -> None:

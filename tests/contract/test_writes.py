@@ -12,6 +12,7 @@ import pytest
 import forebay
 from forebay.coordinator.backend import Backend
 from forebay.schemas.errors import Unconfirmed
+from forebay.schemas.keys import dependents_of
 from forebay.schemas.notices import Changed
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
 from scriptdesk import MINUTE_MS, Desk
@@ -121,10 +122,10 @@ async def test_a_write_behind_in_between_is_not_overwritten(desk: Desk) -> None:
 
 async def test_what_depends_on_a_key_is_outdated_by_its_write(desk: Desk) -> None:
     """write_fill I3: the tag named after the key has the version of the write."""
-    await desk.capture("k")
+    await desk.capture(dependents_of("k"))
     await desk.begin_write("mine")
     _, version, *_ = await desk.fill_write("mine")
-    assert await desk.capture("k") == [int(version)]
+    assert await desk.capture(dependents_of("k")) == [int(version)]
 
 
 # checkpoint_commit

@@ -81,7 +81,10 @@ REFUSED = [
     'Argument 1 to "__call__" of "Cached" has incompatible type "str"; expected "int"',
     'Missing positional argument "id" in call to "__call__" of "Cached"',
     'Argument 2 to "invalidate" of "Cached" has incompatible type "int"; expected "str"',
-    'Argument 1 to "invalidate" of "Node" has incompatible type "int"; expected "Sequence[str]"',
+    (
+        'Argument 1 to "invalidate" of "Node" has incompatible type "int"; '
+        'expected "Sequence[str] | None"'
+    ),
     'Argument 1 to "Node" has incompatible type "int"; expected "str | None"',
     'Argument 1 has incompatible type "Callable[[int], int]"',
     'Value of type variable "S" of function cannot be "Callable[[list[int]], ',
@@ -277,3 +280,28 @@ def test_public_face_is_typed(tmp_path: Path) -> None:
     assert revealed == REVEALED, done.stdout + done.stderr
     assert len(refused) == len(REFUSED), done.stdout
     assert [text for text, begin in zip(refused, REFUSED, strict=True) if begin not in text] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ttl": -1},
+        {"ttl": 1, "refresh_ahead": 7},
+        {"ttl": 1, "harmless": 5},
+        {"ttl": 1, "tags": "catalog"},
+        {"ttl": 1, "depends_on": "catalog"},
+        {"ttl": 1, "tags": ["x:{other}"]},
+    ],
+)
+def test_a_refusal_says_which_cache_it_is_about(make_node: MakeNode, options: Any) -> None:
+    """D1: an application has many of them."""
+    with pytest.raises((forebay.ConfigError, forebay.InvalidKey), match=r"a:\{id\}"):
+        make_node().cached("a:{id}", **options)(squared)
+
+
+@pytest.mark.parametrize("tag", [1, None, "x:{id:d}", "x:{}"])
+def test_a_tag_that_cannot_be_is_named(make_node: MakeNode, tag: Any) -> None:
+    """D1: as a tag, not as a key template."""
+    with pytest.raises(forebay.InvalidKey) as caught:
+        make_node().cached("a:{id}", ttl=1, tags=[tag])(squared)
+    assert caught.value.name == "tag"

@@ -10,7 +10,7 @@ import pytest
 
 from forebay.nodes.cache.tags import Captured, TagTable
 from forebay.nodes.hearing import Hearing
-from forebay.schemas.keys import Names
+from forebay.schemas.keys import Names, dependents_of
 from forebay.schemas.notices import Bumped, Changed, Dropped, Extended, Notice
 
 NAMES = Names("hearing", 4)
@@ -67,21 +67,21 @@ def told() -> Told:
 
 
 KEY = [("a", "k", 200), ("b", "k", 200), ("wake", "k")]
-OUTDATED = [("a", "k"), ("b", "k")]
+OUTDATED = [("a", dependents_of("k")), ("b", dependents_of("k"))]
 
 
 async def test_a_written_key_outdates_what_depends_on_it(told: Told) -> None:
     """E2: its copies are old, and what carries the tag named after it is invalid."""
-    (state,) = [told.tags.state("k")]
-    await told.tags.versions(["k"], trust=True)
+    (state,) = [told.tags.state(dependents_of("k"))]
+    await told.tags.versions([dependents_of("k")], trust=True)
     assert told.of(200, Changed("k", outdates=True)) == [*KEY, *OUTDATED]
     assert state.versions == (200, 200)
 
 
 async def test_a_loaded_key_outdates_nothing(told: Told) -> None:
     """E3: though its copies are old."""
-    state = told.tags.state("k")
-    await told.tags.versions(["k"], trust=True)
+    state = told.tags.state(dependents_of("k"))
+    await told.tags.versions([dependents_of("k")], trust=True)
     assert told.of(200, Changed("k")) == KEY
     assert state.versions == (100, 100)
 
@@ -89,8 +89,8 @@ async def test_a_loaded_key_outdates_nothing(told: Told) -> None:
 @pytest.mark.parametrize("soft", [True, False])
 async def test_dropped_keys_outdate_what_depends_on_them(told: Told, soft: bool) -> None:
     """E2: as softly as they are dropped themselves."""
-    states = [told.tags.state("k"), told.tags.state("l")]
-    await told.tags.versions(["k", "l"], trust=True)
+    states = [told.tags.state(dependents_of("k")), told.tags.state(dependents_of("l"))]
+    await told.tags.versions([dependents_of("k"), dependents_of("l")], trust=True)
     got = told.of(200, Dropped(("k", "l", "m"), soft))
     assert got[: len(KEY) + 2] == [*KEY, *OUTDATED]
     assert [each for each in got if each[0] == "wake"] == [("wake", key) for key in "klm"]

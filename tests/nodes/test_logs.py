@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import structlog
 
-from forebay.nodes.logs import configure_logs
+from forebay.nodes.logs import configure_embedded, configure_logs
 from forebay.schemas.settings import Log, Secret, Valkey
 
 CANARY = "canary-7f3a"
@@ -384,3 +385,43 @@ def test_bound_context_is_part_of_the_line() -> None:
 
     event = json.loads(lines()[0])
     assert (event["trace_id"], event["shard"], event["instance"]) == ("t1", 3, "node-1")
+
+
+@pytest.mark.parametrize(("level", "events"), [("info", ["a", "b"]), ("warning", ["b"])])
+def test_embedded_node_speaks_on_stderr_from_its_level(
+    capsys: pytest.CaptureFixture[str], level: Any, events: list[str]
+) -> None:
+    """Where nobody has configured structlog, and as often as a node of the process starts."""
+    structlog.reset_defaults()
+    configure_embedded(Log(level="debug"), instance="-")
+    configure_embedded(Log(level=level), instance="node-1", secrets=[Secret(CANARY)])
+    log = structlog.get_logger("forebay.test")
+    log.info("a", seen=CANARY)
+    log.warning("b", seen=CANARY)
+    logging.getLogger("elsewhere").warning("not ours")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [json.loads(line)["event"] for line in err.splitlines()] == events
+    assert CANARY not in err
+
+
+def test_application_that_has_configured_structlog_keeps_it() -> None:
+    """Also one that did so with less than we would."""
+    structlog.reset_defaults()
+    structlog.configure(processors=[structlog.processors.JSONRenderer()])
+    before = structlog.get_config()
+    configure_embedded(Log(level="error"), instance="node-1")
+    assert structlog.get_config() == before
+
+
+def test_stderr_that_is_gone_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I4: a closed stream, and a reader that went away."""
+    structlog.reset_defaults()
+    configure_embedded(Log(), instance="node-1")
+    monkeypatch.setattr(sys, "stderr", None)
+    structlog.get_logger("forebay.test").info("a")
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    structlog.get_logger("forebay.test").info("a")
+    assert sys.stderr.closed

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import aiohttp
 import anyio
+import msgspec
 import pytest
 import structlog
 from structlog.testing import capture_logs
 
 import forebay
 from conftest import MakeServer
-from forebay.schemas.settings import Settings, Valkey
+from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey
 from valkeyd import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
@@ -102,6 +105,38 @@ async def test_published_events_are_stored_in_order(
     assert await node.publish([]) == []
 
 
+async def test_nothing_to_invalidate_is_a_mistake(node: forebay.Node) -> None:
+    """Lists that happen to be empty are none."""
+    with pytest.raises(forebay.InvalidKey, match="name what is to be invalidated"):
+        await node.invalidate()
+    await node.invalidate([], tags=[])
+
+
+async def test_events_may_be_text_or_dicts(node: forebay.Node, valkey_server: ValkeyServer) -> None:
+    """publish: they are stored as JSON."""
+    event = {"type": "refresh", "keys": ["a:1"]}
+    await node.publish([event, msgspec.json.encode(event).decode(), msgspec.json.encode(event)])
+    stored = valkey_server.execute("XRANGE", f"forebay:{node.namespace}:events", "-", "+")
+    assert [msgspec.json.decode(fields[1]) for _, fields in stored] == [event] * 3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        b'{"type": "refresh", "keys": ["a:1"]}',
+        '{"type": "refresh", "keys": ["a:1"]}',
+        {"type": "refresh", "keys": ["a:1"]},
+        [7],
+        [{"type": object()}],
+        ["\ud800"],
+    ],
+)
+async def test_one_event_is_no_list_of_events(node: forebay.Node, given: Any) -> None:
+    """publish: it is refused for what it is, and not read letter by letter."""
+    with pytest.raises(forebay.InvalidEvent, match=r"write a list|give JSON"):
+        await node.publish(given)
+
+
 async def test_one_bad_event_keeps_all_out(node: forebay.Node, valkey_server: ValkeyServer) -> None:
     """publish: what can never be applied is refused with the reason, and nothing is stored."""
     good = b'{"type":"refresh","keys":["a:1"]}'
@@ -178,5 +213,59 @@ async def test_node_without_logging_configured_keeps_quiet_about_secrets(
         assert node.is_running
     out, err = capsys.readouterr()
 
-    assert "node.running" in out
+    assert "node.running" in err
     assert "hunter2" not in out + err
+
+
+async def test_embedded_node_serves_http_while_asked_to(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """serving: as `forebay run` does, as often as the application likes."""
+    settings = Settings(
+        node=NodeSettings(namespace=namespace),
+        valkey=Valkey(url=valkey_server.socket_url),
+        http=Http(port=0),
+    )
+    node = forebay.Node(settings=settings)
+    for _ in range(2):
+        async with node, node.serving() as url, aiohttp.ClientSession() as client:
+            async with client.get(f"{url}/livez") as answer:
+                assert answer.status == 200
+            async with client.get(f"{url}/metrics") as answer:
+                text = await answer.text()
+            assert text.count("\nforebay_event_loop_lag_seconds ") == 1
+    with pytest.raises(forebay.ForebayError, match="not running"):
+        async with node.serving():
+            pass
+
+
+async def test_endpoint_that_is_switched_off_is_not_served(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """serving: a setting of the operator's, which the code need not ask for."""
+    settings = Settings(
+        node=NodeSettings(namespace=namespace),
+        valkey=Valkey(url=valkey_server.socket_url),
+        http=Http(enabled=False),
+    )
+    async with forebay.Node(settings=settings) as node, node.serving() as url:
+        assert url == ""
+
+
+async def test_port_of_an_embedded_node_that_is_taken_is_told(
+    valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """serving: with the setting, where it came from, and what to do; the node stops in order."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = Settings(
+            node=NodeSettings(namespace=namespace),
+            valkey=Valkey(url=valkey_server.socket_url),
+            http=Http(port=taken.getsockname()[1]),
+        )
+        node = forebay.Node(settings=settings)
+        with pytest.raises(forebay.ConfigError, match=r"http.port = .* \(from the code\)"):
+            async with node, node.serving():
+                pass
+    assert not node.is_running

@@ -8,6 +8,7 @@ import uuid
 from contextlib import suppress
 from datetime import date
 from decimal import Decimal
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -15,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay.schemas.errors import InvalidKey
-from forebay.schemas.keys import EVENTS, KEY_BYTES_MAX, KeyTemplate, Names, check_key, shard_of
+from forebay.schemas.keys import (
+    EVENTS,
+    KEY_BYTES_MAX,
+    KeyTemplate,
+    Names,
+    check_key,
+    refuse_one_string,
+    shard_of,
+)
 
 GOOD = ["a", "product:42", "käse", "a/b@c.d~e_f-g", "%41", "a+b,c;d=e&f", "日本", "x" * 512, "a|b"]
 BAD = {
@@ -158,6 +167,29 @@ def test_a_template_that_cannot_work_is_refused(text: str) -> None:
     """Fields twice or side by side, nothing between them that tells, or signs of no key."""
     with pytest.raises(InvalidKey):
         KeyTemplate(text)
+
+
+@pytest.mark.parametrize("text", ["p:{}", "p:{id:>5}", "p:{id!r}", "p:{id", "p:id}:{a}", "p:{1}"])
+def test_what_only_looks_like_a_field_is_told_how_to_be_one(text: str) -> None:
+    """The whole template is shown, under the name of what it is."""
+    with pytest.raises(InvalidKey, match=r"write \{name\}") as caught:
+        KeyTemplate(text, name="tag")
+    assert (caught.value.name, caught.value.value) == ("tag", text)
+
+
+@pytest.mark.parametrize("text", [1, None, b"p:{id}", ["p:{id}"]])
+def test_a_template_is_text(text: Any) -> None:
+    """Anything else is refused as what it is."""
+    with pytest.raises(InvalidKey, match="is no text"):
+        KeyTemplate(text)
+
+
+@pytest.mark.parametrize("names", ["catalog", b"catalog"])
+def test_one_string_is_no_list(names: Any) -> None:
+    """Its characters would be taken for names."""
+    refuse_one_string("tags", ["catalog"])
+    with pytest.raises(InvalidKey, match="write a list"):
+        refuse_one_string("tags", names)
 
 
 @pytest.mark.parametrize(

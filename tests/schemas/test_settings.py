@@ -323,7 +323,7 @@ BAD = [
     env("FOREBAY_DURABLE__EVENT_BYTES_MAX", "1048577", "durable.event_bytes_max", "to 1048576"),
     env("FOREBAY_WORKERS__OWNERSHIP_TTL_MS", "1500", "workers.ownership_ttl_ms", "least 2000"),
     env("FOREBAY_WORKERS__DRAIN_MS", "20", "workers.drain_ms", "before a flush begins"),
-    toml("[http]\nport = '1'", "http.port", "1", "whole number"),
+    toml("[http]\nport = '1'", "http.port", '"1"', "whole number"),
     toml("[http]\nport = true", "http.port", "true", "whole number"),
     toml("[http]\nhost = ''", "http.host", "", "all interfaces"),
     toml("[valkey]\nurl = {}", "valkey.url", "(a table)", "must be text"),

@@ -139,11 +139,26 @@ async def test_who_has_left_is_loaded_with_those_of_its_tick(
 
 
 async def test_what_is_not_returned_is_absent(batches: Batches, source: Source) -> None:
-    """G2: for those who asked for it; what nobody asked for is nobody's."""
+    """G2: for those who asked for it."""
     source.missing, source.answers = {"b"}, {"c": None}
     assert await together(*map(batches.load, "abc")) == ["value of a", None, None]
-    source.result = {"a": 1, "z": 2}
-    assert await together(*map(batches.load, "ab")) == [1, None]
+
+
+async def test_keys_that_nobody_asked_for_are_an_error(batches: Batches, source: Source) -> None:
+    """G2: a mapping by text instead of numbers is not taken for many absences."""
+    source.result = {1: "one"}
+    for error in await together(*map(batches.load, "ab")):
+        assert isinstance(error, LoaderError)
+        assert "returned 1, of type int" in error.problem
+        assert "given: 'a'" in error.problem
+        assert error.key in "ab"
+
+
+async def test_an_error_of_the_call_names_each_key(batches: Batches, source: Source) -> None:
+    """G2: what is no mapping at all is told for the item that each caller asked for."""
+    source.result = ["one"]
+    errors = await together(*map(batches.load, "ab"))
+    assert [error.key for error in errors] == ["a", "b"]
 
 
 async def test_an_exception_as_a_value_fails_one_key(batches: Batches, source: Source) -> None:

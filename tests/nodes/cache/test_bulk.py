@@ -324,7 +324,9 @@ async def test_in_a_request_scope_each_key_is_read_once(nodes, table, valkey_ser
 
 
 @pytest.mark.parametrize("size", [201, 1_201])
-async def test_large_reads_are_cut_into_few_pieces(nodes, table, valkey_server, size: int) -> None:
+async def test_large_reads_are_cut_into_few_pieces(
+    nodes, table, valkey_server, eventually, size: int
+) -> None:
     """M1: an MGET for 200, a call for 500; on another node, no tag is asked for by itself."""
     numbers = range(size)
     assert await nodes[0].row.many(numbers) == rows(*numbers)
@@ -336,7 +338,11 @@ async def test_large_reads_are_cut_into_few_pieces(nodes, table, valkey_server, 
     shards, pages = 4, -(-size // 200)
     assert calls_of(valkey_server, "evalsha") - before["evalsha"] <= shards * pages
     assert len(table.asked) == size
-    assert [hit.tier for hit in await nodes[1].row.many_with_info(numbers)] == ["near"] * size
+
+    async def all_near() -> bool:  # as soon as the node is current again, on a busy machine
+        return {hit.tier for hit in await nodes[1].row.many_with_info(numbers)} == {"near"}
+
+    await eventually(all_near)
 
 
 async def test_items_of_two_parameters_are_tuples(make_node) -> None:
@@ -440,3 +446,28 @@ async def test_a_batch_loader_that_asks_for_its_own_keys_is_told(nodes, make_nod
         with anyio.fail_after(5):
             hits = await loop.many_with_info([1, 2, 3])
         assert all(isinstance(hit, LoaderError) and "itself" in hit.problem for hit in hits)
+
+
+@pytest.mark.parametrize("given", ["12", b"12"])
+async def test_one_string_is_no_list_of_items(make_node: Any, given: Any) -> None:
+    """Its characters would be read as two keys."""
+    row = declare(make_node(), Table())
+    for read in (row.many, row.many_with_info):
+        with pytest.raises(forebay.InvalidKey, match="write a list"):
+            await read(given)
+
+
+async def test_an_item_that_does_not_fit_names_the_cache(make_node: Any) -> None:
+    """Too few arguments, too many, or a tuple where there is one."""
+    node = make_node()
+
+    @node.cached("pair:{a}:{b}", ttl=60)
+    async def pair(a: int, b: int) -> int:
+        return a + b
+
+    row = declare(node, Table())
+    for item in (1, (1,), (1, 2, 3)):
+        with pytest.raises(forebay.InvalidKey, match=r"an item of pair, .* does not fit pair:"):
+            await pair.many([item])
+    with pytest.raises(forebay.InvalidKey, match=r"id of row, .*cannot be part of a key"):
+        await row.many([(1, 2)])

@@ -36,6 +36,10 @@ class World:
             forebay.loading().depends_on(f"team:{id}")
             return await source.get(f"note:{id}")
 
+        @node.sink("user:{id}")
+        async def nowhere(writes: list[forebay.Write[str]]) -> None:
+            """No worker is there to use it."""
+
         self.user, self.team, self.page, self.note = user, team, page, note
         self.all = [user, team, page, note]
 
@@ -178,10 +182,6 @@ async def test_a_soft_invalidation_reaches_what_depends_softly(
 async def test_an_event_reaches_what_depends(worlds, make_node, source, eventually) -> None:
     """Invalidations and writes, as published in any language."""
     worker = World(make_node(workers=True), source)
-
-    @worker.node.sink("user:{id}")
-    async def save(writes: list[forebay.Write[Any]]) -> None: ...
-
     async with worker.node:
         source.values["page:1"] = "new page"
         await worker.node.publish([b'{"type": "invalidate", "keys": ["user:1"]}'])
@@ -264,6 +264,47 @@ async def test_a_named_dependency_is_worth_one_load(make_node, source) -> None:
         source.values["user:1"] = "eve"
         await user.invalidate(1)
         assert await note(1) == "by eve: hello"
+
+
+async def test_what_loaders_name_is_passed_on(make_node, source, eventually) -> None:
+    """Inheritance Y1: through any number of entries, with their tags; here and elsewhere."""
+    nodes = [make_node(jitter=0.0, lease_ms=60_000) for _ in range(2)]
+
+    def declare(node: forebay.Node) -> Any:
+        @node.cached("low:{id}", ttl=600)
+        async def low(id: int) -> str | None:
+            forebay.loading().tag("author:7")
+            return await source.get("low")
+
+        @node.cached("middle:{id}", ttl=600)
+        async def middle(id: int) -> str | None:
+            forebay.loading().depends_on(f"low:{id}")
+            return f"{await low(id)}, {await source.get('middle')}"
+
+        @node.cached("high:{id}", ttl=600)
+        async def high(id: int) -> str | None:
+            forebay.loading().depends_on(f"middle:{id}")
+            return f"{await middle(id)}, {await source.get('high')}"
+
+        return high
+
+    one, two = map(declare, nodes)
+    source.values.update(low="low", middle="middle", high="high")
+    async with nodes[0], nodes[1]:
+        for _ in range(2):
+            assert await one(1) == await two(1) == "low, middle, high"
+        source.values["low"] = "new"
+        await nodes[1].invalidate(["low:1"])
+        assert await two(1) == "new, middle, high"
+        await eventually(lambda: _reads(one, "new, middle, high"))
+        source.values["low"] = "newer"
+        await nodes[0].invalidate(tags=["author:7"])
+        assert await one(1) == "newer, middle, high"
+        await eventually(lambda: _reads(two, "newer, middle, high"))
+
+
+async def _reads(cached: Any, value: str) -> bool:
+    return bool(await cached(1) == value)
 
 
 async def test_circles_are_no_trouble(make_node, source) -> None:

@@ -281,7 +281,7 @@ async def test_a_node_that_stopped_serves_nothing(make_node, source, server) -> 
     async with node:
         await row(1)
         await row(1)
-    with pytest.raises(forebay.ForebayError, match="before its node was started"):
+    with pytest.raises(forebay.ForebayError, match="the node is not running"):
         await row(1)
     async with node:
         assert (await row.get_with_info(1)).tier == "shared"

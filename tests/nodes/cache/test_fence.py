@@ -100,6 +100,10 @@ class Story:
         return [names.entry(self.key), names.lease(self.key), *parts]
 
     @property
+    def fence(self) -> str:
+        return self.world.names.fence(self.key)
+
+    @property
     def announcement(self) -> list[Any]:
         names = self.world.names
         return [write_notice(Changed(self.key)), names.bell, names.shard(self.key)]
@@ -282,8 +286,8 @@ def through(story: Story, name: str) -> Steps:
     value = story.source
     yield
     story.settled = max(story.settled, value)
-    keys = [*story.entry_keys, story.world.names.tag(dependents_of(story.key))]
-    written = (LEASE_MS, LEASE_MS, tail_of(value), *story.announcement, TAG_KEEP_MS)
+    keys = [*story.entry_keys, story.world.names.tag(dependents_of(story.key)), story.fence]
+    written = (LEASE_MS, LEASE_MS, tail_of(value), *story.announcement, TAG_KEEP_MS, 0)
     yield story.call("entry_put", keys, *written)
 
 
@@ -311,8 +315,8 @@ def unleased(story: Story, name: str) -> Steps:
     if version > story.row_version:
         story.source, story.row_version = version, version
     yield None
-    keys = [*story.entry_keys, story.world.names.tag(dependents_of(story.key))]
-    written = (LEASE_MS, LEASE_MS, tail_of(version), *story.announcement, TAG_KEEP_MS)
+    keys = [*story.entry_keys, story.world.names.tag(dependents_of(story.key)), story.fence]
+    written = (LEASE_MS, LEASE_MS, tail_of(version), *story.announcement, TAG_KEEP_MS, 0)
     yield story.call("entry_put", keys, *written)
     yield
 

@@ -30,7 +30,12 @@ def declare(node: forebay.Node, source: Any, **options: Any) -> Cached[Any, Row 
     async def row(id: int) -> Row | None:
         return await source.get(id)
 
+    node.sink("row:{id}")(into_nothing)
     return row
+
+
+async def into_nothing(writes: list[forebay.Write[Any]]) -> None:
+    """A sink, which no worker of these nodes is there to use."""
 
 
 def counts(node: forebay.Node, *labels: str) -> int:
@@ -391,7 +396,7 @@ async def test_a_value_that_cannot_be_encoded_is_the_callers_to_know(
         return object()
 
     async with node:
-        with pytest.raises(LoaderError, match="object"):
+        with pytest.raises(LoaderError, match="type object"):
             await thing(1)
         assert leased(node, valkey_server, "thing:1") is None
 
@@ -443,6 +448,7 @@ async def test_a_pending_write_that_cannot_be_read_is_passed_by(
     async def row_as_text(id: int) -> str:
         return "loaded"
 
+    newer.sink("row:{id}")(into_nothing)
     row = declare(older, source)
     source.values[1] = {"n": 1}
     async with newer, older:
@@ -653,6 +659,7 @@ async def test_a_write_too_large_for_the_near_cache_is_read_at_once(
     async def text(id: int) -> str:
         return await source.get(id)
 
+    node.sink("text:{id}")(into_nothing)
     source.values[1] = "small"
     async with node:
         monkeypatch.setattr(node.parts.follower, "bell", lambda payload: None)
@@ -773,6 +780,8 @@ async def test_what_a_write_may_invalidate_is_bounded_and_checked(node) -> None:
         await node.row.write_behind(1, {"n": 1}, invalidates_keys=[f"k{n}" for n in range(1_001)])
     with pytest.raises(InvalidKey, match="invalidates_tags"):
         await node.row.write_behind(1, {"n": 1}, invalidates_tags=["no key"])
+    with pytest.raises(InvalidKey, match="write a list"):
+        await node.row.write_behind(1, {"n": 1}, invalidates_tags="catalog")
     receipt = await node.row.write_behind(
         1, {"n": 1}, invalidates_keys=[f"k{n}" for n in range(1_000)]
     )

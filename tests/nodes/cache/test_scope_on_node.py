@@ -28,6 +28,10 @@ class Shop:
         async def page(id: int) -> str:
             return f"page of {await row(id)}"
 
+        @node.sink("row:{id}")
+        async def nowhere(writes: list[forebay.Write[str]]) -> None:
+            """No worker is there to use it."""
+
         self.row, self.page = row, page
 
 

@@ -265,15 +265,13 @@ async def test_the_row_has_a_version_that_grows(here: Place) -> None:
 # What is refused
 
 
-@pytest.mark.parametrize("way", ["through", "around"])
+@pytest.mark.parametrize("way", ["through", "around", "behind"])
 async def test_without_a_sink_the_fix_is_named(open_place: OpenPlace, way: str) -> None:
     """The error names the key, and what to declare."""
     place = await open_place(Table(name=""))
     with pytest.raises(ConfigError) as caught:
         await write(place, way, "new")
     assert (caught.value.value, "@node.sink" in caught.value.fix) == (KEY, True)
-    with pytest.raises(ConfigError):
-        await place.row.write_behind(1, "new", until="sink")
     assert await place.entry() is None
 
 
@@ -281,10 +279,13 @@ async def test_without_a_sink_the_fix_is_named(open_place: OpenPlace, way: str) 
 async def test_what_no_entry_can_hold_is_refused_first(open_place: OpenPlace, way: str) -> None:
     """X6: the sink is not asked."""
     place = await open_place(value_bytes_max=100)
-    with pytest.raises(InvalidValue, match="oversized"):
+    with pytest.raises(InvalidValue, match="value_bytes_max") as caught:
         await write(place, way, "x" * 200)
+    assert (caught.value.cache, caught.value.key) == ("row", KEY)
+    with pytest.raises(InvalidValue, match="loader is declared to return"):
+        await write(place, way, 7)
     assert (place.table.batches, await place.entry(), await place.lease()) == ([], None, None)
-    assert place.counted(way, "refused") == 1
+    assert place.counted(way, "refused") == 2
 
 
 async def test_a_level_that_a_write_does_not_have_is_refused(here: Place) -> None:

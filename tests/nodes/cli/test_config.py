@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +111,7 @@ def test_check_counts_what_it_accepts() -> None:
         "ok": True,
         "settings": total,
         "from": {"default": total},
+        "warnings": [],
     }
 
 
@@ -220,3 +222,23 @@ def test_a_secret_in_a_place_that_does_not_exist_is_not_there(tmp_path: Path) ->
     assert sources.read_secret(str(tmp_path / "none")) is None
     assert sources.read_secret(str(tmp_path / "file" / "below")) is None
     assert sources.read_secret(str(tmp_path / "file")) == "x"
+
+
+def test_check_finds_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be known only when the first cache is declared."""
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    result = run("check", "--set", "cache.compression=zstd")
+    assert result.exit_code == 2
+    assert "cache.compression = zstd (from flag --set cache.compression)" in result.output
+    assert "forebay[zstd]" in result.output
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_check_warns_of_a_url_that_is_overridden(form: tuple[str, ...]) -> None:
+    """It is not in force, and would be refused as soon as it is; no password is shown."""
+    bad = f"http://u:{CANARY}@h"
+    result = run("check", "--url", "redis://h", *form, FOREBAY_URL=bad)
+    assert result.exit_code == 0
+    assert "valkey.url = http://" in result.output
+    assert CANARY not in result.output
+    assert "http://" not in run("check", "--url", "redis://h", *form).output

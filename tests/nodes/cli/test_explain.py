@@ -71,8 +71,11 @@ def test_words_and_document_agree_about_a_running_node(shop: Shop, explain: Expl
     assert "product product:{id}, ttl 10 min; sink save" in told.out
 
 
-def test_without_a_node_only_the_shared_part(explain: Explain) -> None:
+def test_without_a_node_only_the_shared_part(
+    explain: Explain, valkey_server: ValkeyServer, namespace: str
+) -> None:
     """It needs the server alone; what only nodes know is said to be unknown."""
+    valkey_server.execute("HSET", f"forebay:{namespace}:meta", "shards", 64)
     ended = explain("product:42")
 
     assert ended.code == 0
@@ -99,3 +102,10 @@ def test_without_a_server(explain: Explain) -> None:
     assert (away.code, away.out, away.err.count("\n")) == (3, "", 1)
     assert unnamed.code == 2
     assert "there is no server that others use, to look at" in unnamed.err
+
+
+def test_a_namespace_that_no_node_has_used_is_told(explain: Explain) -> None:
+    """I3: rather than that nothing is stored."""
+    ended = explain("product:42")
+    assert (ended.code, ended.out) == (2, "")
+    assert "no node has ever run in it" in ended.err

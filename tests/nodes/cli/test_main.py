@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -192,3 +192,22 @@ def test_reader_that_goes_away_is_not_told_off(tmp_path: Path) -> None:
     os.close(writer)
 
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def helps(command: click.Command, *names: str) -> Iterator[tuple[str, str]]:
+    """The help of a command and of all below it, with what it is called."""
+    context = click.Context(command, info_name=" ".join(names), max_content_width=100)
+    yield " ".join(names), command.get_help(context)
+    for name in command.list_commands(context) if isinstance(command, click.Group) else ():
+        _, found, _ = command.resolve_command(context, [name])
+        assert found is not None
+        yield from helps(found, *names, name)
+
+
+def test_no_help_shows_what_is_meant_for_the_formatter() -> None:
+    """Its mark against rewrapping is one character, not a backslash and a letter."""
+    found = dict(helps(command_line.root, "forebay"))
+    assert {"forebay publish write", "forebay explain", "forebay warm"} <= found.keys()
+    assert [name for name, text in found.items() if "\\b" in text or "\b" in text] == []
+    assert "  forebay warm --app shop.cache:node product --keys-from" in found["forebay warm"]
+    assert """forebay publish write product:42 '{"price": 7}'""" in found["forebay publish write"]

@@ -44,6 +44,8 @@ def publish(
 
 @pytest.fixture
 def there(valkey_server: ValkeyServer, namespace: str) -> list[str]:
+    """A namespace that a node has run in."""
+    valkey_server.execute("HSET", f"forebay:{namespace}:meta", "shards", 64)
     return ["--url", valkey_server.url, "--namespace", namespace]
 
 
@@ -168,3 +170,17 @@ def test_server_that_is_not_there(publish: Publish) -> None:
     )
     assert "flag --url" in ended.err
     assert "secret" not in ended.err
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_namespace_that_no_node_has_used_is_a_mistake(
+    publish: Publish, valkey_server: ValkeyServer, namespace: str, named: bool
+) -> None:
+    """I3: also the default one, where --namespace was left out; nothing is sent there."""
+    where = ["--namespace", namespace] if named else []
+    ended = publish("invalidate", "a", "--url", f"{valkey_server.url.rstrip('/0')}/9", *where)
+    name, origin = (namespace, "flag --namespace") if named else ("default", "default")
+    assert (ended.code, ended.out) == (2, "")
+    assert f"node.namespace = {name} (from {origin}): no node has ever run in it" in ended.err
+    assert "--namespace" in ended.err
+    assert published(valkey_server, namespace) == []

@@ -48,6 +48,9 @@ class Station:
             raise self.failure
         return {"version": "0.1.0", "uptime_s": 1.5, "keys": {"entries": 3}}
 
+    def coordination(self) -> None:
+        return None
+
     async def publish(self, events: Sequence[bytes]) -> list[str]:
         if self.failure is not None:
             raise self.failure

@@ -1,0 +1,26 @@
+"""A pace that several nodes keep together."""
+
+from __future__ import annotations
+
+import anyio
+
+from forebay.nodes.pacing import Pacing
+
+
+async def test_two_nodes_share_a_pace(make_node) -> None:
+    """What one has begun counts for the other; another name is another pace."""
+    one, two = make_node(), make_node()
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        await anyio.sleep(seconds)
+
+    async with one, two:
+        paces = [Pacing(each.parts.limiter, sleep=sleep) for each in (one, two)]
+        await paces[0].turn("warm.rows", 2, per_second=5, burst=2)
+        assert waited == []
+        await paces[1].turn("warm.pages", 2, per_second=5, burst=2)
+        assert waited == []
+        await paces[1].turn("warm.rows", 2, per_second=5, burst=2)
+        assert sum(waited) > 0
