@@ -27,6 +27,8 @@ soak: $(VENV)/for-test  ## faults for minutes, with figures: is every node as cu
 	cd tests && ../$(BIN)/python -m faults.outage --seconds 60
 	cd tests && ../$(BIN)/python -m faults.flood --seconds 30
 	cd tests && ../$(BIN)/python -m faults.flood --seconds 30 --lease
+	cd tests && ../$(BIN)/python -m faults.lock_run --level replicated --sections 1000 --rounds 2
+	cd tests && ../$(BIN)/python -m faults.lock_run --level fast --sections 1000 --rounds 2
 
 check: lint types layers  ## everything but the tests
 

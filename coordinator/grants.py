@@ -3,7 +3,8 @@
 G1  The nonce is drawn before anything is sent, and everything asked for with it can be asked again.
 G2  Whoever is cancelled, or gets no answer, while acquiring or releasing, has it released before
     the cancellation goes on: by itself within ``INSIST_S``, else by the reaper.
-G3  A caller who waits keeps its place through an outage, up to ``OUTAGE_S`` or its timeout.
+G3  A caller who waits keeps its place through an outage, up to ``OUTAGE_S`` or its timeout; so it
+    does while a server loads its data, or is no primary.
 G4  At level ``replicated`` a lease is given to the caller only when replicas have it; where they
     have it not in time, it is released.
 """
@@ -13,12 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Coroutine
 from itertools import count
-from typing import Protocol
 
 import anyio
 import structlog
 
-from ..schemas.errors import CoordinationError, ForebayError, Unavailable
+from ..schemas.errors import CoordinationError, ForebayError, ServerRefused, Unavailable
 from ..schemas.errors_locks import LockNotAcquired
 from ..schemas.locks import Terms
 from .clock import Clock
@@ -28,23 +28,16 @@ from .lock_queue import LockQueue
 from .lock_records import Grant, LockRecords, Mode, Refusal
 from .reaper import Reaper
 from .renewals import Renewals
+from .replication import Confirms
 
-__all__ = ["Confirms", "Grants"]
+__all__ = ["Grants"]
 
 log = structlog.get_logger(__name__)
 
 INSIST_S = 1.0
 OUTAGE_S = 30.0
 _PAUSE_S = 0.1
-
-
-class Confirms(Protocol):
-    """Tells whether replicas have what the primary accepted: ``Replication`` does."""
-
-    @property
-    def since(self) -> int: ...
-
-    async def confirm(self, *, since: int, timeout_ms: int) -> None: ...
+_PASSING = frozenset({"LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY"})
 
 
 class Grants:
@@ -115,8 +108,8 @@ class Grants:
         try:
             try:
                 grant = await self._records.acquire(terms, nonce, mode)
-            except Unavailable:
-                if mode == "try":
+            except ForebayError as error:
+                if mode == "try" or not _passes(error):
                     raise
                 grant = None  # there was no answer, and it may be asked again
             if isinstance(grant, Grant):
@@ -161,8 +154,9 @@ class Grants:
                     raise LockNotAcquired(terms.name, waited_ms=int(waited_s * 1000), holder=holder)
                 try:
                     reply = await self._records.acquire(terms, nonce, mode)
-                except Unavailable:
-                    if self._clock.monotonic() - answered_at > OUTAGE_S:
+                except ForebayError as error:
+                    late = self._clock.monotonic() - answered_at > OUTAGE_S
+                    if late or not _passes(error):
                         raise
                     answer = None
                     continue
@@ -202,6 +196,12 @@ class Grants:
             except ForebayError as failed:
                 log.debug("lock.not_released", lock=name, error=str(failed))
         self._reaper.take(name, nonce, until=until)
+
+
+def _passes(error: ForebayError) -> bool:
+    """Whether the same may be asked again."""
+    refused = isinstance(error, ServerRefused) and error.code in _PASSING
+    return refused or isinstance(error, Unavailable)
 
 
 def _how_it_ended(error: BaseException) -> str:

@@ -222,6 +222,17 @@ class LockRecords:
         )
         return sorted(name.decode() for reply in replies for name in reply)
 
+    async def held(self, bound: int) -> list[LockView]:
+        """The locks that are held, by name, at most so many."""
+        names = await self.names_used()
+        found: list[LockView] = []
+        for at in range(0, len(names), bound):
+            views = await self.show(names[at : at + bound])
+            found += [view for view in views if view.holders]
+            if len(found) >= bound:
+                break
+        return found[:bound]
+
     async def show(self, names: Sequence[str]) -> list[LockView]:
         script = self._scripts["lock_show"]
         calls = [

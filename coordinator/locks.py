@@ -7,8 +7,8 @@ K1  Of two leases of a lock, the later one has the larger token: also after a re
     a failover, or the loss of the lock's record.
 K2  ``fast``: while the server keeps what it has accepted, no two hold a lock that takes one. After
     a failover or restart nothing new is granted for a grace; who held a lock reclaims it.
-    ``replicated``: a grant counts only when replicas have it. Neither stops a process that stands
-    still from acting late: that is what tokens and guards are for.
+    ``replicated``: a grant or a renewal counts only when replicas have it. Neither stops a process
+    that stands still from acting late: that is what tokens and guards are for.
 K3  Who waits is served in order, by ticket; ``fair=False`` passes by those who wait if the lock is
     free at that moment.
 K4  One connection, one subscription, one schedule of renewals, whatever the number of locks.
@@ -34,7 +34,7 @@ from ..schemas.errors_locks import LockNotHeld
 from ..schemas.keys import Names, check_key
 from ..schemas.locks import LockView
 from .clock import Clock
-from .grants import Confirms, Grants
+from .grants import Grants
 from .guards import Guards
 from .instruments import Instruments
 from .introduction import read_info
@@ -45,6 +45,7 @@ from .lock_queue import LockQueue
 from .lock_records import LockRecords
 from .reaper import Reaper
 from .renewals import Renewals
+from .replication import Confirms
 from .scripting import Scripts
 from .stalls import Stalls
 
@@ -111,6 +112,7 @@ class Locks:
             clock=clock,
             instruments=instruments,
             abandoned=self._abandoned,
+            replication=lambda: self.replication,
         )
         grants = Grants(
             records,
@@ -165,14 +167,7 @@ class Locks:
 
     async def list(self, *, bound: int = LISTED_MAX) -> Sequence[LockView]:
         """The locks that are held, by name."""
-        names = await self._records.names_used()
-        found: list[LockView] = []
-        for at in range(0, len(names), LISTED_MAX):
-            views = await self._records.show(names[at : at + LISTED_MAX])
-            found += [view for view in views if view.holders]
-            if len(found) >= bound:
-                break
-        return found[:bound]
+        return await self._records.held(bound)
 
     async def show(self, name: str) -> LockView:
         """Who holds it, since when and what for; who waits."""

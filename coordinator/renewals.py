@@ -1,12 +1,15 @@
 """Keeps the leases of this process alive, and ends those that it cannot keep.
 
 N1  Each lease is renewed a third, two thirds ... after it was granted: on a schedule that does not
-    move when a renewal was slow or the event loop busy. Two may fail, and there is time left.
+    move when a renewal was slow or the event loop busy. What fails is tried again after a twelfth,
+    so that two may run out of time, and a third comes before the deadline.
 N2  All leases of a shard that are due travel in one script, up to ``AT_ONCE``.
 N3  A lease whose deadline has come is lost then, whatever a renewal under way will say: before
     the server can give the lock to another (A1 of ``lease``).
 N4  A lease that a new era of the server does not know is reclaimed, for the rest of its time.
 N5  When a connection is made anew, everything is renewed at once.
+N6  At level ``replicated`` a renewal counts only when replicas have it: a primary that goes on
+    alone keeps no lease alive that its successor lets end.
 
 One task for the schedule, one for the deadlines, however many leases there are.
 """
@@ -28,6 +31,7 @@ from .clock import Clock
 from .instruments import Instruments
 from .lease import Lease
 from .lock_records import Held, LockRecords
+from .replication import Confirms
 from .stalls import Stalls
 
 __all__ = ["AT_ONCE", "Renewals"]
@@ -71,6 +75,7 @@ class Renewals:
         clock: Clock,
         instruments: Instruments,
         abandoned: Callable[[Lease], None],
+        replication: Callable[[], Confirms | None],
     ) -> None:
         """``abandoned`` hears of a lease that is lost here, but may still be there."""
         self.held: dict[str, Lease] = {}
@@ -80,6 +85,7 @@ class Renewals:
         self._clock = clock
         self._instruments = instruments
         self._abandoned = abandoned
+        self._replication = replication
         self._due = _Alarm(clock)
         self._end = _Alarm(clock)
 
@@ -164,22 +170,57 @@ class Renewals:
 
     async def _renew(self, leases: list[Lease], timeout_ms: int) -> None:
         named = [Held(each.terms, each.nonce, each.token) for each in leases]
+        replication = self._replication()
+        since = replication.since if replication else 0
         sent_at = self._clock.monotonic()
         try:
             now_us, statuses = await self._records.renew(named, timeout_ms=timeout_ms)
         except ForebayError as error:
-            self._instruments.counts["lock_renewals", "failed"] += len(leases)
             log.warning("lease.not_renewed", leases=len(leases), error=str(error))
+            self._failed(leases)
             return
         self._stalls.heard(now_us, at=sent_at)
+        unconfirmed = []
         for lease, status in zip(leases, statuses, strict=True):
-            if status == 1:
-                self._instruments.counts["lock_renewals", "renewed"] += 1
-                lease.renewed(sent_at)
+            if status == 1 and lease.terms.level == "replicated":
+                unconfirmed.append(lease)
+            elif status == 1:
+                self._renewed(lease, sent_at)
             elif status == 2:
                 await self._reclaim(lease)
             else:
                 self.lose(lease.nonce, "taken")
+        if unconfirmed and replication is not None:
+            await self._confirm(unconfirmed, replication, since, sent_at, timeout_ms)
+
+    def _renewed(self, lease: Lease, sent_at: float) -> None:
+        self._instruments.counts["lock_renewals", "renewed"] += 1
+        lease.renewed(sent_at)
+
+    def _failed(self, leases: Sequence[Lease]) -> None:
+        self._instruments.counts["lock_renewals", "failed"] += len(leases)
+        now = self._clock.monotonic()
+        for lease in leases:
+            lease.renew_at = min(lease.renew_at, now + lease.terms.lease_us / 12e6)
+            self._due.by(lease.renew_at)
+
+    async def _confirm(
+        self,
+        leases: Sequence[Lease],
+        replication: Confirms,
+        since: int,
+        sent_at: float,
+        timeout_ms: int,
+    ) -> None:
+        """N6: these were renewed on a request that left at ``sent_at``, if replicas have it."""
+        try:
+            await replication.confirm(since=since, timeout_ms=timeout_ms)
+        except ForebayError as error:
+            log.warning("lease.not_replicated", leases=len(leases), error=str(error))
+            self._failed(leases)
+            return
+        for lease in leases:
+            self._renewed(lease, sent_at)
 
     async def _reclaim(self, lease: Lease) -> None:
         held = Held(lease.terms, lease.nonce, lease.token)

@@ -34,7 +34,7 @@ from ..schemas.errors import ForebayError, Unavailable, Unconfirmed
 from .clock import Clock
 from .link import Commands
 
-__all__ = ["Connection", "Replication"]
+__all__ = ["Confirms", "Connection", "Replication"]
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +52,15 @@ class Connection(Commands, Protocol):
     def connects(self) -> int: ...
 
     async def ready(self) -> None: ...
+
+
+class Confirms(Protocol):
+    """Tells whether replicas have what the primary accepted: ``Replication`` does."""
+
+    @property
+    def since(self) -> int: ...
+
+    async def confirm(self, *, since: int, timeout_ms: int) -> None: ...
 
 
 class Replication:

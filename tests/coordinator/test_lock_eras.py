@@ -8,6 +8,8 @@ import anyio
 import pytest
 
 from conftest import MakeServer
+from forebay.coordinator.link import Arg, Commands, Reply
+from forebay.schemas.errors import ServerRefused
 from forebay.schemas.errors_locks import LeaseLost, LockNotAcquired
 from smithy import Forge, MakeForge, smithy
 from valkeyd import ValkeyServer
@@ -105,6 +107,53 @@ async def test_the_younger_of_two_who_reclaim_has_it(make: MakeForge, server: Va
     await one.renewals.renew([old])
     assert (old.reason, new.reason) == ("taken", None)
     await new.release()
+
+
+class Refusing:
+    """Commands of a server that is not ready: the first so many scripts are refused."""
+
+    def __init__(self, commands: Commands, code: str) -> None:
+        self.left = 0
+        self._commands = commands
+        self._code = code
+        self.call_many = commands.call_many
+
+    async def call(self, *words: Arg, timeout_ms: int | None = None) -> Reply:
+        if words[0] == "EVALSHA" and self.left:
+            self.left -= 1
+            raise ServerRefused(self._code, "not now", "EVALSHA")
+        return await self._commands.call(*words, timeout_ms=timeout_ms)
+
+
+@pytest.mark.parametrize("code", ["LOADING", "READONLY"])
+async def test_a_server_that_is_not_ready_is_waited_for(make: MakeForge, code: str) -> None:
+    """G3: who waits goes on to wait; who only tries is told."""
+    refusing: list[Refusing] = []
+
+    def commands(link: Commands) -> Commands:
+        refusing.append(Refusing(link, code))
+        return refusing[0]
+
+    one = await make("one", commands=commands)
+    refusing[0].left = 3
+    async with one.lock("l"):
+        assert refusing[0].left == 0
+    refusing[0].left = 1
+    with pytest.raises(ServerRefused):
+        await one.try_lock("l")
+
+
+async def test_what_will_not_pass_is_told_at_once(make: MakeForge) -> None:
+    """G3 is for outages: a user without rights is told what is wrong."""
+    one = await make("one", commands=lambda link: _refused(link, "NOPERM"))
+    with pytest.raises(ServerRefused):
+        await one.lock("l").acquire()
+
+
+def _refused(link: Commands, code: str) -> Refusing:
+    made = Refusing(link, code)
+    made.left = 1
+    return made
 
 
 # Failover

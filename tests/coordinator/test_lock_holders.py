@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -15,12 +15,14 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from prometheus_client import CollectorRegistry
 
 from forebay.coordinator.instruments import Instruments
+from forebay.coordinator.lock_records import Held
 from forebay.coordinator.stalls import Stalls
-from forebay.schemas.errors import ServerRefused
+from forebay.schemas.errors import ServerRefused, TimedOut
 from forebay.schemas.errors_locks import LeaseLost, LockNotAcquired
 from noded import environ
 from smithy import MakeForge, smithy
 from valkeyd import ValkeyServer
+from workshop import until
 
 PATIENCE_S = 20.0
 ReadLine = Callable[[], Awaitable[list[str]]]
@@ -102,13 +104,32 @@ async def test_a_busy_event_loop_loses_no_lease(make: MakeForge) -> None:
     """N1: the schedule is absolute, so steps of work that are shorter than the slack do no harm."""
     one = await make("one")
     async with one.lock("l", lease=2) as lease:
-        until = time.monotonic() + 4.5
-        while time.monotonic() < until:
+        end_at = time.monotonic() + 4.5
+        while time.monotonic() < end_at:
             time.sleep(0.1)
             await anyio.sleep(0)
             lease.check()
     assert one.counts["lock_renewals", "renewed"] >= 4
     assert one.counts["time_anomalies", "loop_stalled"] >= 1
+
+
+async def test_two_renewals_may_run_out_of_time(make: MakeForge) -> None:
+    """N1: the third comes before the deadline."""
+    one = await make("one")
+    renew, failures = one.records.renew, 0
+
+    async def slow(leases: Sequence[Held], *, timeout_ms: int) -> tuple[int, list[int]]:
+        nonlocal failures
+        if failures < 2:
+            failures += 1
+            await anyio.sleep(timeout_ms / 1000)
+            raise TimedOut(timeout_ms)
+        return await renew(leases, timeout_ms=timeout_ms)
+
+    one.records.renew = slow  # type: ignore[method-assign]
+    async with one.lock("l", lease=2):
+        await until(lambda: one.counts["lock_renewals", "renewed"] == 1)
+    assert one.counts["lock_renewals", "failed"] == 2
 
 
 async def test_a_deadline_is_not_put_off_by_a_renewal_under_way(make: MakeForge) -> None:
@@ -153,6 +174,19 @@ async def test_at_level_replicated_a_grant_counts_when_replicas_have_it(make: Ma
             await one.lock("l", level="replicated").acquire()
         assert caught.value.reason == "not_replicated"
         assert await one.list() == []
+
+
+async def test_at_level_replicated_a_renewal_counts_when_replicas_have_it(make: MakeForge) -> None:
+    """N6: else the lease ends at its deadline, and its holder is told."""
+    one = await make("one")
+    one.replication = replicas = Replicas(there=True)
+    with pytest.raises(LeaseLost) as caught:
+        async with one.lock("l", level="replicated", lease=2) as lease:
+            granted_until = lease.deadline
+            await until(lambda: lease.deadline > granted_until)
+            replicas.there = False
+            await anyio.sleep_forever()
+    assert caught.value.reason == "expired"
 
 
 def test_time_that_passes_unevenly_is_counted() -> None:

@@ -27,6 +27,12 @@ def grant(number: int, **changes: object) -> Granted:
     return msgspec.structs.replace(right, **changes)
 
 
+def write(number: int, token: int, **changes: float) -> Written:
+    """The ``number``-th write, under this token."""
+    right = Written(key="k", token=token, sent_at=number, done_at=number + 0.5)
+    return msgspec.structs.replace(right, **changes)
+
+
 RIGHT = [grant(number) for number in range(10)]
 
 
@@ -34,7 +40,7 @@ def test_a_history_without_fault_passes() -> None:
     """In whatever order it was recorded, and for several locks side by side."""
     mixed = [*RIGHT, *(msgspec.structs.replace(each, name="m") for each in RIGHT)]
     random.Random(1).shuffle(mixed)
-    assert faults_of(mixed, [Written(key="k", token=token) for token in (1, 1, 2)]) == []
+    assert faults_of(mixed, [write(number, token) for number, token in enumerate((1, 1, 2))]) == []
 
 
 @pytest.mark.parametrize(
@@ -46,6 +52,7 @@ def test_a_history_without_fault_passes() -> None:
         (5, {"believed_until": 8.0}, "H2"),
         (5, {"asked_at": 0.0}, "H4"),
         (9, {"granted_at": 20.0, "believed_until": 21.0}, "H5"),
+        (5, {"lost": "expired"}, "H6"),
     ],
 )
 def test_a_planted_fault_is_found(at: int, changes: dict[str, object], fault: str) -> None:
@@ -54,10 +61,36 @@ def test_a_planted_fault_is_found(at: int, changes: dict[str, object], fault: st
     assert any(each.startswith(fault) for each in faults_of(planted))
 
 
+@pytest.mark.parametrize(
+    "at,changes",
+    [
+        (5, {"asked_at": 0.0}),
+        (9, {"granted_at": 20.0, "believed_until": 21.0}),
+        (5, {"lost": "expired"}),
+    ],
+)
+def test_what_a_disturbance_explains_is_no_fault(at: int, changes: dict[str, object]) -> None:
+    """Places, free locks and leases may be lost then, and shortly afterwards."""
+    history = [each if each.token != at else grant(at, **changes) for each in RIGHT]
+    assert faults_of(history, disturbed=[(4.5, 5.8), (9.5, 18.0)]) == []
+
+
+def test_a_disturbance_explains_neither_tokens_nor_overlaps() -> None:
+    """Negative control: H1 and H2 hold at all times."""
+    wrong = [grant(5), grant(6, granted_at=5.2, token=5)]
+    kinds = [each[:2] for each in faults_of(wrong, disturbed=[(0.0, 100.0)])]
+    assert kinds == ["H1", "H2"]
+
+
 def test_a_write_under_an_old_token_is_found() -> None:
     """Negative control of H3."""
-    (fault,) = faults_of([], [Written(key="k", token=2), Written(key="k", token=1)])
+    (fault,) = faults_of([], [write(1, 2), write(2, 1)])
     assert fault.startswith("H3")
+
+
+def test_writes_side_by_side_may_come_in_any_order() -> None:
+    """H3 knows the order only of writes of which one was acknowledged before the other began."""
+    assert faults_of([], [write(1, 2, done_at=2.5), write(2, 1)]) == []
 
 
 @pytest.fixture

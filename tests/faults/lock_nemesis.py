@@ -1,0 +1,246 @@
+"""What goes wrong in a run of locks, planned from a seed.
+
+``stop holder``    a process that holds a lock sleeps for longer than its lease (SIGSTOP)
+``kill holder``    a process that holds a lock is killed, and another begins in its place
+``kill clients``   all connections end
+``restart``        the server ends in good order, and comes back with its data
+``fail over``      the replica lags, a holder sleeps, the primary is killed, and a sentinel
+                   promotes the replica, which has not seen the last grants
+``hurry over``     the same, but promoted at once, by hand
+``split``          the replica is promoted while the primary goes on, with one process that
+                   holds a lock at its side; then the primary becomes a replica
+
+N1  The same seed gives the same order; each kind comes once in a round.
+N2  ``disturbed`` are the times from each act until everything must be right again, for which
+    leases, grace and hand-overs are counted; the next act comes after that.
+N3  After ``execute`` everything runs again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from faults.lock_setting import LEASE_S
+from faults.relay import Relay
+from faults.sentinel import Sentinel
+from forebay.schemas.keys import Names
+from noded import until
+from valkeyd import ValkeyServer
+
+__all__ = ["LOCK_FAULTS", "LockFault", "LockNemesis", "Workers", "in_step", "order_of"]
+
+LockFault = Literal[
+    "stop holder", "kill holder", "kill clients", "restart", "fail over", "hurry over", "split"
+]
+#: How long things may take to be right again after each.
+SETTLES_S: Mapping[LockFault, float] = {
+    "stop holder": 1.5,
+    "kill holder": LEASE_S + 3.0,  # and those who waited in that process are passed over
+    "kill clients": LEASE_S + 0.5,
+    "restart": 2 * LEASE_S + 1.0,  # the grace, and leases that were given up meanwhile
+    "fail over": 2 * LEASE_S + 1.0,
+    "hurry over": 2 * LEASE_S + 1.0,
+    "split": 2 * LEASE_S + 3.0,
+}
+LOCK_FAULTS: Sequence[LockFault] = (
+    "stop holder",
+    "kill holder",
+    "kill clients",
+    "restart",
+    "fail over",
+)
+_CALM_S = 1.2
+_LAG_S = 3.2  #: leases and places in queues that the replica saw have ended when it is promoted
+_SPLIT_S = 3 * LEASE_S
+_TRIES = 200
+
+
+class Workers(Protocol):
+    """The processes, by the names that they go by now."""
+
+    def signal(self, name: str, number: signal.Signals) -> None: ...
+
+    def kill(self, name: str) -> None: ...
+
+    def replace(self, name: str) -> None: ...
+
+    def running(self) -> Sequence[str]: ...
+
+
+def order_of(
+    seed: int, kinds: Sequence[LockFault] = LOCK_FAULTS, rounds: int = 1
+) -> list[LockFault]:
+    rng = random.Random(f"lock nemesis {seed}")
+    return [kind for _ in range(rounds) for kind in rng.sample(kinds, len(kinds))]
+
+
+def in_step(primary: ValkeyServer) -> bool:
+    """Whether it has a replica that follows."""
+    return b"state=online" in primary.execute("INFO", "replication")
+
+
+class Done(msgspec.Struct, frozen=True):
+    kind: LockFault
+    at_s: float
+    holder: str  #: whom it hit; "": nobody held a lock
+
+
+class LockNemesis:
+    def __init__(
+        self,
+        primary: ValkeyServer,
+        replica: ValkeyServer,
+        spare: ValkeyServer,
+        *,
+        relay: Relay,
+        sentinel: Sentinel,
+        workers: Workers,
+        names: Names,
+        locks: Sequence[str],
+    ) -> None:
+        self.primary, self.replica = primary, replica
+        self._spare = spare  #: is started when a promoted replica needs one of its own
+        self.disturbed: list[tuple[float, float]] = []
+        self.done: list[Done] = []
+        self._relay = relay
+        self._sentinel = sentinel
+        self.workers = workers
+        self._records = [names.lock(name)[0] for name in locks]
+        self._began = time.monotonic()
+        self._acts: Mapping[LockFault, Callable[[], str]] = {
+            "stop holder": self._stop_holder,
+            "kill holder": self._kill_holder,
+            "kill clients": self._kill_clients,
+            "restart": self._restart,
+            "fail over": self._fail_over,
+            "hurry over": self._hurry_over,
+            "split": self._split,
+        }
+
+    def execute(self, kinds: Sequence[LockFault], *, patient: bool = True) -> None:
+        """``patient``: wait after each until everything must be right again."""
+        self._began = time.monotonic()
+        time.sleep(_CALM_S)
+        for kind in kinds:
+            began = time.monotonic()
+            holder = self._acts[kind]()
+            ended = time.monotonic() + SETTLES_S[kind]
+            self.disturbed.append((began, ended))
+            self.done.append(Done(kind, round(began - self._began, 3), holder))
+            time.sleep(max(0.0, ended - time.monotonic()) * patient + _CALM_S)
+
+    def _holders(self, *, for_s: float = 0.0) -> Mapping[bytes, str]:
+        """The nonces of leases that are that old, and the processes that have them."""
+        found = {}
+        seconds, us = self.primary.execute("TIME")
+        before_us = int(seconds) * 1_000_000 + int(us) - for_s * 1e6
+        for record in self._records:
+            raw = self.primary.execute("HGETALL", record)
+            fields = dict(zip(raw[::2], raw[1::2], strict=True))
+            for field, line in fields.items():
+                if field.startswith(b"h:") and int(line.split(b" ")[3]) <= before_us:
+                    nonce = field.removeprefix(b"h:")
+                    node_id: str = json.loads(fields[b"a:" + nonce])["by"]
+                    found[nonce] = node_id.partition("~")[0]
+        return found
+
+    def _caught(self) -> str:
+        """A process that was stopped while it held a lock; "" if none ever does."""
+        for _ in range(_TRIES):
+            for nonce, process in self._holders().items():
+                if process in self.workers.running():
+                    self.workers.signal(process, signal.SIGSTOP)
+                    time.sleep(0.02)  # what it had sent has arrived
+                    if nonce in self._holders():
+                        return process
+                    self.workers.signal(process, signal.SIGCONT)
+            time.sleep(0.01)
+        return ""
+
+    def _stop_holder(self) -> str:
+        holder = self._caught()
+        time.sleep(1.5 * LEASE_S)
+        if holder:
+            self.workers.signal(holder, signal.SIGCONT)
+        return holder
+
+    def _kill_holder(self) -> str:
+        holder = self._caught()
+        if holder:
+            self.workers.kill(holder)
+            self.workers.replace(holder)
+        return holder
+
+    def _kill_clients(self) -> str:
+        for kind in ("normal", "pubsub"):
+            self.primary.execute("CLIENT", "KILL", "TYPE", kind)
+        return ""
+
+    def _restart(self) -> str:
+        self.primary.stop()
+        time.sleep(0.3)
+        self.primary.start()
+        return ""
+
+    def _fail_over(self) -> str:
+        self._sentinel.watch(self.primary)
+        holder = self._lose_primary()
+        until(lambda: self._sentinel.primary_port() == self.replica.port, what="the promotion")
+        until(self._promoted, what="the promotion")
+        self._follow(holder)
+        self._sentinel.forget()
+        return holder
+
+    def _hurry_over(self) -> str:
+        holder = self._lose_primary()
+        self.replica.execute("REPLICAOF", "NO", "ONE")
+        self._relay.lead(self.replica.port)
+        time.sleep(0.7)  # the holder sleeps on, within its lease, while the others begin anew
+        self._follow(holder)
+        return holder
+
+    def _lose_primary(self) -> str:
+        """Returns a holder whom the replica does not know, and who sleeps."""
+        # A replica that sleeps still receives: its connection has to go, too.
+        self.replica.sigstop()
+        self.primary.execute("CLIENT", "KILL", "TYPE", "replica")
+        time.sleep(_LAG_S)
+        holder = self._caught()
+        self.primary.kill9()
+        self.replica.sigcont()
+        return holder
+
+    def _follow(self, holder: str) -> None:
+        self._relay.lead(self.replica.port)
+        if holder:
+            self.workers.signal(holder, signal.SIGCONT)
+        self.primary.start()
+        self._swap()
+
+    def _split(self) -> str:
+        self._spare.start()
+        self._spare.execute("REPLICAOF", "127.0.0.1", self.replica.port)
+        until(lambda: in_step(self.replica), what="the replica of the replica")
+        old = until(lambda: self._holders(for_s=0.7 * LEASE_S), what="a lease of some age")
+        holder = next(iter(old.values()))
+        others = [name for name in self.workers.running() if name != holder]
+        self.replica.execute("REPLICAOF", "NO", "ONE")
+        self._relay.lead(self.replica.port, others)
+        time.sleep(_SPLIT_S)
+        self._swap()
+        self._relay.lead(self.primary.port)
+        return holder
+
+    def _swap(self) -> None:
+        self.primary, self.replica = self.replica, self.primary
+        self.replica.execute("REPLICAOF", "127.0.0.1", self.primary.port)
+
+    def _promoted(self) -> bool:
+        return b"role:master" in self.replica.execute("INFO", "replication")
