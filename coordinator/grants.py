@@ -12,7 +12,7 @@ G4  At level ``replicated`` a lease is given to the caller only when replicas ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from itertools import count
 
 import anyio
@@ -64,7 +64,7 @@ class Grants:
         self._replication = replication
         self._numbers = count(1)
 
-    async def acquire(self, terms: Terms, *, timeout_s: float = math.inf) -> Lease:
+    def acquire(self, terms: Terms, *, timeout_s: float = math.inf) -> Coroutine[None, None, Lease]:
         """A lease, as soon as it is this caller's turn.
 
         Raises:
@@ -72,7 +72,7 @@ class Grants:
                 is that of another kind of lock. Unavailable: Valkey does not answer.
         """
         mode: Mode = "wait" if terms.fair else "barge"
-        return await self._acquire(terms, mode if timeout_s else "try", timeout_s)
+        return self._acquire(terms, mode if timeout_s else "try", timeout_s)
 
     async def try_acquire(self, terms: Terms) -> Lease | None:
         """A lease if it is free and nobody waits for it; raises as ``acquire``."""
@@ -106,8 +106,15 @@ class Grants:
         replication = self._replication() if terms.level == "replicated" else None
         since = replication.since if replication else 0
         try:
-            grant = await self._first(terms, nonce, mode)
-            if not isinstance(grant, Grant):
+            try:
+                grant = await self._records.acquire(terms, nonce, mode)
+            except ForebayError as error:
+                if mode == "try" or not _passes(error):
+                    raise
+                grant = None  # there was no answer, and it may be asked again
+            if isinstance(grant, Grant):
+                self._counts["lock_acquires", "taken"] += 1
+            else:
                 grant = await self._wait(terms, nonce, mode, timeout_s, grant)
                 since = replication.since if replication else 0
             if terms.level == "replicated":
@@ -127,23 +134,12 @@ class Grants:
         self._renewals.add(lease)
         return lease
 
-    async def _first(self, terms: Terms, nonce: str, mode: Mode) -> Grant | Refusal | None:
-        """The answer to the first question; None: there was none, and it may be asked again."""
-        try:
-            answer = await self._records.acquire(terms, nonce, mode)
-        except ForebayError as error:
-            if mode == "try" or not _passes(error):
-                raise
-            return None
-        if isinstance(answer, Grant):
-            self._counts["lock_acquires", "taken"] += 1
-        elif mode == "try":
-            raise LockNotAcquired(terms.name, waited_ms=0, holder=answer.holder, reason="held")
-        return answer
-
     async def _wait(
         self, terms: Terms, nonce: str, mode: Mode, timeout_s: float, answer: Refusal | None
     ) -> Grant:
+        if mode == "try":
+            holder = answer.holder if answer else ""
+            raise LockNotAcquired(terms.name, waited_ms=0, holder=holder, reason="held")
         began = answered_at = self._clock.monotonic()
         with self._queue.place(nonce) as place:
             while True:

@@ -1,20 +1,19 @@
 """The one connection to a primary on which all commands of a process travel.
 
-I1  A reply reaches the caller whose command it answers, or nobody. Cancelling a caller
-    costs nothing but its reply: the connection, and everybody else's calls, go on.
+I1  A reply reaches the caller whose command it answers, or nobody. Cancelling a caller costs only
+    its reply: the connection, and everybody else's calls, go on.
 I2  The link never sends a command twice. After a loss ``outcome_unknown`` tells the
     caller whether it may have been carried out.
 I3  Every call ends by its deadline, give or take a step of the sweeper; while there is
     no connection it waits for one, unless the breaker is open.
-I4  A connection on which nothing was heard for twice the command timeout, though replies
-    were due, is dropped and made anew.
+I4  A connection on which nothing was heard for twice the command timeout, though replies were due,
+    is dropped and made anew.
 I5  At most ``in_flight_max`` commands are under way; one more is refused at once.
-I6  State listeners hear False before any caller learns of the loss, and True before any
-    command goes out on the new connection.
+I6  State listeners hear False before any caller learns of the loss, and True before any command
+    goes out on the new connection.
 
-The breaker counts lost connections, failed tries to connect, and stalls (calls found
-late at one point in time are one stall, however many they are); any reply is a success.
-Commands that cannot share a connection are refused. Nothing is retried or decoded here.
+The breaker counts lost connections, failed tries to connect, and stalls (calls found late at one
+time are one); any reply is a success. Nothing is retried, decoded, or sent that must be alone.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from .listeners import Listeners
 from .shareable import ALONE, GUARDED, check_shareable
 from .sweeper import Sweeper
 from .waiting import Arg, Batch, Due, Parked, Reply, Slot, Waiter, expire
-from .wire import CommandWire, Tally
+from .wire import EAGER_BYTES, CommandWire, Tally
 
 __all__ = ["Arg", "Commands", "Link", "LinkStatistics", "Reply"]
 
@@ -56,7 +55,6 @@ class Commands(Protocol):
         self, commands: Sequence[Sequence[Arg]], *, timeout_ms: int | None = None
     ) -> list[Reply]:
         """One write, replies in order; a refused command is a ServerRefused in its place."""
-        ...
 
 
 class LinkStatistics(Struct, frozen=True, kw_only=True):
@@ -124,6 +122,9 @@ class Link:
             self._begin(wire)
         wire.out.append(packed)
         wire.waiting.append((future, self._due, args[0]))
+        wire.out_bytes += len(packed)
+        if wire.out_bytes >= EAGER_BYTES:
+            wire.flush()
         return future
 
     async def call_many(

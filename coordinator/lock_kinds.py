@@ -7,7 +7,7 @@ holds back the readers that come after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import TypedDict, Unpack
 
@@ -63,14 +63,14 @@ class Wanted:
         lease.enter()
         return lease
 
-    async def __aexit__(
+    def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool:
+    ) -> Coroutine[None, None, bool]:
         assert self._lease is not None
-        return await self._lease.__aexit__(exc_type, exc, traceback)
+        return self._lease.__aexit__(exc_type, exc, traceback)
 
 
 class LockSource:

@@ -26,6 +26,7 @@ __all__ = ["Grant", "Handed", "Held", "LockRecords", "Mode", "Refusal"]
 
 _USUAL_US = int(LEASE_DEFAULT_S * 1e6)
 _SHOWN_MAX = 100
+USED_MAX = 10_000  #: names of one shard that are looked at
 
 Mode = Literal["try", "wait", "barge"]
 Handed = Callable[[str, int, float], None]  #: nonce, token, when it was asked for at the earliest
@@ -72,8 +73,7 @@ class LockRecords:
 
     async def acquire(self, terms: Terms, nonce: str, mode: Mode) -> Grant | Refusal:
         """Raises LockNotAcquired, InvalidLock or Unavailable."""
-        args: list[Arg] = [
-            terms.name,
+        args = (
             nonce,
             terms.kind,
             terms.capacity,
@@ -83,9 +83,14 @@ class LockRecords:
             self.highest,
             self.run,
             terms.about,
-        ]
+            terms.name,
+        )
         sent_at = self._clock.monotonic()
         reply = await run(self._commands, self._acquire, self._names.lock(terms.name), args)
+        if type(reply) is bytes:
+            token = int(reply)
+            self.highest = max(self.highest, token)
+            return Grant(token, sent_at)
         code = reply[0]
         if code == 1:
             if reply[2]:
@@ -106,29 +111,35 @@ class LockRecords:
 
     async def release(self, name: str, nonce: str) -> bool:
         """Give back a lease or a place in the queue; false if there was none, or not any more."""
-        args: list[Arg] = [name, nonce, self.run]
         sent_at = self._clock.monotonic()
-        code, handed = await run(self._commands, self._release, self._names.lock(name), args)
-        if handed:
-            self._tell(handed, sent_at)
+        reply = await run(
+            self._commands, self._release, self._names.lock(name), (nonce, self.run, name)
+        )
+        return self._released(reply, sent_at)
+
+    def _released(self, reply: Reply, sent_at: float) -> bool:
+        if reply == 1:
+            return True
+        code, handed = reply
+        self._tell(handed, sent_at)
         return bool(code)
 
-    async def release_many(self, pairs: Sequence[tuple[str, str]]) -> list[Reply]:
-        """Release these names and nonces; what the server refused is in its place."""
+    async def release_many(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """As ``release``, for these names and nonces; false also where the server refused."""
         calls = [
             Call(
                 script=self._release,
                 keys=self._names.lock(name),
-                args=[name, nonce, self.run],
+                args=[nonce, self.run, name],
             )
             for name, nonce in pairs
         ]
         sent_at = self._clock.monotonic()
         replies = await run_many(self._commands, calls)
-        for reply in replies:
-            if not isinstance(reply, ForebayError):
-                self._tell(reply[1], sent_at)
-        return replies
+        return [
+            not isinstance(reply, ForebayError) and self._released(reply, sent_at)
+            for reply in replies
+        ]
 
     async def renew(self, leases: Sequence[Held], *, timeout_ms: int) -> tuple[int, list[int]]:
         """Renew leases of one shard: the server's clock in us, and a status for each."""
@@ -148,7 +159,7 @@ class LockRecords:
     async def reclaim(self, lease: Held, left_s: float) -> bool:
         """Put back what a failover lost, for the rest of its time; false if it is lost."""
         terms = lease.terms
-        record, _, _, index, era = self._names.lock(terms.name)
+        record, queue, _, index, era = self._names.lock(terms.name)
         args: list[Arg] = [
             terms.name,
             lease.nonce,
@@ -159,7 +170,7 @@ class LockRecords:
             int(left_s * 1e6),
             terms.about,
         ]
-        keys = [record, index, era]
+        keys = [record, index, era, queue]
         code, _ = await run(self._commands, self._scripts["lock_reclaim"], keys, args)
         return bool(code)
 
@@ -199,17 +210,28 @@ class LockRecords:
         replies = granted(await run_many(self._commands, calls))
         return max(int(reply) for reply in replies) / 1e6
 
-    async def names_held(self, bound: int) -> list[str]:
-        """Names of locks that are held, at most so many."""
+    async def names_used(self) -> list[str]:
+        """Names of locks that are held, and of some that were until a minute or two ago."""
         now = await self._commands.call("TIME")
         now_us = int(now[0]) * 1_000_000 + int(now[1])
         indexes = [f"{prefix}locks" for prefix in self._names.prefixes]
         replies = granted(
             await self._commands.call_many(
-                [("ZRANGEBYSCORE", i, now_us, "+inf", "LIMIT", 0, bound) for i in indexes]
+                [("ZRANGEBYSCORE", i, now_us, "+inf", "LIMIT", 0, USED_MAX) for i in indexes]
             )
         )
-        return sorted(name.decode() for reply in replies for name in reply)[:bound]
+        return sorted(name.decode() for reply in replies for name in reply)
+
+    async def held(self, bound: int) -> list[LockView]:
+        """The locks that are held, by name, at most so many."""
+        names = await self.names_used()
+        found: list[LockView] = []
+        for at in range(0, len(names), bound):
+            views = await self.show(names[at : at + bound])
+            found += [view for view in views if view.holders]
+            if len(found) >= bound:
+                break
+        return found[:bound]
 
     async def show(self, names: Sequence[str]) -> list[LockView]:
         script = self._scripts["lock_show"]

@@ -167,7 +167,7 @@ class Locks:
 
     async def list(self, *, bound: int = LISTED_MAX) -> Sequence[LockView]:
         """The locks that are held, by name."""
-        return await self._records.show(await self._records.names_held(bound))
+        return await self._records.held(bound)
 
     async def show(self, name: str) -> LockView:
         """Who holds it, since when and what for; who waits."""

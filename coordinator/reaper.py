@@ -73,8 +73,8 @@ class Reaper:
         except ForebayError as error:
             log.debug("lock.not_released", count=len(pairs), error=str(error))
             return
-        for (_, nonce), reply in zip(pairs, replies, strict=True):
-            # 0 may mean that the request itself has yet to arrive, on an older connection.
-            if not isinstance(reply, ForebayError) and reply[0]:
+        for (_, nonce), released in zip(pairs, replies, strict=True):
+            # If not, the request itself may have yet to arrive, on an older connection.
+            if released:
                 self._pending.pop(nonce, None)
                 self._instruments.counts["lock_reaped",] += 1

@@ -1,7 +1,8 @@
 """The Lua scripts, by name, and how they are run.
 
 I1  A script is one file, ``scripts/<noun_verb>.lua``. What several share stands in a file
-    whose name begins with ``_``; it is put before those whose header says so, when loading.
+    whose name begins with ``_``; those whose header says so get it when loading: first, or
+    where they say ``-- Here _name.lua.``
 I2  A script that the server does not know is sent in full and so made known. Repeating
     is safe: a server that answers NOSCRIPT has run nothing.
 I3  Of several scripts sent at once, those that had to be repeated run after the others,
@@ -89,7 +90,10 @@ def load_scripts(folder: Traversable | None = None) -> Scripts:
 
 def _with_shared(text: str, texts: Mapping[str, str]) -> str:
     header, _, _ = text.partition("\n\n")
-    return "\n".join([*(texts[name] for name in _SHARED.findall(header)), text])
+    for name in _SHARED.findall(header):
+        here = f"-- Here {name}.\n"
+        text = text.replace(here, texts[name]) if here in text else f"{texts[name]}\n{text}"
+    return text
 
 
 async def run(
@@ -100,13 +104,15 @@ async def run(
     *,
     timeout_ms: int | None = None,
 ) -> Reply:
-    call = Call(script=script, keys=keys, args=args)
+    count = len(keys)
     try:
-        return await commands.call(*call.by_sha(), timeout_ms=timeout_ms)
+        return await commands.call(
+            "EVALSHA", script.sha, count, *keys, *args, timeout_ms=timeout_ms
+        )
     except ServerRefused as refused:
         if refused.code != "NOSCRIPT":
             raise
-    return await commands.call(*call.in_full(), timeout_ms=timeout_ms)
+    return await commands.call("EVAL", script.source, count, *keys, *args, timeout_ms=timeout_ms)
 
 
 async def run_many(

@@ -2,7 +2,8 @@
 
 I1  Replies are matched to commands by order alone. A waiter that gave up stays in the
     queue; its reply is read and dropped, and the connection lives.
-I2  Commands added in one tick of the loop leave in one write.
+I2  Commands added in one tick of the loop leave in one write, or as soon as they are
+    ``EAGER_BYTES``: then the server works on them while the rest of the tick makes more.
 I3  When the connection ends, every waiter gets Disconnected: ``outcome_unknown`` if its
     command had been written, not if it had not.
 I4  A reply that nobody asked for, or bytes that are not RESP, end the connection: after
@@ -27,10 +28,11 @@ from .clock import Clock
 from .dialer import Dialed
 from .waiting import Arg, Slot
 
-__all__ = ["MORE", "CommandWire", "Tally", "Wire"]
+__all__ = ["EAGER_BYTES", "MORE", "CommandWire", "Tally", "Wire"]
 
 MORE: Any = object()  #: what the parser returns when it needs more bytes
 CLOSE_S = 1.0
+EAGER_BYTES = 4_096
 
 
 class Tally:
@@ -107,6 +109,7 @@ class CommandWire(Wire):
         on_change: Callable[[], None],
     ) -> None:
         self.out: list[bytes] = []  #: packed commands of this tick
+        self.out_bytes = 0  #: of those in ``out`` that may leave early
         self.waiting: deque[Slot] = deque()  #: one per command, those in ``out`` are the last
         self.paused = False
         self.heard_at = clock.monotonic()
@@ -122,7 +125,7 @@ class CommandWire(Wire):
         out = self.out
         if not out:
             return  # lost, and told to the waiters, before the tick was over
-        self.out = []
+        self.out, self.out_bytes = [], 0
         tally = self._tally
         tally.calls += len(out)
         tally.in_flight_max_seen = max(tally.in_flight_max_seen, len(self.waiting))
@@ -161,6 +164,7 @@ class CommandWire(Wire):
         written = len(slots) - len(self.out)
         self.waiting.clear()
         self.out.clear()
+        self.out_bytes = 0
         self._on_change()
         for at, (waiter, _, _) in enumerate(slots):
             if not waiter.done():

@@ -10,7 +10,7 @@
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
     {shop:07}:k:NAME    hash    a lock and its holders     :kq:NAME, :kw:NAME  who waits for it
-    {shop:07}:locks     zset    locks that are held        :era  hash  run of the server meant
+    {shop:07}:locks     zset    locks in use lately        :era  hash  run of the server meant
     {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT
     {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
     {shop:07}:rs:LIMIT:SUBJECT   zset    slots in use: nonce -> until

@@ -1,11 +1,13 @@
--- Put before every script whose header says "With _lock.lua.": what all kinds of locks share.
+-- Put into every script whose header says "With _lock.lua.": what all kinds of locks share.
 --
 -- A lock is a weighted semaphore with a queue; a mutex has room for one, a writer takes all of it.
 -- record (hash): k kind, c capacity, v set if c was set live, t last token, r nonce released last;
---                per holder "h:NONCE": "weight token ends since", and "a:NONCE": about.
+--                per holder "h:NONCE": "weight token ends since", and "a:NONCE": about;
+--                f in short: not there, nobody holds it; "=", one does; in both nobody waits and
+--                c was not set live. Else "".
 --                No value of 64 bytes or more, where about is short: it stays a listpack.
 -- queue (zset): nonce -> ticket.  waiters (hash): nonce -> "beat weight lease about"
--- index (zset): name -> when its last holder ends.  era (hash): rid, grace, max: longest lease given
+-- index (zset): name -> until when it may be held.  era (hash): rid, grace, max: longest lease given
 -- All times in microseconds of this server's clock. A nonce begins with its process: "PROCESS.N".
 --
 -- L1 A token is larger than each before it, also if the record was lost: max(last + 1, clock).
@@ -14,10 +16,13 @@
 -- L3 Who waits and was not heard of for 3 s is passed over when its turn comes.
 -- L4 What is handed to another process is held for 1 s only, until that has asked again.
 -- L5 While a new era is in its grace, nothing is granted that was not held before.
+-- L6 Whatever is held is in the index. What is there may be idle: it goes a minute or two after
+--    its last use, so that taking and releasing need not touch the index each time.
+-- L7 What f says is so but for time: its holder may have ended.
 
 local CAP_US = 30000000 -- the longest lease that there can be
 local STALE_US, HANDOFF_US, ADMIT_MAX = 3000000, 1000000, 100
-local KEEP_MS, TOUCH_US = 3600000, 1800000000
+local KEEP_MS, TOUCH_US, FORGET_EACH = 3600000, 60000000, 32
 
 local function server_us()
   local t = redis.call("TIME")
@@ -51,10 +56,12 @@ local function grace_of(run, now, told)
   return now + longest, longest
 end
 
--- Whether a record is to be kept for longer: once in each half hour is enough, and the token that
--- was the last tells when that was.
-local function is_stale(token, now)
-  return math.floor(token / TOUCH_US) ~= math.floor(now / TOUCH_US)
+-- Have it in the index until the end of the minute after its token's, and forget some that is over.
+local function note(noted, name, token, now)
+  redis.call("ZADD", noted, digits((math.floor(token / TOUCH_US) + 2) * TOUCH_US), name)
+  if now % FORGET_EACH > 0 then return end
+  local over = redis.call("ZRANGEBYSCORE", noted, "-inf", digits(now), "LIMIT", 0, 2 * FORGET_EACH)
+  if #over > 0 then redis.call("ZREM", noted, unpack(over)) end
 end
 
 local function process_of(nonce)
@@ -87,7 +94,6 @@ local function load(stored, now)
       end
     end
   end
-  lock.before = lock.t
   return lock
 end
 
@@ -109,7 +115,7 @@ local function hold(held_in, lock, nonce, weight, token, ends, since, about)
   local line = weight .. " " .. text .. " " .. digits(ends) .. " " .. from
   lock.holders[nonce] = { weight = weight, token = text, ends = ends, line = line }
   lock.used, lock.count = lock.used + weight, lock.count + 1
-  lock.about[nonce] = about
+  lock.about[nonce], lock.given = about, true
   lock.t = math.max(lock.t, token)
   local last = token < lock.t and digits(lock.t) or text
   redis.call("HSET", held_in, "t", last, "h:" .. nonce, line, "a:" .. nonce, about)
@@ -157,14 +163,17 @@ local function admit(record, queue, waiters, lock, now, process)
   return answer
 end
 
--- The last writes of a change: what has ended goes, the index says until when it is held.
-local function settle(changed, overview, lock, name)
+-- The last writes of a change: what has ended goes, and what there is is said in short.
+local function settle(changed, overview, places, lock, name)
   if #lock.ended > 0 then redis.call("HDEL", changed, unpack(lock.ended)) end
-  if not lock.v and is_stale(lock.before, lock.now) then redis.call("PEXPIRE", changed, KEEP_MS) end
-  if lock.count == 0 then return redis.call("ZREM", overview, name) end
-  local last
-  for _, each in pairs(lock.holders) do
-    if not last or each.ends > last then last = each.ends end
+  if lock.v or lock.count > 1 or redis.call("EXISTS", places) == 1 then
+    if lock.f ~= "" and lock.k then redis.call("HSET", changed, "f", "") end
+  elseif lock.count == 1 then
+    if lock.f ~= "=" then redis.call("HSET", changed, "f", "=") end
+  elseif lock.f then
+    redis.call("HDEL", changed, "f")
   end
-  redis.call("ZADD", overview, digits(last), name)
+  if lock.count == 0 then return end
+  if not lock.v then redis.call("PEXPIRE", changed, KEEP_MS) end
+  note(overview, name, math.max(lock.t, lock.now), lock.now)
 end

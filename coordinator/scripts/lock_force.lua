@@ -29,5 +29,5 @@ redis.call("HSET", KEYS[1], "t", digits(lock.t))
 if grace_of(KEYS[5], now) <= now then
   admit(KEYS[1], KEYS[2], KEYS[3], lock, now, "")
 end
-settle(KEYS[1], KEYS[4], lock, ARGV[1])
+settle(KEYS[1], KEYS[4], KEYS[2], lock, ARGV[1])
 return { count, digits(lock.t) }

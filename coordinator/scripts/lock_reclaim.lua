@@ -4,6 +4,7 @@
 -- KEYS[1] record    hash   the lock and its holders
 -- KEYS[2] index     zset   locks of this shard that are held
 -- KEYS[3] era       hash   which run of the server these locks are from
+-- KEYS[4] queue     zset   who waits, in order
 -- ARGV[1] name      of the lock
 -- ARGV[2] nonce     of the lease
 -- ARGV[3] kind      m, s or r
@@ -37,5 +38,5 @@ for _, each in ipairs(older) do
 end
 lock.k, lock.changed = ARGV[3], true
 hold(KEYS[1], lock, nonce, weight, token, now + ARGV[7], now, ARGV[8])
-settle(KEYS[1], KEYS[2], lock, ARGV[1])
+settle(KEYS[1], KEYS[2], KEYS[4], lock, ARGV[1])
 return { 1, digits(now) }

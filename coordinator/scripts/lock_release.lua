@@ -6,10 +6,10 @@
 -- KEYS[3] waiters  hash   what they wait for
 -- KEYS[4] index    zset   locks of this shard that are held
 -- KEYS[5] era      hash   which run of the server these locks are from
--- ARGV[1] name     of the lock
--- ARGV[2] nonce    whose lease or place in the queue it is
--- ARGV[3] run      id of the run of this server, if known; else empty
--- Returns {1, handed} released, or left the queue; {2, {}} it was the last to be released, before;
+-- ARGV[1] nonce    whose lease or place in the queue it is
+-- ARGV[2] run      id of the run of this server, if known; else empty
+-- ARGV[3] name     of the lock
+-- Returns 1, or {1, handed}, released, or left the queue; {2, {}} it was the last to be released, before;
 --         {0, {}} it is neither. handed: nonces and tokens of the same process that have it now
 --
 -- I1 Who neither holds nor waits changes nothing.
@@ -17,21 +17,19 @@
 -- I3 Its first write only frees memory: a server whose memory is full still releases.
 -- I4 The lock goes to the first who waits in this very step: nobody can come between.
 
-local nonce = ARGV[2]
-local now = server_us()
+local nonce = ARGV[1]
+local time = redis.call("TIME")
+local now = time[1] * 1000000 + time[2]
 
 -- What is asked for most, shorter: its only holder, and nobody who waits.
-local held = redis.call("HMGET", KEYS[1], "h:" .. nonce, "v")
-if held[1] and not held[2] and redis.call("HLEN", KEYS[1]) <= 6 and redis.call("EXISTS", KEYS[2]) == 0 then
-  local token, ends = string.match(held[1], "^%d+ (%d+) (%d+)")
-  if tonumber(ends) > now then
-    redis.call("HDEL", KEYS[1], "h:" .. nonce, "a:" .. nonce)
-    redis.call("HSET", KEYS[1], "r", nonce)
-    redis.call("ZREM", KEYS[4], ARGV[1])
-    if is_stale(tonumber(token), now) then redis.call("PEXPIRE", KEYS[1], KEEP_MS) end
-    return { 1, {} }
-  end
+local held = redis.call("HMGET", KEYS[1], "f", "h:" .. nonce)
+if held[1] == "=" and held[2] and tonumber(string.match(held[2], "^%d+ %d+ (%d+)")) > now then
+  redis.call("HDEL", KEYS[1], "f", "h:" .. nonce, "a:" .. nonce)
+  redis.call("HSET", KEYS[1], "r", nonce)
+  return 1
 end
+
+-- Here _lock.lua.
 
 local lock = load(KEYS[1], now)
 if lock.holders[nonce] then
@@ -43,8 +41,8 @@ else
   return { lock.r == nonce and 2 or 0, {} }
 end
 local handed = {}
-if redis.call("EXISTS", KEYS[2]) == 1 and grace_of(KEYS[5], now, ARGV[3]) <= now then
+if redis.call("EXISTS", KEYS[2]) == 1 and grace_of(KEYS[5], now, ARGV[2]) <= now then
   handed = admit(KEYS[1], KEYS[2], KEYS[3], lock, now, process_of(nonce))
 end
-settle(KEYS[1], KEYS[4], lock, ARGV[1])
+settle(KEYS[1], KEYS[4], KEYS[2], lock, ARGV[3])
 return { 1, handed }

@@ -32,5 +32,5 @@ end
 if grace_of(KEYS[5], now) <= now then
   admit(KEYS[1], KEYS[2], KEYS[3], lock, now, "")
 end
-settle(KEYS[1], KEYS[4], lock, ARGV[1])
+settle(KEYS[1], KEYS[4], KEYS[2], lock, ARGV[1])
 return { 1, digits(lock.c), digits(lock.used) }

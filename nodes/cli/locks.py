@@ -123,7 +123,7 @@ async def _ask(resolved: Resolved, question: Callable[[LockRecords], Awaitable[T
 
 
 async def _list(records: LockRecords) -> list[LockView]:
-    return await records.show(await records.names_held(LISTED_MAX))
+    return await records.held(LISTED_MAX)
 
 
 async def _show(records: LockRecords, *, names: Sequence[str]) -> list[LockView]:

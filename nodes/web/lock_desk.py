@@ -172,7 +172,7 @@ class LockDesk:
             raise LockNotHeld(name, nonce)
 
     async def list(self) -> list[LockView]:
-        return await self._records.show(await self._records.names_held(LISTED_MAX))
+        return await self._records.held(LISTED_MAX)
 
     async def show(self, name: str) -> LockView:
         (view,) = await self._records.show([check_key(name, name="lock")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -78,9 +79,13 @@ def records(desk: Desk) -> Records:
     return Records(desk)
 
 
-@pytest.fixture
-async def begun(records: Records) -> None:
+@pytest.fixture(params=["run unknown", "run known"])
+async def begun(records: Records, request: pytest.FixtureRequest) -> None:
+    """What is asked for most takes a shorter way if the caller knows the run of the server."""
     assert await records.begin(fresh=True) == 0
+    if request.param == "run known":
+        era = records.desk.names.lock("k")[4]
+        records.run = (await records.desk.commands.call("HGET", era, "rid")).decode()
 
 
 async def test_asked_again_the_same_token_is_returned(records: Records) -> None:
@@ -370,3 +375,44 @@ async def test_guards_keep_the_highest_token(desk: Desk) -> None:
     assert await desk.run("guard_delete", keys, 8) == [1, 1]
     assert await desk.run("guard_delete", keys, 8) == [1, 0]
     assert await desk.run("guard_set", keys, 7, "d", 0) == [0, b"8"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_what_a_record_says_in_short_is_so(records: Records, seed: int) -> None:
+    """L6, L7: after whatever was done to it, and whoever holds it is in the index."""
+    rng = random.Random(seed)
+    record, queue, _, index, _ = records.desk.names.lock("k")
+    call = records.desk.commands.call
+    for step in range(60):
+        match rng.randrange(8):
+            case 0 | 1 | 2:
+                terms = semaphore(rng.choice([1, 1, 2]), rng.choice([2, 3]))
+                await records.acquire(terms, f"p{step % 2}.{step}", rng.choice(["try", "wait"]))
+            case 3 | 4 | 5 if nonces := [*await records.holders(), *await records.queue()]:
+                await records.release("k", rng.choice(nonces))
+            case 6 if nonces := await records.holders():
+                await records.end(rng.choice(nonces))
+            case 7:
+                await (records.force("k") if step % 3 else records.resize("k", None, declared=2))
+        short, told, stored = await call("HMGET", record, "f", "k", "v")
+        stored_holders = [name for name in await call("HKEYS", record) if name[:2] == b"h:"]
+        if told and short != b"":
+            assert stored is None
+            assert not await call("EXISTS", queue)
+            assert len(stored_holders) == (1 if short == b"=" else 0)
+        if await records.holders():
+            assert float(await call("ZSCORE", index, "k")) > await records.desk.now_us()
+
+
+async def test_names_that_nobody_uses_leave_the_index(records: Records) -> None:
+    """L6: with each that is noted anew, on the average, goes more than one."""
+    record, _, _, index, _ = records.desk.names.lock("k")
+    call = records.desk.commands.call
+    await call("ZADD", index, *[x for n in range(50) for x in (n, f"old{n}")])
+    for n in range(400):
+        if await call("ZCARD", index) == 1:
+            break
+        await records.granted(f"p.{n}")
+        await records.release("k", f"p.{n}")
+        await call("DEL", record)
+    assert await call("ZRANGE", index, 0, -1) == [b"k"]
