@@ -143,3 +143,12 @@ async def test_a_server_that_hangs_costs_the_budget_once(
         assert house.link.breaker.closed
         while (await api.take("x")).source != "server":
             await asyncio.sleep(0.02)
+
+
+async def test_peeks_at_the_same_time_do_not_count_each_other(house: House) -> None:
+    """O1, C1: one token is left here, and five look at it."""
+    limiter, _, _ = limiter_of(house, limit("local"))
+    api = limiter.of("local")
+    await api.take("x", 9)
+    verdicts = await asyncio.gather(*[api.peek("x") for _ in range(5)])
+    assert [verdict.allowed for verdict in verdicts] == [True] * 5
