@@ -1,7 +1,7 @@
 """What limits say while the server does not: each limit's policy, decided in this process.
 
 O1  ``open`` lets in, ``closed`` refuses, ``local`` keeps this process to its fair share of
-    the limit: rate and burst divided by the members known last.
+    the limit: rate and burst divided by the members known last (``headcount``).
 O2  After a failure the server is left alone for ``retry_s``, then one flight tries again; in
     between every ask is answered at once. An ask waits no longer than the flight under way.
 O3  Several limits: one that is closed, or whose share is used up, refuses for all.
