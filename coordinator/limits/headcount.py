@@ -37,7 +37,7 @@ class Headcount:
 
     @property
     def count(self) -> int:
-        """This process included."""
+        """Of processes, with this one."""
         return max((1, *self._looks))
 
     async def look(self) -> None:

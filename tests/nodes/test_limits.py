@@ -191,6 +191,23 @@ def test_a_hangup_reloads(tmp_path: Path, valkey_server: ValkeyServer, namespace
         assert node.stop() == 0
 
 
+def test_a_changed_file_is_read(
+    tmp_path: Path, valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """`forebay run` sees that it is another, without a signal; also if it is replaced."""
+    config = tmp_path / "forebay.toml"
+    config.write_text("[limits.api]\nrate = 1\n")
+    with Shop(tmp_path, namespace, valkey__url=valkey_server.url) as shop:
+        node = shop.node().start()
+        config.write_text("[limits.api]\nrate = -2\n")
+        assert "rate" in until(lambda: node.event("limits.not_reloaded"))["reason"]
+        aside = tmp_path / "new"
+        aside.write_text("[limits.api]\nrate = 2\n")
+        aside.rename(config)
+        assert until(lambda: node.event("limits.reloaded"))["changed"] == ["api"]
+        assert node.stop() == 0
+
+
 async def test_nodes_that_do_no_work_share_limits_too(make_node: MakeNode) -> None:
     """Headcount N1: whoever listens for refunds is a member, also without workers."""
     one, other = make_node(), make_node()
