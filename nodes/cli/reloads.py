@@ -34,6 +34,8 @@ def reloads(reload: Callable[[], list[str]]) -> Iterator[Callable[[], None]]:
             log.info("limits.reloaded", changed=reload())
         except ForebayError as error:
             log.error("limits.not_reloaded", reason=str(error))
+        except Exception:  # a fault here must not end the node
+            log.exception("limits.not_reloaded")
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGHUP, told)
