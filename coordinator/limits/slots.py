@@ -3,7 +3,8 @@
 P1  At most ``concurrency`` slots of a subject are held in the cluster. One whose holder died
     is free again after the lease.
 P2  A body whose slot may have been given to another is cancelled before that can be, and
-    SlotLost comes out of it.
+    SlotLost comes out of it. Where the loop stood still for so long that it could not be
+    cancelled, SlotLost tells so at its end.
 P3  Cancelled while asking or while leaving, the slot is released all the same, in at most a
     second; or else ends with its lease.
 P4  Renewal is due at fixed thirds of the lease, whatever else the loop has to do.
@@ -82,6 +83,8 @@ class Slots:
                     if slot.nonce:
                         tasks.start_soon(self._renew, slot, limit, body, lost)
                     yield slot
+            if slot.nonce and not lost and self._desk.clock.monotonic() >= slot.until:
+                lost.append("its lease was over before the body was")
         finally:
             await self._release(slot)
         if lost:

@@ -192,3 +192,22 @@ async def test_a_shadow_lets_in_more_than_it_has(house: House, policy: Any) -> N
     limiter.desk.outage._next_try_at = float("inf")
     async with limiter.slots.hold(dark, "x"), limiter.slots.hold(dark, "x"):
         assert await in_use(house) == 0
+
+
+class Stalled:
+    """A clock that goes on while the loop stands still, for as long as one says."""
+
+    def __init__(self) -> None:
+        self.by_s = 0.0
+
+    def monotonic(self) -> float:
+        return anyio.current_time() + self.by_s
+
+
+async def test_a_body_that_outran_its_lease_in_a_stall_is_told(house: House) -> None:
+    """P2: nobody could cancel it; others may have had the slot meanwhile."""
+    clock = Stalled()
+    slots = slots_of(house, clock=clock)
+    with pytest.raises(SlotLost, match="before the body"):
+        async with slots.hold(JOBS, "x", lease_s=2.0):
+            clock.by_s = 2.0
