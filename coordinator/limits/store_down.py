@@ -4,6 +4,7 @@ O1  ``open`` lets in, ``closed`` refuses, ``local`` keeps this process to its fa
     the limit: rate and burst divided by the members known last (``headcount``).
 O2  After a failure the server is left alone for ``retry_s``, then one flight tries again; in
     between every ask is answered at once. An ask waits no longer than the flight under way.
+    A state that the server cannot make sense of is decided here, and is no failure of others.
 O3  Several limits: one that is closed, or whose share is used up, refuses for all.
 
 What was charged here is not made good later: the server's state lives on. An ask that costs

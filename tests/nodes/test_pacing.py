@@ -33,3 +33,4 @@ async def test_any_cache_may_be_paced(make_node) -> None:
         with anyio.fail_after(5):
             for name in ("warm." + "c" * 100 + "1", "warm." + "c" * 100 + "2", "warm.Größe x"):
                 await pacing.turn(name, 2, per_second=0.001, burst=2)
+        assert len(node.parts.limiter.limits) == 3 + 1  # and the default one

@@ -152,3 +152,14 @@ async def test_peeks_at_the_same_time_do_not_count_each_other(house: House) -> N
     await api.take("x", 9)
     verdicts = await asyncio.gather(*[api.peek("x") for _ in range(5)])
     assert [verdict.allowed for verdict in verdicts] == [True] * 5
+
+
+@pytest.mark.parametrize("spoil", [("RPUSH", "x"), ("SET", "what is this")])
+async def test_one_spoilt_state_is_no_outage(house: House, spoil: tuple[str, str]) -> None:
+    """O2: the server has answered; only that subject is decided here."""
+    api = house.limiter(limit("local")).of("local")
+    await api.peek("other")
+    command, value = spoil
+    await house.link.call(command, house.names.limit("r", "local", "bad"), value)
+    sources = [(await api.take(subject)).source for subject in ("bad", "good") * 3]
+    assert sources == ["local", "server"] * 3
