@@ -95,7 +95,8 @@ def decide_alone(
     if closed:
         return Outcome(granted, closed[0], 0, CLOSED_RETRY_MS * 1_000, CLOSED_RETRY_MS * 1_000)
     if not enforced:
-        return Outcome(granted, 0, 0, 0, 0)
+        let_in = next((at for at, each in enumerate(limits) if not each.shadow), 0)
+        return Outcome(granted, let_in, limits[let_in].burst, 0, 0)
     waits = {at: gcra.wait_us(debts[at], shares[at], costs[at]) for at in enforced}
     binding = max(enforced, key=lambda at: (waits[at], -gcra.fits(debts[at], shares[at])))
     reset_us = -(-debts[binding] // shares[binding].drain)

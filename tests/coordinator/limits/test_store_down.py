@@ -163,3 +163,10 @@ async def test_one_spoilt_state_is_no_outage(house: House, spoil: tuple[str, str
     await house.link.call(command, house.names.limit("r", "local", "bad"), value)
     sources = [(await api.take(subject)).source for subject in ("bad", "good") * 3]
     assert sources == ["local", "server"] * 3
+
+
+async def test_an_open_limit_tells_nobody_that_nothing_is_left(house: House) -> None:
+    """O1: of the limit that lets in, and no shadow beside it, all is left: nobody counts."""
+    limiter, _, _ = limiter_of(house, limit("local", shadow=True), limit("open"))
+    verdict = await limiter.of("local", "open").take("x", 10)
+    assert (verdict.limit, verdict.remaining, verdict.allowed) == ("open", 10, True)
