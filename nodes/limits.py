@@ -22,6 +22,7 @@ from ..coordinator.limits.limiter import Limiter
 from ..coordinator.limits.reservations import Reservation
 from ..coordinator.limits.slots import Slot
 from ..schemas.errors import ForebayError
+from ..schemas.errors_limits import InvalidLimit
 from ..schemas.limits import Limit, Verdict, check_limit
 from ..schemas.settings import Limiter as LimiterSettings
 from ..schemas.settings_limits import default_limit
@@ -94,10 +95,14 @@ class RateLimit:
 
         Raises:
             RateLimited: all are taken. SlotLost: it could not be renewed, the body is over.
+            InvalidLimit: these are several limits; slots are of one.
         """
-        self._running()
+        limits = self._running().limits
         assert self._limiter is not None
-        limit = self._limiter.limit(self.names[0])
+        if len(limits) > 1:
+            fix = "take a slot of each limit by itself"
+            raise InvalidLimit("+".join(self.names), "slot", "several limits", "are no one", fix)
+        (limit,) = limits
         return self._limiter.slots.hold(limit, subject, lease_s=lease, within=within)
 
     @property

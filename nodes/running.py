@@ -31,6 +31,7 @@ from ..coordinator.background import background_tasks
 from ..coordinator.clock import ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
 from ..coordinator.instruments import Instruments
+from ..coordinator.limits.headcount import Headcount
 from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.scripting import load_scripts
@@ -110,6 +111,7 @@ class Running:
             reset=self.hearing.reset,
             scripts=self.scripts,
         )
+        self.headcount = Headcount(backend.link, self.names)
         self.limiter = self._limiter()
         self.core = self._core()
         self.paths: list[ReadPath[Any]] = [
@@ -180,8 +182,9 @@ class Running:
         )
 
     def members(self) -> int:
-        """Nodes that share the work, as far as this one knows."""
-        return 1 if self.crew is None else max(1, len(self.crew.ownership.statistics().nodes))
+        """Processes that share the limits, as far as this one knows."""
+        working = 0 if self.crew is None else len(self.crew.ownership.nodes)
+        return max(working, self.headcount.count)
 
     async def invalidate(
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
@@ -228,6 +231,7 @@ class Running:
         channels = (self.names.bell, self.names.work, self.names.limits)
         doorbell.subscribe(*(channel.encode() for channel in channels))
         self.tasks.start_soon(self.limiter.run)
+        self.tasks.start_soon(self.headcount.run)
         stack.callback(link.on_state(self._link_changed))
         await self.tasks.start(self.locks.run, doorbell, link, self.backend.run_id)
         await self.follower.sweep()

@@ -59,6 +59,10 @@ class Run:
         each = 1 if self.whole else self.count
         return [(answer, self.mode, each, self.costs) for answer in self.answers]
 
+    def reach(self, granted: int) -> int:
+        """How many of the asks are told yes: peeks take nothing from each other."""
+        return self.count if granted and self.mode == "p" else granted
+
 
 def runs_of(asks: Sequence[Ask]) -> list[Run]:
     """The asks whose callers are still there, and all refunds, in order; neighbours that are
@@ -121,10 +125,15 @@ class Lane:
         return f"<Lane {self.word}: {len(self._asks)} asks{' under way' if self._busy else ''}>"
 
     @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer."""
+        return bool(self._busy or self._asks)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing would be lost if it were forgotten."""
         stocked = self.stock is not None and self.stock.tokens
-        return not (self._busy or self._asks or stocked)
+        return not (self.busy or stocked)
 
     def join(self, mode: Mode, count: int, costs: Costs) -> Answer:
         """Queue an ask; the answer is awaited.
@@ -225,6 +234,8 @@ class Lane:
     def _fetched(self, wanted: int, outcome: Outcome, sent_at: float) -> None:
         if self.stock is not None:
             self.stock.put(outcome.granted, wanted, sent_at + self._rules.lease_hold_s())
+        elif outcome.granted:  # leasing was switched off meanwhile
+            self.give_back(outcome.granted, (1,))
 
     def _answer(self, run: Run, outcome: Outcome, sent_at: float, epoch: int) -> None:
         if run.mode == "r":
@@ -247,7 +258,7 @@ class Lane:
             elif granted and run.mode == "t":
                 self.give_back(granted, run.costs)
             return
-        left = granted
+        left = run.reach(granted)
         for answer in run.answers:
             if answer is None or answer.done():
                 continue
@@ -264,9 +275,10 @@ class Lane:
             yes, no = self._rules.verdicts(run, outcome, "local")
             if run.mode == "t" and not run.whole:
                 yes = no if not outcome.granted else yes
+            reach = run.reach(outcome.granted)
             for n, answer in enumerate(run.answers):
                 if answer is not None and not answer.done():
-                    answer.set_result(yes if not run.whole or n < outcome.granted else no)
+                    answer.set_result(yes if not run.whole or n < reach else no)
 
     def _fail(self, runs: Sequence[Run], why: str) -> None:
         for answer in (each for run in runs for each in run.answers):

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from anyio.abc import TaskGroup
 
-from ...schemas.errors import Unavailable
+from ...schemas.errors import ServerRefused, Unavailable
 from ..clock import Clock
 from ..instruments import Instruments
 from .ledger import Ledger
@@ -17,6 +17,8 @@ from .store_down import Outage
 __all__ = ["Desk"]
 
 log = structlog.get_logger(__name__)
+
+_OF_ONE_KEY = frozenset({"WRONGTYPE", "ERR"})  #: its state is not ours: no word on the others
 
 
 class Desk:
@@ -37,6 +39,7 @@ class Desk:
         self.closed = False
         self._tasks = tasks
         self._counts = instruments.counts
+        self._refusal = ""  #: told last
 
     def __repr__(self) -> str:
         return f"<Desk {self.outage!r}{'' if self.hears else ' deaf'}>"
@@ -52,6 +55,12 @@ class Desk:
             log.info("limiter.server_back")
 
     def failed(self, why: Exception) -> None:
+        if isinstance(why, ServerRefused) and why.code in _OF_ONE_KEY:
+            self.answered()
+            if str(why) != self._refusal:  # it comes with each ask of that subject
+                log.error("limiter.state_refused", reason=str(why))
+            self._refusal = str(why)
+            return
         if not self.outage.known:
             log.warning("limiter.server_away", reason=str(why))
         self.outage.failed()

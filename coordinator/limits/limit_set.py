@@ -5,13 +5,15 @@ S1  The limits of a set may be changed while it is in use: the next script alrea
 S2  An ask is answered here, without a round trip, only with what the server charged before
     (``token_leases``) or would refuse now (``deny_cache``).
 S3  A caller that is cancelled gets nothing: what was granted to it goes back.
-S4  At most ``LANES_MAX`` subjects are remembered; those with nothing under way go first.
+S4  At most ``LANES_MAX`` subjects are remembered; the oldest with nothing under way goes first,
+    and gives back the tokens it holds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from ...schemas.errors import Unavailable
@@ -38,7 +40,7 @@ class LimitSet:
         self._desk = desk
         self._lanes: dict[str, Lane] = {}
         self.now = desk.clock.monotonic
-        self.denied_locally = 0
+        self.denied_locally: Counter[str] = Counter()  #: by the limit that refused
         self.leased = 0
         self.change(limits)
 
@@ -66,9 +68,12 @@ class LimitSet:
         if self._leasing and lane.stock is None:
             lane.stock = self._stock()
         elif not self._leasing and lane.stock is not None:
-            if tokens := lane.stock.take_all():
-                lane.give_back(tokens, (1,))
+            self._unload(lane, lane.stock)
             lane.stock = None
+
+    def _unload(self, lane: Lane, stock: Stock) -> None:
+        if tokens := stock.take_all():
+            lane.give_back(tokens, (1,))
 
     # Asking
 
@@ -101,7 +106,8 @@ class LimitSet:
         if not lane.denial.cost:
             return None
         refused = lane.denial.verdict(1 if partial else cost, self.now())
-        self.denied_locally += refused is not None
+        if refused is not None:
+            self.denied_locally[refused.limit] += 1
         return refused
 
     async def peek(self, subject: str, cost: Cost = 1, *, within: str = "") -> Verdict:
@@ -151,7 +157,7 @@ class LimitSet:
         return (costs[0], (1,) * len(costs)) if partial else (1, costs)
 
     def _leased(self, lane: Lane, stock: Stock, cost: int) -> Verdict:
-        self.leased += cost
+        self.leased += 1
         if stock.low:
             lane.restock()
         return Verdict(True, cost, self.limits[0].name, stock.tokens, 0, 0, "lease")
@@ -179,11 +185,13 @@ class LimitSet:
         return Stock(self.lease_hold_s(), self.now())
 
     def _evict(self) -> None:
-        """Forget the oldest that is idle; look at a few only."""
+        """Forget the oldest that nobody waits for; look at a few only."""
         for _ in range(_EVICTION_LOOKS):
             key = next(iter(self._lanes))
             lane = self._lanes.pop(key)
-            if lane.idle:
+            if not lane.busy:
+                if lane.stock is not None:
+                    self._unload(lane, lane.stock)
                 self._desk.limit_reached("limiter_subjects")
                 return
             self._lanes[key] = lane

@@ -12,6 +12,7 @@ F4  Tokens held are given back when their time is over, and when the limiter clo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import anyio
@@ -115,9 +116,9 @@ class Limiter:
 
     def doorbell_changed(self, live: bool) -> None:
         self.desk.hears = live
-        if not live:
-            for found in self._sets.values():
-                found.forget("")
+        # Also when it is back: a refusal that is under way may be older than a refund unheard.
+        for found in self._sets.values():
+            found.forget("")
 
     async def run(self) -> None:
         """Give back tokens whose time is over, for as long as it runs."""
@@ -143,10 +144,10 @@ class Limiter:
 
     def gauges(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
         """For a scrape; brings up to date what is counted where counting has to be fast."""
+        denied = sum((found.denied_locally for found in self._sets.values()), Counter[str]())
+        for name, count in denied.items():
+            self._counts["limiter_decisions", name, "deny_cache", "refused"] = count
         for names, found in self._sets.items():
-            self._counts["limiter_decisions", names[0], "deny_cache", "refused"] = (
-                found.denied_locally
-            )
             if len(names) == 1 and found.limits[0].lease:
                 self._counts["limiter_decisions", names[0], "lease", "allowed"] = found.leased
                 yield "limiter_leased_tokens", names, float(found.outstanding)

@@ -3,19 +3,22 @@
 P1  At most ``concurrency`` slots of a subject are held in the cluster. One whose holder died
     is free again after the lease.
 P2  A body whose slot may have been given to another is cancelled before that can be, and
-    SlotLost comes out of it.
+    SlotLost comes out of it. Where the loop stood still for so long that it could not be
+    cancelled, SlotLost tells so at its end.
 P3  Cancelled while asking or while leaving, the slot is released all the same, in at most a
     second; or else ends with its lease.
 P4  Renewal is due at fixed thirds of the lease, whatever else the loop has to do.
 P5  While the server is away at the beginning: ``open`` lets in, ``closed`` refuses, ``local``
     lets this process have its fair share of the slots. Such a slot is counted here only.
+P6  A shadow refuses nobody: who finds no slot free goes in without one, and is counted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import anyio
 import structlog
@@ -80,6 +83,8 @@ class Slots:
                     if slot.nonce:
                         tasks.start_soon(self._renew, slot, limit, body, lost)
                     yield slot
+            if slot.nonce and not lost and self._desk.clock.monotonic() >= slot.until:
+                lost.append("its lease was over before the body was")
         finally:
             await self._release(slot)
         if lost:
@@ -93,16 +98,28 @@ class Slots:
             held, in_use, *wait_us = await self._ask(slot, limit, renew=False)
         except (Unavailable, ServerRefused) as error:
             self._desk.failed(error)
+            self._forgo(slot, error)
             return self._alone(limit, slot)
         except BaseException:
             await self._release(slot)
             raise
         self._desk.answered()
-        self._desk.decided(limit.name, "server", held, 1 - held)
-        if not held:
+        allowed = bool(held or limit.shadow)
+        self._desk.decided(limit.name, "server", allowed, not allowed)
+        if not allowed:
             raise RateLimited(limit.name, -(-wait_us[0] // 1_000))
+        if not held:
+            self._desk.count("limiter_shadow_refused", limit.name, by=1)
+            return self._unheld(slot)
         slot.in_use = in_use
         return slot
+
+    def _forgo(self, slot: Slot, error: Exception) -> None:
+        """Free what the server may have granted too late: nobody will renew or release it."""
+        if isinstance(error, Unavailable) and error.outcome_unknown:
+            granted = Slot(key=slot.key, nonce=slot.nonce, lease_s=slot.lease_s, until=0.0)
+            with suppress(Unavailable):  # closed: it ends with its lease
+                self._desk.spawn(partial(self._release, granted))
 
     async def _ask(self, slot: Slot, limit: Limit, *, renew: bool) -> Reply:
         sent_at = self._desk.clock.monotonic()
@@ -123,10 +140,13 @@ class Slots:
     def _alone(self, limit: Limit, slot: Slot) -> Slot:
         share = max(1, limit.concurrency // max(1, self._desk.members()))
         full = limit.store_down == "local" and self._local[slot.key] >= share
-        if limit.store_down == "closed" or full:
+        if (limit.store_down == "closed" or full) and not limit.shadow:
             self._desk.decided(limit.name, "local", 0, 1)
             raise RateLimited(limit.name, CLOSED_RETRY_MS)
         self._desk.decided(limit.name, "local", 1, 0)
+        return self._unheld(slot)
+
+    def _unheld(self, slot: Slot) -> Slot:
         self._local[slot.key] += 1
         slot.nonce = ""
         slot.in_use = self._local[slot.key]

@@ -1,9 +1,10 @@
 """What limits say while the server does not: each limit's policy, decided in this process.
 
 O1  ``open`` lets in, ``closed`` refuses, ``local`` keeps this process to its fair share of
-    the limit: rate and burst divided by the members known last.
+    the limit: rate and burst divided by the members known last (``headcount``).
 O2  After a failure the server is left alone for ``retry_s``, then one flight tries again; in
     between every ask is answered at once. An ask waits no longer than the flight under way.
+    A state that the server cannot make sense of is decided here, and is no failure of others.
 O3  Several limits: one that is closed, or whose share is used up, refuses for all.
 
 What was charged here is not made good later: the server's state lives on. An ask that costs
@@ -94,7 +95,8 @@ def decide_alone(
     if closed:
         return Outcome(granted, closed[0], 0, CLOSED_RETRY_MS * 1_000, CLOSED_RETRY_MS * 1_000)
     if not enforced:
-        return Outcome(granted, 0, 0, 0, 0)
+        let_in = next((at for at, each in enumerate(limits) if not each.shadow), 0)
+        return Outcome(granted, let_in, limits[let_in].burst, 0, 0)
     waits = {at: gcra.wait_us(debts[at], shares[at], costs[at]) for at in enforced}
     binding = max(enforced, key=lambda at: (waits[at], -gcra.fits(debts[at], shares[at])))
     reset_us = -(-debts[binding] // shares[binding].drain)

@@ -31,7 +31,8 @@ from ...coordinator.embedded import EmbeddedServer
 from ...schemas.errors import ConfigError, ForebayError, ProcessFailed
 from ..logs import configure_logs
 from ..node import Node
-from .sources import errors_told, load, setting_options, wants_color
+from .reloads import reloads, watch
+from .sources import errors_told, file_in_force, load, setting_options, wants_color
 
 log = structlog.get_logger(__name__)
 
@@ -62,7 +63,9 @@ def command(
         )
         node = load_app(app) if app else Node()
         node.configure(resolved, lambda: load(config, given))
-        code: int = anyio.run(run_node, node, backend_options=_fast_loop())
+        found = file_in_force(config)
+        watched = found[0] if found else None
+        code: int = anyio.run(run_node, node, watched, backend_options=_fast_loop())
         return code
 
 
@@ -118,8 +121,8 @@ def _fast_loop() -> dict[str, Any]:
     return {"loop_factory": uvloop.new_event_loop}
 
 
-async def run_node(node: Node) -> int:
-    """Serve until a signal comes; returns the exit code."""
+async def run_node(node: Node, watched: Path | None) -> int:
+    """Serve until a signal comes; returns the exit code. ``watched`` says what the limits are."""
     stop = anyio.Event()
     with anyio.CancelScope() as life:
         with _signals() as signals:
@@ -131,7 +134,9 @@ async def run_node(node: Node) -> int:
                 tasks.start_soon(_fail_with, node.parts.backend.server)
                 url = await stack.enter_async_context(node.serving())
                 signals.first = lambda _: stop.set()
-                stack.enter_context(_reloads(node))
+                reload = stack.enter_context(reloads(node.reload_limits))
+                if watched is not None:
+                    tasks.start_soon(watch, watched, reload)
                 log.info("node.started", url=url, node=node.instance)
                 await stop.wait()
                 log.info("node.draining", signal=signals.name)
@@ -144,24 +149,6 @@ async def _fail_with(server: EmbeddedServer | None) -> None:
     if server is not None:
         await server.died.wait()
         raise ProcessFailed("the embedded valkey-server", "ended by itself; its log says why")
-
-
-@contextmanager
-def _reloads(node: Node) -> Iterator[None]:
-    """SIGHUP: read the limits anew."""
-
-    def reload() -> None:
-        try:
-            log.info("limits.reloaded", changed=node.reload_limits())
-        except ForebayError as error:
-            log.error("limits.not_reloaded", reason=str(error))
-
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, reload)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGHUP)
 
 
 class _Signals:

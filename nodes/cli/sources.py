@@ -139,14 +139,23 @@ def wants_color(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _file(config: str | None, environ: Mapping[str, str]) -> FileSource | None:
+def file_in_force(
+    config: str | None, environ: Mapping[str, str] | None = None
+) -> tuple[Path, str] | None:
+    """The file that ``load`` reads, and who named it; None: it reads none."""
     named, origin = config, "flag --config"
     if named is None:
-        named, origin = environ.get("FOREBAY_CONFIG") or None, "environment FOREBAY_CONFIG"
+        given = os.environ if environ is None else environ
+        named, origin = given.get("FOREBAY_CONFIG") or None, "environment FOREBAY_CONFIG"
     if named is not None:
-        return _file_source(Path(named), origin)
+        return Path(named), origin
     found = next((path for path in DEFAULT_FILES if _is_there(path)), None)
-    return _file_source(found, "the default place") if found else None
+    return (found, "the default place") if found else None
+
+
+def _file(config: str | None, environ: Mapping[str, str]) -> FileSource | None:
+    found = file_in_force(config, environ)
+    return _file_source(*found) if found else None
 
 
 def _is_there(path: Path) -> bool:

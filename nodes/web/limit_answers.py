@@ -1,7 +1,7 @@
 """What a web server tells of a verdict: header fields, and the answer to whoever is refused.
 
 A1  Every answer has ``RateLimit-Policy`` and ``RateLimit``; a refusal also ``Retry-After``, and
-    a problem document (RFC 9457) that names the limit.
+    a problem document (RFC 9457) that names the limit. Of shadows nothing is told.
 A2  A subject made of what a client sent is percent-encoded, and cut to a bounded length with
     a hash: any text is a subject, and no two of them are the same by accident.
 
@@ -42,6 +42,8 @@ def fields_of(limits: Iterable[Limit], verdict: Verdict) -> dict[str, str]:
         for each in limits
         if not each.shadow
     ]
+    if not policies:
+        return {}
     wait_ms = verdict.reset_after_ms if verdict.allowed else verdict.retry_after_ms
     left = verdict.remaining if verdict.allowed else 0
     fields = {

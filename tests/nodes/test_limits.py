@@ -43,6 +43,8 @@ async def test_a_limit_is_declared_and_asked(make_node: MakeNode) -> None:
                 async with api.slot("ann"):
                     pass
         both = node.limits("api", "default")
+        with pytest.raises(InvalidLimit, match="slot of each"):
+            both.slot("ann")
         assert (await both.take("dan", {"api": 2, "default": 100})).allowed
         assert (await both.take("dan")).limit == "default"
         assert node.limit("api") is api
@@ -187,3 +189,33 @@ def test_a_hangup_reloads(tmp_path: Path, valkey_server: ValkeyServer, namespace
         assert "rate" in until(lambda: node.event("limits.not_reloaded"))["reason"]
         assert node.get("/readyz").status == 200
         assert node.stop() == 0
+
+
+def test_a_changed_file_is_read(
+    tmp_path: Path, valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """`forebay run` sees that it is another, without a signal; also if it is replaced."""
+    config = tmp_path / "forebay.toml"
+    config.write_text("[limits.api]\nrate = 1\n")
+    with Shop(tmp_path, namespace, valkey__url=valkey_server.url) as shop:
+        node = shop.node().start()
+        config.write_text("[limits.api]\nrate = -2\n")
+        assert "rate" in until(lambda: node.event("limits.not_reloaded"))["reason"]
+        aside = tmp_path / "new"
+        aside.write_text("[limits.api]\nrate = 2\n")
+        aside.rename(config)
+        assert until(lambda: node.event("limits.reloaded"))["changed"] == ["api"]
+        assert node.stop() == 0
+
+
+async def test_nodes_that_do_no_work_share_limits_too(make_node: MakeNode) -> None:
+    """Headcount N1: whoever listens for refunds is a member, also without workers."""
+    one, other = make_node(), make_node()
+    async with one, other:
+        assert one.parts.crew is None
+
+        async def both() -> bool:
+            await one.parts.headcount.look()
+            return one.parts.members() == 2
+
+        await soon(both)

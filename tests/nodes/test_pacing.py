@@ -24,3 +24,13 @@ async def test_two_nodes_share_a_pace(make_node) -> None:
         assert waited == []
         await paces[1].turn("warm.rows", 2, per_second=5, burst=2)
         assert sum(waited) > 0
+
+
+async def test_any_cache_may_be_paced(make_node) -> None:
+    """Names of caches are longer than those of limits may be; no two of them share a pace."""
+    async with make_node() as node:
+        pacing = Pacing(node.parts.limiter)
+        with anyio.fail_after(5):
+            for name in ("warm." + "c" * 100 + "1", "warm." + "c" * 100 + "2", "warm.Größe x"):
+                await pacing.turn(name, 2, per_second=0.001, burst=2)
+        assert len(node.parts.limiter.limits) == 3 + 1  # and the default one

@@ -199,3 +199,12 @@ async def test_who_waits_is_answered_when_the_limiter_closes(house: House) -> No
     for subject in ("x", "y"):
         with pytest.raises(Unavailable):
             await api.take(subject)
+
+
+async def test_peeks_that_share_a_script_do_not_count_each_other(house: House) -> None:
+    """C1: a peek charges nothing, so each is told what it would be told alone."""
+    api = house.limiter(API, time=ServerTime()).of("api")
+    await api.take("x", 9)
+    verdicts = await asyncio.gather(*[api.peek("x") for _ in range(5)])
+    assert [verdict.allowed for verdict in verdicts] == [True] * 5
+    assert not (await api.peek("x", 2)).allowed

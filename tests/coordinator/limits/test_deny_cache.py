@@ -128,3 +128,22 @@ async def test_a_changed_limit_forgets(house: House, more: dict[str, int]) -> No
     verdict = await api.take("x")
     assert verdict.source == ("server" if more else "deny_cache")
     assert verdict.retry_after_ms == (300 if more else 100)  # of 500 ms, 250 would fit now
+
+
+async def test_a_refusal_from_before_it_could_hear_is_not_remembered(house: House) -> None:
+    """D2: sent while deaf, a refund missed, and only then answered."""
+    time, between = ServerTime(), Between(house.link)
+    here = house.limiter(API, time=time, commands=between)
+    there = house.limiter(API, time=time)
+    api = here.of("api")
+    await api.take("x", 5)
+    here.doorbell_changed(live=False)
+
+    async def refund(_: object) -> None:
+        between.then = None
+        await there.of("api").refund("x", 2)
+        here.doorbell_changed(live=True)
+
+    between.then = refund
+    assert not (await api.take("x")).allowed
+    assert (await api.take("x")).allowed

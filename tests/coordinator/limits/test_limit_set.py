@@ -53,7 +53,7 @@ async def test_a_shadow_refuses_nothing(house: House) -> None:
     assert all(verdict.allowed and verdict.limit == "a" for verdict in verdicts)
     assert all([(await dark.take("x", 7)).allowed for _ in range(3)])
     assert limiter._counts["limiter_shadow_refused", "dark"] == 2 + 3
-    assert limiter.of("a", "dark").denied_locally == 0
+    assert not limiter.of("a", "dark").denied_locally
 
 
 @pytest.mark.parametrize("cost", [0, -1, 4, 1.0, True, "1", None])
@@ -142,3 +142,18 @@ async def test_sets_are_of_known_limits_each_once(house: House) -> None:
             limiter.of(*names)
     with pytest.raises(InvalidLimit, match="known are: a, b"):
         limiter.limit("c")
+
+
+async def test_refusals_from_memory_are_counted_of_the_limit_that_refused(house: House) -> None:
+    """However many sets it is in."""
+    limiter = house.limiter(A, B, time=ServerTime())
+    alone, both = limiter.of("a"), limiter.of("a", "b")
+    await alone.take("x", 10)
+    await both.take("y", 3)
+    for _ in range(3):
+        await alone.take("x")
+        await both.take("y")
+    list(limiter.gauges())
+    counts = limiter._counts
+    assert counts["limiter_decisions", "a", "deny_cache", "refused"] == 2
+    assert counts["limiter_decisions", "b", "deny_cache", "refused"] == 2

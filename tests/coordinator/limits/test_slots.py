@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from forebay.coordinator.limits.slots import Slots
+from forebay.coordinator.link import Commands
 from forebay.schemas.errors import Unavailable
 from forebay.schemas.errors_limits import InvalidLimit, RateLimited, SlotLost
 from forebay.schemas.limits import Limit
@@ -146,3 +147,67 @@ async def test_bad_leases_and_limits_without_slots(house: House) -> None:
     with pytest.raises(InvalidLimit, match="concurrency"):
         async with slots.hold(Limit(name="jobs", rate=1), "x"):
             pass
+
+
+class Late:
+    """The server does what it is asked, and the reply is late, while ``late``."""
+
+    def __init__(self, commands: Commands) -> None:
+        self.inner = commands
+        self.late = True
+
+    async def call(self, *args: Any, timeout_ms: int | None = None) -> Any:
+        reply = await self.inner.call(*args, timeout_ms=timeout_ms)
+        if self.late:
+            self.late = False
+            await anyio.sleep_forever()
+        return reply
+
+    async def call_many(self, *args: Any, **options: Any) -> Any:
+        return await self.inner.call_many(*args, **options)
+
+
+async def test_a_reply_that_was_late_keeps_no_slot(house: House) -> None:
+    """P5: decided here, so that what the server granted in the end goes back at once."""
+    await house.link.call("SCRIPT", "LOAD", slots_of(house)._script.source)
+    slots = slots_of(house, commands=Late(house.link), budget_ms=100)
+    async with slots.hold(JOBS, "x") as slot:
+        assert slot.nonce == ""
+        with anyio.fail_after(5):
+            while await in_use(house):
+                await anyio.sleep(0.01)
+    assert slots._local.total() == 0
+
+
+@pytest.mark.parametrize("policy", ["closed", "local"])
+async def test_a_shadow_lets_in_more_than_it_has(house: House, policy: Any) -> None:
+    """Refused by nobody, and counted; with the server and without."""
+    dark = Limit(name="jobs", rate=1, concurrency=1, shadow=True, store_down=policy)
+    limiter = house.limiter(dark)
+    async with limiter.slots.hold(dark, "x"), limiter.slots.hold(dark, "x") as second:
+        assert (second.nonce, await in_use(house)) == ("", 1)
+    assert limiter.desk._counts["limiter_shadow_refused", "jobs"] == 1
+    assert limiter.slots._local.total() == 0
+    limiter.desk.outage.failed()
+    limiter.desk.outage._next_try_at = float("inf")
+    async with limiter.slots.hold(dark, "x"), limiter.slots.hold(dark, "x"):
+        assert await in_use(house) == 0
+
+
+class Stalled:
+    """A clock that goes on while the loop stands still, for as long as one says."""
+
+    def __init__(self) -> None:
+        self.by_s = 0.0
+
+    def monotonic(self) -> float:
+        return anyio.current_time() + self.by_s
+
+
+async def test_a_body_that_outran_its_lease_in_a_stall_is_told(house: House) -> None:
+    """P2: nobody could cancel it; others may have had the slot meanwhile."""
+    clock = Stalled()
+    slots = slots_of(house, clock=clock)
+    with pytest.raises(SlotLost, match="before the body"):
+        async with slots.hold(JOBS, "x", lease_s=2.0):
+            clock.by_s = 2.0

@@ -143,3 +143,30 @@ async def test_a_server_that_hangs_costs_the_budget_once(
         assert house.link.breaker.closed
         while (await api.take("x")).source != "server":
             await asyncio.sleep(0.02)
+
+
+async def test_peeks_at_the_same_time_do_not_count_each_other(house: House) -> None:
+    """O1, C1: one token is left here, and five look at it."""
+    limiter, _, _ = limiter_of(house, limit("local"))
+    api = limiter.of("local")
+    await api.take("x", 9)
+    verdicts = await asyncio.gather(*[api.peek("x") for _ in range(5)])
+    assert [verdict.allowed for verdict in verdicts] == [True] * 5
+
+
+@pytest.mark.parametrize("spoil", [("RPUSH", "x"), ("SET", "what is this")])
+async def test_one_spoilt_state_is_no_outage(house: House, spoil: tuple[str, str]) -> None:
+    """O2: the server has answered; only that subject is decided here."""
+    api = house.limiter(limit("local")).of("local")
+    await api.peek("other")
+    command, value = spoil
+    await house.link.call(command, house.names.limit("r", "local", "bad"), value)
+    sources = [(await api.take(subject)).source for subject in ("bad", "good") * 3]
+    assert sources == ["local", "server"] * 3
+
+
+async def test_an_open_limit_tells_nobody_that_nothing_is_left(house: House) -> None:
+    """O1: of the limit that lets in, and no shadow beside it, all is left: nobody counts."""
+    limiter, _, _ = limiter_of(house, limit("local", shadow=True), limit("open"))
+    verdict = await limiter.of("local", "open").take("x", 10)
+    assert (verdict.limit, verdict.remaining, verdict.allowed) == ("open", 10, True)

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay.coordinator.limits import limit_set
 from forebay.coordinator.limits.limiter import Limiter
 from forebay.coordinator.limits.token_leases import Stock
 from forebay.schemas.limits import Limit
 from limiters import House, ServerTime
+from shardlogs import Between
 from workshop import until
 
 API = Limit(name="api", rate=1_000, burst=1_000, lease=True)
@@ -125,3 +127,34 @@ async def test_with_random_crashes_the_bound_holds(house: House, seed: int) -> N
             total += amount
             assert total <= 100 + 200 * (now_us - grants[first][0]) / 1e6 + held[first]
     assert sum(amount for _, amount in grants) > 300
+
+
+async def test_tokens_that_come_when_leasing_is_over_go_back(house: House) -> None:
+    """T3: fetched before the limit was changed, answered after it."""
+    time, between = ServerTime(), Between(house.link)
+    limiter = house.limiter(API, time=time, commands=between)
+    api = limiter.of("api")
+
+    async def change(_: object) -> None:
+        between.then = None
+        limiter.define([Limit(name="api", rate=1_000, burst=1_000)])
+
+    between.then = change
+    await api.take("x")
+    await until(lambda: api.lane("x").idle)
+    assert (await api.peek("x")).remaining == 999
+
+
+async def test_subjects_with_tokens_in_hand_keep_nobody_out(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S4, T3: the oldest gives its tokens back and is forgotten."""
+    monkeypatch.setattr(limit_set, "LANES_MAX", 20)
+    time = ServerTime()
+    api = house.limiter(API, time=time).of("api")
+    for n in range(60):
+        assert (await api.take(f"s{n}")).allowed
+    assert len(api._lanes) == 20
+    await until(lambda: all(lane.idle or lane.stock for lane in api._lanes.values()))
+    looker = house.limiter(Limit(name="api", rate=1_000, burst=1_000), time=time).of("api")
+    assert (await looker.peek("s0")).remaining == 999

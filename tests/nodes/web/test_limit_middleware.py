@@ -199,3 +199,9 @@ def test_fields_of_several_limits() -> None:
         "RateLimit": '"b";r=0;t=2',
         "Retry-After": "2",
     }
+
+
+def test_a_shadow_alone_sends_no_fields() -> None:
+    """A1: an empty policy would be no valid field."""
+    dark = Limit(name="dark", rate=1, burst=1, shadow=True)
+    assert fields_of([dark], Verdict(True, 1, "dark", 0, 0, 1_000, "server")) == {}
