@@ -1,7 +1,7 @@
-"""The bearer token: once there is one, whoever changes anything has to show it.
+"""The bearer token: once there is one, whoever reads or changes anything has to show it.
 
-B1  With ``http.token_file`` set, every request below /v1 but GET and HEAD needs the token, also one
-    for a route that is added later; without it nothing is read, and nothing is changed.
+B1  With ``http.token_file`` set, every request below /v1 needs the token, also one for a route
+    that is added later; without it nothing is told or changed. Probes and metrics are free.
 B2  It is compared in constant time, and is in no answer, no log, and no ``repr``.
 B3  A file that is replaced counts within ``LOOK_S``; one that is lost or spoilt then leaves
     the token that there was, and a line in the log. At the start it is a ConfigError.
@@ -50,7 +50,7 @@ def bearer_of(path: str, clock: Clock, origin: str) -> Middleware:
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if bearer is not None and _changes_something(request):
+        if bearer is not None and _is_guarded(request):
             given = request.headers.getall("Authorization", [])
             if not bearer.accepts(given):
                 return _unauthorized(bool(given))
@@ -107,8 +107,8 @@ class Bearer:
         return content
 
 
-def _changes_something(request: web.Request) -> bool:
-    return request.path.startswith("/v1/") and request.method not in ("GET", "HEAD")
+def _is_guarded(request: web.Request) -> bool:
+    return request.path.startswith("/v1/")
 
 
 def _why(error: Exception) -> str:

@@ -168,8 +168,7 @@ def document(
 def _operation(method: str, path: str, purpose: str, shape: Shape, *, guarded: bool) -> Schema:
     refusals = set(shape.refusals)
     made: Schema = {"operationId": shape.name, "summary": purpose}
-    needs_token = guarded and method != "GET"
-    if needs_token:
+    if guarded and path.startswith("/v1/"):
         refusals.add(401)
         made["security"] = [{"bearer": []}]
     if parameters := [*_in_path(path), *map(_in_query, shape.query)]:

@@ -401,6 +401,8 @@ async def test_a_token_guards_whatever_changes_anything(
                 ("POST", "/%761/locks/l"),
                 ("POST", "/v1/limits/api/take"),
                 ("POST", "/v1/not/there/yet"),
+                ("GET", "/v1/locks"),
+                ("GET", "/v1/cache/a"),
             ):
                 async with client.request(method, where, json={}, headers=headers) as response:
                     assert (response.status, where) == (401, where)
@@ -410,8 +412,10 @@ async def test_a_token_guards_whatever_changes_anything(
             "/v1/locks/l", data=io.BytesIO(bytes(10_000_000)), headers=JSON
         ) as response:
             assert response.status == 401
-        assert (await ask(client, "GET", "/v1/locks"))[1] == {"locks": []}
         right = {"Authorization": f"bearer {TOKEN}"}
+        assert (await ask(client, "GET", "/v1/locks", **right))[1] == {"locks": []}
+        async with client.get("/livez") as response:
+            assert response.status == 200
         assert (await ask(client, "POST", "/v1/locks/l", {}, **right))[0] == 200
     told = capsys.readouterr()
     assert TOKEN not in told.out + told.err

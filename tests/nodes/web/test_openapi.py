@@ -71,12 +71,12 @@ def test_a_fault_is_found_when_planted() -> None:
 
 
 def test_every_route_of_coordination_has_a_shape() -> None:
-    """O1: and with a token, whatever changes anything names it."""
+    """O1: and with a token, all that it guards names it."""
     assert all((each.method, each.path) in openapi.SHAPES for each in _COORDINATION)
-    for item in described(guarded=True)["paths"].values():
-        for method, operation in item.items():
-            assert ("security" in operation) == (method != "get")
-            assert ("401" in operation["responses"]) == (method != "get")
+    for path, item in described(guarded=True)["paths"].items():
+        for operation in item.values():
+            assert ("security" in operation) == path.startswith("/v1/")
+            assert ("401" in operation["responses"]) == path.startswith("/v1/")
 
 
 @pytest.mark.parametrize(
