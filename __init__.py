@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .coordinator.lease import Lease
+    from .coordinator.locks.lease import Lease
     from .nodes.cache.loading import Loading, loading
     from .nodes.cache.scope import request_scope
     from .nodes.node import Node
@@ -102,7 +102,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "InvalidLimit": ".schemas.errors_limits",
     "InvalidLock": ".schemas.errors_locks",
-    "Lease": ".coordinator.lease",
+    "Lease": ".coordinator.locks.lease",
     "LeaseLost": ".schemas.errors_locks",
     "Loading": ".nodes.cache.loading",
     "LockNotAcquired": ".schemas.errors_locks",

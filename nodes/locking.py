@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, Unpack
 
-from ..coordinator.guards import Guards
-from ..coordinator.lease import Lease
-from ..coordinator.lock_kinds import LockOptions, ReadWriteLock, Semaphore, Wanted
-from ..coordinator.locks import Locks
+from ..coordinator.locks.guards import Guards
+from ..coordinator.locks.kinds import LockOptions, ReadWriteLock, Semaphore, Wanted
+from ..coordinator.locks.lease import Lease
+from ..coordinator.locks.locks import Locks
 from ..coordinator.replication import Confirms
 from ..coordinator.scripting import Scripts
 from ..schemas.keys import Names, refuse_one_string

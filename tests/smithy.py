@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from forebay.coordinator.clock import Clock, SystemClock
 from forebay.coordinator.instruments import Instruments
 from forebay.coordinator.link import Commands, Link
-from forebay.coordinator.locks import Locks
+from forebay.coordinator.locks.locks import Locks
 from forebay.coordinator.scripting import load_scripts
 from forebay.schemas.keys import Names
 from links import doorbell_to, link_to, running

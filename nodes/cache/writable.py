@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
-from ...coordinator.guards import token_of
-from ...coordinator.lease import Lease
+from ...coordinator.locks.guards import token_of
+from ...coordinator.locks.lease import Lease
 from ...schemas.errors import ForebayError, InvalidKey, Level
 from ...schemas.jobs import Invalidates
 from ...schemas.keys import check_key, refuse_one_string

@@ -19,8 +19,8 @@ import msgspec
 
 from ...coordinator.backend import Backend
 from ...coordinator.clock import SystemClock
-from ...coordinator.lock_records import LockRecords
-from ...coordinator.locks import LISTED_MAX
+from ...coordinator.locks.locks import LISTED_MAX
+from ...coordinator.locks.records import LockRecords
 from ...coordinator.scripting import load_scripts
 from ...schemas.errors import InvalidKey
 from ...schemas.keys import Names, check_key

@@ -29,9 +29,9 @@ from msgspec import Struct
 from ...coordinator.clock import Clock
 from ...coordinator.instruments import Instruments
 from ...coordinator.link import Commands
-from ...coordinator.lock_queue import BEAT_S, Place
-from ...coordinator.lock_records import Grant, Held, LockRecords, Refusal
-from ...coordinator.locks import LISTED_MAX, Bell
+from ...coordinator.locks.locks import LISTED_MAX, Bell
+from ...coordinator.locks.queue import BEAT_S, Place
+from ...coordinator.locks.records import Grant, Held, LockRecords, Refusal
 from ...coordinator.scripting import Scripts
 from ...schemas.errors import ForebayError
 from ...schemas.errors_locks import InvalidLock, LockNotAcquired, LockNotHeld

@@ -20,7 +20,7 @@ import anyio
 import msgspec
 from aiohttp import web
 
-from ...coordinator.lock_records import Grant
+from ...coordinator.locks.records import Grant
 from ...schemas.errors import ForebayError, InvalidKey
 from ...schemas.locks import LockView
 from .context import CONTEXT

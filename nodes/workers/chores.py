@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from ...coordinator.clock import ServerClock
 from ...coordinator.link import Arg, Commands, Reply
-from ...coordinator.lock_kinds import Wanted
+from ...coordinator.locks.kinds import Wanted
 from ...coordinator.scripting import granted
 from ...schemas.errors import CoordinationError, ForebayError
 from ...schemas.keys import EVENTS, Names

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.lock_records import Grant, Held, LockRecords, Refusal
+from forebay.coordinator.locks.records import Grant, Held, LockRecords, Refusal
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.errors_locks import InvalidLock, LockNotAcquired
 from forebay.schemas.locks import PERMITS_MAX, Terms

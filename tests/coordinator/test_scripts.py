@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forebay.coordinator.guards import Guards
 from forebay.coordinator.limits.ledger import Ledger
 from forebay.coordinator.limits.slots import Slots
-from forebay.coordinator.lock_records import LockRecords
+from forebay.coordinator.locks.guards import Guards
+from forebay.coordinator.locks.records import LockRecords
 from forebay.coordinator.scripting import load_scripts
 from forebay.schemas.errors import ServerRefused
 from links import link_to, running

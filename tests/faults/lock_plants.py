@@ -9,8 +9,8 @@ from importlib.resources import files
 
 import forebay.nodes.running as wiring
 from faults.lock_setting import PlantedInLocks
-from forebay.coordinator.lease import Lease
-from forebay.coordinator.renewals import Renewals
+from forebay.coordinator.locks.lease import Lease
+from forebay.coordinator.locks.renewals import Renewals
 from forebay.coordinator.scripting import Script, Scripts, load_scripts
 
 __all__ = ["plant"]

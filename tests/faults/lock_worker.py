@@ -22,7 +22,7 @@ import forebay
 from faults.lock_history import Began, Ended, LockHistory, Refused, Wrote
 from faults.lock_plants import plant
 from faults.lock_setting import LEASE_S, LockSetup
-from forebay.coordinator.lease import Lease
+from forebay.coordinator.locks.lease import Lease
 from forebay.schemas.errors import ForebayError
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from forebay.coordinator.guards import Guards, fence_of
+from forebay.coordinator.locks.guards import Guards, fence_of
 from forebay.schemas.errors import InvalidKey
 from forebay.schemas.errors_locks import LeaseLost, StaleToken
 from smithy import SCRIPTS, Forge, smithy

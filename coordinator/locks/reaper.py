@@ -11,10 +11,10 @@ import anyio
 import structlog
 from anyio.abc import TaskStatus
 
-from ..schemas.errors import ForebayError
-from .clock import Clock
-from .instruments import Instruments
-from .lock_records import LockRecords
+from ...schemas.errors import ForebayError
+from ..clock import Clock
+from ..instruments import Instruments
+from .records import LockRecords
 
 __all__ = ["Reaper"]
 

@@ -14,13 +14,13 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from ..schemas.errors import ForebayError
-from ..schemas.errors_locks import InvalidLock, LockNotAcquired
-from ..schemas.keys import Names
-from ..schemas.locks import KINDS, LEASE_DEFAULT_S, Holder, LockView, Terms, Waiting
-from .clock import Clock
-from .link import Arg, Commands, Reply
-from .scripting import Call, Scripts, granted, run, run_many
+from ...schemas.errors import ForebayError
+from ...schemas.errors_locks import InvalidLock, LockNotAcquired
+from ...schemas.keys import Names
+from ...schemas.locks import KINDS, LEASE_DEFAULT_S, Holder, LockView, Terms, Waiting
+from ..clock import Clock
+from ..link import Arg, Commands, Reply
+from ..scripting import Call, Scripts, granted, run, run_many
 
 __all__ = ["Grant", "Handed", "Held", "LockRecords", "Mode", "Refusal"]
 

@@ -13,8 +13,8 @@ K3  Who waits is served in order, by ticket; ``fair=False`` passes by those who 
     free at that moment.
 K4  One connection, one subscription, one schedule of renewals, whatever the number of locks.
 
-The parts: ``grants`` (how a lease is had), ``lease``, ``renewals``, ``lock_queue``, ``reaper``,
-``lock_records`` (the scripts). Durations are in seconds.
+The parts: ``grants`` (how a lease is had), ``lease``, ``renewals``, ``queue``, ``reaper``,
+``records`` (the scripts). Durations are in seconds.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ import structlog
 from anyio.abc import TaskStatus
 from msgspec import Struct
 
-from ..schemas.errors import ForebayError
-from ..schemas.errors_locks import LockNotHeld
-from ..schemas.keys import Names, check_key
-from ..schemas.locks import LockView
-from .clock import Clock
+from ...schemas.errors import ForebayError
+from ...schemas.errors_locks import LockNotHeld
+from ...schemas.keys import Names, check_key
+from ...schemas.locks import LockView
+from ..clock import Clock
+from ..instruments import Instruments
+from ..introduction import read_info
+from ..link import Commands
+from ..replication import Confirms
+from ..scripting import Scripts
+from ..stalls import Stalls
 from .grants import Grants
 from .guards import Guards
-from .instruments import Instruments
-from .introduction import read_info
+from .kinds import LockOptions, LockSource, ReadWriteLock, Semaphore, Wanted
 from .lease import Lease
-from .link import Commands
-from .lock_kinds import LockOptions, LockSource, ReadWriteLock, Semaphore, Wanted
-from .lock_queue import LockQueue
-from .lock_records import LockRecords
+from .queue import LockQueue
 from .reaper import Reaper
+from .records import LockRecords
 from .renewals import Renewals
-from .replication import Confirms
-from .scripting import Scripts
-from .stalls import Stalls
 
 __all__ = ["Bell", "Locks"]
 

@@ -25,14 +25,14 @@ import anyio
 import structlog
 from anyio.abc import TaskStatus
 
-from ..schemas.errors import ForebayError
-from ..schemas.errors_locks import LossReason
-from .clock import Clock
-from .instruments import Instruments
+from ...schemas.errors import ForebayError
+from ...schemas.errors_locks import LossReason
+from ..clock import Clock
+from ..instruments import Instruments
+from ..replication import Confirms
+from ..stalls import Stalls
 from .lease import Lease
-from .lock_records import Held, LockRecords
-from .replication import Confirms
-from .stalls import Stalls
+from .records import Held, LockRecords
 
 __all__ = ["AT_ONCE", "Renewals"]
 

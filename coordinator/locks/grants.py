@@ -18,17 +18,17 @@ from itertools import count
 import anyio
 import structlog
 
-from ..schemas.errors import CoordinationError, ForebayError, ServerRefused, Unavailable
-from ..schemas.errors_locks import LockNotAcquired
-from ..schemas.locks import Terms
-from .clock import Clock
-from .instruments import Instruments
+from ...schemas.errors import CoordinationError, ForebayError, ServerRefused, Unavailable
+from ...schemas.errors_locks import LockNotAcquired
+from ...schemas.locks import Terms
+from ..clock import Clock
+from ..instruments import Instruments
+from ..replication import Confirms
 from .lease import Lease
-from .lock_queue import LockQueue
-from .lock_records import Grant, LockRecords, Mode, Refusal
+from .queue import LockQueue
 from .reaper import Reaper
+from .records import Grant, LockRecords, Mode, Refusal
 from .renewals import Renewals
-from .replication import Confirms
 
 __all__ = ["Grants"]
 

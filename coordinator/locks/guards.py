@@ -12,11 +12,11 @@ seen.
 
 from __future__ import annotations
 
-from ..schemas.errors_locks import StaleToken
-from ..schemas.keys import check_key
+from ...schemas.errors_locks import StaleToken
+from ...schemas.keys import check_key
+from ..link import Arg, Commands, Reply
+from ..scripting import Scripts, run
 from .lease import Lease
-from .link import Arg, Commands, Reply
-from .scripting import Scripts, run
 
 __all__ = ["Guards", "fence_of", "token_of"]
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import anyio
 
-from .lock_records import Grant, Refusal
+from .records import Grant, Refusal
 
 __all__ = ["BEAT_S", "LockQueue", "Place"]
 

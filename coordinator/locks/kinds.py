@@ -11,7 +11,7 @@ from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import TypedDict, Unpack
 
-from ..schemas.locks import (
+from ...schemas.locks import (
     PERMITS_MAX,
     Kind,
     LockLevel,
@@ -24,7 +24,7 @@ from ..schemas.locks import (
 )
 from .grants import Grants
 from .lease import Lease
-from .lock_records import LockRecords
+from .records import LockRecords
 
 __all__ = ["LockOptions", "LockSource", "ReadWriteLock", "Semaphore", "Wanted"]
 

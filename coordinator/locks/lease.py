@@ -24,9 +24,9 @@ from typing import Self
 
 import anyio
 
-from ..schemas.errors_locks import LeaseLost, LossReason
-from ..schemas.locks import Terms
-from .clock import Clock
+from ...schemas.errors_locks import LeaseLost, LossReason
+from ...schemas.locks import Terms
+from ..clock import Clock
 
 __all__ = ["Lease"]
 
