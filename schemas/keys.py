@@ -45,6 +45,7 @@ from .errors import InvalidKey
 __all__ = [
     "EVENTS",
     "KEY_BYTES_MAX",
+    "PLAIN_INT_MAX",
     "KeyTemplate",
     "Names",
     "check_key",
@@ -63,7 +64,7 @@ _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _NONCE = re.compile(rb"[0-9a-f]{16,64}")
 _SAFE = "-._~@/"
 _NOT_TEXT = (bytes, bytearray, memoryview, list, tuple, dict, set, frozenset)
-_INT_MAX = 10**18  #: so short that no key gets too long by it
+PLAIN_INT_MAX = 10**18  #: so short that no key gets too long by it
 
 
 def check_key(key: str, *, name: str = "key") -> str:
@@ -161,13 +162,19 @@ class KeyTemplate:
             raise InvalidKey("key", key, f"has over {KEY_BYTES_MAX} bytes")
         return key
 
+    @property
+    def ends(self) -> tuple[str, str]:
+        """What stands before and behind the only field."""
+        head, tail = self._literals
+        return head, tail
+
     def formatter(self) -> Callable[[object], str]:
         """A fast ``format`` for a template with one field."""
         (field,) = self.fields
         head, tail = self._literals
 
         def of_one(value: object) -> str:
-            if type(value) is int and -_INT_MAX < value < _INT_MAX:
+            if type(value) is int and -PLAIN_INT_MAX < value < PLAIN_INT_MAX:
                 return f"{head}{value}{tail}"
             return self.format({field: value})
 

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from ...schemas.errors import ConfigError, InvalidKey
-from ...schemas.keys import KeyTemplate
+from ...schemas.keys import PLAIN_INT_MAX, KeyTemplate
 from .async_functions import called
 from .declaration import Declaration
 
@@ -108,12 +108,16 @@ class Keying:
     def _fast_key(self) -> Callable[..., str] | None:
         if len(self.parameters) != 1:
             return None
-        of_one = self.template.formatter()
+        of_one, slow = self.template.formatter(), self._slow_key
+        head, tail = self.template.ends
 
         def key(*args: Any, **kwargs: Any) -> str:
             if len(args) == 1 and not kwargs:
-                return of_one(args[0])
-            return self._slow_key(*args, **kwargs)
+                value = args[0]
+                if type(value) is int and 0 <= value < PLAIN_INT_MAX:  # on every hit
+                    return f"{head}{value}{tail}"
+                return of_one(value)
+            return slow(*args, **kwargs)
 
         return key
 
