@@ -6,6 +6,9 @@ The full run, with a thousand critical sections of each process and its figures,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from faults.lock_nemesis import LOCK_FAULTS, order_of
@@ -37,26 +40,35 @@ def test_a_primary_that_goes_on_alone_grants_nothing_that_is_replicated() -> Non
     assert outcome.lost
 
 
-# Negative controls: the same harness, with a fault that it has to find.
+# Negative controls: the same harness, with a fault that it has to find. Whether it shows is up to
+# who held what at that moment, so each gets a few chances; a sound build gets one, and shows none.
+
+CHANCES = 4
+
+
+def is_found(rule: str, kinds: Sequence[str], *, run: dict[str, Any], **setup: Any) -> bool:
+    seeds = range(1, CHANCES + 1)
+    return any(
+        rule in lock_run(LockSetup(seed=seed, **setup), kinds, **run).kinds for seed in seeds
+    )
 
 
 def test_a_primary_that_goes_on_alone_is_found_at_level_fast() -> None:
     """What ``fast`` does not promise: two hold a lock at once, on either side."""
-    outcome = lock_run(LockSetup(**LONG), ["split"], processes=PAIR, patient=False)
-    assert "H2" in outcome.kinds
+    run = {"processes": PAIR, "patient": False}
+    assert is_found("H2", ["split"], run=run, **LONG)
 
 
 def test_tokens_that_are_counted_are_found() -> None:
     """INCR forgets with its server: tokens come twice after a failover that lost grants."""
-    setup = LockSetup(planted="counted", names=tuple("abcdef"))
-    outcome = lock_run(setup, ["hurry over"], processes=PAIR, patient=False, calm_s=3.0)
-    assert "H1" in outcome.kinds
+    run = {"processes": PAIR, "patient": False, "calm_s": 3.0}
+    assert is_found("H1", ["hurry over"], run=run, planted="counted", names=tuple("abcdef"))
 
 
 def test_a_failover_without_grace_is_found() -> None:
     """Another has the lock while its holder sleeps within its lease."""
-    outcome = lock_run(LockSetup(planted="no grace"), ["hurry over"], processes=PAIR, patient=False)
-    assert "H2" in outcome.kinds
+    run = {"processes": PAIR, "patient": False}
+    assert is_found("H2", ["hurry over"], run=run, planted="no grace")
 
 
 def test_renewals_that_drift_are_found() -> None:
@@ -64,8 +76,8 @@ def test_renewals_that_drift_are_found() -> None:
     of ours it loses none: ``test_a_busy_event_loop_loses_no_lease``."""
     names = tuple("abcdefgh")
     busy = {"tasks": 8, "names": names, "hold_s": 4.5, "long_hold_s": 9.0, "busy_s": 0.1}
-    outcome = lock_run(LockSetup(planted="sleepy", **busy), [], processes=("one",), calm_s=5.0)
-    assert "H6" in outcome.kinds
+    run = {"processes": ("one",), "calm_s": 5.0}
+    assert is_found("H6", [], run=run, planted="sleepy", **busy)
 
 
 def test_the_same_seed_gives_the_same_order() -> None:
