@@ -359,3 +359,27 @@ async def test_a_key_that_depends_on_too_much_is_refused(make_node, source) -> N
     async with node:
         with pytest.raises(forebay.ForebayError, match="depends on over"):
             await total(1)
+
+
+@pytest.mark.parametrize("labels", [{"tags": ["row:{id}"]}, {"depends_on": ["row:{id}"]}])
+async def test_what_is_labelled_with_its_own_key_outlives_its_own_write(
+    make_node, source, labels: dict[str, list[str]]
+) -> None:
+    """Or a put would outdate what it puts, here and in the shared tier."""
+    one, two = make_node(), make_node()
+    caches = []
+    for node in (one, two):
+
+        @node.cached("row:{id}", ttl=600, **labels)
+        async def row(id: int) -> str | None:
+            return await source.get(id)
+
+        caches.append(row)
+    source.values[1] = "loaded"
+    async with one, two:
+        assert await caches[0](1) == "loaded"
+        await caches[0].put(1, "put")
+        assert await caches[0](1) == await caches[1](1) == "put"
+        caches[0].path.near.clear()
+        assert await caches[0](1) == "put"
+        assert source.asked == [1]
