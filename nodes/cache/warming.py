@@ -38,8 +38,9 @@ __all__ = [
     "Pacer",
     "Progress",
     "WarmReport",
+    "Warmed",
+    "warm",
 ]
-__all__ += ["Warmed", "warm"]
 
 TOGETHER = 100
 FAILURES_KEPT = 10
