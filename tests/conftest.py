@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 
 from forebay.schemas.settings import Valkey
 from valkeyd import Flavour, ValkeyServer, program
@@ -19,6 +20,10 @@ BackendFlavour = Literal["valkey", "fake", "redis7"]
 MakeServer = Callable[..., ValkeyServer]
 
 _numbers = itertools.count(1)
+
+# A busy machine is no reason to fail: how long an example takes is not what these tests are about.
+settings.register_profile("forebay", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("forebay")
 
 
 def require(flavour: Flavour) -> None:
