@@ -22,7 +22,8 @@
 -- I4 Whoever hears of it on the channel finds the checkpoint moved.
 -- I5 The entry is found in whatever cache version it was written. An older write of the key in
 --    another version was sunk with it, and its entry is gone.
--- I6 A load of another cache version that began before the write was sunk cannot fill any more.
+-- I6 A load that began before the write was sunk cannot fill any more: of another cache version,
+--    or of an entry that was lost meanwhile.
 
 local function settle_write(entry_key, sunk)
   local numbers = numbers_of(entry_key)
