@@ -1,6 +1,6 @@
 """Every name that Forebay uses in Valkey, and the grammar of the keys inside them.
 
-    {shop:07}:head      hash    epoch and newest version of the shard
+    {shop:07}:head      hash    epoch and newest version of the shard, cache versions in use
     {shop:07}:log       stream  notices, ids dense: <epoch>-<seq>
     {shop:07}:e0:KEY    string  entry (0: the cache version, CACHE_VER)
     {shop:07}:l:KEY     string  fill lease: the token of the one who may fill
@@ -262,7 +262,7 @@ class Names:
         "work",
     )
 
-    def __init__(self, namespace: str, shards: int, cache_version: int = 0) -> None:
+    def __init__(self, namespace: str, shards: int, cache_version: str = "0") -> None:
         self.namespace = namespace
         self.shards = shards
         width = max(2, len(str(shards - 1)))

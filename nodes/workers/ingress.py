@@ -258,7 +258,7 @@ class Ingress:
         reply = await run(
             self._commands,
             self._scripts["checkpoint_commit"],
-            [part(EVENTS, "own"), part(EVENTS, "done"), self._names.events],
+            [part(EVENTS, "own"), part(EVENTS, "done"), self._names.events, part(EVENTS, "head")],
             [self._node_id, tenure.epoch, "events", last_id, f"{ms}-{int(seq) + 1}", "", EVENTS],
         )
         if not reply[0]:

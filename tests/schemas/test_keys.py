@@ -273,7 +273,7 @@ def test_the_shards_of_known_keys() -> None:
 @pytest.mark.parametrize("shards", [1, 7, 64, 1000])
 def test_all_names_of_a_shard_share_its_hash_tag(shards: int) -> None:
     """I1: so that one script may touch them all, on a cluster too."""
-    names = Names("shop", shards, cache_version=3)
+    names = Names("shop", shards, cache_version="3")
     for number in range(50):
         key = f"product:{number}"
         shard = names.shard(key)
