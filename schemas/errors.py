@@ -205,7 +205,9 @@ class CoordinationError(ForebayError):
 
 
 class InvalidKey(ForebayError):
-    """Raised for a key, tag or namespace that the key grammar does not allow."""
+    """Raised for a key, tag or namespace that the key grammar does not allow, and for an argument
+    of another type than its parameter is declared.
+    """
 
     def __init__(self, name: str, value: str, problem: str) -> None:
         shown = value if len(value) <= 80 else value[:77] + "..."
