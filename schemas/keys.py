@@ -14,7 +14,8 @@
     {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT
     {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
     {shop:07}:rs:LIMIT:SUBJECT   zset    slots in use: nonce -> until
-    forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
+    forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it;
+                                :before  what was published up to an exhausted id
     forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  last beats
     {forebay:shop:nodes}:members  hash  the roster
     forebay:shop:wake:PROCESS   channel  a lock is yours, or is so no more

@@ -3,7 +3,7 @@
 --
 -- KEYS[1] entry       string   the stored envelope; it does not expire until the write was sunk
 -- KEYS[2] lease       string, expires   token of the one who may fill
--- KEYS[3] head        hash     epoch, newest version, newest ingress mark (m)
+-- KEYS[3] head        hash     epoch, newest version, newest ingress mark (i)
 -- KEYS[4] log         stream   notices
 -- KEYS[5] writes      stream   jobs
 -- KEYS[6] seen        string, expires   an event id seen lately
@@ -26,8 +26,7 @@
 -- I2 A full stream refuses; it is never trimmed to make room.
 -- I3 What depends on the key is outdated.
 
-local newest = redis.call("HGET", KEYS[3], "m")
-if ARGV[10] ~= "" and newest and ARGV[10] <= newest then return { 2 } end
+if is_repetition(KEYS[3], ARGV[10]) then return { 2 } end
 if ARGV[11] ~= "0" and redis.call("EXISTS", KEYS[6]) == 1 then return { 2 } end
 local length = redis.call("XLEN", KEYS[5])
 if length >= tonumber(ARGV[8]) then return { 0, length } end
@@ -39,7 +38,7 @@ local id = redis.call("XADD", KEYS[5], "*", "v", version, "j", ARGV[7])
 redis.call("SET", KEYS[1], envelope(change.version, soft_at, hard_at, change.version, ARGV[3]))
 redis.call("DEL", KEYS[2])
 outdate_dependents(KEYS[3], KEYS[7], version, false, ARGV[12])
-if ARGV[10] ~= "" then redis.call("HSET", KEYS[3], "m", ARGV[10]) end
+if ARGV[10] ~= "" then redis.call("HSET", KEYS[3], "i", ARGV[10]) end
 if ARGV[11] ~= "0" then redis.call("SET", KEYS[6], version, "PX", ARGV[11]) end
 redis.call("PUBLISH", ARGV[9], "w " .. ARGV[6])
 return { 1, version, string.format("%.0f", soft_at), string.format("%.0f", hard_at), id, length + 1 }
