@@ -1,6 +1,6 @@
 """Every name that Forebay uses in Valkey, and the grammar of the keys inside them.
 
-    {shop:07}:head      hash    epoch and newest version of the shard
+    {shop:07}:head      hash    epoch and newest version of the shard, cache versions in use
     {shop:07}:log       stream  notices, ids dense: <epoch>-<seq>
     {shop:07}:e0:KEY    string  entry (0: the cache version, CACHE_VER)
     {shop:07}:l:KEY     string  fill lease: the token of the one who may fill
@@ -26,7 +26,7 @@
     forebay:shop:mark:ID    string, expires  written by the node ID to see what is replicated
 
 I1  All names of a shard share one hash tag, so one script may touch them all.
-I2  ``shard_of`` is crc32(key) % shards: any language can compute it.
+I2  ``shard_of``, which alone decides, is crc32(key) % shards: any language can compute it.
 I3  A key never contains what Valkey, a glob or a template reads as more than a letter:
     such a key is refused by ``check_key``; values put into a template are escaped.
 I4  Values of different text never give the same key of a template, and ``match`` gives back
@@ -104,8 +104,8 @@ def depended_on(tag: str) -> str | None:
 
 
 def shard_of(key: str, shards: int) -> int:
-    """The shard of a key or of a tag."""
-    return crc32(key.encode()) % shards
+    """The shard of a key or of a tag; the tag of what depends on a key lies in the key's shard."""
+    return crc32(key.removeprefix(_DEPENDENTS).encode()) % shards
 
 
 class KeyTemplate:
@@ -263,7 +263,7 @@ class Names:
         "work",
     )
 
-    def __init__(self, namespace: str, shards: int, cache_version: int = 0) -> None:
+    def __init__(self, namespace: str, shards: int, cache_version: str = "0") -> None:
         self.namespace = namespace
         self.shards = shards
         width = max(2, len(str(shards - 1)))
@@ -283,17 +283,16 @@ class Names:
 
     def shard(self, name: str) -> int:
         """The shard of a key or a tag."""
-        of = name[1:] if name.startswith(_DEPENDENTS) else name
-        return crc32(of.encode()) % self.shards
+        return shard_of(name, self.shards)
 
     def marker(self, node_id: str) -> str:
         return f"forebay:{self.namespace}:mark:{node_id}"
 
     def entry(self, key: str) -> str:
-        return self._entry_prefixes[crc32(key.encode()) % self.shards] + key
+        return self._entry_prefixes[shard_of(key, self.shards)] + key
 
     def lease(self, key: str) -> str:
-        return self._lease_prefixes[crc32(key.encode()) % self.shards] + key
+        return self._lease_prefixes[shard_of(key, self.shards)] + key
 
     def of_key(self, key: str) -> tuple[str, str, str]:
         """Entry, fill lease, and the tag that whatever depends on the key carries."""
@@ -309,7 +308,7 @@ class Names:
 
     def lock(self, name: str) -> tuple[str, str, str, str, str]:
         """Record, queue and waiters of a lock; index and era of its shard."""
-        prefix = self.prefixes[crc32(name.encode()) % self.shards]
+        prefix = self.prefixes[shard_of(name, self.shards)]
         return (
             f"{prefix}k:{name}",
             f"{prefix}kq:{name}",

@@ -47,9 +47,11 @@ class Logged(Struct, frozen=True):
 
 
 class Desk:
-    def __init__(self, commands: Commands, namespace: str, *, shards: int = 4) -> None:
+    def __init__(
+        self, commands: Commands, namespace: str, *, shards: int = 4, cache_version: str = "0"
+    ) -> None:
         self.commands = commands
-        self.names = Names(namespace, shards)
+        self.names = Names(namespace, shards, cache_version)
         self.shard = self.names.shard("k")
 
     async def run(self, script: str, keys: Sequence[str], *args: Arg) -> Any:
@@ -243,8 +245,9 @@ class Desk:
         self, owner: str, epoch: int, position: str, sunk: Sequence[tuple[str, int]] = ()
     ) -> list[Reply]:
         ms, _, seq = position.partition("-")
-        keys = [self.part("own"), self.part("done"), self.part("writes")]
-        keys += [self.names.entry(key) for key, _ in sunk]
+        keys = [self.part("own"), self.part("done"), self.part("writes"), self.part("head")]
+        for key, _ in sunk:
+            keys += [self.names.entry(key), self.names.lease(key)]
         args: list[Arg] = [owner, epoch, "writes", position, f"{ms}-{int(seq) + 1}"]
         args += [self.names.work, self.shard]
         args += [version for _, version in sunk]

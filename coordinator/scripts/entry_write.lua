@@ -24,7 +24,7 @@
 --
 -- I1 A mark that is not later than the newest one, or an event id seen, changes nothing.
 -- I2 A full stream refuses; it is never trimmed to make room.
--- I3 What depends on the key is outdated.
+-- I3 What depends on the key is outdated, and so are entries of other cache versions.
 
 if is_repetition(KEYS[3], ARGV[10]) then return { 2 } end
 if ARGV[11] ~= "0" and redis.call("EXISTS", KEYS[6]) == 1 then return { 2 } end
@@ -36,6 +36,8 @@ local version = string.format("%.0f", change.version)
 announce(change, KEYS[3], KEYS[4], ARGV[5], ARGV[6], ARGV[4])
 local id = redis.call("XADD", KEYS[5], "*", "v", version, "j", ARGV[7])
 redis.call("SET", KEYS[1], envelope(change.version, soft_at, hard_at, change.version, ARGV[3]))
+know_label(change, KEYS[3], KEYS[1])
+outdate_other_versions(change.labels, KEYS[1], false)
 redis.call("DEL", KEYS[2])
 outdate_dependents(KEYS[3], KEYS[7], version, false, ARGV[12])
 if ARGV[10] ~= "" then redis.call("HSET", KEYS[3], "i", ARGV[10]) end
