@@ -5,7 +5,7 @@
     {shop:07}:e0:KEY    string  entry (0: the cache version, CACHE_VER)
     {shop:07}:l:KEY     string  fill lease: the token of the one who may fill
     {shop:07}:t:TAG     string  tag version; *KEY is the tag of what depends on a key, in its shard
-    {shop:07}:i:ID      string  an event id seen lately    :f:KEY  string  highest fencing token
+    {shop:07}:seen      zset    event ids seen lately      :f:KEY  string  highest fencing token
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
@@ -332,9 +332,6 @@ class Names:
         """Whether it is such a channel of this namespace."""
         head, nonce = channel[: len(self._reply)], channel[len(self._reply) :]
         return head == self._reply.encode() and _NONCE.fullmatch(nonce) is not None
-
-    def seen(self, shard: int, event_id: str) -> str:
-        return f"{self.prefixes[shard]}i:{event_id}"
 
     def part(self, shard: int, name: str) -> str:
         """A name that a shard, or the ingress stream (EVENTS), has once: head, log, own ..."""

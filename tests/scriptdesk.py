@@ -144,14 +144,17 @@ class Desk:
         bound: int = 100,
         mark: str = "",
         event_id: str = "",
+        published_ms: int = 0,
+        seen_ms: int = MINUTE_MS,
+        seen_max: int = 100,
     ) -> list[Reply]:
         shard = self.names.shard(key)
-        keys = [*self.entry_keys(key), self.part("writes", shard), self.names.seen(shard, event_id)]
+        keys = [*self.entry_keys(key), self.part("writes", shard), self.part("seen", shard)]
         keys.append(self.names.tag(dependents_of(key)))
         args: list[Arg] = [soft_ms, hard_ms, tail_of(value)]
         args += self._said(Changed(key, outdates=True), shard)
-        args += [f"job of {value}", bound, self.names.work, mark, MINUTE_MS if event_id else 0]
-        args.append(MINUTE_MS)
+        args += [f"job of {value}", bound, self.names.work, mark, seen_ms if event_id else 0]
+        args += [MINUTE_MS, event_id, published_ms, seen_max]
         return list(await self.run("entry_write", keys, *args))
 
     async def fill_write(

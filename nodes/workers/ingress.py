@@ -30,7 +30,14 @@ from anyio.abc import TaskStatus
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Scripts, run
-from ...schemas.errors import Fenced, ForebayError, InvalidEvent, NewerSchema, ServerRefused
+from ...schemas.errors import (
+    Fenced,
+    ForebayError,
+    InvalidEvent,
+    NewerSchema,
+    ServerRefused,
+    UnreadableRecord,
+)
 from ...schemas.events import Write, read_event
 from ...schemas.keys import EVENTS, Names
 from ...schemas.replies import LAST_ID, field_map, following, integer, order, stream_id
@@ -255,7 +262,7 @@ class Ingress:
         event = read_event(raw, bytes_max=self._durable.event_bytes_max)
         if isinstance(event.body, Write):
             self._check_route(event.body)
-        return Taken(entry_id, event, raw, generation)
+        return Taken(entry_id, event, raw, generation, _held_as(fields))
 
     def _set_aside(
         self, entry_id: str, fields: Fields, error: InvalidEvent, letters: list[DeadLetter]
@@ -310,7 +317,7 @@ class Ingress:
             return
         except InvalidEvent as error:
             log.warning("event.unheld", entry=bytes(raw_id).decode(), error=str(error))
-        await self._commands.call("XADD", self._names.events, "*", "event", raw)
+        await self._commands.call("XADD", self._names.events, "*", "event", raw, "held", raw_id)
         await self._commands.call("XDEL", held, raw_id)
 
     async def _commit(self, tenure: Tenure, last_id: str) -> None:
@@ -355,6 +362,14 @@ def _event_in(fields: Fields) -> bytes | None:
 
 def _id(entry: Sequence[Reply]) -> str:
     return stream_id(entry[0], "the id of an event")
+
+
+def _held_as(fields: Fields) -> str:
+    """The id that it had before it was held; empty if it was not."""
+    try:
+        return stream_id(field_map(fields).get(b"held"), "the field held")
+    except UnreadableRecord:
+        return ""
 
 
 def _digest(entries: Sequence[Sequence[Reply]]) -> str:

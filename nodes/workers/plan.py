@@ -24,6 +24,7 @@ __all__ = ["Invalidation", "Step", "Taken", "WriteStep", "mark_of", "plan"]
 
 _TOGETHER = 200
 _TAGS_FROM = 10_001
+_FIRST_MS, _LAST_MS = 10**12, 10**13  # 2001 to 2286: others were made up by a publisher
 Kind = Literal["keys", "tags"]
 
 
@@ -34,6 +35,14 @@ class Taken(Struct, frozen=True):
     event: Event
     raw: bytes  #: as it was published
     generation: int = 0  #: of the stream; ids of a later one are later, whatever they are
+
+    held_as: str = ""  #: the id that it had before it was held
+
+    @property
+    def published_ms(self) -> int:
+        """When, on the server's clock; 0 for an id that tells no time."""
+        ms = int((self.held_as or self.id).partition("-")[0])
+        return ms if _FIRST_MS <= ms <= _LAST_MS else 0
 
     def mark(self, place: int) -> str:
         return mark_of(self.id, place, self.generation)

@@ -1,4 +1,4 @@
-"""Ids of the ingress stream that are ahead, the last of all, or went back: G6 and G7."""
+"""Ids of the ingress stream: ahead, the last of all, gone back (G6, G7); the times they tell."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import pytest
 from forebay.nodes.status import checks
 from forebay.nodes.workers.ingress import read_mark
 from forebay.nodes.workers.plan import mark_of
+from forebay.schemas.entry import read_entry
 from forebay.schemas.errors import Backpressure, ServerRefused
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.replies import LAST_ID
+from forebay.schemas.settings import Durable
 from workshop import Cut, Table, Workshop, at_work, invalidate, until, write
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
@@ -315,3 +317,70 @@ async def _drained(shop: Workshop, cut: Cut) -> None:
         return cut.reached.is_set() or not any(waiting)
 
     await until(is_over)
+
+
+def event(number: int, event_id: str) -> bytes:
+    return write("flight:1", number, id=event_id, source="s")
+
+
+async def now_ms(shop: Workshop) -> int:
+    seconds, micros = await shop.link.call("TIME")
+    return int(seconds) * 1_000 + int(micros) // 1_000
+
+
+async def test_a_repetition_that_is_applied_late_is_one_all_the_same(open_shop: OpenShop) -> None:
+    """entry_write I1: e1, e2, a stopped node, e1 again within the window, applied after it."""
+    async with open_shop(sinks=SINKS, durable=Durable(dedupe_ms=300)) as shop:
+        start = await now_ms(shop)
+        owner = await shop.ownership()
+        await add(shop, f"{start}-0", event(1, "e1"))
+        await add(shop, f"{start}-1", event(2, "e2"))
+        async with at_work(shop.ingress(owner)):
+            await applied(shop, 2)
+        await add(shop, f"{start + 299}-0", event(1, "e1"))
+        while await now_ms(shop) < start + 700:
+            await anyio.sleep(0.05)
+        async with at_work(shop.ingress(owner)):
+            await until(lambda: shop.counts["events_processed", "write", "duplicate"] == 1)
+        assert await values(shop) == [1, 2]
+
+
+async def test_the_same_id_after_the_window_counts_though_both_are_applied_at_once(
+    open_shop: OpenShop,
+) -> None:
+    """entry_write I1: the window is of publishing."""
+    async with open_shop(sinks=SINKS, durable=Durable(dedupe_ms=6_000)) as shop:
+        start = await now_ms(shop) - 60_000
+        for after_ms, number in ((0, 1), (5_999, 2), (6_000, 3), (13_000, 4)):
+            await add(shop, f"{start + after_ms}-0", event(number, "e1"))
+        async with at_work(shop.ingress(await shop.ownership())):
+            await applied(shop, 3)
+        assert await values(shop) == [1, 3, 4]
+
+
+async def test_a_held_event_keeps_the_time_of_its_publication(open_shop: OpenShop) -> None:
+    """G3: when it is published again for a newer node, it is no younger than before."""
+    async with open_shop(sinks=SINKS, durable=Durable(dedupe_ms=6_000)) as shop:
+        start = await now_ms(shop) - 60_000
+        held = shop.names.part(EVENTS, "held")
+        await add(shop, f"{start}-0", event(1, "e1"))
+        await shop.link.call("XADD", held, f"{start + 5_000}-0", "event", event(2, "e1"))
+        async with at_work(shop.ingress(await shop.ownership())):
+            await until(lambda: shop.counts["events_processed", "write", "duplicate"] == 1)
+        assert await values(shop) == [1]
+
+
+@pytest.mark.parametrize("entry_id", ["1-1", "an hour ahead"])
+async def test_an_id_that_tells_no_time_counts_as_published_now(
+    open_shop: OpenShop, entry_id: str
+) -> None:
+    """plan: a publisher's own numbers make nothing old, nor young for ever."""
+    async with open_shop(sinks=SINKS) as shop:
+        at = await hour_ahead(shop) if entry_id == "an hour ahead" else entry_id
+        before = await now_ms(shop)
+        await add(shop, at, write("flight:1", 1, ttl=60))
+        async with at_work(shop.ingress(await shop.ownership())):
+            await applied(shop, 1)
+        raw = await shop.link.call("GET", shop.names.entry("flight:1"))
+        soft_at_ms = read_entry(raw, bytes_max=1_000).soft_at_ms
+        assert before + 60_000 <= soft_at_ms <= await now_ms(shop) + 60_000
