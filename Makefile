@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 INSTALL := $(PIP) install --constraint constraints.txt --editable
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: run test soak check lint types layers format bench clean
+.PHONY: run test test-others test-part soak check lint types layers format bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/for-run  ## a server, three nodes and a day of real flights; Ctrl-C ends it
@@ -19,6 +19,25 @@ run: $(VENV)/for-run  ## a server, three nodes and a day of real flights; Ctrl-C
 
 test: $(VENV)/for-test  ## all tests
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# What differs most between versions of Python: tasks and cancellation, annotations, encoding.
+PART := tests/schemas tests/nodes/cache tests/nodes/test_life.py tests/nodes/test_node.py \
+	tests/nodes/test_declarations.py tests/coordinator/test_link.py tests/coordinator/test_log.py
+OTHER_PYTHONS := 3.12 3.13
+
+test-others:  ## a part of the tests, on each other Python that is supported and is here
+	@for version in $(OTHER_PYTHONS); do \
+		python=$$(command -v python$$version); \
+		$${python:-false} -c '' 2>/dev/null || python=$$(pyenv prefix $$version 2>/dev/null)/bin/python$$version; \
+		if $$python -c '' 2>/dev/null; then \
+			$(MAKE) --no-print-directory test-part VENV=.venv-$$version PYTHON=$$python || exit 1; \
+		else \
+			echo "Python $$version is not here: not tested"; \
+		fi; \
+	done
+
+test-part: $(VENV)/for-test
+	$(BIN)/python -m pytest -n $(JOBS) -q -m "not slow" $(PART)
 
 SOAK_SECONDS ?= 120
 
@@ -52,7 +71,7 @@ bench: $(VENV)/for-test  ## compared with peers, in one run; each file is a prog
 	@for each in tests/benchmarks/bench_*.py; do $(BIN)/python $$each || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/src/forebay:

@@ -31,7 +31,7 @@ from .clock import Clock, SystemClock
 from .dialer import Dialer
 from .doorbell import Doorbell
 from .embedded import EmbeddedServer
-from .fake import FakeLink, fake_run_id, shared_server
+from .fake import FakeLink, fake_run_id, shared_server, used_server
 from .fake_doorbell import FakeDoorbell
 from .introduction import Finding, ServerFacts, findings, introduce, probe, read_clock, read_info
 from .link import Link
@@ -206,7 +206,7 @@ class Backend(anyio.AsyncContextManagerMixin):
 
     async def _open_fake(self, stack: AsyncExitStack) -> None:
         origin = self._origins.get("valkey.fake", "in code")
-        server = shared_server(self._fake_name, origin=origin)
+        server = stack.enter_context(used_server(self._fake_name, origin=origin))
         tasks = await stack.enter_async_context(background_tasks())
         link = FakeLink(server, name="fake", breaker=self._breaker("fake"))
         doorbell = FakeDoorbell(server)

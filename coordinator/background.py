@@ -4,28 +4,122 @@ I1  The body's own exception comes out as it is, not wrapped in an exception gro
 I2  A background task that fails cancels the body, and comes out in a group: that is a fault
     of ours, not an outcome that callers handle.
 I3  When the body ends, however it ends, the tasks are cancelled and waited for.
+I4  A task can be started from a task and from a callback of the loop, under every way to run
+    a loop. What a callback starts begins one turn of the loop later, in the callback's context.
+I5  Once the tasks are being ended, a further start raises Unavailable; what was accepted before
+    runs at least to its first await, so that it can tell those who wait for it.
+I6  A task that is cancelled although nobody ends the tasks has failed (I2): it never ends the
+    body without an error.
+
+anyio finds out which library runs the loop by the current task, unless ``anyio.run`` said so:
+in a callback of a loop that ``asyncio.run`` or a web server runs there is none, and a task group
+refuses to start a task there. So a callback hands over to a task of the group.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from contextvars import copy_context
+from functools import partial
+from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-__all__ = ["background_tasks"]
+from ..schemas.errors import ForebayError, Unavailable
+
+__all__ = ["BackgroundTasks", "background_tasks"]
+
+
+class BackgroundTasks:
+    """Starts tasks of a group. Made by ``background_tasks``."""
+
+    def __init__(self, group: TaskGroup) -> None:
+        self._group = group
+        self._handed_over: deque[Callable[[], object]] = deque()
+        self._wake = asyncio.Event()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<BackgroundTasks {'closed' if self._closed else 'open'}>"
+
+    @property
+    def closed(self) -> bool:
+        """Whether the tasks are being ended, or one has failed."""
+        return self._closed
+
+    def start_soon(
+        self, function: Callable[..., Awaitable[object]], *args: Any, name: str | None = None
+    ) -> None:
+        """Run ``function(*args)`` in a task of the group.
+
+        Raises:
+            Unavailable: the tasks are being ended; nothing was started.
+        """
+        if self._closed:
+            raise Unavailable("the node is stopped")
+        name = name or getattr(function, "__qualname__", repr(function))
+        start = partial(self._group.start_soon, _failing_if_cancelled, function, args, name=name)
+        if asyncio.current_task() is not None:
+            start()
+            return
+        self._handed_over.append(partial(copy_context().run, start))
+        self._wake.set()
+
+    async def start(self, function: Callable[..., Awaitable[object]], *args: Any) -> Any:
+        """Run it, and return when it calls ``task_status.started``; with what it gave that."""
+        return await self._group.start(
+            _failing_if_cancelled, function, args, name=getattr(function, "__qualname__", None)
+        )
+
+    async def run(self) -> None:
+        """Start what callbacks hand over, until cancelled; then nothing can be started."""
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                self._start_handed_over()
+        finally:
+            self._closed = True
+            self._start_handed_over()
+
+    def close(self) -> None:
+        """Cancel the tasks and refuse further ones."""
+        self._closed = True
+        self._group.cancel_scope.cancel()
+
+    def _start_handed_over(self) -> None:
+        while self._handed_over:
+            self._handed_over.popleft()()
 
 
 @asynccontextmanager
-async def background_tasks() -> AsyncGenerator[TaskGroup]:
+async def background_tasks() -> AsyncGenerator[BackgroundTasks]:
     failure: BaseException | None = None
-    async with anyio.create_task_group() as tasks:
+    async with anyio.create_task_group() as group:
+        tasks = BackgroundTasks(group)
+        group.start_soon(tasks.run)
         try:
             yield tasks
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             failure = error
         finally:
-            tasks.cancel_scope.cancel()
+            tasks.close()
     if failure is not None:
         raise failure
+
+
+async def _failing_if_cancelled(
+    function: Callable[..., Awaitable[object]], args: tuple[Any, ...], **options: Any
+) -> None:
+    """I6: anyio takes a cancelled task for the end of its group."""
+    try:
+        await function(*args, **options)
+    except asyncio.CancelledError as error:
+        if anyio.current_effective_deadline() == float("-inf"):
+            raise
+        name = getattr(function, "__qualname__", repr(function))
+        raise ForebayError(f"the task {name} was cancelled from inside") from error

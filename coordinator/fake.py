@@ -4,7 +4,7 @@ I1  Commands run at once and in the order of the calls; each is whole before the
 I2  Errors are those of the link: ServerRefused with the server's code, Disconnected while
     ``server.connected`` is false (so that an outage can be played).
 I3  Nodes of one process that use the same name have the same data; no other process has.
-    The data go when nobody uses them any more.
+    The data go when the last of them has ended.
 
 There are no deadlines, since nothing is waited for, and no breaker that could open.
 fakeredis is imported when the first server is made.
@@ -13,7 +13,9 @@ fakeredis is imported when the first server is made.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -33,11 +35,12 @@ from .waiting import Arg, Reply
 if TYPE_CHECKING:
     from fakeredis import FakeServer
 
-__all__ = ["FakeLink", "fake_run_id", "shared_server"]
+__all__ = ["FakeLink", "fake_run_id", "shared_server", "used_server"]
 
 _LOOK_S = 0.005  # how often a read that blocks looks again
 _servers: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _run_ids: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_users: Counter[str] = Counter()
 _numbers = count(1)
 
 #: valkey-py drops the code of those errors that it has a class for
@@ -67,6 +70,20 @@ def shared_server(name: str = "forebay", *, origin: str = "in code") -> FakeServ
         server = _servers[name] = FakeServer(server_type="valkey", version=(8, 0))
     found: FakeServer = server
     return found
+
+
+@contextmanager
+def used_server(name: str = "forebay", *, origin: str = "in code") -> Iterator[FakeServer]:
+    """The same, for as long as the block lasts; the data go with the last block."""
+    server = shared_server(name, origin=origin)
+    _users[name] += 1
+    try:
+        yield server
+    finally:
+        _users[name] -= 1
+        if not _users[name]:
+            del _users[name]
+            _servers.pop(name, None)
 
 
 def fake_run_id(server: FakeServer) -> str:

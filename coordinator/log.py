@@ -100,6 +100,7 @@ class Follower:
         self._apply = apply
         self._reset = reset
         self._wake = anyio.Event()
+        self._sweeping = anyio.Lock()
         self._connection = 0
         self._verified = -1
         self._doorbell_live = False
@@ -174,17 +175,20 @@ class Follower:
     async def sweep(self) -> None:
         """Read every log from our position; when it returns, all shards are live.
 
+        One at a time: of two that read the same notices, the second would take them for others.
+
         Raises:
             Unavailable, ServerRefused: nothing was proved.
         """
-        pending: Sequence[ShardView] = self.views
-        while pending:
-            if self._connection != self._verified:
-                await self._verify()
-                pending = self.views
-            else:
-                pending = await self._read(pending)
-        self._sweeps += 1
+        async with self._sweeping:
+            pending: Sequence[ShardView] = self.views
+            while pending:
+                if self._connection != self._verified:
+                    await self._verify()
+                    pending = self.views
+                else:
+                    pending = await self._read(pending)
+            self._sweeps += 1
 
     async def _read(self, views: Sequence[ShardView]) -> Sequence[ShardView]:
         """One page of each; returns those of which there is more to read."""

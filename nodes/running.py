@@ -18,16 +18,15 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup
 
 from ..coordinator.backend import Backend, UseUrl
-from ..coordinator.background import background_tasks
+from ..coordinator.background import BackgroundTasks, background_tasks
 from ..coordinator.clock import ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
 from ..coordinator.instruments import Instruments
@@ -74,7 +73,7 @@ class Running:
         routes: Routes,
         instruments: Instruments,
         node_id: str,
-        tasks: TaskGroup,
+        tasks: BackgroundTasks,
     ) -> None:
         node, durable = settings.node, settings.durable
         self.settings = settings
@@ -243,7 +242,8 @@ class Running:
     def _link_changed(self, connected: bool) -> None:
         self.follower.connection_changed()
         if connected:
-            self.tasks.start_soon(self.load_scripts)
+            with suppress(Unavailable):  # the node is being stopped
+                self.tasks.start_soon(self.load_scripts)
 
     async def load_scripts(self) -> None:
         """Make the scripts known, so that none has to be sent in full in the middle of work."""

@@ -1,11 +1,11 @@
 """Every name that Forebay uses in Valkey, and the grammar of the keys inside them.
 
-    {shop:07}:head      hash    epoch and newest version of the shard
+    {shop:07}:head      hash    epoch and newest version of the shard, cache versions in use
     {shop:07}:log       stream  notices, ids dense: <epoch>-<seq>
     {shop:07}:e0:KEY    string  entry (0: the cache version, CACHE_VER)
     {shop:07}:l:KEY     string  fill lease: the token of the one who may fill
     {shop:07}:t:TAG     string  tag version; *KEY is the tag of what depends on a key, in its shard
-    {shop:07}:i:ID      string  an event id seen lately    :f:KEY  string  highest fencing token
+    {shop:07}:seen      zset    event ids seen lately      :f:KEY  string  highest fencing token
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
@@ -14,7 +14,8 @@
     {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT
     {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
     {shop:07}:rs:LIMIT:SUBJECT   zset    slots in use: nonce -> until
-    forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
+    forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it;
+                                :before  what was published up to an exhausted id
     forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  last beats
     {forebay:shop:nodes}:members  hash  the roster
     forebay:shop:wake:PROCESS   channel  a lock is yours, or is so no more
@@ -25,7 +26,7 @@
     forebay:shop:mark:ID    string, expires  written by the node ID to see what is replicated
 
 I1  All names of a shard share one hash tag, so one script may touch them all.
-I2  ``shard_of`` is crc32(key) % shards: any language can compute it.
+I2  ``shard_of``, which alone decides, is crc32(key) % shards: any language can compute it.
 I3  A key never contains what Valkey, a glob or a template reads as more than a letter:
     such a key is refused by ``check_key``; values put into a template are escaped.
 I4  Values of different text never give the same key of a template, and ``match`` gives back
@@ -103,8 +104,8 @@ def depended_on(tag: str) -> str | None:
 
 
 def shard_of(key: str, shards: int) -> int:
-    """The shard of a key or of a tag."""
-    return crc32(key.encode()) % shards
+    """The shard of a key or of a tag; the tag of what depends on a key lies in the key's shard."""
+    return crc32(key.removeprefix(_DEPENDENTS).encode()) % shards
 
 
 class KeyTemplate:
@@ -264,7 +265,7 @@ class Names:
         "work",
     )
 
-    def __init__(self, namespace: str, shards: int, cache_version: int = 0) -> None:
+    def __init__(self, namespace: str, shards: int, cache_version: str = "0") -> None:
         self.namespace = namespace
         self.shards = shards
         width = max(2, len(str(shards - 1)))
@@ -284,17 +285,16 @@ class Names:
 
     def shard(self, name: str) -> int:
         """The shard of a key or a tag."""
-        of = name[1:] if name.startswith(_DEPENDENTS) else name
-        return crc32(of.encode()) % self.shards
+        return shard_of(name, self.shards)
 
     def marker(self, node_id: str) -> str:
         return f"forebay:{self.namespace}:mark:{node_id}"
 
     def entry(self, key: str) -> str:
-        return self._entry_prefixes[crc32(key.encode()) % self.shards] + key
+        return self._entry_prefixes[shard_of(key, self.shards)] + key
 
     def lease(self, key: str) -> str:
-        return self._lease_prefixes[crc32(key.encode()) % self.shards] + key
+        return self._lease_prefixes[shard_of(key, self.shards)] + key
 
     def of_key(self, key: str) -> tuple[str, str, str]:
         """Entry, fill lease, and the tag that whatever depends on the key carries."""
@@ -310,7 +310,7 @@ class Names:
 
     def lock(self, name: str) -> tuple[str, str, str, str, str]:
         """Record, queue and waiters of a lock; index and era of its shard."""
-        prefix = self.prefixes[crc32(name.encode()) % self.shards]
+        prefix = self.prefixes[shard_of(name, self.shards)]
         return (
             f"{prefix}k:{name}",
             f"{prefix}kq:{name}",
@@ -334,9 +334,6 @@ class Names:
         """Whether it is such a channel of this namespace."""
         head, nonce = channel[: len(self._reply)], channel[len(self._reply) :]
         return head == self._reply.encode() and _NONCE.fullmatch(nonce) is not None
-
-    def seen(self, shard: int, event_id: str) -> str:
-        return f"{self.prefixes[shard]}i:{event_id}"
 
     def part(self, shard: int, name: str) -> str:
         """A name that a shard, or the ingress stream (EVENTS), has once: head, log, own ..."""

@@ -36,6 +36,7 @@ Port = Annotated[int, Meta(ge=0, le=65_535)]
 Millis = Annotated[int, Meta(ge=1, le=86_400_000)]
 Count = Annotated[int, Meta(ge=1, le=100_000_000)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,16}$")]
 Compression = Literal["zlib", "zstd", "none"]
 
 
@@ -113,7 +114,7 @@ class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class CacheDefaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a cache gets that does not say otherwise."""
 
-    version: Annotated[int, Meta(ge=0, le=1_000_000)] = 0  #: raising it forgets everything
+    version: Label = "0"  #: entries of another one are not read; only equality counts
     near_entries_max: Count = 100_000
     near_bytes_max: Count = 67_108_864
     near_value_bytes_max: Annotated[int, Meta(ge=1, le=67_108_864)] = 262_144

@@ -33,6 +33,7 @@ __all__ = [
 
 _SHOWN_CHARS_MAX = 120
 _WORDS = {
+    "cache.version": "1 to 16 letters, digits, '.', '_' or '-'",
     "limiter.named": '[limits.NAME] tables in the file, or JSON: {"NAME": {"rate": 10}}',
     "node.namespace": (
         "1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or a digit"

@@ -253,7 +253,9 @@ def _decoded(found: Found) -> object:
         return _limits_in_json(field, found)
     if field.secret:
         return Secret(_text(found))
-    if field.text:
+    if field.name == "cache.version" and type(value) is int:
+        value = str(value)  # a label that looks like a number needs no quotes in a file or in code
+    elif field.text:
         _text(found)
     elif found.textual and isinstance(value, str):
         value = value.strip()

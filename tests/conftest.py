@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, Literal
 
+import anyio.pytest_plugin
 import pytest
+import sniffio
 import structlog
+from hypothesis import HealthCheck, settings
 
 from forebay.schemas.settings import Valkey
 from valkeyd import Flavour, ValkeyServer, program
@@ -19,6 +22,10 @@ BackendFlavour = Literal["valkey", "fake", "redis7"]
 MakeServer = Callable[..., ValkeyServer]
 
 _numbers = itertools.count(1)
+
+# A busy machine is no reason to fail: how long an example takes is not what these tests are about.
+settings.register_profile("forebay", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("forebay")
 
 
 def require(flavour: Flavour) -> None:
@@ -38,6 +45,19 @@ def logs_as_they_come() -> Iterator[None]:
     structlog.configure()
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loops_as_asyncio_runs_them() -> Iterator[None]:
+    """anyio is to find the library of a loop as it does under ``asyncio.run`` and web servers.
+
+    ``anyio.run`` and the plugin for pytest tell it beforehand: then much works in callbacks of
+    the loop that fails in a service.
+    """
+    assert sniffio.current_async_library_cvar.get() is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(anyio.pytest_plugin, "set_current_async_library", lambda _library: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import anyio
-from anyio.abc import TaskGroup
 from prometheus_client import CollectorRegistry
 
+from forebay.coordinator.background import BackgroundTasks, background_tasks
 from forebay.coordinator.clock import Clock, SystemClock
 from forebay.coordinator.instruments import Instruments
 from forebay.coordinator.limits.limiter import Limiter
@@ -47,7 +46,7 @@ class ServerTime:
 class House:
     """The limiters of one namespace, on one link."""
 
-    def __init__(self, link: Link, names: Names, tasks: TaskGroup) -> None:
+    def __init__(self, link: Link, names: Names, tasks: BackgroundTasks) -> None:
         self.link = link
         self.names = names
         self.tasks = tasks
@@ -86,11 +85,11 @@ class House:
 @asynccontextmanager
 async def house_of(server: ValkeyServer, namespace: str) -> AsyncIterator[House]:
     link = link_to(server.socket_url)
-    async with running(link), anyio.create_task_group() as tasks:
+    async with running(link), background_tasks() as tasks:
         house = House(link, Names(namespace, 4), tasks)
         try:
             yield house
         finally:
             for limiter in house.made:
                 await limiter.aclose()
-            tasks.cancel_scope.cancel()
+            tasks.close()

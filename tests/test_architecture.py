@@ -241,6 +241,17 @@ def forbidden_names(file: Source) -> Iterator[str]:
             yield f"{file.path}:{node.lineno}: imports {name}"
 
 
+def broad_catches(file: Source) -> Iterator[str]:
+    """RuntimeError is what libraries raise for anything: caught, it hides what has happened."""
+    broad = re.compile(r"\bRuntimeError\b")
+    for node in ast.walk(file.tree):
+        caught = node.type if isinstance(node, ast.ExceptHandler) else None
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+            caught = node
+        if caught is not None and broad.search(ast.unparse(caught)):
+            yield f"{file.path}:{caught.lineno}: {ast.unparse(caught)}"
+
+
 def vague_names(file: Source) -> Iterator[str]:
     """A name says what a thing is."""
     vague = re.compile(r"(?i)(^|_)(manager|helper|util)s?(_|$)|(Manager|Helper|Util)s?$")
@@ -319,6 +330,8 @@ RULES: list[tuple[Rule, str, str]] = [
     (forbidden_names, "nodes/cli/a.py", "import pickle"),
     (forbidden_names, "nodes/cli/a.py", "from yaml import load"),
     (forbidden_names, "nodes/a.py", "eval('1')"),
+    (broad_catches, "nodes/a.py", "try: ...\nexcept (ValueError, RuntimeError): ..."),
+    (broad_catches, "nodes/a.py", "with suppress(RuntimeError): ..."),
     (vague_names, "nodes/helpers.py", ""),
     (vague_names, "nodes/a.py", "class CacheManager: ..."),
     (unfinished, "nodes/a.py", "x = 1  # TODO: more"),

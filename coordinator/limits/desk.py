@@ -6,9 +6,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import structlog
-from anyio.abc import TaskGroup
 
 from ...schemas.errors import ServerRefused, Unavailable
+from ..background import BackgroundTasks
 from ..clock import Clock
 from ..instruments import Instruments
 from .ledger import Ledger
@@ -27,7 +27,7 @@ class Desk:
         ledger: Ledger,
         *,
         clock: Clock,
-        tasks: TaskGroup,
+        tasks: BackgroundTasks,
         instruments: Instruments,
         members: Callable[[], int],
     ) -> None:

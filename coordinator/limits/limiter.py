@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup
 
 from ...schemas.errors_limits import InvalidLimit
 from ...schemas.keys import Names
 from ...schemas.limits import Limit, check_limit
+from ..background import BackgroundTasks
 from ..clock import Clock
 from ..instruments import Instruments
 from ..link import Commands
@@ -48,7 +48,7 @@ class Limiter:
         scripts: Scripts,
         *,
         clock: Clock,
-        tasks: TaskGroup,
+        tasks: BackgroundTasks,
         instruments: Instruments,
         ids: Callable[[], str],
         budget_ms: int = 50,

@@ -7,6 +7,13 @@
 --    happened; where it is not, the server refuses none of the writes that follow.
 -- C4 A tag's value is its version; after a soft bump "<version> <hard version>": what carries
 --    less than the hard version is invalid, what carries less than the version is stale.
+-- C5 The head (c) names each cache version of which the shard stores entries, so a script that
+--    outdates a key reaches its entries of all versions. Their names are the only ones that
+--    scripts make: of a declared entry, in its slot.
+--
+-- C5 A shard keeps the newest ingress mark that took effect (i in its head). A mark is text of one
+--    length, "<generation>-<ms>-<seq>-<place>"; one that is not later is a repetition. What is
+--    no mark repeats nothing.
 --
 -- An entry begins: magic 3, state 1, version 16, soft_at 13, hard_at 13, pending 16 (digits).
 
@@ -16,7 +23,7 @@ local function server_us()
 end
 
 local function next_change(head, log)
-  local known = redis.call("HMGET", head, "e", "v")
+  local known = redis.call("HMGET", head, "e", "v", "c")
   local epoch, newest, now = tonumber(known[1]), tonumber(known[2]) or 0, server_us()
   if not epoch then
     local last = redis.call("XREVRANGE", log, "+", "-", "COUNT", 1)[1]
@@ -28,7 +35,7 @@ local function next_change(head, log)
   if not epoch or redis.call("EXISTS", log) == 0 then
     epoch = math.max(now, (epoch or 0) + 1)
   end
-  return { epoch = epoch, version = math.max(newest + 1, now), now = now }
+  return { epoch = epoch, version = math.max(newest + 1, now), now = now, labels = known[3] or "" }
 end
 
 local function announce(change, head, log, bell, shard, notice)
@@ -39,6 +46,14 @@ local function announce(change, head, log, bell, shard, notice)
   local seq = string.sub(id, #epoch + 2)
   redis.call("PUBLISH", bell, shard .. " " .. epoch .. " " .. seq .. " " .. version .. " " .. notice)
   return id
+end
+
+local function is_repetition(head, mark)
+  if mark == "" then return false end
+  local newest = redis.call("HGET", head, "i")
+  if not newest or #newest ~= #mark or not string.match(newest, "^[%d-]+$") then return false end
+  local generation = tonumber(string.match(newest, "^%d+"))
+  return mark <= newest and generation and generation < 2 ^ 52
 end
 
 local function lifetimes(now, soft_ms, hard_ms)
@@ -65,6 +80,62 @@ end
 local function pending_of(numbers)
   if not numbers or string.sub(numbers, 1, 3) ~= "\251E1" then return 0 end
   return tonumber(string.sub(numbers, 47, 62)) or 0
+end
+
+-- The entry of the same key in another cache version.
+local function sibling(entry_key, label)
+  return (string.gsub(entry_key, "^({.-}:e)[^:]*", "%1" .. label, 1))
+end
+
+-- The cache versions in the head, but for the one of this entry.
+local function other_labels(labels, entry_key)
+  local own, others = string.match(entry_key, "^{.-}:e([^:]*):"), {}
+  if labels == own then return others, true end
+  local is_known = false
+  for label in string.gmatch(labels, "%S+") do
+    if label == own then is_known = true else others[#others + 1] = label end
+  end
+  return others, is_known, own
+end
+
+local LABELS_MAX = 16
+
+local function know_label(change, head, entry_key)
+  local others, is_known, own = other_labels(change.labels, entry_key)
+  if is_known then return end
+  others[#others + 1] = own
+  change.labels = table.concat(others, " ", math.max(1, #others - LABELS_MAX + 1))
+  redis.call("HSET", head, "c", change.labels)
+end
+
+-- Whether a write of the key waits for its sink, in whatever cache version it was written.
+local function is_write_pending(labels, entry_key)
+  if pending_of(numbers_of(entry_key)) > 0 then return true end
+  for _, label in ipairs((other_labels(labels, entry_key))) do
+    local other = sibling(entry_key, label)
+    if pending_of(numbers_of(other)) > 0 then return true end
+  end
+  return false
+end
+
+-- An entry whose write is pending is newer than the source: it stays, marked x, until it is sunk.
+local function outdate_entry(entry_key, soft)
+  local numbers = numbers_of(entry_key)
+  if pending_of(numbers) > 0 then
+    redis.call("SETRANGE", entry_key, 3, "x")
+  elseif soft and string.sub(numbers, 1, 3) == "\251E1" then
+    -- Stale since ever: the readers' idea of the time now may be a little behind.
+    redis.call("SETRANGE", entry_key, 20, string.rep("0", 13))
+  else
+    redis.call("UNLINK", entry_key)
+  end
+end
+
+local function outdate_other_versions(labels, entry_key, soft)
+  for _, label in ipairs((other_labels(labels, entry_key))) do
+    local other = sibling(entry_key, label)
+    outdate_entry(other, soft)
+  end
 end
 
 local function tag_versions(value)

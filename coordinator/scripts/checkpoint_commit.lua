@@ -4,7 +4,8 @@
 -- KEYS[1] own       hash     o owner, e epoch
 -- KEYS[2] done      hash     checkpoints, by the stream's name
 -- KEYS[3] stream    stream   trimmed up to the checkpoint
--- KEYS[4..] entries whose write was sunk
+-- KEYS[4] head      hash     cache versions (c)
+-- KEYS[5..] entry and lease of each key whose write was sunk, by turns
 -- ARGV[1] owner     node id
 -- ARGV[2] epoch     the owner's
 -- ARGV[3] name      of the stream
@@ -12,13 +13,29 @@
 -- ARGV[5] next      id after it: entries before are trimmed
 -- ARGV[6] work      channel of jobs; empty: nobody waits for this checkpoint
 -- ARGV[7] shard     number of the shard
--- ARGV[8..] the version that was sunk, of each entry
+-- ARGV[8..] the version that was sunk, of each key
 -- Returns {1}; {0, epoch} fenced off: another owns it since
 --
 -- I1 Nothing is written for anyone but the owner of this epoch.
 -- I2 An entry with a newer write pending stays as it is.
 -- I3 It works when memory is full: this is what empties the streams.
 -- I4 Whoever hears of it on the channel finds the checkpoint moved.
+-- I5 The entry is found in whatever cache version it was written. An older write of the key in
+--    another version was sunk with it, and its entry is gone.
+-- I6 A load that began before the write was sunk cannot fill any more: of another cache version,
+--    or of an entry that was lost meanwhile.
+
+local function settle_write(entry_key, sunk)
+  local numbers = numbers_of(entry_key)
+  local pending = pending_of(numbers)
+  if pending == 0 or pending > sunk then return end
+  if pending < sunk or string.sub(numbers, 4, 4) == "x" then
+    redis.call("UNLINK", entry_key)
+  else
+    redis.call("SETRANGE", entry_key, 46, string.rep("0", 16))
+    redis.call("PEXPIREAT", entry_key, string.sub(numbers, 34, 46))
+  end
+end
 
 local known = redis.call("HMGET", KEYS[1], "o", "e")
 if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return { 0, known[2] or "0" } end
@@ -26,17 +43,15 @@ if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return { 0, known[2] or "0" }
 redis.call("PERSIST", KEYS[2])
 redis.call("HSET", KEYS[2], ARGV[3], ARGV[4])
 redis.call("XTRIM", KEYS[3], "MINID", ARGV[5])
-for i = 4, #KEYS do
-  local numbers = numbers_of(KEYS[i])
-  local pending = pending_of(numbers)
-  if pending > 0 and pending == tonumber(ARGV[i + 4]) then
-    if string.sub(numbers, 4, 4) == "x" then
-      redis.call("UNLINK", KEYS[i])
-    else
-      redis.call("SETRANGE", KEYS[i], 46, string.rep("0", 16))
-      redis.call("PEXPIREAT", KEYS[i], string.sub(numbers, 34, 46))
-    end
+local labels = redis.call("HGET", KEYS[4], "c") or ""
+for i = 5, #KEYS, 2 do
+  local sunk = tonumber(ARGV[(i - 5) / 2 + 8])
+  settle_write(KEYS[i], sunk)
+  for _, label in ipairs((other_labels(labels, KEYS[i]))) do
+    local other = sibling(KEYS[i], label)
+    settle_write(other, sunk)
   end
+  redis.call("DEL", KEYS[i + 1])
 end
 if ARGV[6] ~= "" then redis.call("PUBLISH", ARGV[6], "d " .. ARGV[7]) end
 return { 1 }

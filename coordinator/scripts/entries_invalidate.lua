@@ -1,7 +1,7 @@
 -- Invalidate keys of one shard.
 -- With _change.lua.
 --
--- KEYS[1] head    hash     epoch, newest version, newest ingress mark (m)
+-- KEYS[1] head    hash     epoch, newest version, newest ingress mark (i), cache versions (c)
 -- KEYS[2] log     stream   notices
 -- KEYS[3..] entry, lease and tag of each key, by turns
 -- ARGV[1] notice  msgpack
@@ -16,24 +16,17 @@
 -- I2 An entry whose write-behind is pending is newer than the source: it stays, marked x,
 --    and is dropped when the write was sunk.
 -- I3 What depends on the keys is outdated with them, as softly.
+-- I4 The entries of all cache versions are outdated alike.
 
-local newest = redis.call("HGET", KEYS[1], "m")
-if ARGV[4] ~= "" and newest and ARGV[4] <= newest then return { 2 } end
+if is_repetition(KEYS[1], ARGV[4]) then return { 2 } end
 local change = next_change(KEYS[1], KEYS[2])
 local version = string.format("%.0f", change.version)
 announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
 for i = 3, #KEYS, 3 do
-  local numbers = numbers_of(KEYS[i])
-  if pending_of(numbers) > 0 then
-    redis.call("SETRANGE", KEYS[i], 3, "x")
-  elseif ARGV[5] == "1" and string.sub(numbers, 1, 3) == "\251E1" then
-    -- Stale since ever: the readers' idea of the time now may be a little behind.
-    redis.call("SETRANGE", KEYS[i], 20, string.rep("0", 13))
-  else
-    redis.call("UNLINK", KEYS[i])
-  end
+  outdate_entry(KEYS[i], ARGV[5] == "1")
+  outdate_other_versions(change.labels, KEYS[i], ARGV[5] == "1")
   redis.call("DEL", KEYS[i + 1])
   outdate_dependents(KEYS[1], KEYS[i + 2], version, ARGV[5] == "1", ARGV[6])
 end
-if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "m", ARGV[4]) end
+if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "i", ARGV[4]) end
 return { 1, version }

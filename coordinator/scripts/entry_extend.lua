@@ -23,8 +23,8 @@ local entry = redis.call("GET", KEYS[1])
 if not entry or version_of(entry) ~= tonumber(ARGV[2]) or string.sub(entry, 4, 4) ~= "c" then
   return { 2 }
 end
-if pending_of(entry) > 0 then return { 0 } end
 local change = next_change(KEYS[3], KEYS[4])
+if is_write_pending(change.labels, KEYS[1]) then return { 0 } end
 local soft_at, hard_at = lifetimes(change.now, tonumber(ARGV[3]), tonumber(ARGV[4]))
 local high, low = string.byte(entry, 65, 66)
 local payload = string.sub(entry, 67 + high * 256 + low)

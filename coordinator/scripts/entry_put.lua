@@ -21,6 +21,7 @@
 -- I2 A pending write-behind stays pending, and so the entry does not expire.
 -- I3 What depends on the key is outdated.
 -- I4 Under a token lower than one that was seen, nothing is written.
+-- I5 Entries of other cache versions are outdated.
 
 if ARGV[8] ~= "0" then
   local highest = redis.call("GET", KEYS[6])
@@ -36,6 +37,8 @@ if pending > 0 then
 else
   redis.call("SET", KEYS[1], entry, "PX", ARGV[2])
 end
+know_label(change, KEYS[3], KEYS[1])
+outdate_other_versions(change.labels, KEYS[1], false)
 redis.call("DEL", KEYS[2])
 local version = string.format("%.0f", change.version)
 outdate_dependents(KEYS[3], KEYS[5], version, false, ARGV[7])

@@ -12,15 +12,16 @@
 -- I1 Nobody gets a lease while another token is present; that loads failed does not matter.
 -- I2 Asked again with the same token (the reply was lost), it is granted again, with a later version.
 -- I3 The version is later than all that the shard gave before, and is not given again.
--- I4 No lease is given while a write-behind is pending: the sink shall have that one first.
+-- I4 No lease is given while a write-behind is pending, in any cache version: the sink shall
+--    have that one first.
 -- I5 Neither the entry nor the log is changed: nothing was written yet.
 
-if pending_of(numbers_of(KEYS[1])) > 0 then return { 2 } end
+local change = next_change(KEYS[3], KEYS[4])
+if is_write_pending(change.labels, KEYS[1]) then return { 2 } end
 local holder = redis.call("GET", KEYS[2])
 if holder and holder ~= ARGV[1] and holder ~= "!" then
   return { 0, redis.call("PTTL", KEYS[2]) }
 end
-local change = next_change(KEYS[3], KEYS[4])
 local version = string.format("%.0f", change.version)
 redis.call("SET", KEYS[2], ARGV[1], "PX", ARGV[2])
 redis.call("HSET", KEYS[3], "e", string.format("%.0f", change.epoch), "v", version)

@@ -19,14 +19,17 @@
 -- I1 Without the caller's own token present nothing is written.
 -- I2 The lease is used up.
 -- I3 What depends on the key is outdated: unlike what a loader brings, this is a new value.
+-- I4 Entries of other cache versions are outdated, too.
 
 if redis.call("GET", KEYS[2]) ~= ARGV[1] then return { 0 } end
-if pending_of(numbers_of(KEYS[1])) > 0 then return { 0 } end
 local change = next_change(KEYS[3], KEYS[4])
+if is_write_pending(change.labels, KEYS[1]) then return { 0 } end
 local version = string.format("%.0f", change.version)
 local soft_at, hard_at = lifetimes(change.now, tonumber(ARGV[2]), tonumber(ARGV[3]))
 announce(change, KEYS[3], KEYS[4], ARGV[6], ARGV[7], ARGV[5])
 redis.call("SET", KEYS[1], envelope(change.version, soft_at, hard_at, 0, ARGV[4]), "PX", ARGV[3])
+know_label(change, KEYS[3], KEYS[1])
+outdate_other_versions(change.labels, KEYS[1], false)
 redis.call("DEL", KEYS[2])
 outdate_dependents(KEYS[3], KEYS[5], version, false, ARGV[8])
 return { 1, version, string.format("%.0f", soft_at), string.format("%.0f", hard_at) }

@@ -23,8 +23,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
-from anyio.abc import TaskGroup
 
+from ...coordinator.background import BackgroundTasks
 from ...schemas.errors import LoaderError, Unavailable
 from .failures import CallFailed, own_copy
 from .flights import flying, flying_with
@@ -89,7 +89,7 @@ class Batches:
         self,
         cache: str,
         loader: BatchLoader,
-        tasks: TaskGroup,
+        tasks: BackgroundTasks,
         *,
         limit_s: float,
         batch_max: int = BATCH_MAX,
@@ -127,8 +127,8 @@ class Batches:
             part = wanted[start : start + self._batch_max]
             try:
                 self._tasks.start_soon(self._call, part, name=f"batch {self._cache}")
-            except RuntimeError:  # the task group is closed
-                self._fail(part, Unavailable("the node is stopped"))
+            except Unavailable as error:  # the node is stopped
+                self._fail(part, error)
 
     async def _call(self, asked: Sequence[_Asked]) -> None:
         try:

@@ -6,9 +6,9 @@ import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Generic, Literal, Protocol, TypeVar
 
-from anyio.abc import TaskGroup
 from msgspec import Struct
 
+from ...coordinator.background import BackgroundTasks
 from ...coordinator.clock import Clock, ServerClock
 from ...coordinator.instruments import Instruments
 from ...coordinator.link import Commands
@@ -40,7 +40,7 @@ class Core(Struct, kw_only=True):
     tags: TagTable
     follower: Follower
     waits: KeyWaits
-    tasks: TaskGroup
+    tasks: BackgroundTasks
     clock: Clock
     server_clock: ServerClock
     instruments: Instruments

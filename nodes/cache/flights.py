@@ -24,9 +24,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
-from anyio.abc import TaskGroup
 from msgspec import Struct
 
+from ...coordinator.background import BackgroundTasks
 from ...coordinator.clock import Clock
 from ...schemas.errors import Backpressure, LoaderError, Unavailable
 from .failures import own_copy
@@ -88,7 +88,7 @@ class Flights(Generic[C, R]):
 
     def __init__(
         self,
-        tasks: TaskGroup,
+        tasks: BackgroundTasks,
         *,
         cache: str,
         load: Callable[[str, C, Todo[R]], Awaitable[R]],
@@ -196,10 +196,7 @@ class Flights(Generic[C, R]):
             self._full("loads")
             raise Backpressure(f"loads of {self._cache}", self._loads, self._loads_max)
         flight: _Flight[C, R] = _Flight(self, key, todo.seen, call, self._monotonic())
-        try:
-            self._tasks.start_soon(self._run, key, flight, todo, name=f"load {self._cache}")
-        except RuntimeError as error:  # the task group is closed
-            raise Unavailable("the node is stopped") from error
+        self._tasks.start_soon(self._run, key, flight, todo, name=f"load {self._cache}")
         self._flights[key] = flight
         self._loads += 1
         return flight

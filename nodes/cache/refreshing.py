@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import structlog
 
-from ...schemas.errors import ForebayError
+from ...schemas.errors import ForebayError, Unavailable
 from ...schemas.jobs import RefreshJob
 from .core import Core
 
@@ -49,7 +49,7 @@ class RefreshRequests:
         if len(self._asked) > _REMEMBERED_MAX:
             self._asked.clear()
         self._asked[key] = seen, now + _ASK_AGAIN_S
-        with suppress(RuntimeError):  # the task group is closed: another node will refresh
+        with suppress(Unavailable):  # the node is stopped: another one will refresh
             self._core.tasks.start_soon(self._publish, key, seen)
             self._asking += 1
 

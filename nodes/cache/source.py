@@ -22,11 +22,11 @@ from typing import TypeVar
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup
 
+from ...coordinator.background import BackgroundTasks
 from ...coordinator.breaker import Breaker
 from ...coordinator.link import Commands
-from ...schemas.errors import BreakerOpen, ForebayError, SourceFailing
+from ...schemas.errors import BreakerOpen, ForebayError, SourceFailing, Unavailable
 from ...schemas.keys import Names
 from ...schemas.settings import CacheDefaults
 from .core import Core
@@ -47,7 +47,7 @@ class Source:
         breaker: Breaker,
         commands: Commands,
         names: Names,
-        tasks: TaskGroup,
+        tasks: BackgroundTasks,
         *,
         node_id: str,
         recovery_ms: int,
@@ -160,7 +160,7 @@ class Source:
         self._tell("o")
 
     def _tell(self, word: str) -> None:
-        with suppress(RuntimeError):  # the task group is closed: nobody needs to know by us
+        with suppress(Unavailable):  # the node is stopped: the others find out by themselves
             self._tasks.start_soon(self._publish, word)
 
     async def _publish(self, word: str) -> None:

@@ -20,11 +20,10 @@ from urllib.parse import quote
 
 import anyio
 import anyio.to_thread
-from anyio.abc import TaskGroup
 from msgspec import Struct
 
 from ...coordinator.backend import Backend
-from ...coordinator.background import background_tasks
+from ...coordinator.background import BackgroundTasks, background_tasks
 from ...coordinator.clock import Clock
 from ...coordinator.data_dir import claim_temporary
 from ...schemas.errors import ProcessFailed
@@ -222,7 +221,9 @@ class Session:
             rate=self._plan.rate,
         )
 
-    def _begin_kill(self, tasks: TaskGroup, programs: Programs, cluster: Cluster) -> anyio.Event:
+    def _begin_kill(
+        self, tasks: BackgroundTasks, programs: Programs, cluster: Cluster
+    ) -> anyio.Event:
         """The event is set when the killed node is back; at once if none is to be killed."""
         restarted = anyio.Event()
 

@@ -15,12 +15,12 @@ from collections.abc import Callable
 
 import msgspec
 import structlog
-from anyio.abc import TaskGroup
 
+from ...coordinator.background import BackgroundTasks
 from ...coordinator.clock import Clock
 from ...coordinator.instruments import Instruments
 from ...coordinator.link import Commands
-from ...schemas.errors import ForebayError, InvalidKey
+from ...schemas.errors import ForebayError, InvalidKey, Unavailable
 from ...schemas.keys import Names, check_key
 from .document import NearState
 
@@ -46,7 +46,7 @@ class Answers:
         names: Names,
         look: Callable[[str], NearState],
         *,
-        tasks: TaskGroup,
+        tasks: BackgroundTasks,
         clock: Clock,
         instruments: Instruments,
     ) -> None:
@@ -77,7 +77,7 @@ class Answers:
             return
         try:
             self._tasks.start_soon(self._answer, channel, key)
-        except RuntimeError:  # the task group is closed
+        except Unavailable:  # the node is stopped
             return
         self._under_way += 1
 

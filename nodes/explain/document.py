@@ -51,7 +51,7 @@ class NearState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ttl_ms: int = 0
     stale_ms: int = 0
     on_disconnected: str = ""
-    cache_version: int = 0
+    cache_version: str = "0"
     sink: str = ""
     declared_tags: tuple[str, ...] = ()  #: those of the template, for this key
     tag: str = ""  #: that the copy is behind on, or of which no version is known
@@ -134,7 +134,7 @@ class Explanation(Struct, frozen=True, kw_only=True):
     namespace: str
     shard: int
     shards: int
-    cache_version: int
+    cache_version: str
     server: str
     entry: EntryState
     lease: LeaseState

@@ -22,7 +22,7 @@ _NAME_CHARS_MAX = 100
 
 
 def near_state(
-    core: Core, routes: Routes, link: AnyLink, cache_version: int, key: str
+    core: Core, routes: Routes, link: AnyLink, cache_version: str, key: str
 ) -> NearState:
     """The answer of this node, at most some kilobytes long."""
     cached, sink = routes.cache_of(key), routes.sink_of(key)

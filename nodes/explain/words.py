@@ -227,7 +227,7 @@ def _nodes(document: Explanation) -> Iterator[tuple[str, str]]:
         yield "nodes", "none runs"
 
 
-def _node(node: NearState, cache_version: int) -> Iterator[str]:
+def _node(node: NearState, cache_version: str) -> Iterator[str]:
     yield _near(node)
     if node.reserved or node.loading:
         under_way = "a read or a load" if node.loading else "a read, a write or a refresh"

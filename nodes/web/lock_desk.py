@@ -19,13 +19,13 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup
 from msgspec import Struct
 
+from ...coordinator.background import BackgroundTasks
 from ...coordinator.clock import Clock
 from ...coordinator.instruments import Instruments
 from ...coordinator.link import Commands
@@ -33,7 +33,7 @@ from ...coordinator.locks.locks import LISTED_MAX, Bell
 from ...coordinator.locks.queue import BEAT_S, Place
 from ...coordinator.locks.records import Grant, Held, LockRecords, Refusal
 from ...coordinator.scripting import Scripts
-from ...schemas.errors import ForebayError
+from ...schemas.errors import ForebayError, Unavailable
 from ...schemas.errors_locks import InvalidLock, LockNotAcquired, LockNotHeld
 from ...schemas.keys import Names, check_key
 from ...schemas.locks import LEASE_DEFAULT_S, LockView, Terms, about_of, make_terms
@@ -70,7 +70,7 @@ class LockDesk:
         clock: Clock,
         rng: random.Random,
         ids: Callable[[], str],
-        tasks: TaskGroup,
+        tasks: BackgroundTasks,
         instruments: Instruments,
         waiters_max: int,
     ) -> None:
@@ -219,7 +219,8 @@ class LockDesk:
 
     def _handed(self, inner: str, _token: int, _sent_at: float) -> None:
         """A release here gave the lock to one of the same bucket, who waits here or elsewhere."""
-        self._tasks.start_soon(self._tell, inner)
+        with suppress(Unavailable):  # the node is stopped; it asks by itself: D4
+            self._tasks.start_soon(self._tell, inner)
 
     async def _tell(self, inner: str) -> None:
         try:

@@ -252,7 +252,8 @@ class Lane:
                 names.part(shard, "own"),
                 names.part(shard, "done"),
                 names.part(shard, "writes"),
-                *map(names.entry, newest),
+                names.part(shard, "head"),
+                *(name for key in newest for name in (names.entry(key), names.lease(key))),
             ],
             args=[
                 self._node_id,

@@ -119,6 +119,17 @@ async def test_bells_and_sweeps_together_apply_each_notice_once(
         assert follower.statistics().notices == 450
 
 
+async def test_sweeps_at_the_same_time_apply_each_notice_once(scene: Scene) -> None:
+    """I2: the second does not take what the first has read for notices of another server."""
+    for _ in range(3):
+        await scene.shelf.write(0)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(scene.follower.sweep)
+    assert scene.journal.applied == {0: [0, 1, 2]}
+    assert scene.journal.resets == []
+
+
 async def test_the_next_bell_is_applied_without_asking_the_server(scene: Scene) -> None:
     """I3: what the doorbell brings in order needs no read, and proves nothing either."""
     live_until = scene.follower.live_until

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import anyio
 import pytest
-from hypothesis import HealthCheck, find, given, settings
+from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
 from forebay.coordinator.link import Arg
@@ -135,6 +135,9 @@ QUICK = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
+#: The same stories in every run, and none of them made shorter: a control has to find one.
+SEARCH = settings(QUICK, max_examples=2_000, derandomize=True, phases=[Phase.generate])
+
 
 @QUICK
 @given(story=STORIES)
@@ -213,7 +216,7 @@ def test_the_checker_finds_a_planted_fault(
             return True
         return False
 
-    story = find(STORIES, fails, settings=settings(QUICK, max_examples=2_000))
+    story = find(STORIES, fails, settings=SEARCH)
     with pytest.raises(Broken):
         check_story(valkey_server, story, kind)
     monkeypatch.undo()

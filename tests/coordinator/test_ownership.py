@@ -104,7 +104,7 @@ class House:
 
     async def commit(self, node_id: str, tenure: Tenure, position: str = "5-0") -> Reply:
         part = self.names.part
-        keys = [part(tenure.resource, name) for name in ("own", "done", "writes")]
+        keys = [part(tenure.resource, name) for name in ("own", "done", "writes", "head")]
         ms, _, seq = position.partition("-")
         args: list[Arg] = [
             node_id, tenure.epoch, "writes", position, f"{ms}-{int(seq) + 1}",

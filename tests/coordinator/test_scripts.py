@@ -276,6 +276,7 @@ class Model:
         assert await self.desk.commit("a", self.epoch, job_id, [("k", version)]) == [1]
         self.jobs = [job for job in self.jobs if job[1] > version]
         assert await self.desk.length("writes") == len(self.jobs)
+        self.lease = ""  # a load that began before the write was sunk may have seen the older row
         if version == self.pending:
             self.pending = 0
             if self.doomed:

@@ -22,6 +22,7 @@ from forebay.schemas.keys import (
     KeyTemplate,
     Names,
     check_key,
+    dependents_of,
     refuse_one_string,
     shard_of,
 )
@@ -47,6 +48,12 @@ BAD = {
     "long": "x" * 513,
     "long in bytes": "ä" * 257,
 }
+REFUSED = " {}*?[]\\\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+valid_keys = st.text(
+    st.characters(exclude_categories=["Cc", "Cs"], exclude_characters=REFUSED),
+    min_size=1,
+    max_size=KEY_BYTES_MAX // 4,
+).map(check_key)
 TEMPLATES = [
     "p:{a}",
     "{a}",
@@ -255,10 +262,21 @@ def test_matching_takes_no_longer_for_a_nasty_key() -> None:
     assert template.match("1" * 512) is None
 
 
-@given(texts, st.integers(1, 1024))
+@given(valid_keys, st.integers(1, 1024))
 def test_the_shard_is_a_checksum_that_any_language_knows(key: str, shards: int) -> None:
-    """I2: crc32 of the UTF-8 bytes."""
-    assert shard_of(key, shards) == crc32(key.encode()) % shards == Names("n", shards).shard(key)
+    """I2: crc32 of the UTF-8 bytes, wherever a name of the key is made."""
+    names, expected = Names("n", shards), crc32(key.encode()) % shards
+    assert shard_of(key, shards) == names.shard(key) == expected
+    prefix = names.prefixes[expected]
+    made = (*names.of_key(key), names.fence(key), *names.lock(key), names.limit("r", "api", key))
+    assert all(name.startswith(prefix) for name in made)
+
+
+@given(valid_keys)
+def test_what_depends_on_a_key_is_in_its_shard(key: str) -> None:
+    """I1: so one script outdates both; a leading "*", which no key has, does not count."""
+    tag = dependents_of(key)
+    assert shard_of(tag, 64) == Names("n", 64).shard(tag) == shard_of(key, 64)
 
 
 def test_the_shards_of_known_keys() -> None:
@@ -273,13 +291,13 @@ def test_the_shards_of_known_keys() -> None:
 @pytest.mark.parametrize("shards", [1, 7, 64, 1000])
 def test_all_names_of_a_shard_share_its_hash_tag(shards: int) -> None:
     """I1: so that one script may touch them all, on a cluster too."""
-    names = Names("shop", shards, cache_version=3)
+    names = Names("shop", shards, cache_version="3")
     for number in range(50):
         key = f"product:{number}"
         shard = names.shard(key)
         tag = names.part(shard, "log").partition("}")[0] + "}"
         assert int(tag.strip("{}").partition(":")[2]) == shard
-        mine = [names.entry(key), names.lease(key), names.tag(key), names.seen(shard, "id")]
+        mine = [names.entry(key), names.lease(key), names.tag(key), names.part(shard, "seen")]
         assert all(each.startswith(tag + ":") for each in mine)
         assert mine[0] == f"{tag}:e3:{key}"
         assert len(set(mine)) == len(mine)

@@ -78,7 +78,8 @@ def test_file_then_environment_then_flags() -> None:
         ("VALKEY_HOST", "/run/v.sock", "valkey.url", "unix:///run/v.sock"),
         ("VALKEY_PORT", "7000", "valkey.url", "valkey://localhost:7000/0"),
         ("VALKEY_FAKE", "1", "valkey.fake", True),
-        ("CACHE_VER", "7", "cache.version", 7),
+        ("CACHE_VER", "7", "cache.version", "7"),
+        ("CACHE_VER", "v9.1-b_2", "cache.version", "v9.1-b_2"),
         ("RATE_MAX_TOKENS", "50", "limiter.max_tokens", 50),
         ("RATE_WINDOW_SEC", "2.5", "limiter.window_s", 2.5),
         ("FOREBAY_WORKERS__ENABLED", "false", "workers.enabled", False),
@@ -155,7 +156,7 @@ def test_own_names_win_over_neutral_ones_even_if_these_are_wrong() -> None:
 
     assert resolved.settings.valkey.url == URL
     assert resolved.settings.valkey.password.reveal() == CANARY
-    assert resolved.settings.cache.version == 2
+    assert resolved.settings.cache.version == "2"
 
 
 def test_foreign_names_and_empty_values_are_ignored() -> None:
@@ -300,7 +301,9 @@ BAD = [
     env("FOREBAY_CACHE__JITTER", "nan", "cache.jitter", "from 0 to 0.5"),
     env("RATE_WINDOW_SEC", "0", "limiter.window_s", "above 0 and at most 86400"),
     env("RATE_MAX_TOKENS", "-1", "limiter.max_tokens", "from 1 to 100000000"),
-    env("CACHE_VER", "v2", "cache.version", "from 0 to 1000000"),
+    env("CACHE_VER", "v 2", "cache.version", "1 to 16 letters"),
+    env("CACHE_VER", "a" * 17, "cache.version", "1 to 16 letters"),
+    env("CACHE_VER", "e:1", "cache.version", "1 to 16 letters"),
     env("FOREBAY_NAMESPACE", "my shop", "node.namespace", "letters, digits"),
     env("FOREBAY_NAMESPACE", "shop\n", "node.namespace", "control character", "shop\\n"),
     env("FOREBAY_VALKEY_URL", URL, "FOREBAY_VALKEY_URL", "FOREBAY_VALKEY__URL?", "***"),

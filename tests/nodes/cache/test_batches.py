@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
+from forebay.coordinator.background import BackgroundTasks, background_tasks
 from forebay.nodes.cache.batches import Batches
 from forebay.nodes.cache.loading import Loading, loading, under_way
 from forebay.nodes.cache.scope import current, request_scope
@@ -43,10 +44,9 @@ class Source:
 
 
 @pytest.fixture
-async def tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
-    async with anyio.create_task_group() as group:
+async def tasks() -> AsyncIterator[BackgroundTasks]:
+    async with background_tasks() as group:
         yield group
-        group.cancel_scope.cancel()
 
 
 @pytest.fixture
@@ -55,11 +55,11 @@ def source() -> Source:
 
 
 @pytest.fixture
-async def batches(source: Source, tasks: anyio.abc.TaskGroup) -> Batches:
+async def batches(source: Source, tasks: BackgroundTasks) -> Batches:
     return batches_of(source, tasks)
 
 
-def batches_of(source: Source, tasks: anyio.abc.TaskGroup, **options: Any) -> Batches:
+def batches_of(source: Source, tasks: BackgroundTasks, **options: Any) -> Batches:
     return Batches("product", source.load, tasks, **{"limit_s": 20.0, **options})
 
 
@@ -207,7 +207,7 @@ async def test_a_mapping_that_breaks_fails_all_keys(batches: Batches, source: So
 
 @pytest.mark.parametrize("grouped", [True, False])
 async def test_a_call_is_for_so_many_keys_at_most(
-    source: Source, tasks: anyio.abc.TaskGroup, grouped: bool
+    source: Source, tasks: BackgroundTasks, grouped: bool
 ) -> None:
     """G3: the calls run at the same time, and each key gets its own value."""
     batches = batches_of(source, tasks, batch_max=3)
@@ -221,9 +221,7 @@ async def test_a_call_is_for_so_many_keys_at_most(
     assert await together(*loads) == [f"value of {n}" for n in range(8)]
 
 
-async def test_a_call_that_takes_too_long_is_ended(
-    source: Source, tasks: anyio.abc.TaskGroup
-) -> None:
+async def test_a_call_that_takes_too_long_is_ended(source: Source, tasks: BackgroundTasks) -> None:
     """G3: with an error for each key that says so."""
     batches = batches_of(source, tasks, limit_s=0.01)
     source.gate = anyio.Event()
@@ -254,7 +252,7 @@ async def test_cancelling_one_load_leaves_the_call_to_the_others(
 
 
 async def test_cancelling_all_loads_lets_the_call_end_by_itself(
-    batches: Batches, source: Source, tasks: anyio.abc.TaskGroup
+    batches: Batches, source: Source, tasks: BackgroundTasks
 ) -> None:
     """G4: what it brings is nobody's, and no error either."""
     source.gate = anyio.Event()
@@ -262,12 +260,12 @@ async def test_cancelling_all_loads_lets_the_call_end_by_itself(
         await batches.load("a")
     source.gate.set()
     await settled()
-    assert not tasks.cancel_scope.cancel_called
+    assert not tasks.closed
     assert await together(batches.load("b")) == ["value of b"]
 
 
 async def test_a_loader_that_is_cancelled_from_inside_does_not_end_the_node(
-    batches: Batches, source: Source, tasks: anyio.abc.TaskGroup
+    batches: Batches, source: Source, tasks: BackgroundTasks
 ) -> None:
     """G4: it waited for something that was cancelled: that is its failure."""
     source.result = asyncio.CancelledError()
@@ -275,40 +273,38 @@ async def test_a_loader_that_is_cancelled_from_inside_does_not_end_the_node(
     assert all(isinstance(each, LoaderError) for each in got)
     assert "cancelled from inside" in str(got[0])
     await settled()
-    assert not tasks.cancel_scope.cancel_called
+    assert not tasks.closed
     source.result = None
     assert await together(batches.load("a")) == ["value of a"]
 
 
 async def test_the_end_of_the_node_ends_the_waiting(source: Source) -> None:
     """G4: with Unavailable, not with a cancellation; and so for whoever comes afterwards."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         batches = batches_of(source, tasks)
         source.gate = anyio.Event()
         loads = [asyncio.ensure_future(batches.load(key)) for key in "ab"]
         await settled()
-        tasks.cancel_scope.cancel()
+        tasks.close()
     got = await together(*loads, batches.load("c"))
     assert [type(each) for each in got] == [Unavailable] * 3
 
 
 async def test_a_call_that_never_got_to_run_ends_the_waiting_too(source: Source) -> None:
     """G4: the node may stop between the start of a task and its first step."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         batches = batches_of(source, tasks)
         source.gate = anyio.Event()
         load = asyncio.ensure_future(batches.load("a"))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        tasks.cancel_scope.cancel()
+        tasks.close()
     got = await together(load)
     assert [type(each) for each in got] == [Unavailable]
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-async def test_a_batch_loader_runs_for_no_single_key(
-    tasks: anyio.abc.TaskGroup, grouped: bool
-) -> None:
+async def test_a_batch_loader_runs_for_no_single_key(tasks: BackgroundTasks, grouped: bool) -> None:
     """Loading: what it would say of its load would be said of one key, whichever came first."""
     got: list[Any] = []
 
@@ -329,7 +325,7 @@ async def test_a_batch_loader_runs_for_no_single_key(
 
 
 @pytest.mark.parametrize("last", ["asks", "leaves"])
-async def test_a_batch_loader_sees_no_request(tasks: anyio.abc.TaskGroup, last: str) -> None:
+async def test_a_batch_loader_sees_no_request(tasks: BackgroundTasks, last: str) -> None:
     """G5: what it returns is for everyone, whoever lets the call go."""
     scopes = []
 

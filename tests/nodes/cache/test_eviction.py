@@ -114,7 +114,13 @@ def check_beside(
 ) -> None:
     """The same keys are there, in the same order, after every step."""
 
-    @settings(max_examples=examples, database=None, phases=[Phase.generate], deadline=None)
+    # A control, which has to find something, gets the same examples in every run.
+    @settings(
+        max_examples=examples,
+        derandomize=examples > 100,
+        database=None,
+        phases=[Phase.generate],
+    )
     @given(STEPS, st.integers(1, 6))
     def follow(steps: list[tuple[str, int]], size: int) -> None:
         order, model = made(entries_max=size, bytes_max=10**6), model_of(size)

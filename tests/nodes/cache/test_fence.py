@@ -39,7 +39,7 @@ ANY_VERSION = 2**60
 LEASE_MS = 600_000
 TOGETHER = 2_000
 TOKEN_CHECK = r"^if .*KEYS\[2\].* ~= ARGV\[1\] then return { 0 } end$"
-PENDING_CHECK = r"^if pending_of\(.*> 0 then return { 0 } end$"
+PENDING_CHECK = r"^if is_write_pending\(.*then return { 0 } end$"
 
 
 def traced(story: Story) -> Sequence[str]:
@@ -335,7 +335,7 @@ def behind(story: Story, name: str) -> Steps:
     # Each story moves a checkpoint of its own name, and trims nothing.
     keys = [names.part(shard, "own"), names.part(shard, "done"), names.part(shard, "writes")]
     yield story.call(
-        "checkpoint_commit", [*keys, names.entry(story.key)],
+        "checkpoint_commit", [*keys, names.part(shard, "head"), *names.of_key(story.key)[:2]],
         "me", 1, story.key, "0-1", "0-1", "", shard, int(reply[1]),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
+from forebay.coordinator.background import BackgroundTasks, background_tasks
 from forebay.nodes.cache.flights import Flights, Todo
 from forebay.schemas.errors import Backpressure, LoaderError, TimedOut, Unavailable
 
@@ -20,7 +21,7 @@ ABSENT: Todo[Any] = Todo(-1)
 class Airport:
     """Flights whose loads end when they are let."""
 
-    def __init__(self, tasks: anyio.abc.TaskGroup, **options: Any) -> None:
+    def __init__(self, tasks: BackgroundTasks, **options: Any) -> None:
         self.loads: list[tuple[str, str, int]] = []
         self.result: Any = "loaded"
         self.load_gate = anyio.Event()
@@ -79,14 +80,13 @@ class Callers:
 
 
 @pytest.fixture
-async def tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
-    async with anyio.create_task_group() as group:
+async def tasks() -> AsyncIterator[BackgroundTasks]:
+    async with background_tasks() as group:
         yield group
-        group.cancel_scope.cancel()
 
 
 @pytest.fixture
-async def airport(tasks: anyio.abc.TaskGroup) -> Airport:
+async def airport(tasks: BackgroundTasks) -> Airport:
     return Airport(tasks)
 
 
@@ -239,7 +239,7 @@ async def test_an_error_is_forgotten_at_once(airport: Airport) -> None:
     assert len(airport.flights) == 0
 
 
-async def test_loads_are_bounded(tasks: anyio.abc.TaskGroup) -> None:
+async def test_loads_are_bounded(tasks: BackgroundTasks) -> None:
     """F4: one more is refused, joining is not, and nothing of the refused one is left."""
     airport = Airport(tasks, loads_max=2)
     callers = Callers(airport)
@@ -256,7 +256,7 @@ async def test_loads_are_bounded(tasks: anyio.abc.TaskGroup) -> None:
     assert await airport.join("c") == "loaded"
 
 
-async def test_those_who_wait_are_bounded(tasks: anyio.abc.TaskGroup) -> None:
+async def test_those_who_wait_are_bounded(tasks: BackgroundTasks) -> None:
     """F4: one more is refused, and the load goes on."""
     airport = Airport(tasks, waiters_max=3)
     callers = Callers(airport)
@@ -341,7 +341,7 @@ async def test_patience_without_a_fallback_ends_in_an_error(
     assert (len(airport.flights), len(airport.loads), airport.served_late) == (1, 1, 0)
 
 
-async def test_who_need_not_wait_is_not_refused(tasks: anyio.abc.TaskGroup) -> None:
+async def test_who_need_not_wait_is_not_refused(tasks: BackgroundTasks) -> None:
     """F4, F6: the bound of those who wait is for those who wait."""
     airport = Airport(tasks, waiters_max=1)
     callers = Callers(airport)
@@ -387,14 +387,14 @@ def _hurries(handle: Any) -> bool:
 
 async def test_cancelling_the_load_stops_the_clock_too() -> None:
     """F6: the node stops; those who wait hear of that, and of nothing else."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         airport = Airport(tasks)
         callers = Callers(airport)
         airport.load_gate = anyio.Event()
         await callers.join("a", "a", todo=Todo(5, "fallback", 600))
         timers: Any = asyncio.get_running_loop()
         assert [each for each in timers._scheduled if _hurries(each) and not each.cancelled()]
-        tasks.cancel_scope.cancel()
+        tasks.close()
     assert all(isinstance(each, Unavailable) for each in await callers.got())
     assert not [each for each in timers._scheduled if _hurries(each) and not each.cancelled()]
 
@@ -425,12 +425,12 @@ async def test_after_a_notice_the_fallback_is_nobody_s(airport: Airport, callers
 
 async def test_the_end_of_the_node_ends_the_waiting() -> None:
     """Loads are cancelled, and those who wait for them get Unavailable, not a cancellation."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         airport = Airport(tasks)
         callers = Callers(airport)
         airport.load_gate = anyio.Event()
         await callers.join("a", "a", "b")
-        tasks.cancel_scope.cancel()
+        tasks.close()
     got = await callers.got()
     assert all(isinstance(each, Unavailable) for each in got)
     assert len(airport.flights) == 0
@@ -441,12 +441,12 @@ async def test_the_end_of_the_node_ends_the_waiting() -> None:
 
 async def test_a_load_that_never_got_to_run_ends_the_waiting_too() -> None:
     """The node may stop between the start of a task and its first step."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         airport = Airport(tasks)
         airport.load_gate = anyio.Event()
         task = asyncio.ensure_future(airport.join("a"))
         await asyncio.sleep(0)
-        tasks.cancel_scope.cancel()
+        tasks.close()
     with anyio.fail_after(20), pytest.raises(Unavailable):
         await task
     assert len(airport.flights) == 0

@@ -454,7 +454,7 @@ def test_the_machine_catches_a_planted_fault(fault: type[NearCache], policy: str
     patient = settings(
         max_examples=3_000,
         stateful_step_count=40,
-        deadline=None,
+        derandomize=True,
         database=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forebay.coordinator.background import BackgroundTasks, background_tasks
 from forebay.coordinator.breaker import Breaker
 from forebay.nodes.cache.source import Source
 from forebay.schemas.errors import Disconnected, LoaderError, ServerRefused, SourceFailing
@@ -30,7 +31,7 @@ class ManualClock:
 class Cluster:
     """Nodes that ask one source, and the server between them."""
 
-    def __init__(self, tasks: anyio.abc.TaskGroup) -> None:
+    def __init__(self, tasks: BackgroundTasks) -> None:
         self.clock = ManualClock()
         self.tasks = tasks
         self.right: tuple[bytes, float] | None = None  #: to probe: whose, and until when
@@ -103,9 +104,8 @@ class Cluster:
 
 @pytest.fixture
 async def cluster() -> AsyncIterator[Cluster]:
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         yield Cluster(tasks)
-        tasks.cancel_scope.cancel()
 
 
 async def failing(cluster: Cluster, name: str = "one", **options: Any) -> Source:
@@ -171,7 +171,7 @@ async def test_a_success_ends_the_row(cluster: Cluster) -> None:
 @given(st.lists(st.sampled_from(["a", "b", "c", "+"]), max_size=30))
 async def test_the_row_is_what_the_contract_says(row: list[str]) -> None:
     """O1: against the plainest account of it."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         cluster = Cluster(tasks)
         source = cluster.node()
         count, last = 0, ""
@@ -185,7 +185,7 @@ async def test_the_row_is_what_the_contract_says(row: list[str]) -> None:
             elif each != last:
                 count, last = count + 1, each
             assert source.breaker.closed == (count < FAILURES)
-        tasks.cancel_scope.cancel()
+        tasks.close()
 
 
 async def test_harmless_errors_say_nothing_of_the_source(cluster: Cluster) -> None:
@@ -357,7 +357,7 @@ async def test_a_word_while_the_right_is_asked_for_is_heeded(cluster: Cluster) -
 
 async def test_a_node_that_stops_tells_nobody() -> None:
     """Its task group is closed; the loader's error is what is raised."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         cluster = Cluster(tasks)
     source = cluster.node()
     cluster.down = ConnectionError("down")

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
+from forebay.coordinator.background import BackgroundTasks, background_tasks
 from forebay.coordinator.instruments import Instruments
 from forebay.nodes.explain.answers import ANSWERS_MAX, PER_SECOND_MAX, Answers, request_of
 from forebay.nodes.explain.document import NearState
@@ -48,7 +49,7 @@ class Published:
 
 
 class Desk:
-    def __init__(self, tasks: anyio.abc.TaskGroup) -> None:
+    def __init__(self, tasks: BackgroundTasks) -> None:
         self.clock, self.published = Hand(), Published()
         self.instruments = Instruments(CollectorRegistry())
         self.answers = Answers(
@@ -72,7 +73,7 @@ class Desk:
 
 async def test_a_request_is_answered_where_it_says() -> None:
     """W1: what the node knows of that key goes to the reply channel."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         desk = Desk(tasks)
         assert await desk.ask(request_of(CHANNEL, "product:42")) == 1
 
@@ -99,13 +100,13 @@ async def test_a_request_is_answered_where_it_says() -> None:
 )
 async def test_odd_requests_are_left_alone(request_text: bytes) -> None:
     """W2: only a reply channel of this namespace, and a key, get an answer."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         assert await Desk(tasks).ask(request_text) == 0
 
 
 async def test_answers_under_way_are_bounded() -> None:
     """W3: while the server is slow, further requests are counted and left out."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         desk = Desk(tasks)
         desk.published.gate = anyio.Event()
         await desk.ask(request_of(CHANNEL, "a"), times=ANSWERS_MAX + 3)
@@ -118,7 +119,7 @@ async def test_answers_under_way_are_bounded() -> None:
 
 async def test_answers_in_a_second_are_bounded() -> None:
     """W3: a flood of requests makes no flood of answers, and the next second begins anew."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         desk = Desk(tasks)
         answered = [await desk.ask(request_of(CHANNEL, "a")) for _ in range(PER_SECOND_MAX + 5)]
         assert sum(answered) == PER_SECOND_MAX
@@ -128,7 +129,7 @@ async def test_answers_in_a_second_are_bounded() -> None:
 
 async def test_a_server_that_is_away_costs_the_answer_only() -> None:
     """The node goes on, and the place of the answer is free again."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         desk = Desk(tasks)
         desk.published.error = Disconnected("gone")
         assert await desk.ask(request_of(CHANNEL, "a"), times=ANSWERS_MAX) == 0

@@ -286,7 +286,7 @@ async def test_other_cache_versions_are_told(valkey_server: ValkeyServer, namesp
     """A node that was started with another CACHE_VER reads other entries."""
     settings = Valkey(url=valkey_server.socket_url)
     old = made(namespace, settings, "old")
-    new = made(namespace, settings, "new", cache=CacheDefaults(version=2))
+    new = made(namespace, settings, "new", cache=CacheDefaults(version="2"))
     async with old, new:
         await product_of(old)(1)
         document = await new.explain("product:1")

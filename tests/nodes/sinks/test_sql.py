@@ -317,7 +317,7 @@ def shuffled(history: list[Any]) -> st.SearchStrategy[tuple[list[Any], list[int]
 relaxed = settings(
     max_examples=25,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

@@ -66,7 +66,7 @@ class Station:
             namespace="shop",
             shard=1,
             shards=4,
-            cache_version=0,
+            cache_version="0",
             server="valkey 9.1.2",
             entry=EntryState(),
             lease=LeaseState(),
