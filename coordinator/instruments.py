@@ -104,6 +104,15 @@ _ANOMALY = ("kind", ("loop_stalled", "server_clock_jumped"))
 CATALOGUE = (
     Instrument("build_info", "Always 1; the label tells the version.", ("version",)),
     Instrument("events_published_total", "Events this node put into the stream.", (_TYPE,)),
+    Instrument(
+        "ingress_generations_total",
+        "Times that the ids of the ingress stream began anew, by the reason.",
+        (("reason", ("begun", "restored", "replaced", "lost", "drained")),),
+    ),
+    Instrument(
+        "ingress_id_ahead_seconds",
+        "How far the newest id of the ingress stream is ahead of the server's clock; its owner.",
+    ),
     Instrument("events_processed_total", "Events taken from the stream.", (_TYPE, _RESULT)),
     Instrument("event_delay_seconds", "From publishing to applied.", (_TYPE,), FINE_S),
     Instrument("event_processing_seconds", "Applying one event.", (_TYPE,), COARSE_S),

@@ -39,7 +39,7 @@ from prometheus_client import CollectorRegistry
 from ..coordinator.instruments import Instruments
 from ..coordinator.scripting import run
 from ..schemas.errors import Backpressure, ForebayError, InvalidKey, LoaderError
-from ..schemas.keys import check_key, refuse_one_string
+from ..schemas.keys import EVENTS, check_key, refuse_one_string
 from ..schemas.settings import Settings
 from ..schemas.settings_sources import Resolved
 from . import status
@@ -106,15 +106,18 @@ class Node(Declarations, Locking):
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool:
+    ) -> None:
         parts = self.parts
         assert self._life is not None
         try:
-            return await self._life.end(exc)
+            ended_by_itself = await self._life.end(exc)
         finally:
             self.drained = parts.drained
             self._forget()
             _say("node.stopped", drained=self.drained)
+        if ended_by_itself:
+            log.error("node.ended", reason="its tasks were cancelled from inside")
+            raise ForebayError("the node ended by itself: its tasks were cancelled from inside")
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[str]:
@@ -252,7 +255,8 @@ class Node(Declarations, Locking):
         raw = as_json(events)
         names = [name_of(event, bytes_max) for event in raw]
         script = parts.scripts["event_publish"]
-        reply = await run(parts.backend.link, script, [parts.names.events], [bound, *raw])
+        keys = [parts.names.events, parts.names.part(EVENTS, "before")]
+        reply = await run(parts.backend.link, script, keys, [bound, *raw])
         if reply and reply[0] == 0:
             raise Backpressure(parts.names.events, int(reply[1]), bound)
         for name in names:

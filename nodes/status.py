@@ -46,6 +46,9 @@ def checks(node: Node) -> Sequence[Check]:
     for name, delivery in parts.crew.deliveries.items() if parts.crew else ():
         detail = f"the sink is stopped: {delivery.stopped}"
         found.append(_check(f"sink {name}", not delivery.stopped, detail, frozenset(), "warn"))
+    if parts.crew is not None and (ahead_ms := parts.crew.ingress.ahead_ms):
+        detail = f"the newest id of {parts.names.events} is {ahead_ms / 1000:.0f} s ahead"
+        found.append(_check("ingress_ids", False, detail, frozenset(), "warn"))
     return found
 
 
@@ -80,6 +83,7 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
     for state in ("closed", "open", "half_open"):
         yield "breaker_state", ("valkey", state), float(link.breaker == state)
     if parts.crew is not None:
+        yield "ingress_id_ahead_seconds", (), parts.crew.ingress.ahead_ms / 1000
         yield "owned_shards", (), float(parts.crew.ownership.statistics().shards)
         for state, count in parts.crew.ownership.members().items():
             yield "members", (state,), float(count)

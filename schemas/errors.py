@@ -50,6 +50,7 @@ EventFault = Literal[
     "undecodable",
     "oversized",
     "unknown_type",
+    "last_id",
     "wrong_field",
     "no_sink",
     "sink_refused",
@@ -206,7 +207,9 @@ class CoordinationError(ForebayError):
 
 
 class InvalidKey(ForebayError):
-    """Raised for a key, tag or namespace that the key grammar does not allow."""
+    """Raised for a key, tag or namespace that the key grammar does not allow, and for an argument
+    of another type than its parameter is declared.
+    """
 
     def __init__(self, name: str, value: str, problem: str) -> None:
         shown = value if len(value) <= 80 else value[:77] + "..."
@@ -234,6 +237,17 @@ class NewerSchema(ForebayError):
     def __init__(self, type_name: str) -> None:
         super().__init__(f"{type_name} is newer than this node")
         self.type_name = type_name
+
+
+class UnreadableRecord(ForebayError):
+    """Raised for what Valkey holds, and what is not what it should be: nobody of us wrote it."""
+
+    def __init__(self, name: str, found: object, problem: str) -> None:
+        shown = ascii(found[:40] if isinstance(found, bytes | str) else type(found).__name__)
+        super().__init__(f"{name} {problem}: {shown[:80]}; delete or repair it in Valkey")
+        self.name = name
+        self.found = shown[:80]
+        self.problem = problem
 
 
 class InvalidEntry(ForebayError):

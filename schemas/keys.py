@@ -5,7 +5,7 @@
     {shop:07}:e0:KEY    string  entry (0: the cache version, CACHE_VER)
     {shop:07}:l:KEY     string  fill lease: the token of the one who may fill
     {shop:07}:t:TAG     string  tag version; *KEY is the tag of what depends on a key, in its shard
-    {shop:07}:i:ID      string  an event id seen lately    :f:KEY  string  highest fencing token
+    {shop:07}:seen      zset    event ids seen lately      :f:KEY  string  highest fencing token
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
@@ -14,7 +14,8 @@
     {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT
     {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
     {shop:07}:rs:LIMIT:SUBJECT   zset    slots in use: nonce -> until
-    forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it
+    forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it;
+                                :before  what was published up to an exhausted id
     forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  last beats
     {forebay:shop:nodes}:members  hash  the roster
     forebay:shop:wake:PROCESS   channel  a lock is yours, or is so no more
@@ -154,9 +155,13 @@ class KeyTemplate:
             InvalidKey: a value is missing, empty, or of a kind that has no text of its own; or
                 the key is too long.
         """
+        return self.of_texts([_text_of(field, values.get(field)) for field in self.fields])
+
+    def of_texts(self, texts: Iterable[str]) -> str:
+        """The key of these texts, one for each field in its order; raises InvalidKey."""
         parts = [self._literals[0]]
-        for field, literal in zip(self.fields, self._literals[1:], strict=True):
-            parts += [self._escaped(field, values.get(field)), literal]
+        for field, text, literal in zip(self.fields, texts, self._literals[1:], strict=True):
+            parts += [self._escaped(field, text), literal]
         key = "".join(parts)
         if len(key) > KEY_BYTES_MAX or len(key.encode()) > KEY_BYTES_MAX:
             raise InvalidKey("key", key, f"has over {KEY_BYTES_MAX} bytes")
@@ -194,8 +199,9 @@ class KeyTemplate:
         except InvalidKey:
             return None
 
-    def _escaped(self, field: str, value: object) -> str:
-        text = _text_of(field, value)
+    def _escaped(self, field: str, text: str) -> str:
+        if not text:
+            raise InvalidKey(field, text, "is empty, and cannot be part of a key")
         if text.isascii() and text.isalnum():
             return text
         try:
@@ -233,12 +239,9 @@ def _text_of(field: str, value: object) -> str:
     if value is None or nameless or isinstance(value, _NOT_TEXT):
         raise InvalidKey(field, repr(value), "cannot be part of a key")
     try:
-        text = str(value)
+        return str(value)
     except ValueError:
         raise InvalidKey(field, "the number", "has too many digits") from None
-    if not text:
-        raise InvalidKey(field, text, "is empty, and cannot be part of a key")
-    return text
 
 
 class Names:
@@ -331,9 +334,6 @@ class Names:
         """Whether it is such a channel of this namespace."""
         head, nonce = channel[: len(self._reply)], channel[len(self._reply) :]
         return head == self._reply.encode() and _NONCE.fullmatch(nonce) is not None
-
-    def seen(self, shard: int, event_id: str) -> str:
-        return f"{self.prefixes[shard]}i:{event_id}"
 
     def part(self, shard: int, name: str) -> str:
         """A name that a shard, or the ingress stream (EVENTS), has once: head, log, own ..."""

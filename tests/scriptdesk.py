@@ -15,7 +15,7 @@ from msgspec import Struct
 from forebay.coordinator.link import Arg, Commands, Reply
 from forebay.coordinator.scripting import load_scripts, run
 from forebay.schemas.entry import Entry, EntryMeta, make_tail, read_entry
-from forebay.schemas.keys import Names, dependents_of
+from forebay.schemas.keys import EVENTS, Names, dependents_of
 from forebay.schemas.notices import (
     Bumped,
     Changed,
@@ -26,6 +26,7 @@ from forebay.schemas.notices import (
     read_notice,
     write_notice,
 )
+from forebay.schemas.replies import following
 
 __all__ = ["Desk", "Logged", "tail_of"]
 
@@ -143,14 +144,17 @@ class Desk:
         bound: int = 100,
         mark: str = "",
         event_id: str = "",
+        published_ms: int = 0,
+        seen_ms: int = MINUTE_MS,
+        seen_max: int = 100,
     ) -> list[Reply]:
         shard = self.names.shard(key)
-        keys = [*self.entry_keys(key), self.part("writes", shard), self.names.seen(shard, event_id)]
+        keys = [*self.entry_keys(key), self.part("writes", shard), self.part("seen", shard)]
         keys.append(self.names.tag(dependents_of(key)))
         args: list[Arg] = [soft_ms, hard_ms, tail_of(value)]
         args += self._said(Changed(key, outdates=True), shard)
-        args += [f"job of {value}", bound, self.names.work, mark, MINUTE_MS if event_id else 0]
-        args.append(MINUTE_MS)
+        args += [f"job of {value}", bound, self.names.work, mark, seen_ms if event_id else 0]
+        args += [MINUTE_MS, event_id, published_ms, seen_max]
         return list(await self.run("entry_write", keys, *args))
 
     async def fill_write(
@@ -271,8 +275,34 @@ class Desk:
         states = {bytes(k).decode(): bytes(v).split(b" ")[1].decode() for k, v in told.items()}
         return int(reply[0]), bool(reply[1]), states
 
+    def _ingress(self) -> list[str]:
+        own, done, before = [self.names.part(EVENTS, name) for name in ("own", "done", "before")]
+        return [own, done, self.names.events, before]
+
+    async def claim_ingress(self, owner: str) -> int:
+        args: list[Arg] = [owner, MINUTE_MS, "t", MINUTE_MS, MINUTE_MS]
+        return int((await self.run("owner_claim", self._ingress()[:1], *args))[1])
+
+    async def take_batch(
+        self,
+        owner: str,
+        epoch: int,
+        first: str = "",
+        last: str = "",
+        *,
+        mark: str = "0 0-0",
+        digest: str = "0a",
+    ) -> list[Reply]:
+        args: list[Arg] = [owner, epoch, first, last, digest, *mark.split()]
+        return list(await self.run("ingress_take", self._ingress(), *args))
+
+    async def commit_batch(self, owner: str, epoch: int, last: str) -> list[Reply]:
+        keys = self._ingress()
+        return list(await self.run("ingress_commit", keys, owner, epoch, last, following(last)))
+
     async def publish(self, *events: str, bound: int = 100) -> list[Reply]:
-        return list(await self.run("event_publish", [self.names.events], bound, *events))
+        keys = [self.names.events, self.names.part(EVENTS, "before")]
+        return list(await self.run("event_publish", keys, bound, *events))
 
     # Reading back
 

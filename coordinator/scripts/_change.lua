@@ -11,6 +11,10 @@
 --    outdates a key reaches its entries of all versions. Their names are the only ones that
 --    scripts make: of a declared entry, in its slot.
 --
+-- C5 A shard keeps the newest ingress mark that took effect (i in its head). A mark is text of one
+--    length, "<generation>-<ms>-<seq>-<place>"; one that is not later is a repetition. What is
+--    no mark repeats nothing.
+--
 -- An entry begins: magic 3, state 1, version 16, soft_at 13, hard_at 13, pending 16 (digits).
 
 local function server_us()
@@ -42,6 +46,14 @@ local function announce(change, head, log, bell, shard, notice)
   local seq = string.sub(id, #epoch + 2)
   redis.call("PUBLISH", bell, shard .. " " .. epoch .. " " .. seq .. " " .. version .. " " .. notice)
   return id
+end
+
+local function is_repetition(head, mark)
+  if mark == "" then return false end
+  local newest = redis.call("HGET", head, "i")
+  if not newest or #newest ~= #mark or not string.match(newest, "^[%d-]+$") then return false end
+  local generation = tonumber(string.match(newest, "^%d+"))
+  return mark <= newest and generation and generation < 2 ^ 52
 end
 
 local function lifetimes(now, soft_ms, hard_ms)

@@ -1,7 +1,7 @@
 -- Invalidate keys of one shard.
 -- With _change.lua.
 --
--- KEYS[1] head    hash     epoch, newest version, newest ingress mark (m), cache versions (c)
+-- KEYS[1] head    hash     epoch, newest version, newest ingress mark (i), cache versions (c)
 -- KEYS[2] log     stream   notices
 -- KEYS[3..] entry, lease and tag of each key, by turns
 -- ARGV[1] notice  msgpack
@@ -18,8 +18,7 @@
 -- I3 What depends on the keys is outdated with them, as softly.
 -- I4 The entries of all cache versions are outdated alike.
 
-local newest = redis.call("HGET", KEYS[1], "m")
-if ARGV[4] ~= "" and newest and ARGV[4] <= newest then return { 2 } end
+if is_repetition(KEYS[1], ARGV[4]) then return { 2 } end
 local change = next_change(KEYS[1], KEYS[2])
 local version = string.format("%.0f", change.version)
 announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
@@ -29,5 +28,5 @@ for i = 3, #KEYS, 3 do
   redis.call("DEL", KEYS[i + 1])
   outdate_dependents(KEYS[1], KEYS[i + 2], version, ARGV[5] == "1", ARGV[6])
 end
-if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "m", ARGV[4]) end
+if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "i", ARGV[4]) end
 return { 1, version }

@@ -3,10 +3,10 @@
 --
 -- KEYS[1] entry       string   the stored envelope; it does not expire until the write was sunk
 -- KEYS[2] lease       string, expires   token of the one who may fill
--- KEYS[3] head        hash     epoch, newest version, newest ingress mark (m)
+-- KEYS[3] head        hash     epoch, newest version, newest ingress mark (i)
 -- KEYS[4] log         stream   notices
 -- KEYS[5] writes      stream   jobs
--- KEYS[6] seen        string, expires   an event id seen lately
+-- KEYS[6] seen        zset     event ids seen lately, by when they were published (milliseconds)
 -- KEYS[7] tag         string, expires   version of the tag named after the key
 -- ARGV[1] soft_ms     lifetime until stale
 -- ARGV[2] hard_ms     lifetime until gone, >= soft_ms
@@ -18,21 +18,32 @@
 -- ARGV[8] writes_max  bound of the stream
 -- ARGV[9] work        channel of jobs
 -- ARGV[10] mark       place in the ingress stream; empty: it does not come from there
--- ARGV[11] seen_ms    how long the event id is remembered; 0: it has none
+-- ARGV[11] seen_ms    for how long after its publication an event id counts once; 0: it has none
 -- ARGV[12] keep_ms    how long a tag version is kept unused
--- Returns {1, version, soft_at_ms, hard_at_ms, job id, length}; {0, length} full; {2} a repetition
+-- ARGV[13] event_id   its source and id; empty: it has none
+-- ARGV[14] published_ms  when it was published, on the server's clock; 0: now
+-- ARGV[15] seen_max   how many event ids are remembered
+-- Returns {1, version, soft_at_ms, hard_at_ms, job id, length}, and how many event ids
+--   were forgotten for lack of room, if any; {0, length} full; {2} a repetition
 --
--- I1 A mark that is not later than the newest one, or an event id seen, changes nothing.
+-- I1 A mark that is not later than the newest one, or an event id seen, changes nothing. Whether
+--    it was seen lately is told by when both were published, however late they are applied.
 -- I2 A full stream refuses; it is never trimmed to make room.
 -- I3 What depends on the key is outdated, and so are entries of other cache versions.
+-- I4 Lifetimes count from when it was published.
 
-local newest = redis.call("HGET", KEYS[3], "m")
-if ARGV[10] ~= "" and newest and ARGV[10] <= newest then return { 2 } end
-if ARGV[11] ~= "0" and redis.call("EXISTS", KEYS[6]) == 1 then return { 2 } end
+if is_repetition(KEYS[3], ARGV[10]) then return { 2 } end
+local published_ms = math.floor(server_us() / 1000)
+local given_ms, seen_ms = tonumber(ARGV[14]), tonumber(ARGV[11])
+if given_ms > 0 and given_ms < published_ms then published_ms = given_ms end
+if seen_ms > 0 then
+  local seen_at = redis.call("ZSCORE", KEYS[6], ARGV[13])
+  if seen_at and published_ms - tonumber(seen_at) < seen_ms then return { 2 } end
+end
 local length = redis.call("XLEN", KEYS[5])
 if length >= tonumber(ARGV[8]) then return { 0, length } end
 local change = next_change(KEYS[3], KEYS[4])
-local soft_at, hard_at = lifetimes(change.now, tonumber(ARGV[1]), tonumber(ARGV[2]))
+local soft_at, hard_at = lifetimes(published_ms * 1000, tonumber(ARGV[1]), tonumber(ARGV[2]))
 local version = string.format("%.0f", change.version)
 announce(change, KEYS[3], KEYS[4], ARGV[5], ARGV[6], ARGV[4])
 local id = redis.call("XADD", KEYS[5], "*", "v", version, "j", ARGV[7])
@@ -41,7 +52,15 @@ know_label(change, KEYS[3], KEYS[1])
 outdate_other_versions(change.labels, KEYS[1], false)
 redis.call("DEL", KEYS[2])
 outdate_dependents(KEYS[3], KEYS[7], version, false, ARGV[12])
-if ARGV[10] ~= "" then redis.call("HSET", KEYS[3], "m", ARGV[10]) end
-if ARGV[11] ~= "0" then redis.call("SET", KEYS[6], version, "PX", ARGV[11]) end
+if ARGV[10] ~= "" then redis.call("HSET", KEYS[3], "i", ARGV[10]) end
+local forgotten = 0
+if seen_ms > 0 then
+  redis.call("ZREMRANGEBYSCORE", KEYS[6], "-inf", string.format("%.0f", published_ms - seen_ms))
+  redis.call("ZADD", KEYS[6], string.format("%.0f", published_ms), ARGV[13])
+  forgotten = redis.call("ZREMRANGEBYRANK", KEYS[6], 0, -1 - ARGV[15])
+end
 redis.call("PUBLISH", ARGV[9], "w " .. ARGV[6])
-return { 1, version, string.format("%.0f", soft_at), string.format("%.0f", hard_at), id, length + 1 }
+local soft, hard = string.format("%.0f", soft_at), string.format("%.0f", hard_at)
+local reply = { 1, version, soft, hard, id, length + 1 }
+if forgotten > 0 then reply[7] = forgotten end
+return reply

@@ -1,7 +1,7 @@
 -- Invalidate whatever carries these tags of one shard, in O(1) each.
 -- With _change.lua.
 --
--- KEYS[1] head     hash     epoch, newest version, newest ingress mark (m)
+-- KEYS[1] head     hash     epoch, newest version, newest ingress mark (i)
 -- KEYS[2] log      stream   notices
 -- KEYS[3..] the tags' versions
 -- ARGV[1] notice   msgpack
@@ -15,13 +15,12 @@
 -- I1 The new version is later than any that the tag had, also one that was lost.
 -- I2 A soft bump of a tag that was lost is a hard one.
 
-local newest = redis.call("HGET", KEYS[1], "m")
-if ARGV[4] ~= "" and newest and ARGV[4] <= newest then return { 2 } end
+if is_repetition(KEYS[1], ARGV[4]) then return { 2 } end
 local change = next_change(KEYS[1], KEYS[2])
 local version = string.format("%.0f", change.version)
 announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
 for i = 3, #KEYS do
   bump_tag(KEYS[i], version, ARGV[6] == "1", ARGV[5])
 end
-if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "m", ARGV[4]) end
+if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "i", ARGV[4]) end
 return { 1, version }

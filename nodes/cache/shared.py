@@ -29,6 +29,7 @@ from .tags import Captured
 __all__ = ["Granted", "Held", "Newer", "Receipt", "SharedTier", "Stamp"]
 
 _TOGETHER = 200
+SEEN_MAX = 100_000  #: event ids that a shard remembers
 TAG_KEEP_MS = 30 * 86_400_000  #: tag versions unused for longer are made anew
 
 
@@ -48,6 +49,7 @@ class Receipt(Struct, frozen=True, kw_only=True):
     job_id: str = ""
     pressure: float = 0.0
     reached: Level = "accepted"
+    forgotten: int = 0  #: event ids that are remembered no longer, for lack of room
 
 
 class Granted(Struct, frozen=True):
@@ -146,9 +148,19 @@ class SharedTier:
         return _stamp(reply[1:])
 
     def write_call(
-        self, job: WriteJob, *, soft_ms: int, hard_ms: int, tail: bytes, mark: str = ""
+        self,
+        job: WriteJob,
+        *,
+        soft_ms: int,
+        hard_ms: int,
+        tail: bytes,
+        mark: str = "",
+        published_ms: int = 0,
     ) -> Call:
-        """The script of a write-behind; ``receipt`` reads its reply."""
+        """The script of a write-behind; ``receipt`` reads its reply.
+
+        ``published_ms``: on the server's clock; lifetimes count from then. 0: now.
+        """
         names, durable, key = self.names, self._durable, job.key
         shard = names.shard(key)
         return Call(
@@ -156,7 +168,7 @@ class SharedTier:
             keys=[
                 *self.entry_keys(key),
                 names.part(shard, "writes"),
-                names.seen(shard, job.event_id),
+                names.part(shard, "seen"),
                 names.tag(dependents_of(key)),
             ],
             args=[
@@ -170,6 +182,9 @@ class SharedTier:
                 mark,
                 durable.dedupe_ms if job.event_id else 0,
                 TAG_KEEP_MS,
+                job.event_id,
+                published_ms,
+                SEEN_MAX,
             ],
         )
 
@@ -189,6 +204,7 @@ class SharedTier:
             shard=shard,
             job_id=bytes(reply[4]).decode(),
             pressure=int(reply[5]) / bound,
+            forgotten=sum(map(int, reply[6:])),
         )
 
     async def write(self, job: WriteJob, *, soft_ms: int, hard_ms: int, tail: bytes) -> Receipt:

@@ -24,7 +24,7 @@ from ...coordinator.clock import SystemClock
 from ...coordinator.scripting import load_scripts, run
 from ...schemas.errors import Backpressure, InvalidEvent
 from ...schemas.events import read_event
-from ...schemas.keys import Names
+from ...schemas.keys import EVENTS, Names
 from ...schemas.settings import Settings
 from ...schemas.settings_sources import Resolved
 from .namespaces import must_be_born
@@ -131,7 +131,8 @@ async def _send(resolved: Resolved, raw: bytes) -> str:
         settings.valkey, client_name=_NAME, origins=resolved.origins, clock=SystemClock()
     ) as backend:
         await must_be_born(backend.link, names, resolved)
-        reply = await run(backend.link, script, [stream], [bound, raw])
+        keys = [stream, names.part(EVENTS, "before")]
+        reply = await run(backend.link, script, keys, [bound, raw])
     if reply[0] == 0:
         raise Backpressure(stream, reply[1], bound)
     return str(reply[0], "ascii")

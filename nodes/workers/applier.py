@@ -112,6 +112,7 @@ class Applier:
             queue.popleft()
             result = "duplicate" if receipt.stamp is None else "applied"
             self._counts["events_processed", "write", result] += 1
+            self._counts["limit_reached", "seen"] += receipt.forgotten
         else:
             queue.popleft()
 
@@ -162,6 +163,7 @@ class Applier:
             hard_ms=packed.hard_ms,
             tail=packed.tail,
             mark=step.mark,
+            published_ms=step.taken.published_ms,
         )
 
     def _bury(self, step: Step, fault: InvalidEvent, letters: list[DeadLetter]) -> None:

@@ -98,8 +98,16 @@ class Crew:
             durable=parts.settings.durable,
             block_ms=min(_BLOCK_MS_MAX, parts.settings.valkey.command_timeout_ms),
         )
-        retain = parts.settings.durable.log_retain
-        self.trimmer = Trimmer(link, parts.names, self.ownership, core.follower, retain=retain)
+        durable = parts.settings.durable
+        retain = durable.log_retain
+        self.trimmer = Trimmer(
+            link,
+            parts.names,
+            self.ownership,
+            core.follower,
+            retain=retain,
+            dedupe_ms=durable.dedupe_ms,
+        )
         self.chores = Chores(link, parts.names, parts.locks, core.server_clock, log_retain=retain)
         self.external = self._external(parts) if parts.settings.cache.external_writers else None
         for successor in (self.writes, self.ingress, self.external):

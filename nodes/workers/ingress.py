@@ -8,24 +8,39 @@ G3  No event stops the ones behind it: what can never be applied goes to the dea
 G4  A write is refused by a full stream only as long as it is full: ingress waits, and so,
     by the bound of its own stream, do the publishers.
 G5  Refreshes are hints: they are applied last, and dropped where anything stands against it.
+G6  No event is discarded for its id. Ids grow within a generation of the stream; where they went
+    back, a new one begins (``ingress_take``). What is read is the stream's beginning, since what
+    was applied is deleted with the checkpoint. Only the last id of all is a dead letter: it
+    is set aside with what stands before it, so that publishers can continue.
+G7  An id ahead of the server's clock is reported, and forgotten when the stream is drained.
 
 Reading blocks, so it has a connection of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 
 import anyio
 import structlog
 from anyio.abc import TaskStatus
 
-from ...coordinator.link import Commands, Reply
+from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Scripts, run
-from ...schemas.errors import Fenced, ForebayError, InvalidEvent, NewerSchema, ServerRefused
+from ...schemas.errors import (
+    Fenced,
+    ForebayError,
+    InvalidEvent,
+    NewerSchema,
+    ServerRefused,
+    UnreadableRecord,
+)
 from ...schemas.events import Write, read_event
 from ...schemas.keys import EVENTS, Names
+from ...schemas.replies import LAST_ID, field_map, following, integer, order, stream_id
 from ...schemas.settings import Durable
 from ..cache.core import Core
 from .applier import Applier
@@ -39,17 +54,28 @@ __all__ = ["Ingress"]
 log = structlog.get_logger(__name__)
 
 Fields = Sequence[bytes] | None
+Mark = tuple[int, tuple[int, int]]  #: generation; milliseconds and number of the id
 
 _BATCH = 500
 _RETRY_S = 0.2
 _YIELD_S = 2.0
 _LOOK_S = 0.25
 _PAGE = 100
+_AHEAD_MS = 1_000  # less is between two looks at the clock
+_NO_MARK: Mark = (0, (0, 0))
+_MARK = re.compile(rb"([0-9]{16})-([0-9]{20})-([0-9]{20})-[0-9]{5}")
+_GENERATION_MAX = 2**52 - 1  # as in _ingress.lua
 _NO_FIELD = InvalidEvent(
     "wrong_field",
     "the entry has no field 'event'",
     field="event",
     fix="XADD ... * event '<json>'",
+)
+_IS_LAST = InvalidEvent(
+    "last_id",
+    "a stream can have no larger id, so nothing could be published after it",
+    field="id",
+    fix="publish it again with '*' as the id",
 )
 
 
@@ -89,6 +115,9 @@ class Ingress:
         self._busy = False
         self._yielding = False
         self._failure: type[Exception] | None = None
+        self._before = names.part(EVENTS, "before")
+        self._newest = _NO_MARK  # of what is known to be applied
+        self.ahead_ms = 0  #: how far the newest id is ahead of the server's clock, if far
 
     def __repr__(self) -> str:
         state = "yielding" if self._yielding else "busy" if self._busy else "idle"
@@ -133,30 +162,65 @@ class Ingress:
     async def _serve(self, tenure: Tenure) -> None:
         """Apply batch after batch as long as the tenure is in force."""
         await self._publish_held(tenure)
-        done = self._names.part(EVENTS, "done")
-        reply = await self._commands.call("HGET", done, "events")
-        position = "0-0" if reply is None else bytes(reply).decode()
+        self._newest = await self._newest_mark()
         while self._ours(tenure):
-            entries = await self._read(position)
-            if not entries or not self._ours(tenure):
+            entries = await self._read()
+            if not self._ours(tenure):
                 continue
             self._busy = True
             try:
-                position = await self._apply(tenure, entries)
+                generation = await self._take_over(tenure, entries)
+                if entries:
+                    await self._apply(tenure, entries, generation)
                 self._failure = None
             finally:
                 self._busy = False
                 self._idle.set()
                 self._idle = anyio.Event()
 
-    async def _read(self, position: str) -> Sequence[Sequence[Reply]]:
+    async def _read(self) -> Sequence[Sequence[Reply]]:
+        """The first entries; of what was set aside, if there is any."""
         reply = await self._blocking.call(
             "XREAD", "COUNT", _BATCH, "BLOCK", self._block_ms,
-            "STREAMS", self._names.events, position,
+            "STREAMS", self._before, self._names.events, "0-0", "0-0",
             timeout_ms=self._block_ms + 2_000,
         )  # fmt: skip
         entries: Sequence[Sequence[Reply]] = reply[0][1] if reply else ()
         return entries
+
+    async def _newest_mark(self) -> Mark:
+        """Generation and id of the newest mark that a shard has."""
+        heads = [self._names.part(shard, "head") for shard in range(self._names.shards)]
+        replies = await self._commands.call_many([("HGET", head, "i") for head in heads])
+        return max(
+            [read_mark(reply) for reply in replies if isinstance(reply, bytes)] or [_NO_MARK]
+        )
+
+    async def _take_over(self, tenure: Tenure, entries: Sequence[Sequence[Reply]]) -> int:
+        """Announce that these are applied next; returns the generation of the stream."""
+        first, last = (_id(entries[0]), _id(entries[-1])) if entries else ("", "")
+        highest, (ms, seq) = self._newest
+        reply = await self._run(
+            "ingress_take", tenure, first, last, _digest(entries), highest, f"{ms}-{seq}"
+        )
+        generation = integer(reply[1], "the generation of ingress")
+        self._report(generation, integer(reply[2], "the id of ingress"), reply[3])
+        return generation
+
+    def _report(self, generation: int, ahead_ms: int, why: bytes) -> None:
+        stream = self._names.events
+        if why:
+            reason = why.decode()
+            self._instruments.counts["ingress_generations", reason] += 1
+            say = log.info if reason in ("begun", "drained") else log.warning
+            say("ingress.generation_begun", stream=stream, generation=generation, reason=reason)
+        if (ahead_ms > _AHEAD_MS) != (self.ahead_ms > _AHEAD_MS):
+            if ahead_ms > _AHEAD_MS:
+                fix = "publish with '*' as the id; check the clock of the one who gave the id"
+                log.warning("ingress.id_ahead", stream=stream, ahead_s=ahead_ms / 1000, fix=fix)
+            else:
+                log.info("ingress.id_current", stream=stream)
+        self.ahead_ms = ahead_ms if ahead_ms > _AHEAD_MS else 0
 
     def _ours(self, tenure: Tenure) -> bool:
         return self._ownership.in_force(EVENTS) is tenure and not self._yielding
@@ -166,14 +230,16 @@ class Ingress:
         if self._ownership.in_force(EVENTS) is not tenure or (waiting and self._yielding):
             raise Fenced("the ingress stream", tenure.epoch, 0)
 
-    async def _apply(self, tenure: Tenure, entries: Sequence[Sequence[Reply]]) -> str:
+    async def _apply(
+        self, tenure: Tenure, entries: Sequence[Sequence[Reply]], generation: int
+    ) -> None:
         started = self._clock.monotonic()
         batch: list[Taken] = []
         letters: list[DeadLetter] = []
         for raw_id, fields in entries:
             entry_id = bytes(raw_id).decode()
             try:
-                batch.append(self._take(entry_id, fields))
+                batch.append(self._take(entry_id, fields, generation))
             except NewerSchema as error:
                 await self._hold(entry_id, fields, error, letters)
             except InvalidEvent as error:
@@ -182,19 +248,21 @@ class Ingress:
         letters += await self._applier.apply(steps, lambda waiting: self._check(tenure, waiting))
         await self._dead_letters.bury(EVENTS, letters)
         await self._requests.carry_out([taken.event.body for taken in batch])
-        last_id = bytes(entries[-1][0]).decode()
+        last_id = _id(entries[-1])
         await self._commit(tenure, last_id)
+        self._newest = max(self._newest, (generation, order(last_id)))
         self._measure(batch, started)
-        return last_id
 
-    def _take(self, entry_id: str, fields: Fields) -> Taken:
+    def _take(self, entry_id: str, fields: Fields, generation: int) -> Taken:
+        if entry_id == LAST_ID:
+            raise _IS_LAST
         raw = _event_in(fields)
         if raw is None:
             raise _NO_FIELD
         event = read_event(raw, bytes_max=self._durable.event_bytes_max)
         if isinstance(event.body, Write):
             self._check_route(event.body)
-        return Taken(entry_id, event, raw)
+        return Taken(entry_id, event, raw, generation, _held_as(fields))
 
     def _set_aside(
         self, entry_id: str, fields: Fields, error: InvalidEvent, letters: list[DeadLetter]
@@ -249,21 +317,29 @@ class Ingress:
             return
         except InvalidEvent as error:
             log.warning("event.unheld", entry=bytes(raw_id).decode(), error=str(error))
-        await self._commands.call("XADD", self._names.events, "*", "event", raw)
+        await self._commands.call("XADD", self._names.events, "*", "event", raw, "held", raw_id)
         await self._commands.call("XDEL", held, raw_id)
 
     async def _commit(self, tenure: Tenure, last_id: str) -> None:
-        ms, _, seq = last_id.partition("-")
+        reply = await self._run("ingress_commit", tenure, last_id, following(last_id))
+        if reply[1] == b"drained":
+            log.info("ingress.stream_renewed", stream=self._names.events, last_id=last_id)
+            self._instruments.counts["ingress_generations", "drained"] += 1
+
+    async def _run(self, script: str, tenure: Tenure, *args: Arg) -> Sequence[Reply]:
+        """Run a script that only the owner may run.
+
+        Raises:
+            Fenced: another owner is in force.
+        """
         part = self._names.part
-        reply = await run(
-            self._commands,
-            self._scripts["checkpoint_commit"],
-            [part(EVENTS, "own"), part(EVENTS, "done"), self._names.events, part(EVENTS, "head")],
-            [self._node_id, tenure.epoch, "events", last_id, f"{ms}-{int(seq) + 1}", "", EVENTS],
-        )
+        keys = [part(EVENTS, "own"), part(EVENTS, "done"), self._names.events, self._before]
+        given = [self._node_id, tenure.epoch, *args]
+        reply: Sequence[Reply] = await run(self._commands, self._scripts[script], keys, given)
         if not reply[0]:
             self._ownership.fenced(tenure)
-            raise Fenced("the ingress stream", tenure.epoch, int(reply[1]))
+            raise Fenced("the ingress stream", tenure.epoch, integer(reply[1], "the owner's epoch"))
+        return reply
 
     def _measure(self, batch: Sequence[Taken], started: float) -> None:
         now_ms, instruments = self._server_clock.now_ms(), self._instruments
@@ -281,4 +357,30 @@ def _event_in(fields: Fields) -> bytes | None:
     """The event in an entry's fields; None if there is no such field."""
     if fields and len(fields) == 2:
         return fields[1] if fields[0] == b"event" else None
-    return dict(zip((fields or ())[::2], (fields or ())[1::2], strict=True)).get(b"event")
+    return field_map(fields).get(b"event")
+
+
+def _id(entry: Sequence[Reply]) -> str:
+    return stream_id(entry[0], "the id of an event")
+
+
+def _held_as(fields: Fields) -> str:
+    """The id that it had before it was held; empty if it was not."""
+    try:
+        return stream_id(field_map(fields).get(b"held"), "the field held")
+    except UnreadableRecord:
+        return ""
+
+
+def _digest(entries: Sequence[Sequence[Reply]]) -> str:
+    """Of the first: tells it from another that was given the same id."""
+    fields = field_map(entries[0][1]) if entries else {}
+    parts = [part for pair in fields.items() for part in pair]
+    return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
+
+
+def read_mark(raw: bytes) -> Mark:
+    """What a shard's mark says; the oldest of all for what is no mark."""
+    found = _MARK.fullmatch(raw)
+    mark = _NO_MARK if found is None else (int(found[1]), (int(found[2]), int(found[3])))
+    return mark if mark[0] < _GENERATION_MAX else _NO_MARK

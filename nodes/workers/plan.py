@@ -2,10 +2,11 @@
 
 P1  Within a shard, steps stand in the order of the events, and so do their marks: each is
     later than the one before.
-P2  A mark is the place of a step's newest event in the ingress stream, and depends on nothing
-    else. The shard refuses one that is not later than its newest, so a batch that is applied
-    again after a crash, whole or cut elsewhere, writes nothing twice. Keys whose invalidation
-    was merged with later ones may be invalidated once more, which costs a load at most.
+P2  A mark is the generation of the ingress stream and the place of a step's newest event in it,
+    and depends on nothing else. The shard refuses one that is not later than its newest, so a
+    batch that is applied again after a crash, whole or cut elsewhere, writes nothing twice. Keys
+    whose invalidation was merged with later ones may be invalidated once more, which costs a
+    load at most.
 P3  Neighbouring invalidations of a shard become one step, of at most 200 keys.
 """
 
@@ -23,6 +24,7 @@ __all__ = ["Invalidation", "Step", "Taken", "WriteStep", "mark_of", "plan"]
 
 _TOGETHER = 200
 _TAGS_FROM = 10_001
+_FIRST_MS, _LAST_MS = 10**12, 10**13  # 2001 to 2286: others were made up by a publisher
 Kind = Literal["keys", "tags"]
 
 
@@ -32,6 +34,18 @@ class Taken(Struct, frozen=True):
     id: str
     event: Event
     raw: bytes  #: as it was published
+    generation: int = 0  #: of the stream; ids of a later one are later, whatever they are
+
+    held_as: str = ""  #: the id that it had before it was held
+
+    @property
+    def published_ms(self) -> int:
+        """When, on the server's clock; 0 for an id that tells no time."""
+        ms = int((self.held_as or self.id).partition("-")[0])
+        return ms if _FIRST_MS <= ms <= _LAST_MS else 0
+
+    def mark(self, place: int) -> str:
+        return mark_of(self.id, place, self.generation)
 
 
 class Invalidation:
@@ -53,7 +67,7 @@ class Invalidation:
 
     @property
     def mark(self) -> str:
-        return mark_of(self.taken.id, self.place)
+        return self.taken.mark(self.place)
 
     def events(self) -> Iterator[Taken]:
         """Those that name something here, each once."""
@@ -70,7 +84,7 @@ class WriteStep(Struct, frozen=True):
 
     @property
     def mark(self) -> str:
-        return mark_of(self.taken.id, 0)
+        return self.taken.mark(0)
 
     def events(self) -> Iterator[Taken]:
         yield self.taken
@@ -79,12 +93,12 @@ class WriteStep(Struct, frozen=True):
 Step = Invalidation | WriteStep
 
 
-def mark_of(entry_id: str, place: int) -> str:
+def mark_of(entry_id: str, place: int, generation: int = 0) -> str:
     """A place in the ingress stream that sorts as text. ``place`` is that within the event:
     0 the key written, 1.. keys, 10001.. tags; it does not depend on where a batch begins.
     """
     ms, _, seq = entry_id.partition("-")
-    return f"{int(ms):020}-{int(seq):020}-{place:05}"
+    return f"{generation:016}-{int(ms):020}-{int(seq):020}-{place:05}"
 
 
 def plan(batch: Sequence[Taken], names: Names) -> list[Step]:

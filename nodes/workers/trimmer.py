@@ -1,7 +1,9 @@
-"""Keeps the shard logs short: the owner of a shard cuts off what is old.
+"""Keeps short what shards remember: the owner of a shard cuts off what is old.
 
 X1  The newest ``retain`` notices stay. A follower that is further behind sees a gap, and
     asks again for whatever it remembers of the shard: nothing goes wrong, it only costs.
+X2  Event ids are forgotten when no event can be a repetition any more: ingress has applied all
+    that was published within ``dedupe_ms`` after them.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from anyio.abc import TaskStatus
 from ...coordinator.link import Commands
 from ...coordinator.log import Follower
 from ...coordinator.ownership import Ownership
+from ...coordinator.scripting import granted
 from ...schemas.errors import ForebayError
 from ...schemas.keys import EVENTS, Names
+from ...schemas.replies import integer, order
 
 __all__ = ["Trimmer"]
 
@@ -32,12 +36,14 @@ class Trimmer:
         follower: Follower,
         *,
         retain: int,
+        dedupe_ms: int,
     ) -> None:
         self._commands = commands
         self._names = names
         self._ownership = ownership
         self._follower = follower
         self._retain = retain
+        self._dedupe_ms = dedupe_ms
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Trim now and then, until cancelled."""
@@ -46,6 +52,7 @@ class Trimmer:
             await anyio.sleep(_EVERY_S)
             try:
                 await self.trim()
+                await self.forget()
             except ForebayError as error:
                 log.debug("trim.failed", error=str(error))
 
@@ -61,3 +68,19 @@ class Trimmer:
                 if view.seq > self._retain
             ]
         )  # fmt: skip
+
+    async def forget(self) -> None:
+        """Drop the event ids of the owned shards that ingress is long past."""
+        owned = [each for each in self._ownership.tenures if each != EVENTS]
+        streams = (self._names.part(EVENTS, "before"), self._names.events)
+        first = [("XRANGE", stream, "-", "+", "COUNT", 1) for stream in streams]
+        (seconds, _), *found = granted(await self._commands.call_many([("TIME",), *first]))
+        waiting = [order(bytes(reply[0][0]).decode())[0] for reply in found if reply]
+        past_ms = min([integer(seconds, "the server's clock") * 1_000, *waiting])
+        until_ms = past_ms - self._dedupe_ms
+        await self._commands.call_many(
+            [
+                ("ZREMRANGEBYSCORE", self._names.part(shard, "seen"), "-inf", until_ms)
+                for shard in owned
+            ]
+        )

@@ -540,8 +540,48 @@ async def test_an_event_id_is_taken_once(desk: Desk) -> None:
     assert await desk.write("again", event_id="e1") == [2]
     assert await desk.everything() == before
     assert (await desk.write("other", event_id="e2"))[0] == 1
-    seen = desk.names.seen(desk.shard, "e1")
-    assert 0 < await desk.commands.call("PTTL", seen) <= MINUTE_MS
+    assert set(await desk.commands.call("ZRANGE", desk.part("seen"), 0, -1)) == {b"e1", b"e2"}
+
+
+async def test_whether_an_event_id_was_seen_lately_is_told_by_publication(desk: Desk) -> None:
+    """entry_write I1: however late it is applied; an id of the future was published now."""
+    now_ms = await desk.now_us() // 1_000
+    first = now_ms - 50_000
+
+    async def write(event_id: str, published_ms: int) -> int:
+        reply = await desk.write(event_id=event_id, published_ms=published_ms, seen_ms=6_000)
+        return int(reply[0])
+
+    assert await write("e1", first) == 1
+    assert await write("e1", first + 5_999) == 2
+    assert await write("other", first + 5_999) == 1
+    assert await write("e1", first + 6_000) == 1
+    assert await write("e1", first + 6_001) == 2
+    assert await write("e1", now_ms + 3_600_000) == 1
+    assert await write("e1", now_ms + 7_200_000) == 2
+    assert await write("e1", 0) == 2
+
+
+async def test_event_ids_are_remembered_up_to_a_bound(desk: Desk) -> None:
+    """entry_write: the oldest goes, and is counted; so do those that are past."""
+    now_ms = await desk.now_us() // 1_000
+    replies = [
+        await desk.write(event_id=f"e{n}", published_ms=now_ms - 100 + n, seen_max=3)
+        for n in range(5)
+    ]
+    assert [reply[6:] for reply in replies] == [[], [], [], [1], [1]]
+    seen = await desk.commands.call("ZRANGE", desk.part("seen"), 0, -1)
+    assert seen == [b"e2", b"e3", b"e4"]
+    await desk.write(event_id="e5", seen_ms=1)
+    assert await desk.commands.call("ZRANGE", desk.part("seen"), 0, -1) == [b"e5"]
+
+
+async def test_lifetimes_of_a_write_count_from_its_publication(desk: Desk) -> None:
+    """entry_write I4: what was applied a minute late is a minute older."""
+    published_ms = await desk.now_us() // 1_000 - MINUTE_MS
+    reply = await desk.write(published_ms=published_ms, soft_ms=10, hard_ms=MINUTE_MS + 20)
+    assert (int(reply[2]), int(reply[3])) == (published_ms + 10, published_ms + MINUTE_MS + 20)
+    assert (await desk.entry()).soft_at_ms == published_ms + 10
 
 
 async def test_a_write_without_mark_or_id_sent_twice_is_two_writes(desk: Desk) -> None:

@@ -297,7 +297,7 @@ def test_all_names_of_a_shard_share_its_hash_tag(shards: int) -> None:
         shard = names.shard(key)
         tag = names.part(shard, "log").partition("}")[0] + "}"
         assert int(tag.strip("{}").partition(":")[2]) == shard
-        mine = [names.entry(key), names.lease(key), names.tag(key), names.seen(shard, "id")]
+        mine = [names.entry(key), names.lease(key), names.tag(key), names.part(shard, "seen")]
         assert all(each.startswith(tag + ":") for each in mine)
         assert mine[0] == f"{tag}:e3:{key}"
         assert len(set(mine)) == len(mine)

@@ -305,7 +305,7 @@ async def test_another_node_takes_over_in_the_middle_of_a_batch(open_shop: OpenS
         await shop.publish(write("flight:1", 100))
         async with at_work(late):
             await until(lambda: old.in_force(EVENTS) is None)
-        assert Counter(await shop.jobs()) == Counter([*jobs, ("flight:1", 100)])
+        assert Counter(await shop.jobs()) == Counter(jobs)
         assert await shop.link.call("HGET", shop.names.part(EVENTS, "done"), "events") is None
         assert shop.counts["fenced",] == 1
 

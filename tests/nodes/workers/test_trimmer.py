@@ -27,7 +27,9 @@ async def trimmer_of(shop: Workshop, retain: int, *, owns: bool = True) -> Trimm
     owner = await shop.ownership()
     if not owns:
         await owner.leave()
-    return Trimmer(shop.link, shop.names, owner, shop.parts.follower, retain=retain)
+    return Trimmer(
+        shop.link, shop.names, owner, shop.parts.follower, retain=retain, dedupe_ms=1_000
+    )
 
 
 async def length(shop: Workshop, shard: int) -> int:
@@ -78,3 +80,24 @@ async def test_an_empty_log_stays_empty(open_shop: OpenShop) -> None:
         before = [await length(shop, shard) for shard in range(SHARDS)]
         await (await trimmer_of(shop, 1)).trim()
         assert [await length(shop, shard) for shard in range(SHARDS)] == before
+
+
+async def test_event_ids_are_forgotten_when_ingress_is_past_them(open_shop: OpenShop) -> None:
+    """X2: not while an event waits that may be a repetition."""
+    async with open_shop() as shop:
+        trimmer = await trimmer_of(shop, 1)
+        seen = [shop.names.part(shard, "seen") for shard in range(SHARDS)]
+        seconds, _ = await shop.link.call("TIME")
+        now_ms = int(seconds) * 1_000
+
+        async def left() -> list[int]:
+            return [int(n) for n in await shop.link.call_many([("ZCARD", key) for key in seen])]
+
+        for key in seen:
+            await shop.link.call("ZADD", key, now_ms - 5_000, "old", now_ms - 2_500, "e1")
+        await shop.link.call("XADD", shop.names.events, f"{now_ms - 3_000}-0", "event", "waits")
+        await trimmer.forget()
+        assert await left() == [1] * SHARDS
+        await shop.link.call("DEL", shop.names.events)
+        await trimmer.forget()
+        assert await left() == [0] * SHARDS
