@@ -1,0 +1,140 @@
+"""Faults that are put into the workers on purpose, one at least for each rule of the checker.
+
+``drops``     D1  a write is said to be stored, and is not
+``swaps``     D2  the first two writes of a hot key are stored the wrong way round
+``doubles``   D3  a write is stored a second time, as if it were newer
+``refuses``   D4  a healthy write is called poison
+``swallows``  D4  a poison is said to be stored
+``deaf``      D5  no key is invalidated, so a dead letter's value stays in the cache
+``invents``   D6  something is stored that nobody published
+``stuck``     D7  a write is never stored, and its sink waits for it (D6: it is left)
+
+What is hit follows from the key alone, so it is known beforehand: see ``hit``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from forebay.nodes.running import Running
+from forebay.nodes.sinks.base import Sink, SinkBatch, Write
+from forebay.schemas.errors import PoisonSinkError, TransientSinkError
+
+__all__ = ["PLANTS", "Plant", "hit", "invented", "plant", "planted"]
+
+Plant = Literal["drops", "swaps", "doubles", "refuses", "swallows", "deaf", "invents", "stuck"]
+PLANTS: Sequence[Plant] = (
+    "drops",
+    "swaps",
+    "doubles",
+    "refuses",
+    "swallows",
+    "deaf",
+    "invents",
+    "stuck",
+)
+_ONE_IN: Mapping[Plant, int] = {"swallows": 2}
+_ONE_IN_OTHERWISE = 25
+_TOO_LATE = 9_999
+
+
+def hit(fault: Plant, key: str, value: Mapping[str, Any]) -> bool:
+    """Whether a planted fault hits the event of this key and value."""
+    one_in = _ONE_IN.get(fault, _ONE_IN_OTHERWISE)
+    if zlib.crc32(f"{fault} {key}".encode()) % one_in or not key.startswith("flight:"):
+        return False
+    late = isinstance(value["dep_delay"], int) and value["dep_delay"] > _TOO_LATE
+    if fault == "swallows":
+        return late
+    only = value["seq"] == 1 and value["status"] != "delayed" and "-latest-" not in key
+    return only and "-bad-" not in key and "-probe-" not in key
+
+
+def invented(key: str) -> tuple[str, str]:
+    """The key and the event that ``invents`` stores beside a write of this key."""
+    number = zlib.crc32(key.encode()) % 1_000_000
+    return f"flight:0-invented-{number}", f"node-{9_000_000 + number}"
+
+
+def plant(faults: Sequence[Plant]) -> None:
+    """Do in this process what no sink can."""
+    if "deaf" in faults:
+        assert callable(Running.invalidate)  # it is still called so
+        Running.invalidate = _invalidate_nothing  # type: ignore[method-assign, assignment]
+
+
+async def _invalidate_nothing(running: Running, *names: object, **how: object) -> None:
+    return None
+
+
+def planted(sink: Sink, faults: Sequence[Plant]) -> Sink:
+    return _FaultySink(sink, faults) if faults else sink
+
+
+class _FaultySink:
+    def __init__(self, sink: Sink, faults: Sequence[Plant]) -> None:
+        self.name = sink.name
+        self._sink = sink
+        self._faults = frozenset(faults)
+        self._first: dict[str, Write[object]] = {}
+        self._swapped: set[str] = set()
+
+    async def open(self, namespace: str = "") -> None:
+        await self._sink.open(namespace)
+
+    async def progress(self, shards: Sequence[int]) -> Mapping[int, str]:
+        return await self._sink.progress(shards)
+
+    async def aclose(self) -> None:
+        await self._sink.aclose()
+
+    async def write(self, batch: SinkBatch) -> None:
+        hits: dict[Plant, list[Write[object]]] = {
+            fault: [w for w in batch.writes if self._hits(fault, w)] for fault in self._faults
+        }
+        if hits.get("stuck"):
+            raise TransientSinkError("planted: stuck")
+        if hits.get("refuses"):
+            raise PoisonSinkError("planted: refused")
+        gone = {w.key for fault in ("drops", "swallows") for w in hits.get(fault, ())}
+        kept = [w for w in batch.writes if w.key not in gone]
+        later = [_newer(w) for w in hits.get("doubles", ())]
+        if "swaps" in self._faults:
+            kept, swapped = self._swap(kept)
+            later += swapped
+        kept += [_invention(w) for w in hits.get("invents", ())]
+        await self._sink.write(msgspec.structs.replace(batch, writes=kept))
+        if later:
+            await self._sink.write(SinkBatch(writes=later))
+
+    def _hits(self, fault: Plant, write: Write[object]) -> bool:
+        return hit(fault, write.key, msgspec.structs.asdict(write.value))  # type: ignore[arg-type]
+
+    def _swap(
+        self, writes: Sequence[Write[object]]
+    ) -> tuple[list[Write[object]], list[Write[object]]]:
+        now, later = [], []
+        for write in writes:
+            if "-latest-" not in write.key or write.key in self._swapped:
+                now.append(write)
+            elif (first := self._first.pop(write.key, None)) is None:
+                self._first[write.key] = write
+            else:
+                self._swapped.add(write.key)
+                now.append(write)
+                later.append(_newer(first, than=write))
+        return now, later
+
+
+def _newer(write: Write[object], than: Write[object] | None = None) -> Write[object]:
+    return msgspec.structs.replace(write, version=(than or write).version + 1)
+
+
+def _invention(write: Write[object]) -> Write[object]:
+    key, event = invented(write.key)
+    value = msgspec.structs.replace(write.value, event=event)  # type: ignore[type-var]
+    return Write(key=key, params={"id": key.partition(":")[2]}, value=value, version=write.version)
