@@ -19,6 +19,7 @@ __all__ = [
     "CoordinationError",
     "DeadLettered",
     "Disconnected",
+    "EntryFault",
     "FatalSinkError",
     "Fenced",
     "ForebayError",
