@@ -15,10 +15,12 @@ from typing import Any, Literal
 __all__ = [
     "Backpressure",
     "BreakerOpen",
+    "BusySinkError",
     "ConfigError",
     "CoordinationError",
     "DeadLettered",
     "Disconnected",
+    "EntryFault",
     "FatalSinkError",
     "Fenced",
     "ForebayError",
@@ -321,6 +323,18 @@ class SinkError(ForebayError):
 
 class TransientSinkError(SinkError):
     """Raised when trying again later may work: the sink is paused and retried."""
+
+
+class BusySinkError(TransientSinkError):
+    """Raised when a row of the batch cannot be changed now, since another transaction holds it:
+    the batch is split, and only the shard of that row waits.
+    """
+
+    def __init__(
+        self, problem: str = "", *, table: str = "", outcome_unknown: bool = False
+    ) -> None:
+        super().__init__(problem, outcome_unknown=outcome_unknown)
+        self.table = table
 
 
 class PoisonSinkError(SinkError):
