@@ -32,7 +32,6 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
 
@@ -40,6 +39,7 @@ from ..coordinator.instruments import Instruments
 from ..coordinator.modules import load
 from ..coordinator.scripting import run
 from ..schemas.errors import Backpressure, ForebayError, InvalidKey, LoaderError
+from ..schemas.json_form import json_form
 from ..schemas.keys import EVENTS, check_key, refuse_one_string
 from ..schemas.settings import Settings
 from ..schemas.settings_sources import Resolved
@@ -281,6 +281,7 @@ class Node(Declarations, Locking):
 
         Raises:
             LoaderError: whatever the loader raised. Unavailable: by the cache's policy.
+            NoJsonForm: the value holds NaN, or something else that JSON cannot express.
         """
         cached = self._routes.cache_of(key)
         if cached is None:
@@ -293,7 +294,7 @@ class Node(Declarations, Locking):
             log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
             raise LoaderError(cached.name, key, f"{type(error).__name__}: {error}") from error
         return Read(
-            json=msgspec.json.encode(hit.value),
+            json=b"null" if hit.value is None else json_form(cached.plain(hit.value), key),
             tier=hit.tier,
             age_ms=hit.age_ms,
             stale=hit.stale,

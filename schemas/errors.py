@@ -32,6 +32,7 @@ __all__ = [
     "Level",
     "LoaderError",
     "NewerSchema",
+    "NoJsonForm",
     "NotShareable",
     "PartialFailure",
     "PoisonSinkError",
@@ -272,6 +273,17 @@ class InvalidValue(ForebayError):
         super().__init__(f"{cache} cannot hold this value of {key!r}: {problem}{suffix}")
         self.cache = cache
         self.key = key
+        self.problem = problem
+        self.fix = fix
+
+
+class NoJsonForm(ForebayError):
+    """Raised for a value that JSON cannot express without changing it, such as NaN."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        fix = "store None or text in its place, or read it without JSON"
+        super().__init__(f"{name} has no JSON form: {problem}; {fix}")
+        self.name = name
         self.problem = problem
         self.fix = fix
 

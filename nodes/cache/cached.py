@@ -193,6 +193,10 @@ class Cached(Writable[T], Generic[P, T]):
         """As ``get_with_info``, for a key of this cache's template."""
         return self._copies.own_hit(await self._read(key))
 
+    def plain(self, value: T) -> object:
+        """What another language gets of a value: its numbers, texts, lists and mappings."""
+        return self._copies.codec.plain(value)
+
     def value_of(self, payload: bytes) -> T:
         """The value of msgpack bytes; raises InvalidEntry."""
         return self._copies.own(self._copies.codec.unpack(payload))

@@ -15,9 +15,11 @@ V6  What was decoded so is what is kept and returned, from the first call on: a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import msgspec
+import msgspec.inspect
 from msgspec import Struct
 
 from ...schemas.entry import Codec, Entry, EntryMeta, decompressed, make_tail
@@ -25,11 +27,23 @@ from ...schemas.errors import ConfigError, EntryFault, InvalidEntry
 from ...schemas.settings import CacheDefaults, Compression
 from .compression import compressor
 from .pydantic_values import PydanticForm, has_pydantic
-from .value_types import classes_of, fits, name_of, refused
+from .value_types import classes_of, fits, name_of, refused, types_in
 
 __all__ = ["Made", "PackedCodec", "ValueCodec"]
 
 T = TypeVar("T")
+
+_DECODED: tuple[object, ...] = (
+    None,
+    True,
+    0,
+    0.0,
+    "",
+    b"",
+    [],
+    {},
+    datetime.now(UTC),
+)  #: all that comes out of msgpack
 
 
 class Made(Struct, Generic[T], frozen=True):
@@ -101,6 +115,10 @@ class ValueCodec(Generic[T]):
         """
         payload = self._encoded(value)
         return Made(self._decoded(payload), payload)
+
+    def plain(self, value: Any) -> object:
+        """What another language gets of a value that was made: numbers, texts, lists, mappings."""
+        return msgspec.msgpack.decode(self._encode(value))
 
     def made_before(self, entry: Entry) -> Made[T]:
         """The value of an entry that is not negative; raises InvalidEntry."""
@@ -239,5 +257,23 @@ def _form_of(of: Any) -> tuple[Callable[[Any], bytes], _Decoder, _Decoder]:
     if has_pydantic(of):
         form = PydanticForm(of)
         return form.encode, form, form.published
+    for kind in types_in(of):
+        if _is_never_decoded(kind):
+            problem = f"{name_of(kind)} cannot be encoded, nor decoded"
+            raise refused(of, problem, "return a Struct, a dataclass, a model or plain types")
     encoder = msgspec.msgpack.Encoder()
     return encoder.encode, msgspec.msgpack.Decoder(of), msgspec.json.Decoder(of)
+
+
+def _is_never_decoded(kind: Any) -> bool:
+    """Whether no value that comes out of msgpack is an instance of this class."""
+    try:
+        found = msgspec.inspect.type_info(kind)
+    except Exception:  # no type that msgspec knows; its decoder says so
+        return False
+    if not isinstance(found, msgspec.inspect.CustomType):
+        return False
+    try:
+        return not any(isinstance(each, found.cls) for each in _DECODED)
+    except TypeError:  # a protocol that cannot be looked at while it runs
+        return True

@@ -24,6 +24,7 @@ from ...schemas.errors import (
     InvalidEvent,
     InvalidKey,
     LoaderError,
+    NoJsonForm,
     ServerRefused,
     Unavailable,
 )
@@ -103,12 +104,8 @@ def of_http(error: web.HTTPException) -> web.Response:
 def of_error(error: ForebayError, random: Random) -> web.Response | None:
     """For an error of ours; None: no client can do anything about it."""
     match error:
-        case InvalidEvent():
-            status = _EVENT_STATUS.get(error.fault, 422)
-            return refuse(status, error.fault, error.problem, field=error.field, fix=error.fix)
-        case InvalidKey():
-            fix = "write the key as its template makes it, percent-encoded once in a path"
-            return refuse(400, "invalid_key", str(error), field=error.name, fix=fix)
+        case InvalidEvent() | NoJsonForm() | InvalidKey():
+            return _of_content(error)
         case Backpressure():
             problem = f"the stream holds {error.length} of {error.bound} entries"
             return _later(429, "backpressure", problem, random)
@@ -122,6 +119,18 @@ def of_error(error: ForebayError, random: Random) -> web.Response | None:
         case CoordinationError():
             return _of_coordination(error, random)
     return None
+
+
+def _of_content(error: InvalidEvent | NoJsonForm | InvalidKey) -> web.Response:
+    match error:
+        case InvalidEvent():
+            status = _EVENT_STATUS.get(error.fault, 422)
+            return refuse(status, error.fault, error.problem, field=error.field, fix=error.fix)
+        case NoJsonForm():
+            return refuse(422, "no_json_form", str(error), field=error.name, fix=error.fix)
+        case InvalidKey():
+            fix = "write the key as its template makes it, percent-encoded once in a path"
+            return refuse(400, "invalid_key", str(error), field=error.name, fix=fix)
 
 
 def _of_coordination(error: CoordinationError, random: Random) -> web.Response | None:
