@@ -39,7 +39,6 @@ from ..coordinator.instruments import Instruments
 from ..coordinator.modules import load
 from ..coordinator.scripting import run
 from ..schemas.errors import Backpressure, ForebayError, InvalidKey, LoaderError
-from ..schemas.json_form import json_form
 from ..schemas.keys import EVENTS, check_key, refuse_one_string
 from ..schemas.settings import Settings
 from ..schemas.settings_sources import Resolved
@@ -281,7 +280,7 @@ class Node(Declarations, Locking):
 
         Raises:
             LoaderError: whatever the loader raised. Unavailable: by the cache's policy.
-            NoJsonForm: the value holds NaN, or something else that JSON cannot express.
+            NoJsonForm: the value is more than JSON can hold.
         """
         cached = self._routes.cache_of(key)
         if cached is None:
@@ -294,7 +293,7 @@ class Node(Declarations, Locking):
             log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
             raise LoaderError(cached.name, key, f"{type(error).__name__}: {error}") from error
         return Read(
-            json=b"null" if hit.value is None else json_form(cached.plain(hit.value), key),
+            json=cached.json_of(key, hit.value),
             tier=hit.tier,
             age_ms=hit.age_ms,
             stale=hit.stale,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..schemas.errors import InvalidEvent, NoJsonForm
+from ..schemas.errors import InvalidEvent
 from ..schemas.events import NewerSchema, read_event
 from ..schemas.json_form import json_form
 
@@ -46,10 +46,8 @@ def _encoded(number: int, event: object) -> bytes:
         if isinstance(event, str):
             return event.encode()
         if isinstance(event, Mapping):
-            return json_form(event, f"events[{number}]")
-    except NoJsonForm as error:
-        problem = error.problem
-    except UnicodeEncodeError as error:
+            return json_form(event)
+    except ValueError as error:
         problem = str(error)
     fix = "give JSON as bytes or str, or a dict"
     raise InvalidEvent("undecodable", problem, field=f"events[{number}]", fix=fix)

@@ -278,14 +278,13 @@ class InvalidValue(ForebayError):
 
 
 class NoJsonForm(ForebayError):
-    """Raised for a value that JSON cannot express without changing it, such as NaN."""
+    """Raised for a value that was asked for as JSON, and is more than JSON can hold."""
 
-    def __init__(self, name: str, problem: str) -> None:
-        fix = "store None or text in its place, or read it without JSON"
-        super().__init__(f"{name} has no JSON form: {problem}; {fix}")
-        self.name = name
+    def __init__(self, cache: str, key: str, problem: str) -> None:
+        super().__init__(f"JSON cannot hold the value of {key!r} in {cache}: {problem}")
+        self.cache = cache
+        self.key = key
         self.problem = problem
-        self.fix = fix
 
 
 class LoaderError(ForebayError):

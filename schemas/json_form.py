@@ -12,28 +12,33 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from .errors import NoJsonForm
-
-__all__ = ["json_form"]
+__all__ = ["json_form", "not_finite"]
 
 _UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError)
 
 
-def json_form(value: object, name: str) -> bytes:
-    """The JSON of a value; ``name`` is what an error calls it.
+def json_form(value: object) -> bytes:
+    """The JSON of a value.
 
     Raises:
-        NoJsonForm: it has none.
+        ValueError: it has none; it says why, and of what.
     """
     try:
         raw = msgspec.json.encode(value)
-        if b"null" in raw:
-            for path, number in _numbers_of(msgspec.to_builtins(value)):
-                if not math.isfinite(number):
-                    raise NoJsonForm(name, f"{path or 'it'} is {number}")
+        problem = not_finite(msgspec.to_builtins(value)) if b"null" in raw else ""
     except _UNENCODABLE as error:
-        raise NoJsonForm(name, " ".join(str(error).split())) from error
+        raise ValueError(" ".join(str(error).split())) from error
+    if problem:
+        raise ValueError(problem)
     return raw
+
+
+def not_finite(simple: object) -> str:
+    """Which number in builtins is no number in JSON, and where; empty if there is none."""
+    for path, number in _numbers_of(simple):
+        if not math.isfinite(number):
+            return f"{path or 'it'} is {number}, which is no number in JSON"
+    return ""
 
 
 def _numbers_of(value: object) -> Iterator[tuple[str, float]]:
@@ -45,5 +50,6 @@ def _numbers_of(value: object) -> Iterator[tuple[str, float]]:
             yield path, each
         elif isinstance(each, Mapping):
             left += [(f"{path}.{key}", inner) for key, inner in each.items()]
+            left += [(f"a key of {path or 'it'}", key) for key in each]
         elif isinstance(each, list | tuple | set | frozenset):
             left += [(f"{path}[{number}]", inner) for number, inner in enumerate(each)]

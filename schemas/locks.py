@@ -21,7 +21,6 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from .errors import NoJsonForm
 from .errors_locks import InvalidLock
 from .json_form import json_form
 from .keys import check_key
@@ -179,9 +178,9 @@ def check_timeout(name: str, timeout: float | None) -> float:
 def about_of(name: str, by: str, meta: Mapping[str, object] | None) -> bytes:
     """What is kept beside a lease for those who look."""
     try:
-        raw = json_form({"by": by, "meta": meta}, "meta") if meta else _encode({"by": by})
-    except NoJsonForm as error:
-        raise InvalidLock(name, "meta", "the given", f"{error.problem}; give JSON") from None
+        raw = json_form({"by": by, "meta": meta}) if meta else _encode({"by": by})
+    except ValueError as error:
+        raise InvalidLock(name, "meta", "the given", f"{error}; give JSON") from None
     if len(raw) > META_BYTES_MAX:
         raise InvalidLock(name, "meta", f"{len(raw)} bytes", f"keep it below {META_BYTES_MAX}")
     return raw

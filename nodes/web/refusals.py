@@ -104,33 +104,26 @@ def of_http(error: web.HTTPException) -> web.Response:
 def of_error(error: ForebayError, random: Random) -> web.Response | None:
     """For an error of ours; None: no client can do anything about it."""
     match error:
-        case InvalidEvent() | NoJsonForm() | InvalidKey():
-            return _of_content(error)
+        case InvalidEvent():
+            status = _EVENT_STATUS.get(error.fault, 422)
+            return refuse(status, error.fault, error.problem, field=error.field, fix=error.fix)
+        case InvalidKey():
+            fix = "write the key as its template makes it, percent-encoded once in a path"
+            return refuse(400, "invalid_key", str(error), field=error.name, fix=fix)
         case Backpressure():
             problem = f"the stream holds {error.length} of {error.bound} entries"
             return _later(429, "backpressure", problem, random)
+        case NoJsonForm():
+            fix = "read it in Python, or have its loader return what JSON can hold"
+            return refuse(406, "no_json", str(error), field="key", fix=fix)
         case LoaderError():
             problem = f"the loader of {error.cache} failed"
             return refuse(504, "loader_failed", problem, fix="the log of this node says why")
-        case ServerRefused():
-            return _later(503, "valkey_refused", "Valkey refused the command", random)
-        case Unavailable():
+        case ServerRefused() | Unavailable():
             return _unavailable(error, random)
         case CoordinationError():
             return _of_coordination(error, random)
     return None
-
-
-def _of_content(error: InvalidEvent | NoJsonForm | InvalidKey) -> web.Response:
-    match error:
-        case InvalidEvent():
-            status = _EVENT_STATUS.get(error.fault, 422)
-            return refuse(status, error.fault, error.problem, field=error.field, fix=error.fix)
-        case NoJsonForm():
-            return refuse(422, "no_json_form", str(error), field=error.name, fix=error.fix)
-        case InvalidKey():
-            fix = "write the key as its template makes it, percent-encoded once in a path"
-            return refuse(400, "invalid_key", str(error), field=error.name, fix=fix)
 
 
 def _of_coordination(error: CoordinationError, random: Random) -> web.Response | None:
@@ -165,7 +158,9 @@ def _not_acquired(error: LockNotAcquired, random: Random) -> web.Response:
     return _later(423, error.reason, "others have this lock", random, more=more)
 
 
-def _unavailable(error: Unavailable, random: Random) -> web.Response:
+def _unavailable(error: ServerRefused | Unavailable, random: Random) -> web.Response:
+    if isinstance(error, ServerRefused):
+        return _later(503, "valkey_refused", "Valkey refused the command", random)
     if error.outcome_unknown:
         problem = "Valkey did not answer in time; it may have been done"
         return _later(
