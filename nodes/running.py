@@ -120,7 +120,11 @@ class Running:
         self.hearing.paths = self.paths
         self.writing = self._writing()
         self.dead_letters = DeadLetters(
-            backend.link, self.names, instruments, entries_max=durable.dead_letters_max
+            backend.link,
+            self.names,
+            self.scripts,
+            instruments,
+            entries_max=durable.dead_letters_max,
         )
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
@@ -307,7 +311,7 @@ async def running(
         self = Running(settings, backend, routes, instruments, node_id, tasks)
         stack.push_async_callback(self.writing.aclose)
         with _faults_of(backend, settings, origins):
-            await check_birth(backend.link, self.names, origins)
+            await check_birth(backend.link, self.names, self.scripts, origins)
             await self.follow(stack)
         stack.push_async_callback(self.limiter.aclose)
         yield self

@@ -116,7 +116,9 @@ def of_error(error: ForebayError, random: Random) -> web.Response | None:
             problem = f"the loader of {error.cache} failed"
             return refuse(504, "loader_failed", problem, fix="the log of this node says why")
         case ServerRefused():
-            return _later(503, "valkey_refused", "Valkey refused the command", random)
+            full = error.code == "OOM"
+            problem = "Valkey's memory is full" if full else "Valkey refused the command"
+            return _later(503, "valkey_refused", problem, random)
         case Unavailable():
             return _unavailable(error, random)
         case CoordinationError():
