@@ -305,6 +305,11 @@ class Desk:
         keys = [self.names.events, self.names.part(EVENTS, "before")]
         return list(await self.run("event_publish", keys, bound, *events))
 
+    async def append(
+        self, name: str, *fields: str, entry_id: str = "*", bound: int = 0
+    ) -> list[Reply]:
+        return list(await self.run("stream_append", [self.part(name)], entry_id, bound, *fields))
+
     # Reading back
 
     async def raw(self, key: str = "k") -> bytes | None:

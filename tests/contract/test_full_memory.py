@@ -109,7 +109,7 @@ WORKS: dict[str, Act] = {
     ),
     "roster_beat": lambda desk: desk.beat("b"),
     "meta_set": lambda desk: desk.run("meta_set", [desk.names.meta], "shards", 4),
-    "stream_append": lambda desk: desk.run("stream_append", [desk.part("dead")], "*", 5, "a", "b"),
+    "stream_append": lambda desk: desk.append("dead", "a", "b", bound=5),
     "lock_begin": lambda desk: begin_locks(desk, "elsewhere"),
     "lock_renew": lambda desk: renew(desk, "held", "p.1"),
     "lock_reclaim": lambda desk: reclaim(desk, "elsewhere", "p.1"),
