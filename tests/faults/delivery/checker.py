@@ -78,11 +78,15 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     recovery_s_p50: float
     recovery_s_max: float
     broken: dict[str, int]  #: violations, by rule
-    violations: Sequence[Violation]  #: the first of each rule
+    violations: Sequence[Violation]
 
     @property
     def sound(self) -> bool:
         return not self.broken
+
+    def shortened(self) -> Findings:
+        """With the first violations of each rule only."""
+        return msgspec.structs.replace(self, violations=list(_first_of_each(self.violations)))
 
 
 class _Event:
@@ -191,7 +195,7 @@ def check(lines: Iterable[Line], *, recovery_bound_s: float = 30.0) -> Findings:
         recovery_s_p50=times[len(times) // 2] if times else 0.0,
         recovery_s_max=max(times, default=0.0),
         broken=dict(sorted(Counter(each.rule for each in found).items())),
-        violations=list(_first_of_each(found)),
+        violations=found,
     )
 
 

@@ -179,6 +179,7 @@ class _Run:
             assert code == 0, f"{name} ended with {code}:\n{self._log(name).read_text()[-3_000:]}"
 
     def close(self) -> None:
+        self.history.close()
         for process in self.publishers.values():
             if process.poll() is None:
                 process.kill()
@@ -378,5 +379,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=given.seed, events=given.events, rate=given.rate, planted=given.planted
     )
     outcome = delivery_run(setup, faults, keep=given.keep)
-    print(json.dumps(msgspec.to_builtins(outcome), indent=2))
+    shortened = msgspec.structs.replace(outcome, findings=outcome.findings.shortened())
+    print(json.dumps(msgspec.to_builtins(shortened), indent=2))
     return 0 if outcome.findings.sound else 1
