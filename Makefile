@@ -41,13 +41,14 @@ test-part: $(VENV)/for-test
 
 SOAK_SECONDS ?= 120
 
-soak: $(VENV)/for-test  ## faults for minutes, with figures: is every node as current as it says?
+soak: $(VENV)/for-test  ## faults for minutes, with figures: is every node current, does every event arrive?
 	cd tests && ../$(BIN)/python -m faults.coherence --seconds $(SOAK_SECONDS)
 	cd tests && ../$(BIN)/python -m faults.outage --seconds 60
 	cd tests && ../$(BIN)/python -m faults.flood --seconds 30
 	cd tests && ../$(BIN)/python -m faults.flood --seconds 30 --lease
 	cd tests && ../$(BIN)/python -m faults.lock_run --level replicated --sections 1000 --rounds 2
 	cd tests && ../$(BIN)/python -m faults.lock_run --level fast --sections 1000 --rounds 2
+	cd tests && ../$(BIN)/python -m faults.delivery --events 50000
 
 check: lint types layers  ## everything but the tests
 

@@ -14,6 +14,8 @@ import msgspec
 import forebay
 from faults.delivery.plants import planted
 from faults.delivery.setting import DeliverySetup
+from faults.delivery.workload import workload
+from forebay.nodes.sinks.base import Sink
 from forebay.schemas.settings import Settings
 
 __all__ = ["Application", "Flight", "Gate"]
@@ -72,9 +74,12 @@ class Application:
 
         load.__name__ = table
         load.__annotations__ = {"id": str, "return": kind | None}
-        sink = forebay.SqlSink(self._setup.database, table=table)
-        faults = self._setup.planted if table == "flight" else ()
-        self.node.sink(f"{table}:{{id}}", planted(sink, faults))
+        sink: Sink = forebay.SqlSink(self._setup.database, table=table)
+        if table == "flight" and self._setup.planted:
+            made = workload(self._setup.seed, self._setup.events).values()
+            events = {(event.key, event.seq): event.event for each in made for event in each}
+            sink = planted(sink, self._setup.planted, events)
+        self.node.sink(f"{table}:{{id}}", sink)
         return self.node.cached(f"{table}:{{id}}", ttl=_TTL_S)(load)
 
     async def _connect(self) -> None:

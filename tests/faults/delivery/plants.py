@@ -1,7 +1,7 @@
 """Faults that are put into the workers on purpose, one at least for each rule of the checker.
 
 ``drops``     D1  a write is said to be stored, and is not
-``swaps``     D2  the first two writes of a hot key are stored the wrong way round
+``swaps``     D2  of a hot key the event before is stored after it (D3: and then it once more)
 ``doubles``   D3  a write is stored a second time, as if it were newer
 ``refuses``   D4  a healthy write is called poison
 ``swallows``  D4  a poison is said to be stored
@@ -72,16 +72,19 @@ async def _invalidate_nothing(running: Running, *names: object, **how: object) -
     return None
 
 
-def planted(sink: Sink, faults: Sequence[Plant]) -> Sink:
-    return _FaultySink(sink, faults) if faults else sink
+def planted(sink: Sink, faults: Sequence[Plant], events: Mapping[tuple[str, int], str]) -> Sink:
+    """``events``: by key and number, what was published."""
+    return _FaultySink(sink, faults, events)
 
 
 class _FaultySink:
-    def __init__(self, sink: Sink, faults: Sequence[Plant]) -> None:
+    def __init__(
+        self, sink: Sink, faults: Sequence[Plant], events: Mapping[tuple[str, int], str]
+    ) -> None:
         self.name = sink.name
         self._sink = sink
         self._faults = frozenset(faults)
-        self._first: dict[str, Write[object]] = {}
+        self._events = events
         self._swapped: set[str] = set()
 
     async def open(self, namespace: str = "") -> None:
@@ -94,8 +97,9 @@ class _FaultySink:
         await self._sink.aclose()
 
     async def write(self, batch: SinkBatch) -> None:
-        hits: dict[Plant, list[Write[object]]] = {
-            fault: [w for w in batch.writes if self._hits(fault, w)] for fault in self._faults
+        hits: dict[Plant, list[Write[Any]]] = {
+            fault: [w for w in batch.writes if hit(fault, w.key, _fields(w))]
+            for fault in self._faults
         }
         if hits.get("stuck"):
             raise TransientSinkError("planted: stuck")
@@ -103,39 +107,36 @@ class _FaultySink:
             raise PoisonSinkError("planted: refused")
         gone = {w.key for fault in ("drops", "swallows") for w in hits.get(fault, ())}
         kept = [w for w in batch.writes if w.key not in gone]
-        later = [_newer(w) for w in hits.get("doubles", ())]
-        if "swaps" in self._faults:
-            kept, swapped = self._swap(kept)
-            later += swapped
         kept += [_invention(w) for w in hits.get("invents", ())]
         await self._sink.write(msgspec.structs.replace(batch, writes=kept))
-        if later:
-            await self._sink.write(SinkBatch(writes=later))
+        again = [_newer(w, 1) for w in hits.get("doubles", ())]
+        await self._sink.write(SinkBatch(writes=again))
+        if "swaps" in self._faults:
+            await self._swap(kept)
 
-    def _hits(self, fault: Plant, write: Write[object]) -> bool:
-        return hit(fault, write.key, msgspec.structs.asdict(write.value))  # type: ignore[arg-type]
-
-    def _swap(
-        self, writes: Sequence[Write[object]]
-    ) -> tuple[list[Write[object]], list[Write[object]]]:
-        now, later = [], []
+    async def _swap(self, writes: Sequence[Write[Any]]) -> None:
+        """Store the event before, and then this one again."""
         for write in writes:
-            if "-latest-" not in write.key or write.key in self._swapped:
-                now.append(write)
-            elif (first := self._first.pop(write.key, None)) is None:
-                self._first[write.key] = write
-            else:
-                self._swapped.add(write.key)
-                now.append(write)
-                later.append(_newer(first, than=write))
-        return now, later
+            seq = write.value.seq
+            if "-latest-" not in write.key or seq < 2 or write.key in self._swapped:
+                continue
+            event = self._events[write.key, seq - 1]
+            value = msgspec.structs.replace(write.value, event=event, seq=seq - 1)
+            before = msgspec.structs.replace(_newer(write, 1), value=value)
+            await self._sink.write(SinkBatch(writes=[before]))
+            await self._sink.write(SinkBatch(writes=[_newer(write, 2)]))
+            self._swapped.add(write.key)
 
 
-def _newer(write: Write[object], than: Write[object] | None = None) -> Write[object]:
-    return msgspec.structs.replace(write, version=(than or write).version + 1)
+def _fields(write: Write[Any]) -> Mapping[str, Any]:
+    return msgspec.structs.asdict(write.value)
 
 
-def _invention(write: Write[object]) -> Write[object]:
+def _newer(write: Write[Any], by: int) -> Write[Any]:
+    return msgspec.structs.replace(write, version=write.version + by)
+
+
+def _invention(write: Write[Any]) -> Write[Any]:
     key, event = invented(write.key)
-    value = msgspec.structs.replace(write.value, event=event)  # type: ignore[type-var]
+    value = msgspec.structs.replace(write.value, event=event)
     return Write(key=key, params={"id": key.partition(":")[2]}, value=value, version=write.version)

@@ -65,7 +65,7 @@ _WORKERS = ("one", "two", "three")
 _GATES_SHARE = 0.05
 _PATIENCE_S = 240.0
 _CALM_S = 15.0  #: without any progress, nothing will move any more
-_READ_BY_EACH = 400  #: keys that each worker is asked for at the end
+_READ_BY_EACH_MAX = 400  #: keys that each worker is asked for at the end
 _TOGETHER = 200
 
 
@@ -80,7 +80,7 @@ class WorkerProcesses:
 
     def spawn_all(self) -> None:
         if not self.running:
-            self.running = [self._make(name, 1) for name in _WORKERS]
+            self.running = [self._make(name, 1) for name in _WORKERS[: self._setup.workers]]
         for node in self.running:
             node.url = ""
             node.spawn()
@@ -316,7 +316,8 @@ def _take_down(made: _Run, near: Sequence[str]) -> None:
     made.history.write(Left(events=events, writes=writes, held=held))
     made.history.write(*rows, *made.database.effects(), *_dead_letters(made))
     keys = sorted(made.progress.keys())
-    asked = [*near[-_READ_BY_EACH // 2 :], *keys[:: 1 + 2 * len(keys) // _READ_BY_EACH]]
+    half = min(_READ_BY_EACH_MAX, made.setup.events // 8) // 2
+    asked = [*near[-half:], *keys[:: 1 + len(keys) // half]]
     for node in made.workers.running:
         for key in asked:
             made.history.write(_answer_of(node, key))

@@ -22,6 +22,7 @@ class DeliverySetup(msgspec.Struct, frozen=True, kw_only=True):
     database: str = ""
     namespace: str = "delivery"
     shards: int = 16
+    workers: int = 3
     seed: int = 1
     events: int = 2_000
     rate: float = 400.0  #: events a second, of all publishers

@@ -28,9 +28,9 @@ def programs() -> None:
     "kinds",
     [
         ("kill workers", "terminate backends", "lose tail"),
-        ("fill memory", "deploy"),
+        ("fill memory",),
     ],
-    ids=["kill", "deploy"],
+    ids=["kill", "memory"],
 )
 def test_accepted_events_arrive_whatever_goes_wrong(kinds: tuple[Kind, ...]) -> None:
     """Three workers, two publishers and a service: nothing is lost, reversed, doubled or left."""
@@ -51,16 +51,16 @@ def keys_of(findings: Findings, rule: str) -> set[str]:
 def test_planted_faults_are_found_and_nothing_else() -> None:
     """Negative control: each rule finds the events that a planted fault hit, and no other."""
     faults: tuple[Plant, ...] = ("drops", "swaps", "doubles", "refuses", "swallows", "deaf")
-    setup = DeliverySetup(events=EVENTS, planted=(*faults, "invents"))
+    setup = DeliverySetup(events=EVENTS, workers=1, planted=(*faults, "invents"))
     findings = delivery_run(setup).findings
     events = [event for each in workload(setup.seed, EVENTS).values() for event in each]
     hits = {fault: [e for e in events if hits_event(fault, e)] for fault in setup.planted}
     assert all(hits[fault] for fault in setup.planted if fault not in ("swaps", "deaf"))
     assert keys_of(findings, "D1") == {event.event for event in hits["drops"]}
-    swapped = keys_of(findings, "D2")
-    assert swapped
-    assert all("-latest-" in key for key in swapped)
-    assert keys_of(findings, "D3") == {event.event for event in hits["doubles"]}
+    hot = [event for event in events if "-latest-" in event.key]
+    assert keys_of(findings, "D2") == {event.key for event in hot if event.seq > 1}
+    twice = keys_of(findings, "D3") - {event.event for event in hot}
+    assert twice == {event.event for event in hits["doubles"]}
     wrong_letters = hits["refuses"] + hits["swallows"]
     assert keys_of(findings, "D4") == {event.event for event in wrong_letters}
     stored = [event for event in events if event.poison == "row"] + hits["refuses"] + hits["drops"]
@@ -77,6 +77,6 @@ def hits_event(fault: Plant, event: Published) -> bool:
 @pytest.mark.slow
 def test_planted_standstill_is_found() -> None:
     """Negative control: a sink that waits for ever is found by what is left, and by the probes."""
-    setup = DeliverySetup(events=200, planted=("stuck",))
+    setup = DeliverySetup(events=200, workers=1, planted=("stuck",))
     findings = delivery_run(setup, bound_s=2.0, calm_s=1.0).findings
     assert {"D6", "D7"} <= set(findings.broken)
