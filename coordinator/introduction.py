@@ -166,7 +166,7 @@ async def read_clock(commands: Commands, clock: Clock) -> ServerClock:
 
 
 _LOSSES: dict[Persistence, str] = {
-    "none": "there is no append-only file: a restart of the server loses accepted events and writes",
+    "none": "there is no append-only file: a restart of the server loses what was accepted",
     "everysec": "the append-only file is synced once a second: a loss of power takes accepted "
     "events, writes and invalidations of the last second or two",
 }
