@@ -20,6 +20,7 @@ import anyio
 import structlog
 
 from ...coordinator.link import Commands, Reply
+from ...coordinator.log_once import LogOnce
 from ...coordinator.scripting import Call, run_many
 from ...schemas.errors import (
     Backpressure,
@@ -53,6 +54,7 @@ class Applier:
         self._routes = routes
         self._shared = core.shared
         self._counts = core.instruments.counts
+        self._full = LogOnce(core.clock)
 
     async def apply(self, steps: Sequence[Step], check: Callable[[bool], None]) -> list[DeadLetter]:
         """Apply all of them; returns those that can never be applied.
@@ -77,9 +79,8 @@ class Applier:
             queues = {shard: queue for shard, queue in queues.items() if queue}
             if queues and len(full) == len(queues):
                 self._counts["limit_reached", "writes"] += len(full)
-                if not waited:
-                    log.warning("ingress.held_back", streams=len(full), error=str(full[0]))
                 waited = True
+                self._full.say(log, "ingress.held_back", full[0], streams=len(full))
                 await anyio.sleep(_FULL_S)
         return letters
 
