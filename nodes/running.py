@@ -124,13 +124,20 @@ class Running:
         ]
         self.hearing.paths = self.paths
         self.writing = self._writing()
-        self.dead_letters = DeadLetters(
-            backend.link, self.names, instruments, entries_max=durable.dead_letters_max
-        )
+        self.dead_letters = self._dead_letters()
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.crew: Crew | None = None
+
+    def _dead_letters(self) -> DeadLetters:
+        return DeadLetters(
+            self.backend.link,
+            self.names,
+            self.scripts,
+            self.instruments,
+            entries_max=self.settings.durable.dead_letters_max,
+        )
 
     def _core(self) -> Core:
         return Core(
@@ -316,7 +323,8 @@ async def running(
         stack.push_async_callback(self.writing.aclose)
         patience = Patience(_target(backend, settings, origins), self.clock, give_up_at)
         with _faults_of(patience.target):
-            await patience.until_done(lambda: check_birth(backend.link, self.names, origins))
+            birth = partial(check_birth, backend.link, self.names, self.scripts, origins)
+            await patience.until_done(birth)
             await self.follow(stack, patience)
         stack.push_async_callback(self.limiter.aclose)
         yield self
