@@ -116,6 +116,7 @@ async def test_whoever_empties_the_streams_is_not_held_up(desk: Desk, full: Full
         position = bytes(job_id).decode()
         assert await desk.commit("a", int(epoch), position, [("k", int(version))]) == [1]
         assert await desk.length("writes") == 0
+        assert await desk.trim("99-0", "writes", position) == 1
         assert (await desk.entry()).pending == 0
         assert await desk.ttl_ms() > 0
         assert await desk.give_up("a", int(epoch)) == 1
