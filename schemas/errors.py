@@ -32,6 +32,7 @@ __all__ = [
     "Level",
     "LoaderError",
     "NewerSchema",
+    "NoJsonForm",
     "NotShareable",
     "PartialFailure",
     "PoisonSinkError",
@@ -137,11 +138,15 @@ class NotShareable(ForebayError):
         self.problem = problem
 
 
+_FIXES = {"OOM": "raise maxmemory, or remove data; workers go on emptying the streams"}
+
+
 class ServerRefused(ForebayError):
     """Raised when the server answered with an error reply; nothing is retried blindly."""
 
     def __init__(self, code: str, message: str, command: str = "") -> None:
-        super().__init__(f"valkey refused {command or 'the command'}: {code} {message}".rstrip())
+        said = f"valkey refused {command or 'the command'}: {code} {message}".rstrip()
+        super().__init__(f"{said}; {_FIXES[code]}" if code in _FIXES else said)
         self.code = code
         self.message = message
         self.command = command
@@ -274,6 +279,16 @@ class InvalidValue(ForebayError):
         self.key = key
         self.problem = problem
         self.fix = fix
+
+
+class NoJsonForm(ForebayError):
+    """Raised for a value that was asked for as JSON, and is more than JSON can hold."""
+
+    def __init__(self, cache: str, key: str, problem: str) -> None:
+        super().__init__(f"JSON cannot hold the value of {key!r} in {cache}: {problem}")
+        self.cache = cache
+        self.key = key
+        self.problem = problem
 
 
 class LoaderError(ForebayError):
