@@ -107,7 +107,11 @@ WORKS: dict[str, Act] = {
     "ingress_commit": lambda desk: of_ingress(
         desk, lambda epoch: desk.commit_batch("a", epoch, "5-0")
     ),
-    "writes_trim": lambda desk: desk.trim(f"{1 << 63}-0", "nobody", "0-0"),
+    "writes_trim": lambda desk: desk.run(
+        "writes_trim",
+        [desk.names.part(desk.names.shard("pending"), name) for name in ("done", "writes")],
+        *(f"{1 << 63}-0", "nobody", "0-0"),
+    ),
     "roster_beat": lambda desk: desk.beat("b"),
     "meta_set": lambda desk: desk.run("meta_set", [desk.names.meta], "shards", 4),
     "stream_append": lambda desk: desk.append("dead", "a", "b", bound=5),
