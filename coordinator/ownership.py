@@ -38,6 +38,7 @@ from ..schemas.settings import Workers
 from .clock import Clock
 from .instruments import Instruments
 from .link import Arg, Commands, Reply
+from .log_once import LogOnce
 from .roster import STATES, Profile, State
 from .scripting import Call, Scripts, run, run_many
 from .succession import Change, Gained, Lost, Succession, Tenure
@@ -107,12 +108,14 @@ class Ownership:
         self._clock = clock
         self._rng = rng
         self._instruments = instruments
+        self.beats, self.claims, self.handovers = (LogOnce(clock) for _ in range(3))
         self._successors: list[Successor] = []
         self._surplus: list[Tenure] = []  # to be handed over
         self._surplus_chosen = anyio.Event()
         self._hurry = anyio.Event()
         self._beating = anyio.Lock()
         self._left = False
+        self._fenced: list[Tenure] = []  # to be released with the next beat
 
     def add(self, successor: Successor) -> None:
         self._successors.append(successor)
@@ -146,10 +149,11 @@ class Ownership:
         return self._succession.in_force(resource, self._clock.monotonic())
 
     def fenced(self, tenure: Tenure) -> None:
-        """A commit was refused: another owner is in force."""
+        """A commit was refused, or a batch: another owner is in force, or was (S7)."""
         self._instruments.counts["fenced",] += 1
         if self.tenures.get(tenure.resource) is tenure:
-            self._tell(self._succession.lose(tenure, "fenced"))
+            self._tell(self._succession.fenced(tenure, self._clock.monotonic()))
+            self._fenced.append(tenure)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Beat until cancelled; started after the first beat."""
@@ -172,7 +176,9 @@ class Ownership:
         try:
             await self.beat()
         except ForebayError as error:
-            log.warning("beat.failed", error=str(error))
+            self.beats.say(log, "beat.failed", error)
+        else:
+            self.beats.over()
 
     async def beat(self) -> None:
         """Be seen, renew what is owned, claim what should be, choose what to hand over."""
@@ -180,6 +186,9 @@ class Ownership:
             if self._left:
                 return
             await self._enrol()
+            if self._fenced:
+                fenced, self._fenced = self._fenced, []
+                await self._let_go(fenced)
             await self._claim()
             self._surplus += self._succession.to_yield()
             if self._surplus:
@@ -208,7 +217,9 @@ class Ownership:
             ):
                 self._tell(change)
         if refused:
-            log.warning("claim.refused", resources=len(refused), error=str(refused[0]))
+            self.claims.say(log, "claim.refused", refused[0], resources=len(refused))
+        else:
+            self.claims.over()
 
     async def _hand_over(self) -> None:
         """Beside the beats, since a drain may take longer than a lease."""
@@ -223,7 +234,9 @@ class Ownership:
         try:
             await self._release(tenures)
         except ForebayError as error:
-            log.warning("handover.failed", error=str(error))
+            self.handovers.say(log, "handover.failed", error, resources=len(tenures))
+        else:
+            self.handovers.over()
 
     async def give_up(self, tenures: Sequence[Tenure]) -> None:
         """Drain and release these, for good.
