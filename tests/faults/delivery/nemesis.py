@@ -34,7 +34,7 @@ from forebay.schemas.keys import Names
 from noded import NodeProcess, until
 from valkeyd import ValkeyServer
 
-__all__ = ["KINDS", "RECOVERY_BOUND_S", "Fault", "Kind", "Nemesis", "Workers", "plan"]
+__all__ = ["KINDS", "RECOVERY_BOUND_S", "Fault", "Kind", "Nemesis", "Workers", "is_ready", "plan"]
 
 Kind = Literal[
     "kill workers", "lose tail", "lose both", "terminate backends", "fill memory", "deploy"
@@ -261,7 +261,7 @@ class Nemesis:
         give_up_at = time.monotonic() + RECOVERY_BOUND_S
         waiting = list(self._workers.running)
         while waiting and time.monotonic() < give_up_at:
-            waiting = [node for node in waiting if not _is_ready(node)]
+            waiting = [node for node in waiting if not is_ready(node)]
             if waiting and all(node.ended() is not None for node in waiting):
                 break
             time.sleep(0.02)
@@ -279,7 +279,8 @@ class Nemesis:
         return f"{self._gates_accepted()} events of the next version so far"
 
 
-def _is_ready(node: NodeProcess) -> bool:
+def is_ready(node: NodeProcess) -> bool:
+    """Whether it runs, listens and says that it is ready."""
     if node.ended() is not None:
         return False
     try:

@@ -31,7 +31,7 @@ from faults.delivery.application import Application
 from faults.delivery.checker import Findings, check
 from faults.delivery.database import Database
 from faults.delivery.history import Dead, History, Left, Read, read_history
-from faults.delivery.nemesis import KINDS, RECOVERY_BOUND_S, Fault, Kind, Nemesis, plan
+from faults.delivery.nemesis import KINDS, RECOVERY_BOUND_S, Fault, Kind, Nemesis, is_ready, plan
 from faults.delivery.plants import PLANTS
 from faults.delivery.publishers import settings_of, write_events
 from faults.delivery.readers import Progress, Reader
@@ -64,6 +64,7 @@ PUBLISHER_JS = Path(__file__).with_name("publisher.js")
 _WORKERS = ("one", "two", "three")
 _GATES_SHARE = 0.05
 _PATIENCE_S = 240.0
+_START_S = 60.0  #: of all workers at once, on a machine that has other things to do
 _CALM_S = 15.0  #: without any progress, nothing will move any more
 _READ_BY_EACH_MAX = 400  #: keys that each worker is asked for at the end
 _TOGETHER = 200
@@ -87,7 +88,7 @@ class WorkerProcesses:
 
     def until_ready(self) -> None:
         for node in self.running:
-            node.until_ready()
+            until(lambda node=node: is_ready(node), limit_s=_START_S, what=f"{node.name} ready")
 
     def kill_all(self) -> None:
         for node in self.running:
@@ -101,7 +102,8 @@ class WorkerProcesses:
         old = self.running[index]
         if old.ended() is None:
             self.exits.append(old.stop())
-        self.running[index] = self._make(f"{_WORKERS[index]}-2", 2).start()
+        self.running[index] = self._make(f"{_WORKERS[index]}-2", 2).spawn()
+        self.until_ready()
 
     def stop(self) -> None:
         for node in self.running:

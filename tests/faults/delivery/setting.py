@@ -24,7 +24,7 @@ class DeliverySetup(msgspec.Struct, frozen=True, kw_only=True):
     shards: int = 16
     workers: int = 3
     seed: int = 1
-    events: int = 2_000
+    events: int = 1_000
     rate: float = 400.0  #: events a second, of all publishers
     application: int = 1  #: its version; the second has one more cache and sink
     planted: Sequence[Plant] = ()  #: faults that the checker has to find

