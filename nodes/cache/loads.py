@@ -16,7 +16,6 @@ L7  An absence that is not to be remembered takes the old value away all the sam
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Generic, Literal, TypeVar
@@ -27,6 +26,7 @@ import structlog
 from ...coordinator.log_once import LogOnce
 from ...schemas.entry import Entry
 from ...schemas.errors import (
+    CancelledInside,
     ForebayError,
     InvalidEntry,
     LoaderError,
@@ -35,6 +35,7 @@ from ...schemas.errors import (
     Unavailable,
 )
 from ...schemas.keys import dependents_of
+from ..cancellation import run_apart
 from .core import Core, Hit, Lease, LoadCall, Tier
 from .fill_leases import FillLeases
 from .inheritance import inherited
@@ -248,18 +249,14 @@ class LoadPath(Generic[T]):
         try:
             limit_s = _OF_LEASE * self.policy.lease_ms / 1000
             with outside(), under_way(load), anyio.move_on_after(limit_s):
-                value = await call.run()
+                value = await run_apart(f"the loader of {self.name}", call.run)
                 result = "loaded"
                 return value
             result = "timeout"
             raise LoaderError(self.name, key, "it took longer than its lease")
         except InvalidEntry as error:
             raise LoaderError(self.name, key, error.problem) from error
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # Nobody cancelled us: it waited for something that was cancelled.
+        except CancelledInside as error:
             raise LoaderError(self.name, key, "it was cancelled from inside") from error
         finally:
             core.instruments.observe(

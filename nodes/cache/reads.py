@@ -63,6 +63,7 @@ class ReadPath(Generic[T]):
             served_late=lambda: loads.count("shared", "stale"),
             full=self._count_full,
         )
+        self.check_loop = core.tasks.check_loop
         self._core = core
         self._staleness_s = loads.policy.staleness_ms / 1000
         self._refreshes = RefreshRequests(core, loads.name, lease_ms=loads.policy.lease_ms)

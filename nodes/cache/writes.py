@@ -108,6 +108,7 @@ class WritePath(Generic[T]):
         kept: Callable[[T | None], Any],
     ) -> None:
         self.name = reads.name
+        self.check_loop = core.tasks.check_loop
         self._core = core
         self._parts = parts
         self._reads = reads
