@@ -32,11 +32,11 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
 
 from ..coordinator.instruments import Instruments
+from ..coordinator.modules import load
 from ..coordinator.scripting import run
 from ..schemas.errors import Backpressure, ForebayError, InvalidKey, LoaderError
 from ..schemas.keys import EVENTS, check_key, refuse_one_string
@@ -156,12 +156,13 @@ class Node(Declarations, Locking):
         Raises:
             ConfigError: the address cannot be listened on. ForebayError: the node is not running.
         """
-        from .web.server import serve  # what embeds a node without it need not load it
-
         settings, origins = self.parts.settings, self._origins
         if not settings.http.enabled:
             yield ""
             return
+        await load(f"{__package__}.web.server")  # a node that is only embedded does without it
+        from .web.server import serve
+
         async with serve(
             self,
             settings.http,
@@ -210,6 +211,7 @@ class Node(Declarations, Locking):
 
     @asynccontextmanager
     async def _living(self, resolved: Resolved, otherwise: bool | None) -> AsyncGenerator[None]:
+        await load("zstandard", optional=True)  # entries compressed by it may be there
         settings = resolved.settings
         works = settings.workers.enabled
         if works is None:
@@ -333,6 +335,7 @@ class Node(Declarations, Locking):
 
         Raises:
             LoaderError: whatever the loader raised. Unavailable: by the cache's policy.
+            NoJsonForm: the value is more than JSON can hold.
         """
         cached = self._routes.cache_of(key)
         if cached is None:
@@ -345,7 +348,7 @@ class Node(Declarations, Locking):
             log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
             raise LoaderError(cached.name, key, f"{type(error).__name__}: {error}") from error
         return Read(
-            json=msgspec.json.encode(hit.value),
+            json=cached.json_of(key, hit.value),
             tier=hit.tier,
             age_ms=hit.age_ms,
             stale=hit.stale,
