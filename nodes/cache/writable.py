@@ -345,6 +345,7 @@ class Writable(Generic[T]):
     def writes(self) -> WritePath[T]:
         if self._writes is None:
             raise ForebayError(f"{self.name}: {NOT_RUNNING}")
+        self._writes.check_loop()
         return self._writes
 
     def _key_and_value(self, args: Sequence[Any]) -> tuple[str, Any]:
