@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 import forebay
 from forebay.coordinator.clock import SystemClock
+from forebay.coordinator.introduction import read_info
 from forebay.coordinator.write_check import WriteCheck
 from forebay.nodes.status import checks, gauges, stats
 from forebay.nodes.web.face import Check
@@ -272,7 +273,7 @@ async def test_asking_writes_nothing(make_server: Any) -> None:
             return server.execute(*args)
 
     def changes() -> int:
-        found = server.execute("INFO", "persistence")
+        found = read_info(server.execute("INFO", "persistence"))
         return int(found["rdb_changes_since_last_save"])
 
     server.execute("SET", "other", "x")
