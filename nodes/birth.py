@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ..coordinator.link import Commands
 from ..schemas.errors import ConfigError
 from ..schemas.keys import Names
+from ..schemas.replies import SHARDS_MAX, integer
 
 __all__ = ["check_birth"]
 
@@ -15,10 +16,11 @@ async def check_birth(link: Commands, names: Names, origins: Mapping[str, str]) 
     """The first node decides for all.
 
     Raises:
-        ConfigError: this node was given another number.
+        ConfigError: this node was given another number. UnreadableRecord: there is none.
     """
     await link.call("HSETNX", names.meta, "shards", names.shards)
-    born_with = int(await link.call("HGET", names.meta, "shards"))
+    found = await link.call("HGET", names.meta, "shards")
+    born_with = integer(found, f"the field shards of {names.meta}", low=1, high=SHARDS_MAX)
     if born_with != names.shards:
         raise ConfigError(
             setting="node.shards",

@@ -10,7 +10,8 @@
 -- ARGV[2] epoch     the owner's
 -- ARGV[3] name      of the stream
 -- ARGV[4] position  id of the last entry done
--- ARGV[5] next      id after it: entries before are trimmed
+-- ARGV[5] next      id after it: entries before are trimmed; empty: there is none, and the
+--   stream begins anew
 -- ARGV[6] work      channel of jobs; empty: nobody waits for this checkpoint
 -- ARGV[7] shard     number of the shard
 -- ARGV[8..] the version that was sunk, of each key
@@ -42,7 +43,12 @@ if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return { 0, known[2] or "0" }
 -- A first write that memory limits never refuse; none after it is refused either (I3).
 redis.call("PERSIST", KEYS[2])
 redis.call("HSET", KEYS[2], ARGV[3], ARGV[4])
-redis.call("XTRIM", KEYS[3], "MINID", ARGV[5])
+if ARGV[5] == "" then
+  redis.call("DEL", KEYS[3])
+  redis.call("HDEL", KEYS[2], ARGV[3])
+else
+  redis.call("XTRIM", KEYS[3], "MINID", ARGV[5])
+end
 local labels = redis.call("HGET", KEYS[4], "c") or ""
 for i = 5, #KEYS, 2 do
   local sunk = tonumber(ARGV[(i - 5) / 2 + 8])

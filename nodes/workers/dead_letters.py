@@ -8,6 +8,7 @@ D1  ``bury`` returns when the server has all of them; else it raises, and nothin
 D2  A crash between burying and the checkpoint buries again: of several with the same
     ``from`` one is meant.
 D3  About the newest ``entries_max`` are kept in each stream; what is dropped is counted.
+D4  A stream that has given its last id is set aside as ``<name>:before``, loudly.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from msgspec import Struct
 
 from ...coordinator.instruments import Instruments
 from ...coordinator.link import Arg, Commands
-from ...schemas.errors import ForebayError, InvalidEvent
+from ...schemas.errors import ForebayError, InvalidEvent, ServerRefused
 from ...schemas.keys import Names
 
 __all__ = ["DeadLetter", "DeadLetters"]
@@ -74,6 +75,8 @@ class DeadLetters:
             [*(_added(name, e) for e in letters), trim]
         )
         for letter, reply in zip(letters, added, strict=True):
+            if isinstance(reply, ServerRefused) and "exhausted" in str(reply):
+                await self._set_aside(name)
             if isinstance(reply, ForebayError):
                 raise reply
             self.buried += 1
@@ -81,6 +84,11 @@ class DeadLetters:
         if isinstance(dropped, int) and dropped:
             self._instruments.counts["limit_reached", "dead_letters"] += dropped
             log.error("dead_letters.dropped", count=dropped, stream=name)
+
+    async def _set_aside(self, name: str) -> None:
+        """Begin the stream anew: somebody gave it the last id, after which there is none."""
+        log.error("dead_letters.set_aside", stream=name, kept_in=f"{name}:before")
+        await self._commands.call("RENAME", name, f"{name}:before")
 
 
 def _added(name: str, letter: DeadLetter) -> list[Arg]:

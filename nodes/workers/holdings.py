@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ...coordinator.ownership import Tenure
+from ...schemas.replies import order
 
-__all__ = ["Holding", "Place", "following"]
+__all__ = ["Holding", "Place"]
 
 
 class Place:
@@ -44,15 +45,4 @@ class Holding:
     @property
     def passed(self) -> str:
         """The id that every lane is past."""
-        return min((place.position or "0-0" for place in self.places), key=_order)
-
-
-def following(entry_id: str) -> str:
-    """The id after this one."""
-    ms, seq = _order(entry_id)
-    return f"{ms}-{seq + 1}"
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    ms, _, seq = entry_id.partition("-")
-    return int(ms), int(seq)
+        return min((place.position or "0-0" for place in self.places), key=order)

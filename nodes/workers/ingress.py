@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import anyio
 import structlog
@@ -294,9 +294,13 @@ class Ingress:
         try:
             await self._commands.call("XADD", held, entry_id, "event", raw)
         except ServerRefused:
-            if not await self._commands.call("XRANGE", held, entry_id, entry_id):
-                raise
-            return None  # it was held before the crash
+            if await self._commands.call("XRANGE", held, entry_id, entry_id):
+                return None  # it was held before the crash
+            try:  # an id ahead is held: this one stands behind it, and keeps its own as a field
+                await self._commands.call("XADD", held, "*", "event", raw, "held", entry_id)
+            except ServerRefused as refused:
+                fault = InvalidEvent("unknown_type", f"{error}; it cannot be held: {refused}")
+                return self._set_aside(entry_id, fields, fault, letters)
         self._instruments.counts["events_processed", "unknown", "held"] += 1
         log.error("event.held", entry=entry_id, error=str(error))
         return None
@@ -307,17 +311,18 @@ class Ingress:
         while page := await self._commands.call("XRANGE", held, start, "+", "COUNT", _PAGE):
             for raw_id, fields in page:
                 self._check(tenure, waiting=True)
-                await self._publish_again(held, raw_id, bytes(fields[1]))
+                await self._publish_again(held, raw_id, field_map(fields))
             start = f"({bytes(page[-1][0]).decode()}"
 
-    async def _publish_again(self, held: str, raw_id: bytes, raw: bytes) -> None:
+    async def _publish_again(self, held: str, raw_id: bytes, fields: Mapping[bytes, bytes]) -> None:
+        raw, held_as = fields.get(b"event", b""), fields.get(b"held", raw_id)
         try:
             read_event(raw, bytes_max=self._durable.event_bytes_max)
         except NewerSchema:
             return
         except InvalidEvent as error:
             log.warning("event.unheld", entry=bytes(raw_id).decode(), error=str(error))
-        await self._commands.call("XADD", self._names.events, "*", "event", raw, "held", raw_id)
+        await self._commands.call("XADD", self._names.events, "*", "event", raw, "held", held_as)
         await self._commands.call("XDEL", held, raw_id)
 
     async def _commit(self, tenure: Tenure, last_id: str) -> None:

@@ -21,16 +21,17 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import anyio
 import structlog
 
-from ...coordinator.link import Commands
+from ...coordinator.link import Commands, Reply
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Call, Scripts, run_many
-from ...schemas.errors import Fenced, ForebayError
+from ...schemas.errors import Fenced, ForebayError, UnreadableRecord
 from ...schemas.keys import Names
+from ...schemas.replies import LAST_ID, following, stream_id
 from ...schemas.settings import Workers
 from ..sinks.base import SinkBatch
 from .dead_letters import DeadLetters
 from .delivery import Delivery
-from .holdings import Holding, Place, following
+from .holdings import Holding, Place
 from .routes import Routes
 from .stretches import Queued, Stretch, Versions, queued
 
@@ -164,7 +165,16 @@ class Lane:
         for holding, reply in zip(held, replies, strict=True):
             if isinstance(reply, ForebayError):
                 raise reply
-            self._place(holding).position = "0-0" if reply is None else bytes(reply).decode()
+            self._place(holding).position = self._position(holding, reply)
+
+    def _position(self, holding: Holding, reply: Reply) -> str:
+        """The checkpoint; the stream's beginning, if it is none: what is there is not done."""
+        name = f"{self._names.part(holding.shard, 'done')} {self._checkpoint}"
+        try:
+            return "0-0" if reply is None else stream_id(reply, name)
+        except UnreadableRecord as error:
+            log.warning("checkpoint.unreadable", shard=holding.shard, error=str(error))
+            return "0-0"
 
     async def _read(self, held: Sequence[Holding]) -> list[Stretch]:
         rows = min(self._options.flush_rows_max, _BYTES_MAX // self._entry_bytes)
@@ -238,7 +248,9 @@ class Lane:
             if not reply[0]:
                 self._ownership.fenced(stretch.tenure)
             elif holding is not None and holding.tenure is stretch.tenure:
-                self._place(holding).position = stretch.last_id
+                last = stretch.last_id
+                begins_anew = last == LAST_ID and len(holding.places) == 1  # by the script
+                self._place(holding).position = "0-0" if begins_anew else last
                 moved.append(holding)
         await self._trim([holding for holding in moved if len(holding.places) > 1])
 
@@ -271,10 +283,24 @@ class Lane:
         """With several lanes the last of them to pass an entry trims it."""
         await self._commands.call_many(
             [
-                ("XTRIM", self._names.part(each.shard, "writes"), "MINID", following(each.passed))
+                ("XTRIM", self._names.part(each.shard, "writes"), "MINID", after)
                 for each in moved
+                if (after := following(each.passed))
             ]
         )
+        for holding in moved:
+            if holding.passed == LAST_ID:
+                await self._begin_anew(holding)
+
+    async def _begin_anew(self, holding: Holding) -> None:
+        """Nothing can follow the last id; until now writes were refused as by a full stream."""
+        part = self._names.part
+        log.warning("writes.last_id", shard=holding.shard, stream=part(holding.shard, "writes"))
+        await self._commands.call_many(
+            [("DEL", part(holding.shard, "done")), ("DEL", part(holding.shard, "writes"))]
+        )
+        for place in holding.places:
+            place.position = "0-0"
 
     def _place(self, holding: Holding) -> Place:
         return holding.places[self._index]

@@ -27,6 +27,7 @@ from ...coordinator.link import Commands
 from ...schemas.errors import ForebayError, ServerRefused
 from ...schemas.jobs import RefreshJob, read_refresh
 from ...schemas.keys import Names
+from ...schemas.replies import field_map
 from ..first_of_kind import FirstOfKind
 from ..strays import asked_to_stop
 from .routes import Routes
@@ -208,4 +209,4 @@ class Refreshes:
 
 def _job(fields: Sequence[bytes] | None) -> bytes:
     """The job of an entry; empty, which is none, if there is no such field."""
-    return bytes(fields[fields.index(b"j") + 1]) if fields and b"j" in fields[::2] else b""
+    return field_map(fields).get(b"j", b"")
