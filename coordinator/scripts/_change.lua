@@ -27,12 +27,12 @@ end
 
 local function next_change(head, log)
   local known = redis.call("HMGET", head, "e", "v", "c")
-  local epoch, newest, now = whole(known[1]), whole(known[2]) or 0, server_us()
+  local epoch, newest, now = whole_number(known[1]), whole_number(known[2]) or 0, server_us()
   if not epoch then
     local last = redis.call("XREVRANGE", log, "+", "-", "COUNT", 1)[1]
     if last then
-      epoch = whole(string.match(last[1], "^%d+"))
-      newest = math.max(newest, whole(last[2][2]) or 0)
+      epoch = whole_number(string.match(last[1], "^%d+"))
+      newest = math.max(newest, whole_number(last[2][2]) or 0)
     end
   end
   if not epoch or redis.call("EXISTS", log) == 0 then
@@ -54,7 +54,7 @@ end
 local function epoch_past(change, log, refused)
   local for_the_id = string.find(refused, "smaller", 1, true) or string.find(refused, "exhausted", 1, true)
   if not for_the_id then return string.format("%.0f", change.epoch) end
-  local ahead = whole(string.match(last_id(log), "^%d+"))
+  local ahead = whole_number(string.match(last_id(log), "^%d+"))
   if not ahead then redis.call("DEL", log) end
   return string.format("%.0f", math.max(change.now, change.epoch, (ahead or 0)) + 1)
 end
@@ -166,7 +166,7 @@ end
 local function tag_versions(value)
   local version, hard = string.match(value, "^(%d+) ?(%d*)$")
   if hard == "" then hard = version end
-  if not whole(version) or not whole(hard) then return nil end
+  if not whole_number(version) or not whole_number(hard) then return nil end
   return version, hard
 end
 

@@ -16,7 +16,7 @@ end
 local function debt_of(state, now, drain)
   if not state then return 0 end
   local tat, rest, of = string.match(state, "^(%d+)%+?(%d*)/?(%d*)$")
-  tat, rest = whole(tat), whole(rest) or 0
+  tat, rest = whole_number(tat), whole_number(rest) or 0
   if not tat then return 0 end
   if rest > 0 and tonumber(of) ~= drain then tat, rest = tat + 1, 0 end
   if tat < now then return 0 end

@@ -50,7 +50,7 @@ end
 -- Who has asked in this connection may tell which run it is: asking here costs as much as all else.
 local function grace_of(run, now, told)
   local known = redis.call("HMGET", run, "rid", "grace", "max")
-  local longest, grace = math.min(whole(known[3]) or CAP_US, CAP_US), whole(known[2]) or 0
+  local longest, grace = math.min(whole_number(known[3]) or CAP_US, CAP_US), whole_number(known[2]) or 0
   if grace > now + 2 * CAP_US then grace = 0 end
   if told and told ~= "" and known[1] == told then return grace, longest end
   local info = run_info()
@@ -82,13 +82,14 @@ local function load(stored, now)
   for i = 1, #raw, 2 do
     local field, value = raw[i], raw[i + 1]
     if #field == 1 then
-      if field == "t" or field == "c" then lock[field] = whole(value) or lock[field] else lock[field] = value end
+      local counts = field == "t" or field == "c"
+      lock[field] = not counts and value or whole_number(value) or lock[field]
     elseif string.sub(field, 1, 2) == "a:" then
       lock.about[string.sub(field, 3)] = value
     else
       local weight, token, ends = string.match(value, "^(%d+) (%d+) (%d+) %d+$")
-      weight, ends = whole(weight), whole(ends)
-      if weight and ends and whole(token) and ends > now then
+      weight, ends = whole_number(weight), whole_number(ends)
+      if weight and ends and whole_number(token) and ends > now then
         lock.holders[string.sub(field, 3)] = { weight = weight, token = token, ends = ends, line = value }
         lock.used, lock.count = lock.used + weight, lock.count + 1
       else
@@ -138,7 +139,7 @@ local function first_alive(places, asking, now)
     if not head then return nil end
     local line = redis.call("HGET", asking, head) or ""
     local beat, weight, lease_us, about = string.match(line, "^(%d+) (%d+) (%d+) (.*)$")
-    beat, weight, lease_us = whole(beat), whole(weight), whole(lease_us)
+    beat, weight, lease_us = whole_number(beat), whole_number(weight), whole_number(lease_us)
     if beat and weight and lease_us and beat + STALE_US > now then return head, weight, lease_us, about end
     redis.call("ZREM", places, head)
     redis.call("HDEL", asking, head)

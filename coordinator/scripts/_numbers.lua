@@ -5,7 +5,7 @@
 
 local WHOLE_MAX = 9007199254740991
 
-local function whole(text)
+local function whole_number(text)
   if type(text) ~= "string" or #text > 16 or not string.match(text, "^%d+$") then return nil end
   local number = tonumber(text)
   return number < WHOLE_MAX and number or nil

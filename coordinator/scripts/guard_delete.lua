@@ -9,6 +9,6 @@
 -- I1 The highest token never sinks, and stays when the value goes.
 
 local highest = redis.call("GET", KEYS[2])
-if highest and (whole(highest) or WHOLE_MAX) > tonumber(ARGV[1]) then return { 0, highest } end
+if highest and (whole_number(highest) or WHOLE_MAX) > tonumber(ARGV[1]) then return { 0, highest } end
 redis.call("SET", KEYS[2], ARGV[1])
 return { 1, redis.call("DEL", KEYS[1]) }

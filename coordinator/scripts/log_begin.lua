@@ -14,6 +14,6 @@
 --    begins anew.
 
 local last = redis.call("XREVRANGE", KEYS[2], "+", "-", "COUNT", 1)[1]
-if last and whole(string.match(last[1], "^%d+")) then return last[1] end
+if last and whole_number(string.match(last[1], "^%d+")) then return last[1] end
 if last then redis.call("DEL", KEYS[2]) end
 return announce(next_change(KEYS[1], KEYS[2]), KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])

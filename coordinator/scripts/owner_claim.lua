@@ -26,12 +26,12 @@ local now = t[1] * 1000000 + t[2]
 local known = redis.call("HMGET", KEYS[1], "o", "t", "e", "u", "w", "s", "f")
 local LATEST = now + 120000000 -- twice as long as any lease, or any wish
 local function time_of(text)
-  local found = whole(text) or 0
+  local found = whole_number(text) or 0
   return found <= LATEST and found or 0
 end
-local epoch, till, fresh_till = whole(known[3]) or 0, time_of(known[4]), time_of(known[7])
+local epoch, till, fresh_till = whole_number(known[3]) or 0, time_of(known[4]), time_of(known[7])
 local fresh = fresh_till > now
-local wisher, since = fresh and known[5] or "", fresh and whole(known[6]) or now
+local wisher, since = fresh and known[5] or "", fresh and whole_number(known[6]) or now
 local forced = since + ARGV[4] * 1000
 local ends = now + ARGV[2] * 1000
 local ours = known[1] == ARGV[1] and known[2] == ARGV[3]

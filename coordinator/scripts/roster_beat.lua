@@ -21,7 +21,7 @@
 -- I4 It works when memory is full.
 -- I5 A record that cannot be read is told to nobody, and goes when its member is silent.
 
-local KEEP_GONE_MS, BEAT_MAX = 60000, 60000
+local KEEP_GONE_MS, BEAT_MAX = 60000, 600000
 local t = redis.call("TIME")
 local us = t[1] * 1000000 + t[2]
 local now = math.floor(us / 1000)
@@ -29,13 +29,13 @@ local now = math.floor(us / 1000)
 redis.call("PERSIST", KEYS[1])
 local head = redis.call("HGET", KEYS[2], "")
 local version, floor, last = string.match(head or "", "^(%d+) (%d+) (%d+)$")
-version, floor, last = whole(version) or us, whole(floor) or us, whole(last) or now
+version, floor, last = whole_number(version) or us, whole_number(floor) or us, whole_number(last) or now
 local function number(value) return string.format("%.0f", value) end
 
 local function parts(member)
   local record = redis.call("HGET", KEYS[2], member) or ""
   local v, state, beat, grace, profile = string.match(record, "^(%d+) (%a+) (%d+) (%d+) (.*)$")
-  v, beat, grace = whole(v), whole(beat), whole(grace)
+  v, beat, grace = whole_number(v), whole_number(beat), whole_number(grace)
   if not (v and beat and grace) or beat > BEAT_MAX then return v end
   return v, state, beat, grace, profile
 end
@@ -93,7 +93,7 @@ local reply = { number(version), whole and 1 or 0 }
 if known == version then return reply end
 local all = redis.call("HGETALL", KEYS[2])
 for i = 1, #all, 2 do
-  local v = whole(string.match(all[i + 1], "^(%d+) %a"))
+  local v = whole_number(string.match(all[i + 1], "^(%d+) %a"))
   if v and (whole or v > known) then
     reply[#reply + 1] = all[i]
     reply[#reply + 1] = all[i + 1]

@@ -18,12 +18,12 @@ for i = 2, #KEYS do
     redis.call("PEXPIRE", KEYS[i], ARGV[1])
   else
     if not drawn then
-      local previous = whole(redis.call("HGET", KEYS[1], "v")) or 0
+      local previous = whole_number(redis.call("HGET", KEYS[1], "v")) or 0
       drawn = string.format("%.0f", math.max(previous + 1, server_us()))
       redis.call("HSET", KEYS[1], "v", drawn)
     end
     local outdated = redis.call("HGET", KEYS[1], "o")
-    if not whole(outdated) then outdated = 1 end
+    if not whole_number(outdated) then outdated = 1 end
     version, hard, made = drawn, drawn, outdated
     redis.call("SET", KEYS[i], version, "PX", ARGV[1])
   end
