@@ -161,7 +161,8 @@ class Ingress:
 
     async def _serve(self, tenure: Tenure) -> None:
         """Apply batch after batch as long as the tenure is in force."""
-        await self._publish_held(tenure)
+        await self._take_over(tenure, ())  # so that there is room behind the last id
+        await self._try_to_publish_held(tenure)
         self._newest = await self._newest_mark()
         while self._ours(tenure):
             entries = await self._read()
@@ -304,6 +305,13 @@ class Ingress:
         self._instruments.counts["events_processed", "unknown", "held"] += 1
         log.error("event.held", entry=entry_id, error=str(error))
         return None
+
+    async def _try_to_publish_held(self, tenure: Tenure) -> None:
+        """What the server refuses, stays held: events that come must not wait for it."""
+        try:
+            await self._publish_held(tenure)
+        except ServerRefused as error:
+            log.warning("event.still_held", error=str(error))
 
     async def _publish_held(self, tenure: Tenure) -> None:
         """Give events that this node can read, and an older one could not, another try."""

@@ -187,14 +187,14 @@ async def works(service: Service, number: int) -> None:
     shard = next(n for n in range(SHARDS) if n not in PLANTED)
     key = next(f"item:{n}" for n in range(1_000) if names.shard(f"item:{n}") == shard)
     row = next(f"row:{n}" for n in range(1_000) if names.shard(f"row:{n}") == shard)
-    id = key.partition(":")[2]
+    item_id = key.partition(":")[2]
     with anyio.fail_after(20):
-        service.source[id] = number
+        service.source[item_id] = number
         await node.invalidate([key])
         for item in service.items:
 
             async def is_new(item: Callable[..., Any] = item) -> bool:
-                return bool(await item(id) == number)
+                return bool(await item(item_id) == number)
 
             await until(is_new)
         event = {"type": "write", "key": row, "value": number}
