@@ -106,15 +106,18 @@ class Node(Declarations, Locking):
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool:
+    ) -> None:
         parts = self.parts
         assert self._life is not None
         try:
-            return await self._life.end(exc)
+            ended_by_itself = await self._life.end(exc)
         finally:
             self.drained = parts.drained
             self._forget()
             _say("node.stopped", drained=self.drained)
+        if ended_by_itself:
+            log.error("node.ended", reason="its tasks were cancelled from inside")
+            raise ForebayError("the node ended by itself: its tasks were cancelled from inside")
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[str]:

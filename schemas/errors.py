@@ -15,6 +15,7 @@ from typing import Any, Literal
 __all__ = [
     "Backpressure",
     "BreakerOpen",
+    "BusySinkError",
     "ConfigError",
     "CoordinationError",
     "DeadLettered",
@@ -206,7 +207,9 @@ class CoordinationError(ForebayError):
 
 
 class InvalidKey(ForebayError):
-    """Raised for a key, tag or namespace that the key grammar does not allow."""
+    """Raised for a key, tag or namespace that the key grammar does not allow, and for an argument
+    of another type than its parameter is declared.
+    """
 
     def __init__(self, name: str, value: str, problem: str) -> None:
         shown = value if len(value) <= 80 else value[:77] + "..."
@@ -319,6 +322,18 @@ class SinkError(ForebayError):
 
 class TransientSinkError(SinkError):
     """Raised when trying again later may work: the sink is paused and retried."""
+
+
+class BusySinkError(TransientSinkError):
+    """Raised when a row of the batch cannot be changed now, since another transaction holds it:
+    the batch is split, and only the shard of that row waits.
+    """
+
+    def __init__(
+        self, problem: str = "", *, table: str = "", outcome_unknown: bool = False
+    ) -> None:
+        super().__init__(problem, outcome_unknown=outcome_unknown)
+        self.table = table
 
 
 class PoisonSinkError(SinkError):

@@ -155,9 +155,13 @@ class KeyTemplate:
             InvalidKey: a value is missing, empty, or of a kind that has no text of its own; or
                 the key is too long.
         """
+        return self.of_texts([_text_of(field, values.get(field)) for field in self.fields])
+
+    def of_texts(self, texts: Iterable[str]) -> str:
+        """The key of these texts, one for each field in its order; raises InvalidKey."""
         parts = [self._literals[0]]
-        for field, literal in zip(self.fields, self._literals[1:], strict=True):
-            parts += [self._escaped(field, values.get(field)), literal]
+        for field, text, literal in zip(self.fields, texts, self._literals[1:], strict=True):
+            parts += [self._escaped(field, text), literal]
         key = "".join(parts)
         if len(key) > KEY_BYTES_MAX or len(key.encode()) > KEY_BYTES_MAX:
             raise InvalidKey("key", key, f"has over {KEY_BYTES_MAX} bytes")
@@ -195,8 +199,9 @@ class KeyTemplate:
         except InvalidKey:
             return None
 
-    def _escaped(self, field: str, value: object) -> str:
-        text = _text_of(field, value)
+    def _escaped(self, field: str, text: str) -> str:
+        if not text:
+            raise InvalidKey(field, text, "is empty, and cannot be part of a key")
         if text.isascii() and text.isalnum():
             return text
         try:
@@ -234,12 +239,9 @@ def _text_of(field: str, value: object) -> str:
     if value is None or nameless or isinstance(value, _NOT_TEXT):
         raise InvalidKey(field, repr(value), "cannot be part of a key")
     try:
-        text = str(value)
+        return str(value)
     except ValueError:
         raise InvalidKey(field, "the number", "has too many digits") from None
-    if not text:
-        raise InvalidKey(field, text, "is empty, and cannot be part of a key")
-    return text
 
 
 class Names:

@@ -63,13 +63,13 @@ class BulkReads(Generic[T]):
         async with anyio.create_task_group() as tasks:
             for key, (call, todo) in wanted.items():
                 member = group.member() if group else None
-                tasks.start_soon(self._load, key, call(member), todo, member, found)
+                tasks.start_soon(self._load, key, call, todo, member, found)
         return found
 
     async def _load(
         self,
         key: str,
-        call: LoadCall[T],
+        call: CallOf[T],
         todo: Todo[Hit[T]],
         member: Member | None,
         found: dict[str, Hit[T] | Exception],
@@ -77,7 +77,7 @@ class BulkReads(Generic[T]):
         if member is not None and key in self._path.flights:
             member.leave()  # another's load brings it, who may take long
         try:
-            found[key] = await self._path.load(key, call, todo)
+            found[key] = await self._path.load(key, call(member), todo)
         except Exception as error:
             found[key] = error
         finally:

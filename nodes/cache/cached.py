@@ -99,11 +99,11 @@ class Cached(Writable[T], Generic[P, T]):
         """
         key = self.key(*args, **kwargs)
         if scope.opened and (seen := scope.current()) is not None:
-            read = functools.partial(self._read, key, args, kwargs)
+            read = functools.partial(self._read, key)
             return self._copies.own((await seen.read(self, key, read)).value)
         entry = self._near_get(key)
         if entry is None:
-            hit = await self.path.read(key, functools.partial(self._call, args, kwargs))
+            hit = await self.path.read(key, functools.partial(self._call_of, key))
             kept: Any = hit.value
         else:
             kept = entry.value
@@ -114,16 +114,16 @@ class Cached(Writable[T], Generic[P, T]):
         """The value with its tier, age, version, and whether it is stale."""
         key = self.key(*args, **kwargs)
         if (seen := scope.current()) is not None:
-            hit = await seen.read(self, key, functools.partial(self._read, key, args, kwargs))
+            hit = await seen.read(self, key, functools.partial(self._read, key))
         else:
-            hit = await self._read(key, args, kwargs)
+            hit = await self._read(key)
         return self._copies.own_hit(hit)
 
-    async def _read(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hit[T]:
+    async def _read(self, key: str) -> Hit[T]:
         entry = self._near_get(key)
         if entry is not None:
             return self.path.hit_of(entry)
-        return await self.path.read(key, functools.partial(self._call, args, kwargs))
+        return await self.path.read(key, functools.partial(self._call_of, key))
 
     async def many(self, items: Iterable[Any]) -> list[T]:
         """The values of many items, in their order: one look, and one load for the misses.
@@ -151,13 +151,8 @@ class Cached(Writable[T], Generic[P, T]):
     async def many_with_info(self, items: Iterable[Any]) -> list[Hit[T] | Exception]:
         """As ``many``, with tiers and ages; in place of what failed stands its exception."""
         refuse_one_string("items", items)
-        calls: dict[str, tuple[Any, ...]] = {}
-        keys = []
-        for item in items:
-            key, args = self.keying.of_item(item)
-            keys.append(key)
-            calls[key] = args
-        wanted = {key: functools.partial(self._call, args, {}) for key, args in calls.items()}
+        keys = [self.keying.of_item(item) for item in items]
+        wanted = {key: functools.partial(self._call_of, key) for key in keys}
         reads = BulkReads(self.path, self._batches)
         seen = scope.current()
         if seen is None:
@@ -196,11 +191,7 @@ class Cached(Writable[T], Generic[P, T]):
 
     async def read_key(self, key: str) -> Hit[T]:
         """As ``get_with_info``, for a key of this cache's template."""
-        entry = self._near_get(key)
-        if entry is not None:
-            return self._copies.own_hit(self.path.hit_of(entry))
-        hit = await self.path.read(key, functools.partial(self._call_of, key))
-        return self._copies.own_hit(hit)
+        return self._copies.own_hit(await self._read(key))
 
     def value_of(self, payload: bytes) -> T:
         """The value of msgpack bytes; raises InvalidEntry."""
@@ -266,32 +257,19 @@ class Cached(Writable[T], Generic[P, T]):
         """The tags that this key's value carries, and the keys that it depends on."""
         return self.keying.labels(self.keying.fields(key))
 
-    def _call(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], member: Member | None = None
-    ) -> LoadCall[T]:
+    def _call_of(self, key: str, member: Member | None = None) -> LoadCall[T]:
+        """The call that loads a key, with what the key gives back; raises InvalidKey."""
         keying = self.keying
-        run = self._copies.keeping(functools.partial(self._loader, *args, **kwargs))
-        if self._batches is None and not keying.labelled:
-            return LoadCall(run)
-        values = keying.bound(args, kwargs)
-        labels = self._labels_of(values) if keying.labelled else ()
-        if self._batches is None:
-            return LoadCall(run, labels)
-        return self._batched(self._batches, keying.item(values), labels, member)
-
-    def _batched(
-        self, batches: Batches, item: Any, labels: Sequence[str], member: Member | None
-    ) -> LoadCall[T]:
-        run = self._copies.keeping(functools.partial(batches.load, item, member))
-        return LoadCall(run, labels, member.leave if member else None)
-
-    def _call_of(self, key: str) -> LoadCall[T]:
-        values = self.keying.arguments(key)
-        labels = self._labels_of(self.keying.fields(key))
+        values = keying.arguments(key)
+        labels = self._labels_of(keying.fields(key)) if keying.labelled else ()
         if self._batches is not None:
-            return self._batched(self._batches, self.keying.item(values), labels, None)
-        run = self._copies.keeping(functools.partial(self._loader, **values))
-        return LoadCall(run, labels)
+            run = functools.partial(self._batches.load, keying.item(values), member)
+            leave = member.leave if member else None
+            return LoadCall(self._copies.keeping(run), labels, leave)
+        args, kwargs = keying.call(values)
+        return LoadCall(
+            self._copies.keeping(functools.partial(self._loader, *args, **kwargs)), labels
+        )
 
     def _labels_of(self, fields: Mapping[str, Any]) -> Sequence[str]:
         """All tags that a value carries: its own, those of what it depends on."""

@@ -3,24 +3,31 @@
 Y1  Every parameter of the loader is a field of the key template, and the other way round:
     otherwise two different calls would share an entry.
 Y2  From a key, the loader gets arguments of the types that it declares, or there is InvalidKey.
+Y3  Whatever a key could not give back is refused: a parameter without a type that has a text (see
+    ``arguments``) where the cache is declared, an argument of another type at the call.
+Y4  A loader gets what the key gives back, also in the load that a caller waits for.
+Y5  One tuple of arguments has one key: another spelling of it is no key of this cache.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from inspect import Parameter
 from typing import Any, get_type_hints
 
-import msgspec
-
 from ...schemas.errors import ConfigError, InvalidKey
-from ...schemas.keys import PLAIN_INT_MAX, KeyTemplate
+from ...schemas.keys import KEY_BYTES_MAX, PLAIN_INT_MAX, KeyTemplate
+from .arguments import TextForm, Textless, text_form_of
 from .async_functions import called
 from .declaration import Declaration
+from .value_types import name_of
 
 __all__ = ["Keying"]
 
 Maker = Callable[[Mapping[str, Any]], str]
+
+_BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class Keying:
@@ -35,16 +42,17 @@ class Keying:
         self._behind = [_maker(key) for key in behind]
         self._signature = inspect.signature(loader)
         self.parameters = tuple(self._signature.parameters)
-        self._plain = all(
-            each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-            for each in self._signature.parameters.values()
-        )
-        hints = get_type_hints(called(loader), include_extras=True)
-        self._types = {name: hints.get(name, str) for name in self.parameters}
+        by_position = [each.kind in _BY_POSITION for each in self._signature.parameters.values()]
+        self._positional = sum(by_position)  #: how many; they come first
+        hints = _hints_of(loader, name)
+        forms = _forms_of(self._signature, hints, name)
+        _check_fields(self.template, [*tags, *behind], self.parameters, name)
+        self._forms = [forms[field] for field in self.template.fields]
+        self._in_order = self.template.fields == self.parameters and all(by_position)
+        self._check_defaults()
         self.value_type: Any = hints.get("return", Any)
         self.annotated = "return" in hints
-        _check_fields(self.template, [*tags, *behind], self.parameters, name)
-        self.key = self._fast_key() or self._slow_key
+        self.key = self._fast_key(hints) or self._key_of
 
     def labels(self, fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """The tags, and the keys depended on, of these fields."""
@@ -54,26 +62,30 @@ class Keying:
     def labelled(self) -> bool:
         return bool(self._tags or self._behind)
 
-    def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self._plain and not kwargs and len(args) == len(self.parameters):
-            return dict(zip(self.parameters, args, strict=True))
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return bound.arguments
-
     def arguments(self, key: str) -> Mapping[str, Any]:
-        """What the loader was called with for this key.
+        """What the loader is called with for this key.
 
         Raises:
             InvalidKey: it is no key of the template, or not of the declared types.
         """
+        fields = self.fields(key)
         try:
-            return {
-                name: msgspec.convert(text, self._types[name], strict=False)
-                for name, text in self.fields(key).items()
+            values = {
+                field: form.value(fields[field])
+                for field, form in zip(self.template.fields, self._forms, strict=True)
             }
-        except msgspec.ValidationError as error:
+            again = self._key_of_values(values)
+        except Exception as error:  # a type's own code may raise anything
             raise InvalidKey("key", key, f"is no key of {self.template.text}: {error}") from error
+        if again != key:
+            raise InvalidKey("key", key, f"is no key of {self.template.text}: it is spelt {again}")
+        return {name: values[name] for name in self.parameters}
+
+    def call(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """How the loader is called with these: by position, and by name."""
+        names = self.parameters
+        by_name = {name: values[name] for name in names[self._positional :]}
+        return tuple([values[name] for name in names[: self._positional]]), by_name
 
     def fields(self, key: str) -> Mapping[str, str]:
         """The fields of the key, as text; raises InvalidKey."""
@@ -82,44 +94,147 @@ class Keying:
             raise InvalidKey("key", key, f"is no key of {self.template.text}")
         return fields
 
-    def of_item(self, item: Any) -> tuple[str, tuple[Any, ...]]:
-        """The key and the arguments of one item of many: an argument, or the tuple of them.
+    def of_item(self, item: Any) -> str:
+        """The key of one item of many: an argument, or the tuple of them.
 
         Raises:
             InvalidKey: the loader could not be called with it.
         """
         args = item if isinstance(item, tuple) and len(self.parameters) > 1 else (item,)
         try:
-            return self.key(*args), args
+            return self.key(*args)
         except TypeError as error:
             problem = f"does not fit {self.template.text}: {error}"
             raise InvalidKey(f"an item of {self.name},", repr(item), problem) from None
-        except InvalidKey as error:
-            raise InvalidKey(f"{error.name} of {self.name},", error.value, error.problem) from None
 
     def item(self, values: Mapping[str, Any]) -> Any:
         """The one argument, or the tuple of them: how a batch loader is told of a key."""
         found = tuple(values[name] for name in self.parameters)
         return found[0] if len(found) == 1 else found
 
-    def _slow_key(self, *args: Any, **kwargs: Any) -> str:
-        return self.template.format(self.bound(args, kwargs))
+    def _key_of(self, *args: Any, **kwargs: Any) -> str:
+        if self._in_order and not kwargs and len(args) == len(self._forms):
+            return self._key_of_texts(args)
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return self._key_of_values(bound.arguments)
 
-    def _fast_key(self) -> Callable[..., str] | None:
-        if len(self.parameters) != 1:
+    def _key_of_values(self, values: Mapping[str, Any]) -> str:
+        return self._key_of_texts([values[field] for field in self.template.fields])
+
+    def _key_of_texts(self, values: Sequence[Any]) -> str:
+        texts = []
+        for form, value in zip(self._forms, values, strict=True):
+            try:
+                texts.append(form.text(value))
+            except (ValueError, OverflowError) as error:
+                raise self._invalid(len(texts), value, str(error)) from None
+        try:
+            return self.template.of_texts(texts)
+        except InvalidKey as error:
+            raise InvalidKey(f"{error.name} of {self.name},", error.value, error.problem) from None
+
+    def _invalid(self, position: int, value: Any, problem: str) -> InvalidKey:
+        try:
+            shown = value if type(value) is str else repr(value)
+        except ValueError:  # a number of over 4,300 digits
+            shown = "..."
+        return InvalidKey(f"{self.template.fields[position]} of {self.name},", shown, problem)
+
+    def _check_defaults(self) -> None:
+        for name, form in zip(self.template.fields, self._forms, strict=True):
+            default = self._signature.parameters[name].default
+            if default is Parameter.empty:
+                continue
+            try:
+                form.text(default)
+            except (ValueError, OverflowError) as error:
+                problem, fix = f"its default {error}", "give a default of the declared type"
+                raise _refused(name, self.name, repr(default), problem, fix) from None
+
+    def _fast_key(self, hints: Mapping[str, Any]) -> Callable[..., str] | None:
+        if len(self.parameters) != 1 or not self._in_order:
             return None
-        of_one, slow = self.template.formatter(), self._slow_key
-        head, tail = self.template.ends
+        kind = hints[self.parameters[0]]
+        make = _key_of_int if kind is int else _key_of_str if kind is str else None
+        return make and make(self.template, self._key_of)
 
-        def key(*args: Any, **kwargs: Any) -> str:
-            if len(args) == 1 and not kwargs:
-                value = args[0]
-                if type(value) is int and 0 <= value < PLAIN_INT_MAX:  # on every hit
-                    return f"{head}{value}{tail}"
-                return of_one(value)
-            return slow(*args, **kwargs)
 
-        return key
+def _key_of_int(template: KeyTemplate, otherwise: Callable[..., str]) -> Callable[..., str]:
+    """For the only parameter; what is checked here is paid for by every hit."""
+    head, tail = template.ends
+
+    def key(*args: Any, **kwargs: Any) -> str:
+        if len(args) == 1 and not kwargs:
+            value = args[0]
+            if type(value) is int and 0 <= value < PLAIN_INT_MAX:
+                return f"{head}{value}{tail}"
+        return otherwise(*args, **kwargs)
+
+    return key
+
+
+def _key_of_str(template: KeyTemplate, otherwise: Callable[..., str]) -> Callable[..., str]:
+    """As ``_key_of_int``."""
+    head, tail = template.ends
+    length_max = KEY_BYTES_MAX - len((head + tail).encode())
+
+    def key(*args: Any, **kwargs: Any) -> str:
+        if len(args) == 1 and not kwargs:
+            value = args[0]
+            plain = type(value) is str and value.isalnum() and value.isascii()
+            if plain and len(value) <= length_max:
+                return f"{head}{value}{tail}"
+        return otherwise(*args, **kwargs)
+
+    return key
+
+
+def _hints_of(loader: Callable[..., Any], name: str) -> Mapping[str, Any]:
+    try:
+        return get_type_hints(called(loader), include_extras=True)
+    except Exception as error:  # a name that is imported for type checkers only, ...
+        raise ConfigError(
+            setting=f"the annotations of {name}",
+            value=str(getattr(called(loader), "__annotations__", {})),
+            origin="the declaration of a cache",
+            problem=f"cannot be evaluated: {type(error).__name__}: {error}",
+            fix="import and define these names at run time, before the function",
+        ) from error
+
+
+def _forms_of(
+    signature: inspect.Signature, hints: Mapping[str, Any], cache: str
+) -> Mapping[str, TextForm]:
+    """How each parameter is written in a key; raises ConfigError."""
+    forms = {}
+    for position, (name, parameter) in enumerate(signature.parameters.items()):
+        value, fix = str(parameter), f"annotate it, such as {name}: int"
+        if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+            problem, fix = "a key cannot give back how many there were", "name each parameter"
+        elif name in hints:
+            try:
+                forms[name] = text_form_of(hints[name])
+            except Textless as error:
+                raise _refused(name, cache, name_of(hints[name]), *error.args) from None
+            continue
+        elif position == 0 and name in ("self", "cls"):
+            problem = "a key cannot give back the object of a method"
+            fix = "cache a function, or the method of one object: node.cached(...)(repo.method)"
+        else:
+            problem = "has no annotation, so background refreshes could not call with its type"
+        raise _refused(name, cache, value, problem, fix)
+    return forms
+
+
+def _refused(parameter: str, cache: str, value: str, problem: str, fix: str) -> ConfigError:
+    return ConfigError(
+        setting=f"the parameter {parameter} of {cache}",
+        value=value,
+        origin="the declaration of a cache",
+        problem=problem,
+        fix=fix,
+    )
 
 
 def _maker(template: KeyTemplate) -> Maker:

@@ -24,6 +24,7 @@ from typing import Generic, Literal, TypeVar
 import anyio
 import structlog
 
+from ...coordinator.log_once import LogOnce
 from ...schemas.entry import Entry
 from ...schemas.errors import (
     ForebayError,
@@ -34,7 +35,6 @@ from ...schemas.errors import (
     Unavailable,
 )
 from ...schemas.keys import dependents_of
-from ..first_of_kind import FirstOfKind
 from .core import Core, Hit, Lease, LoadCall, Tier
 from .fill_leases import FillLeases
 from .inheritance import inherited
@@ -84,7 +84,7 @@ class LoadPath(Generic[T]):
         self.clock = core.clock
         self.pace = core.pace
         self._own = own
-        self._failing = FirstOfKind()
+        self._failing = LogOnce()
         self._core = core
         self._slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
 

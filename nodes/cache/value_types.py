@@ -26,7 +26,7 @@ from msgspec import Struct
 
 from ...schemas.errors import ConfigError
 
-__all__ = ["classes_of", "fits", "is_struct", "name_of", "refused", "types_in"]
+__all__ = ["bare", "classes_of", "fits", "is_struct", "layers", "name_of", "refused", "types_in"]
 
 _NOT_ITS_BASE = (bool, datetime)  #: instances of int and of date that are not meant by these
 
@@ -53,13 +53,16 @@ def is_struct(kind: Any) -> bool:
 
 def fits(value: Any, classes: tuple[type, ...]) -> bool:
     """Whether a value is of one of these; a bool is no int, a datetime no date."""
-    kind = type(value)
-    return kind in classes or (isinstance(value, classes) and kind not in _NOT_ITS_BASE)
+    if type(value) in classes:
+        return True
+    return isinstance(value, classes) and not any(
+        isinstance(value, each) and each not in classes for each in _NOT_ITS_BASE
+    )
 
 
 def classes_of(of: Any) -> tuple[type, ...]:
     """What a value of this type must be an instance of; empty if that cannot be told."""
-    of = _bare(of)
+    of = bare(of)
     origin, args = get_origin(of), get_args(of)
     if origin in (Union, UnionType):
         each = [classes_of(arg) for arg in args]
@@ -79,16 +82,17 @@ def types_in(of: Any) -> Iterator[Any]:
     seen: list[Any] = []
     left = [of]
     while left:
-        each = _bare(left.pop())
+        each = bare(left.pop())
         if not any(each is other for other in seen):
             seen.append(each)
             left += [*get_args(each), *_fields(get_origin(each) or each)]
             yield each
 
 
-def _bare(of: Any) -> Any:
-    """Without what only names or annotates it."""
+def layers(of: Any) -> Iterator[Any]:
+    """The type, and what is inside each name and annotation: NewType, Annotated, aliases, ..."""
     while True:
+        yield of
         if get_origin(of) in (Annotated, Required, Final):
             of = get_args(of)[0]
         elif isinstance(of, TypeVar):
@@ -98,7 +102,13 @@ def _bare(of: Any) -> Any:
         elif not isinstance(of, type) and not get_args(of) and hasattr(of, "__value__"):
             of = of.__value__  # of `type X = ...`
         else:
-            return of
+            return
+
+
+def bare(of: Any) -> Any:
+    """The innermost of the ``layers``."""
+    *_, innermost = layers(of)
+    return innermost
 
 
 def _is_typed_dict(kind: Any) -> bool:

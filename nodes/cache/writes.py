@@ -243,7 +243,7 @@ class WritePath(Generic[T]):
         left_s = lease.taken_at + limit_s - self._core.clock.monotonic()
         with anyio.move_on_after(left_s):
             try:
-                return await outlet.write(SinkBatch(writes=(write,)))
+                return await outlet.write_beside(SinkBatch(writes=(write,)))
             except SinkError:
                 raise
             except BaseException as error:

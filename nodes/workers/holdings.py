@@ -11,12 +11,13 @@ __all__ = ["Holding", "Place"]
 class Place:
     """Where one lane is in one shard's writes."""
 
-    __slots__ = ("busy", "emptied", "position", "rung", "turn")
+    __slots__ = ("busy", "emptied", "parked", "position", "rung", "turn")
 
     def __init__(self) -> None:
         self.position = ""  #: the checkpoint as committed; empty: not asked for yet
         self.rung = True  #: there may be something to read
         self.busy = False
+        self.parked = False  #: a row of it is locked; it is flushed by itself, beside the rounds
         self.turn = 0  #: the round in which it was read last
         self.emptied = 0  #: the round in which nothing was found
 
@@ -40,7 +41,7 @@ class Holding:
 
     @property
     def busy(self) -> bool:
-        return any(place.busy for place in self.places)
+        return any(place.busy or place.parked for place in self.places)
 
     @property
     def passed(self) -> str:

@@ -9,6 +9,8 @@ W3  What a write invalidates is invalidated after the sink has it, before the ch
 W4  Work is handed out only while the tenure is in force and not yielding; commits carry its
     epoch. What a sink refuses as fenced holds up its own shard only.
 W5  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
+W6  A row that another transaction has locked holds up its own shard: the others are flushed one by
+    one, and the shard is parked, that is flushed beside the rounds until the row is stored.
 
 All shards share one flush, so that a slow trickle over many shards makes few transactions. A
 bell starts a round; a sweep finds what bells missed.
@@ -20,11 +22,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import anyio
 import structlog
+from anyio.abc import TaskGroup
 
 from ...coordinator.link import Commands, Reply
+from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Call, Scripts, run_many
-from ...schemas.errors import Fenced, ForebayError, UnreadableRecord
+from ...schemas.errors import BusySinkError, Fenced, ForebayError, UnreadableRecord
 from ...schemas.keys import Names
 from ...schemas.replies import LAST_ID, following, stream_id
 from ...schemas.settings import Workers
@@ -85,7 +89,8 @@ class Lane:
         self._wake = anyio.Event()
         self._rounds = 0
         self._entry_bytes = _ENTRY_BYTES
-        self._failure: type[Exception] | None = None
+        self._failing = LogOnce()
+        self._parked: TaskGroup | None = None
 
     def __repr__(self) -> str:
         return f"<Lane to {self._sink} {self._rounds} rounds, {self.backlog} entries in the last>"
@@ -95,16 +100,15 @@ class Lane:
 
     async def run(self) -> None:
         """Flush until cancelled."""
-        while True:
-            try:
-                await self._work_until_sweep()
-            except ForebayError as error:
-                say = log.debug if type(error) is self._failure else log.warning
-                say("round.failed", sink=self._sink, error=str(error))
-                self._failure = type(error)
-                await anyio.sleep(_SWEEP_S)
-            for holding in self._holdings.values():
-                self._place(holding).rung = True
+        async with anyio.create_task_group() as self._parked:
+            while True:
+                try:
+                    await self._work_until_sweep()
+                except ForebayError as error:
+                    self._failing.say(log, "round.failed", error, sink=self._sink)
+                    await anyio.sleep(_SWEEP_S)
+                for holding in self._holdings.values():
+                    self._place(holding).rung = True
 
     async def _work_until_sweep(self) -> None:
         sweep_at = anyio.current_time() + _SWEEP_S
@@ -141,7 +145,7 @@ class Lane:
             stretches = await self._read(held)
             if stretches:
                 await self._flush_ours(stretches)
-            self._failure = None
+            self._failing.over()
         finally:
             for holding in held:
                 self._place(holding).busy = False
@@ -153,7 +157,10 @@ class Lane:
         ready = [
             holding
             for holding in self._holdings.values()
-            if self._place(holding).rung and not holding.yielding and self._in_force(holding.tenure)
+            if self._place(holding).rung
+            and not self._place(holding).parked
+            and not holding.yielding
+            and self._in_force(holding.tenure)
         ]
         return sorted(ready, key=lambda holding: self._place(holding).turn)
 
@@ -200,10 +207,15 @@ class Lane:
             self._entry_bytes = max(64, sum(each.size for each in stretches) // self.backlog)
         return stretches
 
-    async def _flush_ours(self, stretches: Sequence[Stretch]) -> None:
-        """Flush; if that is refused as fenced, flush what is not (W4)."""
+    async def _flush_ours(self, stretches: Sequence[Stretch], *, alone: bool = False) -> None:
+        """Flush; if that is refused as fenced (W4), or busy (W6), flush what is not."""
         try:
-            await self._flush(stretches)
+            await self._flush(stretches, alone=alone)
+        except BusySinkError:
+            if len(stretches) == 1:
+                return self._park(stretches[0])
+            for stretch in stretches:
+                await self._flush_ours([stretch])
         except Fenced as error:
             ours = [stretch for stretch in stretches if self._ours([stretch])]
             if len(ours) < len(stretches):
@@ -213,18 +225,40 @@ class Lane:
                 parts = [[stretch] for stretch in ours]
             else:
                 log.error("sink.fenced", sink=self._sink, error=str(error))
-                self._ownership.fenced(ours[0].tenure)
-                return
+                return self._ownership.fenced(ours[0].tenure)
             for part in parts:
-                await self._flush_ours(part)
+                await self._flush_ours(part, alone=alone)
+        return None
 
-    async def _flush(self, stretches: Sequence[Stretch]) -> None:
+    def _park(self, stretch: Stretch) -> None:
+        """Flush this beside the rounds."""
+        holding = self._holdings.get(stretch.shard)
+        if holding is None or self._parked is None:
+            return
+        place = self._place(holding)
+        place.parked = True
+        self._parked.start_soon(self._flush_parked, stretch, place)
+
+    async def _flush_parked(self, stretch: Stretch, place: Place) -> None:
+        try:
+            await self._flush_ours([stretch], alone=True)
+        except ForebayError as error:
+            self._failing.say(log, "round.failed", error, sink=self._sink, shard=stretch.shard)
+            await anyio.sleep(_SWEEP_S)
+        finally:
+            place.parked, place.rung = False, True
+            self._settled()
+            self.wake()
+
+    async def _flush(self, stretches: Sequence[Stretch], *, alone: bool) -> None:
         versions = Versions(self._routes, self._sink, strays=self._index == 0)
         versions.take(stretches)
         progress = [stretch.progress for stretch in stretches]
         while (writes := versions.writes()) and self._delivery is not None:
             batch = SinkBatch(writes=writes, progress=progress)
-            refused = await self._delivery.deliver(batch, ours=lambda: self._ours(stretches))
+            refused = await self._delivery.deliver(
+                batch, ours=lambda: self._ours(stretches), alone=alone
+            )
             versions.delivered(refused)
         for shard, letters in versions.letters.items():
             await self._dead_letters.bury(shard, letters)

@@ -43,7 +43,7 @@ def test_a_primary_that_goes_on_alone_grants_nothing_that_is_replicated() -> Non
 # Negative controls: the same harness, with a fault that it has to find. Whether it shows is up to
 # who held what at that moment, so each gets a few chances; a sound build gets one, and shows none.
 
-CHANCES = 4
+CHANCES = 8
 
 
 def is_found(rule: str, kinds: Sequence[str], *, run: dict[str, Any], **setup: Any) -> bool:

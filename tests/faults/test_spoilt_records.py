@@ -116,6 +116,10 @@ def plants(names: Names, rng: random.Random) -> Iterator[Plant]:
     yield ("XADD", names.events, "*", "event", bad(), "held", bad())
     yield ("XADD", names.events, rng.choice(["*", LAST + b"-" + LAST]), "event", bad())
     yield ("HSET", names.members, rng.choice([b"\xff\xfe", b"", b"m" * 600, b"evil"]), bad())
+    for name in (b"\xff\xfe", b"evil"):
+        yield ("HSET", names.members, name, b"1 active 1000 0 " + bad())
+        yield ("ZADD", names.nodes, "inf", name)
+    yield ("HSET", names.members, "", "1 1 1")  # so that the whole is told
     yield (
         "ZADD",
         names.nodes,

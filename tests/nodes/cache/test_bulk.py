@@ -469,5 +469,5 @@ async def test_an_item_that_does_not_fit_names_the_cache(make_node: Any) -> None
     for item in (1, (1,), (1, 2, 3)):
         with pytest.raises(forebay.InvalidKey, match=r"an item of pair, .* does not fit pair:"):
             await pair.many([item])
-    with pytest.raises(forebay.InvalidKey, match=r"id of row, .*cannot be part of a key"):
+    with pytest.raises(forebay.InvalidKey, match=r"id of row, .*is of type tuple"):
         await row.many([(1, 2)])

@@ -35,10 +35,6 @@ async def typed(size: Size, day: date, flag: bool, text: str) -> int | None:
     return None
 
 
-async def untyped(a, b):  # type: ignore[no-untyped-def]
-    return None
-
-
 def keying(function: Any, template: str, **options: Any) -> Keying:
     return Keying(function, Declaration(template=template, ttl=60, **options), "the cache")
 
@@ -60,9 +56,9 @@ def test_what_is_bound_gives_the_key_however_it_is_written(function, args, kwarg
     made = keying(function, "p:" + ":".join(f"{{{name}}}" for name in parameters))
     assert made.parameters == parameters
     expected = {"id": 7, "kind": "x"} if function is by_two else {"id": 42}
-    assert made.bound(args, kwargs) == expected
     assert made.key(*args, **kwargs) == made.template.format(expected)
-    assert made.item(made.bound(args, kwargs)) == ("x", 7) if function is by_two else 42
+    assert made.arguments(made.key(*args, **kwargs)) == expected
+    assert made.item(expected) == (("x", 7) if function is by_two else 42)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +79,8 @@ def test_templates_and_parameters_must_fit(template: str, options: dict[str, Any
     assert ("id" if template in ("p", "p:{other}") else "other") in caught.value.problem
 
 
-def test_labels_are_made_from_arguments_or_from_the_key() -> None:
-    """Both ways lead to the same tags and keys, or a refresh would carry others."""
+def test_labels_are_made_from_the_key() -> None:
+    """Of the fields' texts, so that a refresh carries the same."""
     made = keying(
         by_two,
         "p:{kind}:{id}",
@@ -93,9 +89,7 @@ def test_labels_are_made_from_arguments_or_from_the_key() -> None:
     )
     assert made.labelled
     expected = (["all", "kind:a%20b", "a%20b/7"], ["base", "row:7"])
-    assert made.labels(made.bound(("a b",), {})) == expected
     assert made.labels(made.fields(made.key("a b"))) == expected
-    assert made.labels(made.arguments(made.key("a b"))) == expected
 
 
 @pytest.mark.parametrize(
@@ -135,9 +129,11 @@ def test_a_key_leads_back_to_the_arguments(size, day, flag, text) -> None:
     assert made.item(found) == values
 
 
-def test_what_has_no_type_is_text() -> None:
-    """Y2: as it stands in the key; what is returned may be anything then."""
-    made = keying(untyped, "u:{a}:{b}")
-    assert made.arguments("u:1:x%20y") == {"a": "1", "b": "x y"}
-    assert made.value_type is Any
+def test_the_type_of_the_values_is_what_the_loader_returns() -> None:
+    """Anything, if it does not say."""
+
+    async def untyped(a: int):  # type: ignore[no-untyped-def]
+        return None
+
+    assert keying(untyped, "u:{a}").value_type is Any
     assert keying(typed, "t:{size}:{day}:{flag}:{text}").value_type == int | None
