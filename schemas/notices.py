@@ -40,7 +40,8 @@ class Position(Struct, frozen=True, order=True, array_like=True):
 
     @classmethod
     def parse(cls, raw: bytes | str) -> Position:
-        return cls(*order(raw))
+        entry_id = raw if isinstance(raw, str) else raw.decode("latin-1")
+        return cls(*order(entry_id if "-" in entry_id else f"{entry_id}-0"))
 
 
 class Changed(Struct, frozen=True, array_like=True, tag="c"):
