@@ -37,6 +37,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from ..coordinator.instruments import Instruments
+from ..coordinator.modules import load
 from ..coordinator.scripting import run
 from ..schemas.errors import Backpressure, ForebayError, InvalidKey, LoaderError
 from ..schemas.keys import EVENTS, check_key, refuse_one_string
@@ -132,12 +133,13 @@ class Node(Declarations, Locking):
         Raises:
             ConfigError: the address cannot be listened on. ForebayError: the node is not running.
         """
-        from .web.server import serve  # what embeds a node without it need not load it
-
         settings, origins = self.parts.settings, self._origins
         if not settings.http.enabled:
             yield ""
             return
+        await load(f"{__package__}.web.server")  # a node that is only embedded does without it
+        from .web.server import serve
+
         async with serve(
             self,
             settings.http,
@@ -170,6 +172,7 @@ class Node(Declarations, Locking):
         self._begun, self.drained, self._origins = True, None, resolved.origins
         self._life = Life(self._living(resolved, otherwise=workers))
         try:
+            await load("zstandard", optional=True)  # entries compressed by it may be there
             await self._life.begin()
         except BaseException:
             self._forget()

@@ -20,6 +20,7 @@ __all__ = [
     "CoordinationError",
     "DeadLettered",
     "Disconnected",
+    "EntryFault",
     "FatalSinkError",
     "Fenced",
     "ForebayError",

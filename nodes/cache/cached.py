@@ -242,7 +242,6 @@ class Cached(Writable[T], Generic[P, T]):
             parts,
             self.path,
             labels_of=lambda key: self._labels_of(self.keying.fields(key)),
-            kept=self._copies.kept,
         )
 
     def unbind(self) -> None:
@@ -265,11 +264,9 @@ class Cached(Writable[T], Generic[P, T]):
         if self._batches is not None:
             run = functools.partial(self._batches.load, keying.item(values), member)
             leave = member.leave if member else None
-            return LoadCall(self._copies.keeping(run), labels, leave)
+            return LoadCall(run, labels, leave)
         args, kwargs = keying.call(values)
-        return LoadCall(
-            self._copies.keeping(functools.partial(self._loader, *args, **kwargs)), labels
-        )
+        return LoadCall(functools.partial(self._loader, *args, **kwargs), labels)
 
     def _labels_of(self, fields: Mapping[str, Any]) -> Sequence[str]:
         """All tags that a value carries: its own, those of what it depends on."""

@@ -8,7 +8,8 @@ V3  A value that is not of the declared type is refused when it is encoded: by i
 V4  All forms of compression are read, whichever is written.
 V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for each caller, and
     what it has packed itself can be decoded.
-V6  Where no type is declared, ``plain`` gives what every other node will decode.
+V6  What was decoded so is what is kept and returned, from the first call on: a datetime in UTC, a
+    float where the loader returned an int, the declared class where it returned a subclass.
 """
 
 from __future__ import annotations
@@ -17,17 +18,25 @@ from collections.abc import Callable
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import msgspec
+from msgspec import Struct
 
 from ...schemas.entry import Codec, Entry, EntryMeta, decompressed, make_tail
-from ...schemas.errors import ConfigError, InvalidEntry
+from ...schemas.errors import ConfigError, EntryFault, InvalidEntry
 from ...schemas.settings import CacheDefaults, Compression
 from .compression import compressor
 from .pydantic_values import PydanticForm, has_pydantic
 from .value_types import classes_of, fits, name_of, refused
 
-__all__ = ["PackedCodec", "ValueCodec"]
+__all__ = ["Made", "PackedCodec", "ValueCodec"]
 
 T = TypeVar("T")
+
+
+class Made(Struct, Generic[T], frozen=True):
+    """A value that was encoded, and decoded again."""
+
+    kept: T  #: for the near cache and whoever waits
+    payload: bytes  #: the msgpack of it
 
 
 class ValueCodec(Generic[T]):
@@ -52,8 +61,9 @@ class ValueCodec(Generic[T]):
         self._compressor = compressor(compression)
         try:
             self._classes = classes_of(of)
-            self._typed = of is not Any
-            self._checks = self._typed and not has_pydantic(of)  # that form has decoded it already
+            # What pydantic cannot make again of a model is of the declared type all the same.
+            unmade: EntryFault = "bad_value" if of is Any or has_pydantic(of) else "wrong_type"
+            self._unmade = unmade
             self._encode, self._packed, self._json = _form_of(of)
         except ConfigError:
             raise
@@ -81,11 +91,29 @@ class ValueCodec(Generic[T]):
         Raises:
             InvalidEntry: it is too large, of another type, or no value that can be encoded.
         """
-        return self._readable(self._fitting(self._encoded(value)))
+        return self.fitting(self.made(value).payload)
 
-    def plain(self, value: T) -> T:
-        """The value as it will be read; raises InvalidEntry."""
-        return value if self._typed else self.unpack(self._encoded(value))
+    def made(self, value: T) -> Made[T]:
+        """The value as every reader gets it, however large: it may be given, and not stored.
+
+        Raises:
+            InvalidEntry: it is of another type, or no value that can be encoded and decoded.
+        """
+        payload = self._encoded(value)
+        return Made(self._decoded(payload), payload)
+
+    def made_before(self, entry: Entry) -> Made[T]:
+        """The value of an entry that is not negative; raises InvalidEntry."""
+        value = cast(T, self.value(entry))
+        if entry.codec == "j":
+            return Made(value, self.pack(value))
+        return Made(value, decompressed(entry, bytes_max=self._bytes_max))
+
+    def fitting(self, payload: bytes) -> bytes:
+        """As it is; raises InvalidEntry if it is too large."""
+        if len(payload) > self._bytes_max:
+            raise InvalidEntry("oversized", f"{len(payload)} bytes, {self._bytes_max} are allowed")
+        return payload
 
     def unpack(self, payload: bytes) -> T:
         """The value of msgpack bytes; raises InvalidEntry."""
@@ -148,19 +176,13 @@ class ValueCodec(Generic[T]):
         except Exception as error:  # a type's own code may raise anything
             raise InvalidEntry("bad_value", str(error)) from error
 
-    def _fitting(self, payload: bytes) -> bytes:
-        if len(payload) > self._bytes_max:
-            raise InvalidEntry("oversized", f"{len(payload)} bytes, {self._bytes_max} are allowed")
-        return payload
-
-    def _readable(self, payload: bytes) -> bytes:
+    def _decoded(self, payload: bytes) -> T:
         try:
-            if self._checks:
-                self._packed.decode(payload)
+            value: T = self._packed.decode(payload)
         except Exception as error:  # as in _encoded
             problem = f"declared {name_of(self._type)}: {error}"
-            raise InvalidEntry("wrong_type", problem) from error
-        return payload
+            raise InvalidEntry(self._unmade, problem) from error
+        return value
 
     def _check(self, value: T) -> None:
         if value is not None and not fits(value, self._classes):
@@ -171,25 +193,26 @@ class ValueCodec(Generic[T]):
 class PackedCodec(ValueCodec[bytes], Generic[T]):
     """For values that callers may change: what is kept and shared is the msgpack of a value.
 
-    ``packed`` makes it of what a loader returned, ``own`` decodes it for one caller.
+    ``made`` makes it of what a loader returned, ``own`` decodes it for one caller.
     """
 
-    def packed(self, value: T) -> bytes:
-        """The msgpack of a value, however large it is: it may be given, and not stored.
+    def made(self, value: Any) -> Made[bytes]:
+        """As of any codec, but what is kept is the msgpack.
 
         Raises:
             InvalidEntry: it is of another type, or no value that can be encoded and decoded.
         """
-        # Checked here: ``own`` would be too late, since callers get no InvalidEntry.
-        return self._readable(self._encoded(cast(Any, value)))
+        # Decoded here: ``own`` would be too late, since callers get no InvalidEntry.
+        payload = super().made(value).payload
+        return Made(payload, payload)
 
     def own(self, payload: bytes) -> T:
         """A value that nobody else has; raises InvalidEntry."""
         return cast(T, super().unpack(payload))
 
     def pack(self, value: bytes) -> bytes:
-        """As it is, if it is not too large: ``packed`` or ``convert`` has made it."""
-        return self._fitting(value)
+        """As it is, if it is not too large: ``made`` or ``convert`` has made it."""
+        return self.fitting(value)
 
     def unpack(self, payload: bytes) -> bytes:
         """The same bytes, if they can be decoded; raises InvalidEntry."""
@@ -202,7 +225,7 @@ class PackedCodec(ValueCodec[bytes], Generic[T]):
         Raises:
             msgspec.ValidationError: it is not of the declared type. InvalidEntry: it is too large.
         """
-        return super().pack(super().convert(raw_json))
+        return self.fitting(self.made(super().convert(raw_json)).payload)
 
 
 class _Decoder(Protocol):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.lowlevel
 import structlog
 
+from ...coordinator.modules import load
 from ...schemas.errors import BusySinkError, ConfigError, FatalSinkError, Fenced, SinkError
 from ...schemas.settings import Secret
 from .base import Progress, SinkBatch, Write
@@ -73,6 +74,7 @@ class SqlSink:
 
     async def open(self, namespace: str = "") -> None:
         """Find and check the table; make the progress table where it is missing."""
+        await load(*(f"{__package__}.sql_{part}" for part in ("rows", "statements", "tables")))
         from .sql_rows import Rows
         from .sql_statements import Statements
         from .sql_tables import found, progress_table
