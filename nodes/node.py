@@ -32,7 +32,6 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
 
@@ -281,6 +280,7 @@ class Node(Declarations, Locking):
 
         Raises:
             LoaderError: whatever the loader raised. Unavailable: by the cache's policy.
+            NoJsonForm: the value is more than JSON can hold.
         """
         cached = self._routes.cache_of(key)
         if cached is None:
@@ -293,7 +293,7 @@ class Node(Declarations, Locking):
             log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
             raise LoaderError(cached.name, key, f"{type(error).__name__}: {error}") from error
         return Read(
-            json=msgspec.json.encode(hit.value),
+            json=cached.json_of(key, hit.value),
             tier=hit.tier,
             age_ms=hit.age_ms,
             stale=hit.stale,

@@ -32,6 +32,7 @@ __all__ = [
     "Level",
     "LoaderError",
     "NewerSchema",
+    "NoJsonForm",
     "NotShareable",
     "PartialFailure",
     "PoisonSinkError",
@@ -274,6 +275,16 @@ class InvalidValue(ForebayError):
         self.key = key
         self.problem = problem
         self.fix = fix
+
+
+class NoJsonForm(ForebayError):
+    """Raised for a value that was asked for as JSON, and is more than JSON can hold."""
+
+    def __init__(self, cache: str, key: str, problem: str) -> None:
+        super().__init__(f"JSON cannot hold the value of {key!r} in {cache}: {problem}")
+        self.cache = cache
+        self.key = key
+        self.problem = problem
 
 
 class LoaderError(ForebayError):

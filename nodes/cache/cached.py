@@ -27,7 +27,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
 import structlog
 
-from ...schemas.errors import ConfigError, ForebayError, PartialFailure
+from ...schemas.errors import ConfigError, ForebayError, InvalidEntry, NoJsonForm, PartialFailure
 from ...schemas.jobs import RefreshJob
 from ...schemas.keys import dependents_of, refuse_one_string
 from ...schemas.settings import CacheDefaults, Limits
@@ -196,6 +196,13 @@ class Cached(Writable[T], Generic[P, T]):
     def value_of(self, payload: bytes) -> T:
         """The value of msgpack bytes; raises InvalidEntry."""
         return self._copies.own(self._copies.codec.unpack(payload))
+
+    def json_of(self, key: str, value: T) -> bytes:
+        """A value that ``read_key`` gave, as JSON; raises NoJsonForm."""
+        try:
+            return self._copies.codec.json(value)
+        except InvalidEntry as error:
+            raise NoJsonForm(self.name, key, error.problem) from error
 
     async def do_refresh(self, job: RefreshJob) -> bool:
         """Load a key again under the lease that the job carries; false: it was refused."""

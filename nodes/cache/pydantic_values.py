@@ -82,6 +82,14 @@ class PydanticForm:
             raise ValueError(_SHOWN.sub("input_type", str(error))) from None
         return self._pack(plain)
 
+    def simple(self, value: Any) -> Any:
+        """A value in its JSON form, by its aliases, as others publish it."""
+        return self._dump(value, mode="json", round_trip=True, by_alias=True)
+
+    def to_json(self, value: Any) -> bytes:
+        """What ``simple`` gives, as JSON."""
+        return msgspec.json.encode(self.simple(value))
+
     def decode(self, payload: bytes) -> Any:
         """The value of msgpack bytes.
 

@@ -10,10 +10,13 @@ V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for
     what it has packed itself can be decoded.
 V6  What was decoded so is what is kept and returned, from the first call on: a datetime in UTC, a
     float where the loader returned an int, the declared class where it returned a subclass.
+V7  A type of which nothing could be stored is refused where it is declared.
+V8  ``json`` gives what JSON can hold of a value, or InvalidEntry: no NaN becomes a null.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
@@ -25,7 +28,7 @@ from ...schemas.errors import ConfigError, EntryFault, InvalidEntry
 from ...schemas.settings import CacheDefaults, Compression
 from .compression import compressor
 from .pydantic_values import PydanticForm, has_pydantic
-from .value_types import classes_of, fits, name_of, refused
+from .value_types import classes_of, fits, name_of, refused, unmade_in
 
 __all__ = ["Made", "PackedCodec", "ValueCodec"]
 
@@ -64,7 +67,8 @@ class ValueCodec(Generic[T]):
             # What pydantic cannot make again of a model is of the declared type all the same.
             unmade: EntryFault = "bad_value" if of is Any or has_pydantic(of) else "wrong_type"
             self._unmade = unmade
-            self._encode, self._packed, self._json = _form_of(of)
+            self._form = _form_of(of)
+            self._packed = self._form.stored
         except ConfigError:
             raise
         except Exception as error:  # unions that cannot be told apart, names not resolved, ...
@@ -143,8 +147,19 @@ class ValueCodec(Generic[T]):
         Raises:
             msgspec.ValidationError: it is not of the declared type.
         """
-        value: T = self._json.decode(raw_json)
+        value: T = self._form.published.decode(raw_json)
         return value
+
+    def json(self, value: Any) -> bytes:
+        """A value that a caller got, as JSON; raises InvalidEntry."""
+        try:
+            raw = self._form.to_json(value)
+            simple = self._form.simple(value) if b"null" in raw else None
+        except Exception as error:  # as in _encoded
+            raise InvalidEntry("bad_value", str(error)) from error
+        if (number := _not_finite(simple)) is not None:
+            raise InvalidEntry("bad_value", f"{number} is no number in JSON")
+        return raw
 
     def value(self, entry: Entry) -> T | None:
         """The value of an entry; None for a negative one.
@@ -172,7 +187,7 @@ class ValueCodec(Generic[T]):
         if self._classes and type(value) not in self._classes:
             self._check(value)
         try:
-            return self._encode(value)
+            return self._form.encode(value)
         except Exception as error:  # a type's own code may raise anything
             raise InvalidEntry("bad_value", str(error)) from error
 
@@ -234,10 +249,38 @@ class _Decoder(Protocol):
     def decode(self, raw: bytes, /) -> Any: ...
 
 
-def _form_of(of: Any) -> tuple[Callable[[Any], bytes], _Decoder, _Decoder]:
-    """To msgpack, from msgpack, from JSON."""
+class _Form(Struct, frozen=True):
+    encode: Callable[[Any], bytes]  #: to msgpack
+    stored: _Decoder  #: of msgpack
+    published: _Decoder  #: of JSON
+    to_json: Callable[[Any], bytes]
+    simple: Callable[[Any], Any]  #: what ``to_json`` makes JSON of: dicts, lists and the like
+
+
+def _form_of(of: Any) -> _Form:
     if has_pydantic(of):
         form = PydanticForm(of)
-        return form.encode, form, form.published
-    encoder = msgspec.msgpack.Encoder()
-    return encoder.encode, msgspec.msgpack.Decoder(of), msgspec.json.Decoder(of)
+        return _Form(form.encode, form, form.published, form.to_json, form.simple)
+    stored, published = msgspec.msgpack.Decoder(of), msgspec.json.Decoder(of)
+    unmade = unmade_in(of)
+    if unmade is not None:
+        problem = f"a stored {name_of(unmade)} could not be read again"
+        raise refused(
+            of, problem, "return a Struct, a dataclass, a pydantic model, a dict or the like"
+        )
+    encode = msgspec.msgpack.Encoder().encode
+    return _Form(encode, stored, published, msgspec.json.encode, msgspec.to_builtins)
+
+
+def _not_finite(simple: Any) -> float | None:
+    """A number in it that JSON cannot hold."""
+    left = [simple]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            left += [*each, *each.values()]
+        elif isinstance(each, list | tuple | set | frozenset):
+            left += each
+        elif isinstance(each, float) and not math.isfinite(each):
+            return each
+    return None
