@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..coordinator.link import Commands
+from ..coordinator.scripting import Scripts, run
 from ..schemas.errors import ConfigError
 from ..schemas.keys import Names
 from ..schemas.replies import SHARDS_MAX, integer
@@ -12,15 +13,16 @@ from ..schemas.replies import SHARDS_MAX, integer
 __all__ = ["check_birth"]
 
 
-async def check_birth(link: Commands, names: Names, origins: Mapping[str, str]) -> None:
+async def check_birth(
+    link: Commands, names: Names, scripts: Scripts, origins: Mapping[str, str]
+) -> None:
     """The first node decides for all.
 
     Raises:
         ConfigError: this node was given another number. UnreadableRecord: there is none.
     """
-    await link.call("HSETNX", names.meta, "shards", names.shards)
-    found = await link.call("HGET", names.meta, "shards")
-    born_with = integer(found, f"the field shards of {names.meta}", low=1, high=SHARDS_MAX)
+    reply = await run(link, scripts["meta_set"], [names.meta], ["shards", names.shards])
+    born_with = integer(reply, f"the field shards of {names.meta}", low=1, high=SHARDS_MAX)
     if born_with != names.shards:
         raise ConfigError(
             setting="node.shards",

@@ -5,18 +5,19 @@
 -- C2 Log ids are dense, <epoch>-0, -1, -2 ...; a log that was lost starts a later epoch. A
 --    head that was lost is made anew from the end of the log. An id in the log that is ahead of the
 --    epoch, or the last of all, starts a later epoch, too.
--- C3 XADD is the first write of a change: where it is refused (out of memory), nothing
---    happened; where it is not, the server refuses none of the writes that follow.
+-- C3 The append to the log is the first write of a change: where it is refused (out of memory),
+--    nothing happened; where it is not, the server refuses none of the writes that follow.
 -- C4 A tag's value is its version; after a soft bump "<version> <hard version>": what carries
 --    less than the hard version is invalid, what carries less than the version is stale.
 --    What is no such value is as good as lost.
 -- C5 The head (c) names each cache version of which the shard stores entries, so a script that
 --    outdates a key reaches its entries of all versions. Their names are the only ones that
 --    scripts make: of a declared entry, in its slot.
---
--- C5 A shard keeps the newest ingress mark that took effect (i in its head). A mark is text of one
+-- C6 A shard keeps the newest ingress mark that took effect (i in its head). A mark is text of one
 --    length, "<generation>-<ms>-<seq>-<place>"; one that is not later is a repetition. What is
 --    no mark repeats nothing.
+-- C7 A change that must work when memory is full (at_full) first cuts the log to its newest 100
+--    notices, so what it adds is bounded. Followers that are further behind read the shard anew.
 --
 -- An entry begins: magic 3, state 1, version 16, soft_at 13, hard_at 13, pending 16 (digits).
 
@@ -53,20 +54,35 @@ end
 -- an entry that was not made by these scripts. A log that no epoch is past begins anew.
 local function epoch_past(change, log, refused)
   local for_the_id = string.find(refused, "smaller", 1, true) or string.find(refused, "exhausted", 1, true)
-  if not for_the_id then return string.format("%.0f", change.epoch) end
+  if not for_the_id then return change.epoch end
   local ahead = whole_number(string.match(last_id(log), "^%d+"))
   if not ahead then redis.call("DEL", log) end
-  return string.format("%.0f", math.max(change.now, change.epoch, (ahead or 0)) + 1)
+  return math.max(change.now, change.epoch, (ahead or 0)) + 1
 end
 
-local function announce(change, head, log, bell, shard, notice)
-  local version = string.format("%.0f", change.version)
-  local epoch = string.format("%.0f", change.epoch)
-  local id = redis.pcall("XADD", log, epoch .. "-*", "v", version, "n", notice)
-  if type(id) ~= "string" then
-    epoch = epoch_past(change, log, tostring(type(id) == "table" and id.err))
-    id = redis.call("XADD", log, epoch .. "-*", "v", version, "n", notice)
+local LOG_AT_FULL_MAX = 100
+
+local function append(log, change, version, notice, at_full)
+  local function try(call)
+    local id = string.format("%.0f-*", change.epoch)
+    return call("XADD", log, id, "v", version, "n", notice)
   end
+  local added = try(redis.pcall)
+  if type(added) == "string" then return added end
+  -- A first write that memory limits never refuse; none after it is refused either (C7).
+  if at_full then
+    redis.call("XTRIM", log, "MAXLEN", LOG_AT_FULL_MAX)
+    added = try(redis.pcall)
+    if type(added) == "string" then return added end
+  end
+  change.epoch = epoch_past(change, log, tostring(type(added) == "table" and added.err))
+  return try(redis.call)
+end
+
+local function announce(change, head, log, bell, shard, notice, at_full)
+  local version = string.format("%.0f", change.version)
+  local id = append(log, change, version, notice, at_full)
+  local epoch = string.format("%.0f", change.epoch)
   redis.call("HSET", head, "e", epoch, "v", version)
   local seq = string.sub(id, #epoch + 2)
   redis.call("PUBLISH", bell, shard .. " " .. epoch .. " " .. seq .. " " .. version .. " " .. notice)

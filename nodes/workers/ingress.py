@@ -35,7 +35,6 @@ from ...schemas.errors import (
     ForebayError,
     InvalidEvent,
     NewerSchema,
-    ServerRefused,
     UnreadableRecord,
 )
 from ...schemas.events import Write, read_event
@@ -293,15 +292,13 @@ class Ingress:
             fault = InvalidEvent("unknown_type", f"{error}; too many are held", fix=fix)
             return self._set_aside(entry_id, fields, fault, letters)
         try:
-            await self._commands.call("XADD", held, entry_id, "event", raw)
-        except ServerRefused:
-            if await self._commands.call("XRANGE", held, entry_id, entry_id):
+            if not await self._append(held, entry_id, "event", raw, "held", entry_id):
                 return None  # it was held before the crash
-            try:  # an id ahead is held: this one stands behind it, and keeps its own as a field
-                await self._commands.call("XADD", held, "*", "event", raw, "held", entry_id)
-            except ServerRefused as refused:
-                fault = InvalidEvent("unknown_type", f"{error}; it cannot be held: {refused}")
-                return self._set_aside(entry_id, fields, fault, letters)
+        except ServerRefused as refused:
+            if "exhausted" not in str(refused):
+                raise
+            fault = InvalidEvent("unknown_type", f"{error}; it cannot be held: {refused}")
+            return self._set_aside(entry_id, fields, fault, letters)
         self._instruments.counts["events_processed", "unknown", "held"] += 1
         log.error("event.held", entry=entry_id, error=str(error))
         return None
@@ -330,8 +327,14 @@ class Ingress:
             return
         except InvalidEvent as error:
             log.warning("event.unheld", entry=bytes(raw_id).decode(), error=str(error))
-        await self._commands.call("XADD", self._names.events, "*", "event", raw, "held", held_as)
+        await self._append(self._names.events, "*", "event", raw, "held", held_as)
         await self._commands.call("XDEL", held, raw_id)
+
+    async def _append(self, stream: str, entry_id: str, *fields: Arg) -> bool:
+        """Move an event there, also when memory is full; false: one of that id is there."""
+        script = self._scripts["stream_append"]
+        reply = await run(self._commands, script, [stream], [entry_id, 0, *fields])
+        return bool(reply[0])
 
     async def _commit(self, tenure: Tenure, last_id: str) -> None:
         reply = await self._run("ingress_commit", tenure, last_id, following(last_id))

@@ -320,7 +320,7 @@ async def _drained(shop: Workshop, cut: Cut) -> None:
 
 
 async def test_the_last_id_in_the_dead_letters_does_not_stop_ingress(open_shop: OpenShop) -> None:
-    """Dead letters D4: what was there is kept beside, and one more can be buried."""
+    """Dead letters D5: what was there is kept beside, and one more can be buried."""
     async with open_shop(sinks=SINKS) as shop:
         dead = shop.names.part(EVENTS, "dead")
         await shop.link.call("XADD", dead, LAST_ID, "reason", "planted")
