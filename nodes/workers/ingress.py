@@ -35,6 +35,7 @@ from ...schemas.errors import (
     ForebayError,
     InvalidEvent,
     NewerSchema,
+    ServerRefused,
     UnreadableRecord,
 )
 from ...schemas.events import Write, read_event
