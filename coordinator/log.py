@@ -38,6 +38,7 @@ from ..schemas.replies import WHOLE_MAX, digits, field_map
 from .clock import Clock
 from .instruments import Instruments
 from .link import Arg, Commands, Reply
+from .log_once import LogOnce
 from .scripting import Call, Scripts, granted, load_scripts, run_many
 from .shard_view import ShardView
 
@@ -107,7 +108,7 @@ class Follower:
         self._connection = 0
         self._verified = -1
         self._doorbell_live = False
-        self._fault: type[ForebayError] | None = None  # of the last sweep
+        self._failing = LogOnce(clock)
         self._quiet_until = float("-inf")  # for what is unreadable
         self._reads = self._sweeps = self._notices = self._resets = 0
 
@@ -168,12 +169,9 @@ class Follower:
         try:
             await self.sweep()
         except ForebayError as error:
-            # Once for each kind: a server that is away for an hour fills no disk.
-            if type(error) is not self._fault:
-                log.warning("sweep.failed", error=str(error))
-            self._fault = type(error)
+            self._failing.say(log, "sweep.failed", error)
             return False
-        self._fault = None
+        self._failing.over()
         return True
 
     async def sweep(self) -> None:
