@@ -10,3 +10,13 @@ local function whole_number(text)
   local number = tonumber(text)
   return number < WHOLE_MAX and number or nil
 end
+
+-- A checkpoint as it is stored; the beginning of the stream, where it is no id of a stream.
+local function stored_id(text)
+  local ms, seq = string.match(text or "", "^(%d+)-(%d+)$")
+  for _, part in ipairs({ ms or "", seq or "" }) do
+    local too_large = #part == 20 and part > "18446744073709551615"
+    if part == "" or #part > 20 or too_large then return "0-0" end
+  end
+  return text
+end
