@@ -76,6 +76,7 @@ class Lane:
         """``settled`` is called after every round. The first lane also takes what belongs to
         none; without a delivery there is nothing else.
         """
+        self.name = delivery.sink.name if delivery else "no sink"
         self.backlog = 0  #: entries read in the last round
         self._index = index
         self._delivery = delivery
@@ -94,7 +95,7 @@ class Lane:
         self._wake = anyio.Event()
         self._rounds = 0
         self._entry_bytes = _ENTRY_BYTES
-        self._failing = LogOnce()
+        self.failing = LogOnce()
         self._parked: TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -110,7 +111,7 @@ class Lane:
                 try:
                     await self._work_until_sweep()
                 except ForebayError as error:
-                    self._failing.say(log, "round.failed", error, sink=self._sink)
+                    self.failing.say(log, "round.failed", error, sink=self._sink)
                     await anyio.sleep(_SWEEP_S)
                 for holding in self._holdings.values():
                     self._place(holding).rung = True
@@ -150,7 +151,7 @@ class Lane:
             stretches = await self._read(held)
             if stretches:
                 await self._flush_ours(stretches)
-            self._failing.over()
+            self.failing.over()
         finally:
             for holding in held:
                 self._place(holding).busy = False
@@ -257,7 +258,7 @@ class Lane:
         try:
             await self._flush_ours([stretch], alone=True)
         except ForebayError as error:
-            self._failing.say(log, "round.failed", error, sink=self._sink, shard=stretch.shard)
+            self.failing.say(log, "round.failed", error, sink=self._sink, shard=stretch.shard)
             await anyio.sleep(_SWEEP_S)
         finally:
             place.parked, place.rung = False, True
