@@ -196,7 +196,7 @@ def _id(raw: Reply) -> bytes:
 async def _memory(parts: Running) -> dict[str, object] | None:
     if parts.backend.facts.kind == "fakeredis":
         return None
-    text = bytes(await parts.backend.link.call("INFO", "memory")).decode()
+    text = bytes(await parts.backend.link.call("INFO", "memory")).decode(errors="replace")
     wanted = ("used_memory", "maxmemory", "maxmemory_policy")
     found = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     return {name: found.get(name) for name in wanted}
