@@ -229,7 +229,8 @@ class Running:
         """Start the clock and the log, and become current."""
         link, doorbell = self.backend.link, self.backend.doorbell
         await self.load_scripts()
-        await self.tasks.start(ClockSync(link, self.server_clock, self.clock).run)
+        sync = ClockSync(link, self.server_clock, self.clock, self.instruments)
+        await self.tasks.start(sync.run)
         stack.callback(doorbell.on_message(self.bell))
         stack.callback(doorbell.on_state(self.follower.doorbell_changed))
         stack.callback(doorbell.on_message(self.limiter.heard))

@@ -49,6 +49,10 @@ end
 local function grace_of(run, now, told)
   local known = redis.call("HMGET", run, "rid", "grace", "max")
   local longest = tonumber(known[3] or CAP_US)
+  if known[2] and tonumber(known[2]) > now + longest then -- the clock was set back
+    known[2] = digits(now + longest)
+    redis.call("HSET", run, "grace", known[2])
+  end
   if told and told ~= "" and known[1] == told then return tonumber(known[2]), longest end
   local info = run_info()
   if known[1] and string.find(info, known[1], 1, true) then return tonumber(known[2]), longest end
