@@ -23,12 +23,11 @@ local less = false
 for i = 1, count do
   local base = 4 * i
   local drain, weight = tonumber(ARGV[base]), tonumber(ARGV[base + 1])
-  local capacity = weight * ARGV[base + 2]
   local change = tonumber(ARGV[3 + 4 * count + i]) - (estimates[i] or 0)
-  local debt = debt_of(redis.call("GET", KEYS[i + 1]), now, drain, capacity)
+  local debt = debt_of(redis.call("GET", KEYS[i + 1]), now, drain)
   less = less or change < 0
   debt = math.max(0, math.min(debt + change * weight, DEBT_MAX))
-  put_debt(KEYS[i + 1], debt, now, drain, spare_ms, capacity)
+  put_debt(KEYS[i + 1], debt, now, drain, spare_ms)
 end
 if less then redis.call("PUBLISH", ARGV[2], ARGV[3]) end
 return 1

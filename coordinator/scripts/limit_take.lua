@@ -25,7 +25,7 @@ for i = 1, count do
   shadow[i], over[i] = ARGV[at + 3] == "1", 0
   enforced = enforced or not shadow[i]
   local is_set_back
-  debt[i], is_set_back = debt_of(redis.call("GET", KEYS[i]), now, drain[i], weight[i] * burst[i])
+  debt[i], is_set_back = debt_of(redis.call("GET", KEYS[i]), now, drain[i])
   first[i] = is_set_back and -1 or debt[i]
   at = at + 4
 end
@@ -82,7 +82,7 @@ while at <= #ARGV do
 end
 
 for i = 1, count do
-  if debt[i] ~= first[i] then put_debt(KEYS[i], debt[i], now, drain[i], spare_ms, weight[i] * burst[i]) end
+  if debt[i] ~= first[i] then put_debt(KEYS[i], debt[i], now, drain[i], spare_ms) end
   replies[#replies + 1] = over[i]
 end
 if refunded then redis.call("PUBLISH", ARGV[2], ARGV[3]) end

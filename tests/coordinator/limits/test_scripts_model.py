@@ -51,7 +51,7 @@ class Model:
         debts = [gcra.debt_of(t, self.now_us, x) for t, x in zip(self.tats, terms, strict=True)]
         before, over, replies = list(debts), [0] * len(debts), []
         for at, tat in enumerate(self.tats):
-            if gcra.is_set_back(tat, self.now_us, terms[at]):
+            if gcra.is_set_back(tat, self.now_us):
                 before[at] = -1
         for mode, count, costs in runs:
             granted = count
@@ -101,9 +101,7 @@ def written(tat: gcra.Tat | None) -> bytes | None:
     if tat is None:
         return None
     rest = f"+{tat.rest}/{tat.drain}" if tat.rest else ""
-    if tat.written_us:
-        rest = f"+0/{tat.written_us}"
-    return f"{tat.us}{rest}".encode()
+    return f"{tat.us}{rest}@{tat.written_us}".encode()
 
 
 RATES = st.one_of(st.integers(1, 20), st.sampled_from([0.3, 7, 33.333, 1_000_003, 2.5e6]))
