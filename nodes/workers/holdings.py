@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from ...coordinator.ownership import Tenure
 
 __all__ = ["Holding", "Place", "following"]
@@ -10,9 +12,11 @@ __all__ = ["Holding", "Place", "following"]
 class Place:
     """Where one lane is in one shard's writes."""
 
-    __slots__ = ("busy", "emptied", "parked", "position", "rung", "turn")
+    __slots__ = ("busy", "checkpoint", "emptied", "parked", "position", "rung", "sunk", "turn")
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint  #: its name
+        self.sunk = "0-0"  #: the furthest position of this tenure
         self.position = ""  #: the checkpoint as committed; empty: not asked for yet
         self.rung = True  #: there may be something to read
         self.busy = False
@@ -20,15 +24,24 @@ class Place:
         self.turn = 0  #: the round in which it was read last
         self.emptied = 0  #: the round in which nothing was found
 
+    def moved(self, position: str) -> None:
+        """The checkpoint was committed."""
+        self.position, self.sunk = position, max(self.sunk, position, key=_order)
+
+    def begin_again(self) -> None:
+        """What is remembered may be of another history: the checkpoint is to be asked for."""
+        self.position, self.rung = "", True
+
 
 class Holding:
     """A shard's writes, for one tenure."""
 
     __slots__ = ("places", "tenure", "yielding")
 
-    def __init__(self, tenure: Tenure, lanes: int) -> None:
+    def __init__(self, tenure: Tenure, checkpoints: Sequence[str]) -> None:
+        """``checkpoints``: the name of each lane's."""
         self.tenure = tenure
-        self.places = tuple(Place() for _ in range(lanes))
+        self.places = tuple(Place(name) for name in checkpoints)
         self.yielding = False
 
     def __repr__(self) -> str:
@@ -46,6 +59,11 @@ class Holding:
     def passed(self) -> str:
         """The id that every lane is past."""
         return min((place.position or "0-0" for place in self.places), key=_order)
+
+    def checkpoints(self) -> Iterator[str]:
+        """Name and position of each lane's, by turns."""
+        for place in self.places:
+            yield from (place.checkpoint, place.position or "0-0")
 
 
 def following(entry_id: str) -> str:

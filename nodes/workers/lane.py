@@ -11,6 +11,10 @@ W4  Work is handed out only while the tenure is in force and not yielding; commi
 W5  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
 W6  A row that another transaction has locked holds up its own shard: the others are flushed one by
     one, and the shard is parked, that is flushed beside the rounds until the row is stored.
+W7  Positions are remembered only to spare a round trip: each read asks for the checkpoint, too, and
+    each commit and trim names it. Where the server has lost it, or what was read (a lost tail, a
+    failover), nothing is moved or trimmed, and the lane reads from the server's checkpoint
+    on. A key whose write comes a second time is invalidated: the sink may have a newer one.
 
 All shards share one flush, so that a slow trickle over many shards makes few transactions. A
 bell starts a round; a sweep finds what bells missed.
@@ -18,18 +22,19 @@ bell starts a round; a sweep finds what bells missed.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from ...coordinator.link import Commands
+from ...coordinator.link import Arg, Commands
 from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Call, Scripts, run_many
+from ...coordinator.scripting import Call, Scripts, granted, run_many
 from ...schemas.errors import BusySinkError, Fenced, ForebayError
 from ...schemas.keys import Names
+from ...schemas.replies import order
 from ...schemas.settings import Workers
 from ..sinks.base import SinkBatch
 from .dead_letters import DeadLetters
@@ -47,6 +52,7 @@ _SWEEP_S = 0.25
 _BYTES_MAX = 16_777_216
 _ENTRY_BYTES = 4_096  # until some were seen
 _NAMES_TOGETHER = 1_000
+_LOST = 2  #: what checkpoint_commit says where the stream is not what was read
 
 
 class Lane:
@@ -166,7 +172,7 @@ class Lane:
     async def _locate(self, held: Sequence[Holding]) -> None:
         """Where to begin: the checkpoint."""
         replies = await self._commands.call_many(
-            [("HGET", self._names.part(each.shard, "done"), self._checkpoint) for each in held]
+            [("HGET", self._names.part(each.shard, "done"), self.checkpoint) for each in held]
         )
         for holding, reply in zip(held, replies, strict=True):
             if isinstance(reply, ForebayError):
@@ -176,26 +182,35 @@ class Lane:
     async def _read(self, held: Sequence[Holding]) -> list[Stretch]:
         rows = min(self._options.flush_rows_max, _BYTES_MAX // self._entry_bytes)
         count = max(1, rows // len(held))
-        commands = []
+        commands: list[Sequence[Arg]] = []
         for holding in held:
             place = self._place(holding)
             place.rung = False  # before reading: a bell from now on may mean what is not read
-            stream = self._names.part(holding.shard, "writes")
+            done, stream = (self._names.part(holding.shard, name) for name in ("done", "writes"))
+            commands.append(("HGET", done, self.checkpoint))
             commands.append(("XREAD", "COUNT", count, "STREAMS", stream, place.position))
         stretches = []
-        for holding, reply in zip(held, await self._commands.call_many(commands), strict=True):
-            if isinstance(reply, ForebayError):
-                raise reply
-            if not reply:
-                self._place(holding).emptied = self._rounds
+        replies = granted(await self._commands.call_many(commands))
+        for holding, stored, reply in zip(held, replies[::2], replies[1::2], strict=True):
+            place = self._place(holding)
+            if (bytes(stored).decode() if stored else "0-0") != place.position:
+                self._begin_again(holding)
+            elif not reply:
+                place.emptied = self._rounds
             else:
                 entries = [queued(*entry) for entry in reply[0][1]]
-                self._place(holding).rung |= len(entries) >= count
-                stretches.append(Stretch(holding.tenure, entries))
+                place.rung |= len(entries) >= count
+                stretches.append(Stretch(holding.tenure, entries, place.position))
         self.backlog = sum(len(stretch.entries) for stretch in stretches)
         if stretches:
             self._entry_bytes = max(64, sum(each.size for each in stretches) // self.backlog)
         return stretches
+
+    def _begin_again(self, holding: Holding | None) -> None:
+        """The checkpoint is elsewhere, or what was read is gone: see W7."""
+        if holding is not None:
+            log.warning("writes.read_again", sink=self._sink, shard=holding.shard)
+            self._place(holding).begin_again()
 
     async def _flush_ours(self, stretches: Sequence[Stretch], *, alone: bool = False) -> None:
         """Flush; if that is refused as fenced (W4), or busy (W6), flush what is not."""
@@ -243,6 +258,7 @@ class Lane:
     async def _flush(self, stretches: Sequence[Stretch], *, alone: bool) -> None:
         versions = Versions(self._routes, self._sink, strays=self._index == 0)
         versions.take(stretches)
+        versions.doubtful.update(self._repeated(stretches))
         progress = [stretch.progress for stretch in stretches]
         while (writes := versions.writes()) and self._delivery is not None:
             batch = SinkBatch(writes=writes, progress=progress)
@@ -254,6 +270,15 @@ class Lane:
             await self._dead_letters.bury(shard, letters)
         await self._invalidate_all(*versions.after(stretches))
         await self._commit(stretches, versions.newest)
+
+    def _repeated(self, stretches: Sequence[Stretch]) -> Iterator[str]:
+        """Keys of writes that this node has sunk before; the sink may have newer ones (W7)."""
+        for stretch in stretches:
+            holding = self._holdings.get(stretch.shard)
+            sunk = self._place(holding).sunk if holding else "0-0"
+            for entry in stretch.entries:
+                if entry.job is not None and order(entry.id) <= order(sunk):
+                    yield entry.job.key
 
     async def _invalidate_all(self, keys: Sequence[str], tags: Sequence[str]) -> None:
         for start in range(0, max(len(keys), len(tags)), _NAMES_TOGETHER):
@@ -271,8 +296,10 @@ class Lane:
             holding = self._holdings.get(stretch.shard)
             if not reply[0]:
                 self._ownership.fenced(stretch.tenure)
+            elif reply[0] == _LOST:
+                self._begin_again(holding)
             elif holding is not None and holding.tenure is stretch.tenure:
-                self._place(holding).position = stretch.last_id
+                self._place(holding).moved(stretch.last_id)
                 moved.append(holding)
         await self._trim([holding for holding in moved if len(holding.places) > 1])
 
@@ -292,23 +319,29 @@ class Lane:
             args=[
                 self._node_id,
                 stretch.tenure.epoch,
-                self._checkpoint,
+                self.checkpoint,
                 stretch.last_id,
                 following(done),
                 names.work,
                 shard,
+                stretch.follows,
+                stretch.last_id,
                 *(entry.version for entry in newest.values()),
             ],
         )
 
     async def _trim(self, moved: Sequence[Holding]) -> None:
         """With several lanes the last of them to pass an entry trims it."""
-        await self._commands.call_many(
-            [
-                ("XTRIM", self._names.part(each.shard, "writes"), "MINID", following(each.passed))
-                for each in moved
-            ]
-        )
+        part, script = self._names.part, self._scripts["writes_trim"]
+        calls = [
+            Call(
+                script=script,
+                keys=[part(each.shard, "done"), part(each.shard, "writes")],
+                args=[following(each.passed), *each.checkpoints()],
+            )
+            for each in moved
+        ]
+        await run_many(self._commands, calls)
 
     def _place(self, holding: Holding) -> Place:
         return holding.places[self._index]
@@ -324,5 +357,6 @@ class Lane:
         return self._ownership.in_force(tenure.resource) is tenure
 
     @property
-    def _checkpoint(self) -> str:
+    def checkpoint(self) -> str:
+        """Its name."""
         return f"writes:{self._sink}" if self._sink else "writes"

@@ -52,6 +52,7 @@ class Stretch(Struct, frozen=True):
 
     tenure: Tenure
     entries: Sequence[Queued]
+    follows: str = ""  #: the checkpoint from which it was read
 
     @property
     def shard(self) -> int:
