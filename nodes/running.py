@@ -38,6 +38,7 @@ from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
+from ..coordinator.write_check import WriteCheck
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
 from ..schemas.keys import Names, dependents_of
 from ..schemas.notices import Notice
@@ -52,7 +53,7 @@ from .cache.tags import TagTable
 from .cache.waits import KeyWaits
 from .explain.node_part import NodePart
 from .hearing import Hearing
-from .hooks import Hook, run_in_the_end
+from .hooks import Hook, run_hook, run_in_the_end
 from .locking import locks_of
 from .pacing import Pacing
 from .workers.crew import Crew, WorkParts, crew
@@ -128,6 +129,7 @@ class Running:
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
+        self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.crew: Crew | None = None
 
     def _dead_letters(self) -> DeadLetters:
@@ -248,6 +250,7 @@ class Running:
         locks = partial(start, self.locks.run, doorbell, link, self.backend.run_id)
         await patience.until_done(locks)
         await patience.until_done(self.follower.sweep)
+        await start(self.write_check.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
@@ -269,12 +272,19 @@ class Running:
 
     @asynccontextmanager
     async def at_work(
-        self, *, workers: bool, on_start: Sequence[Hook], on_stop: Sequence[Hook]
+        self,
+        *,
+        workers: bool,
+        on_start: Sequence[Hook],
+        on_stop: Sequence[Hook],
+        cancelled: Callable[[], bool],
     ) -> AsyncGenerator[None]:
-        """Run the hooks and the workers, and drain in the end."""
-        async with run_in_the_end(on_stop), AsyncExitStack() as stack:
+        """Run the hooks and the workers, and drain in the end. ``cancelled`` tells whether this
+        task is cancelled from outside.
+        """
+        async with run_in_the_end(on_stop, cancelled), AsyncExitStack() as stack:
             for hook in on_start:
-                await hook()
+                await run_hook("on_start", hook, cancelled)
             if workers:
                 self.crew = await stack.enter_async_context(crew(self._work_parts()))
             yield

@@ -3,7 +3,8 @@
 S1  Checks and gauges read memory only.
 S2  ``stats`` has the same keys at all times. It asks the server too; while that does not
     answer, what only the server knows is null, and ``unavailable`` says why.
-S3  A running node has started: what happens to Valkey afterwards fails readiness alone.
+S3  What stands still, and why, is told by ``health_checks``; it only warns.
+S4  A running node has started: what happens to Valkey afterwards fails readiness alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgspec
 from ..coordinator.link import Arg, Reply
 from ..schemas.errors import ForebayError
 from ..schemas.keys import EVENTS
+from .health_checks import sink_state, work_checks, work_gauges
 from .running import Running
 from .web.face import Check, Gate
 
@@ -43,9 +45,7 @@ def checks(node: Node) -> Sequence[Check]:
         _check("log", not suspect, f"{suspect} shards are not known to be current", _READY),
         _check("drain", not parts.draining, "draining", _READY),
     ]
-    for name, delivery in parts.crew.deliveries.items() if parts.crew else ():
-        detail = f"the sink is stopped: {delivery.stopped}"
-        found.append(_check(f"sink {name}", not delivery.stopped, detail, frozenset(), "warn"))
+    found += work_checks(parts)
     if parts.crew is not None and (ahead_ms := parts.crew.ingress.ahead_ms):
         detail = f"the newest id of {parts.names.events} is {ahead_ms / 1000:.0f} s ahead"
         found.append(_check("ingress_ids", False, detail, frozenset(), "warn"))
@@ -88,6 +88,7 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
         for state, count in parts.crew.ownership.members().items():
             yield "members", (state,), float(count)
         yield "writebehind_queue_entries", (), float(parts.crew.writes.backlog)
+        yield from work_gauges(parts.crew, parts.clock.monotonic())
         yield from parts.crew.chores.gauges()
     yield from parts.limiter.gauges()
     for cached in node.caches:
@@ -139,7 +140,10 @@ async def stats(node: Node) -> dict[str, object]:
             **msgspec.to_builtins(crew.ownership.statistics()),
             "leading": crew.chores.leading,
             "dead_letters": parts.dead_letters.buried,
-            "sinks": {name: each.stopped or "ok" for name, each in crew.deliveries.items()},
+            "sinks": {
+                name: sink_state(each, parts.clock.monotonic()) or "ok"
+                for name, each in crew.deliveries.items()
+            },
         },
         "counters": {" ".join(key): n for key, n in sorted(node.instruments.counts.items()) if n},
     }
@@ -192,7 +196,7 @@ def _id(raw: Reply) -> bytes:
 async def _memory(parts: Running) -> dict[str, object] | None:
     if parts.backend.facts.kind == "fakeredis":
         return None
-    text = bytes(await parts.backend.link.call("INFO", "memory")).decode()
+    text = bytes(await parts.backend.link.call("INFO", "memory")).decode(errors="replace")
     wanted = ("used_memory", "maxmemory", "maxmemory_policy")
     found = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     return {name: found.get(name) for name in wanted}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ...coordinator.ownership import Tenure
+from ...schemas.replies import order
 
-__all__ = ["Holding", "Place", "following"]
+__all__ = ["Holding", "Place"]
 
 
 class Place:
@@ -26,7 +27,11 @@ class Place:
 
     def moved(self, position: str) -> None:
         """The checkpoint was committed."""
-        self.position, self.sunk = position, max(self.sunk, position, key=_order)
+        self.position, self.sunk = position, max(self.sunk, position, key=order)
+
+    def begin_anew(self) -> None:
+        """The stream was deleted behind the last id of all: ids are small again."""
+        self.position, self.sunk, self.rung = "", "0-0", True
 
     def begin_again(self) -> None:
         """What is remembered may be of another history: the checkpoint is to be asked for."""
@@ -58,20 +63,9 @@ class Holding:
     @property
     def passed(self) -> str:
         """The id that every lane is past."""
-        return min((place.position or "0-0" for place in self.places), key=_order)
+        return min((place.position or "0-0" for place in self.places), key=order)
 
     def checkpoints(self) -> Iterator[str]:
         """Name and position of each lane's, by turns."""
         for place in self.places:
             yield from (place.checkpoint, place.position or "0-0")
-
-
-def following(entry_id: str) -> str:
-    """The id after this one."""
-    ms, seq = _order(entry_id)
-    return f"{ms}-{seq + 1}"
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    ms, _, seq = entry_id.partition("-")
-    return int(ms), int(seq)

@@ -28,18 +28,18 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from ...coordinator.link import Arg, Commands
+from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Call, Scripts, granted, run_many
-from ...schemas.errors import BusySinkError, Fenced, ForebayError
+from ...schemas.errors import BusySinkError, Fenced, ForebayError, UnreadableRecord
 from ...schemas.keys import Names
-from ...schemas.replies import order
+from ...schemas.replies import LAST_ID, following, order, stream_id
 from ...schemas.settings import Workers
 from ..sinks.base import SinkBatch
 from .dead_letters import DeadLetters
 from .delivery import Delivery
-from .holdings import Holding, Place, following
+from .holdings import Holding, Place
 from .routes import Routes
 from .stretches import Queued, Stretch, Versions, queued
 
@@ -76,6 +76,7 @@ class Lane:
         """``settled`` is called after every round. The first lane also takes what belongs to
         none; without a delivery there is nothing else.
         """
+        self.name = delivery.sink.name if delivery else "no sink"
         self.backlog = 0  #: entries read in the last round
         self._index = index
         self._delivery = delivery
@@ -94,7 +95,7 @@ class Lane:
         self._wake = anyio.Event()
         self._rounds = 0
         self._entry_bytes = _ENTRY_BYTES
-        self._failing = LogOnce()
+        self.failing = LogOnce()
         self._parked: TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -110,7 +111,7 @@ class Lane:
                 try:
                     await self._work_until_sweep()
                 except ForebayError as error:
-                    self._failing.say(log, "round.failed", error, sink=self._sink)
+                    self.failing.say(log, "round.failed", error, sink=self._sink)
                     await anyio.sleep(_SWEEP_S)
                 for holding in self._holdings.values():
                     self._place(holding).rung = True
@@ -150,7 +151,7 @@ class Lane:
             stretches = await self._read(held)
             if stretches:
                 await self._flush_ours(stretches)
-            self._failing.over()
+            self.failing.over()
         finally:
             for holding in held:
                 self._place(holding).busy = False
@@ -177,7 +178,16 @@ class Lane:
         for holding, reply in zip(held, replies, strict=True):
             if isinstance(reply, ForebayError):
                 raise reply
-            self._place(holding).position = "0-0" if reply is None else bytes(reply).decode()
+            self._place(holding).position = self._position(holding, reply)
+
+    def _position(self, holding: Holding, reply: Reply) -> str:
+        """The checkpoint; the stream's beginning, if it is none: what is there is not done."""
+        name = f"{self._names.part(holding.shard, 'done')} {self.checkpoint}"
+        try:
+            return "0-0" if reply is None else stream_id(reply, name)
+        except UnreadableRecord as error:
+            log.warning("checkpoint.unreadable", shard=holding.shard, error=str(error))
+            return "0-0"
 
     async def _read(self, held: Sequence[Holding]) -> list[Stretch]:
         rows = min(self._options.flush_rows_max, _BYTES_MAX // self._entry_bytes)
@@ -193,7 +203,7 @@ class Lane:
         replies = granted(await self._commands.call_many(commands))
         for holding, stored, reply in zip(held, replies[::2], replies[1::2], strict=True):
             place = self._place(holding)
-            if (bytes(stored).decode() if stored else "0-0") != place.position:
+            if self._position(holding, stored) != place.position:
                 self._begin_again(holding)
             elif not reply:
                 place.emptied = self._rounds
@@ -248,7 +258,7 @@ class Lane:
         try:
             await self._flush_ours([stretch], alone=True)
         except ForebayError as error:
-            self._failing.say(log, "round.failed", error, sink=self._sink, shard=stretch.shard)
+            self.failing.say(log, "round.failed", error, sink=self._sink, shard=stretch.shard)
             await anyio.sleep(_SWEEP_S)
         finally:
             place.parked, place.rung = False, True
@@ -300,6 +310,8 @@ class Lane:
                 self._begin_again(holding)
             elif holding is not None and holding.tenure is stretch.tenure:
                 self._place(holding).moved(stretch.last_id)
+                if stretch.last_id == LAST_ID:
+                    self._begin_anew(holding)
                 moved.append(holding)
         await self._trim([holding for holding in moved if len(holding.places) > 1])
 
@@ -342,6 +354,17 @@ class Lane:
             for each in moved
         ]
         await run_many(self._commands, calls)
+        for each in moved:
+            if each.passed == LAST_ID:
+                for place in each.places:
+                    place.begin_anew()
+
+    def _begin_anew(self, holding: Holding) -> None:
+        """Nothing can follow the last id; until now writes were refused as by a full stream."""
+        stream = self._names.part(holding.shard, "writes")
+        log.warning("writes.last_id", shard=holding.shard, stream=stream)
+        if len(holding.places) == 1:
+            self._place(holding).begin_anew()
 
     def _place(self, holding: Holding) -> Place:
         return holding.places[self._index]

@@ -15,8 +15,9 @@ import msgspec
 from msgspec import Struct
 
 from ...coordinator.ownership import Tenure
-from ...schemas.errors import InvalidEntry, InvalidEvent
+from ...schemas.errors import InvalidEntry, InvalidEvent, UnreadableRecord
 from ...schemas.jobs import WriteJob, read_write
+from ...schemas.replies import WHOLE_MAX, field_map, integer
 from ..sinks.base import Progress, Write
 from .dead_letters import DeadLetter
 from .delivery import Refused
@@ -24,7 +25,14 @@ from .routes import Routes
 
 __all__ = ["Queued", "Stretch", "Versions", "queued"]
 
-_UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, InvalidEntry)
+_UNDECODABLE = (
+    msgspec.MsgspecError,
+    ValueError,
+    RecursionError,
+    OverflowError,
+    InvalidEntry,
+    UnreadableRecord,
+)
 
 
 class Queued(Struct, frozen=True):
@@ -37,12 +45,17 @@ class Queued(Struct, frozen=True):
 
 
 def queued(raw_id: bytes, fields: Sequence[bytes] | None) -> Queued:
-    found = dict(zip((fields or ())[::2], (fields or ())[1::2], strict=True))
+    found = field_map(fields)
     raw, entry_id = found.get(b"j"), bytes(raw_id).decode()
     if raw is None:
         return Queued(entry_id, 0, b" ".join(fields or ()), None)
     try:
-        return Queued(entry_id, int(found.get(b"v", b"")), raw, read_write(raw))
+        return Queued(
+            entry_id,
+            integer(found.get(b"v"), "the version of a write", high=WHOLE_MAX),
+            raw,
+            read_write(raw),
+        )
     except _UNDECODABLE:
         return Queued(entry_id, 0, raw, None)
 
