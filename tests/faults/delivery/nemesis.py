@@ -257,11 +257,12 @@ class Nemesis:
         return False
 
     def _unready(self) -> int:
-        """How many workers have not become ready, within the bound."""
+        """How many workers have not started, within the bound: ready they are not, since writes
+        are refused to all."""
         give_up_at = time.monotonic() + RECOVERY_BOUND_S
         waiting = list(self._workers.running)
         while waiting and time.monotonic() < give_up_at:
-            waiting = [node for node in waiting if not is_ready(node)]
+            waiting = [node for node in waiting if not _has_started(node)]
             if waiting and all(node.ended() is not None for node in waiting):
                 break
             time.sleep(0.02)
@@ -277,6 +278,10 @@ class Nemesis:
         for index in range(len(self._workers.running)):
             self._workers.replace(index)
         return f"{self._gates_accepted()} events of the next version so far"
+
+
+def _has_started(node: NodeProcess) -> bool:
+    return node.ended() is None and bool(node.event("node.started"))
 
 
 def is_ready(node: NodeProcess) -> bool:
