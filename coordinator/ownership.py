@@ -86,6 +86,7 @@ class Ownership:
         """``profile`` tells label, address, version, sinks; what is owned is filled in."""
         self.token = token = f"{rng.getrandbits(64):016x}"
         profile = profile or Profile()
+        self.publishes_sinks = profile.sinks is not None
         self._grace_ms = options.rejoin_grace_ms if profile.label else 0
         self._succession = Succession(
             node_id,
@@ -148,6 +149,16 @@ class Ownership:
             and each.state in ("active", "suspect")
             and each.profile.may_take(key)
         )
+
+    def kept_up(self) -> list[int]:
+        """The shards whose upkeep is this node's: its own, and with the ingress stream those that
+        nobody is to own, since no live member has a sink.
+        """
+        owned = [each for each in self.tenures if each != EVENTS]
+        if EVENTS in self.tenures:
+            plan = self._succession.wanted()
+            owned += [each for each in range(self._names.shards) if each not in plan]
+        return owned
 
     def defer(self, resources: Collection[int]) -> None:
         """Have another member own these for a while, if any can."""

@@ -18,6 +18,7 @@ from ..schemas.errors import ForebayError
 from ..schemas.keys import EVENTS
 from .running import Running
 from .web.face import Check, Gate
+from .workers.held import HeldStatistics
 
 if TYPE_CHECKING:
     from .node import Node
@@ -43,6 +44,8 @@ def checks(node: Node) -> Sequence[Check]:
         _check("log", not suspect, f"{suspect} shards are not known to be current", _READY),
         _check("drain", not parts.draining, "draining", _READY),
     ]
+    if parts.crew is not None:
+        found.append(_held(parts.crew.writes.held.statistics))
     for name, delivery in parts.crew.deliveries.items() if parts.crew else ():
         detail = f"the sink is stopped: {delivery.stopped}"
         found.append(_check(f"sink {name}", not delivery.stopped, detail, frozenset(), "warn"))
@@ -50,6 +53,14 @@ def checks(node: Node) -> Sequence[Check]:
         detail = f"the newest id of {parts.names.events} is {ahead_ms / 1000:.0f} s ahead"
         found.append(_check("ingress_ids", False, detail, frozenset(), "warn"))
     return found
+
+
+def _held(held: HeldStatistics) -> Check:
+    detail = (
+        f"{held.writes} writes are held, the oldest ({held.example}) for {held.oldest_age_s:.0f} s:"
+        " start a worker that declares their sink"
+    )
+    return _check("held writes", not held.writes, detail, frozenset(), "warn")
 
 
 def _check(
@@ -88,6 +99,9 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
         for state, count in parts.crew.ownership.members().items():
             yield "members", (state,), float(count)
         yield "writebehind_queue_entries", (), float(parts.crew.writes.backlog)
+        held = parts.crew.writes.held.statistics
+        yield "writebehind_held_entries", (), float(held.writes)
+        yield "writebehind_held_age_seconds", (), held.oldest_age_s
         yield from parts.crew.chores.gauges()
     yield from parts.limiter.gauges()
     for cached in node.caches:
@@ -139,6 +153,7 @@ async def stats(node: Node) -> dict[str, object]:
             **msgspec.to_builtins(crew.ownership.statistics()),
             "leading": crew.chores.leading,
             "dead_letters": parts.dead_letters.buried,
+            "held": msgspec.to_builtins(crew.writes.held.statistics),
             "sinks": {name: each.stopped or "ok" for name, each in crew.deliveries.items()},
         },
         "counters": {" ".join(key): n for key, n in sorted(node.instruments.counts.items()) if n},

@@ -1,20 +1,22 @@
 """Two releases of one application, for node processes that run side by side in a rolling deploy.
 
-``v1`` has the cache and sink ``order:{id}``; ``v2`` adds ``invoice:{id}``. A process of v2 writes
-``ROLLOUT_WRITES`` invoices when it starts. ``bare`` declares nothing. Each sink appends a line of
-JSON for each write to the file ``ROLLOUT_DIR/<sink>``.
+``v1`` has the cache and sink ``order:{id}``; ``v2`` adds ``invoice:{id}``; ``v3`` gives that another
+type. A process of v2 or v3 writes ``ROLLOUT_WRITES`` invoices when it starts. ``bare`` declares
+nothing. Each sink appends a line of JSON for each write to the file ``ROLLOUT_DIR/<sink>``.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 import forebay
 
-__all__ = ["bare", "v1", "v2"]
+__all__ = ["bare", "v1", "v2", "v3"]
 
 DIR = Path(os.environ.get("ROLLOUT_DIR", "."))
 WRITES = int(os.environ.get("ROLLOUT_WRITES", "0"))
@@ -44,20 +46,30 @@ def v1() -> forebay.Node:
 
 
 def v2() -> forebay.Node:
+    return _with_invoices(Invoice, lambda number: Invoice(number, 100 * number))
+
+
+def v3() -> forebay.Node:
+    return _with_invoices(str, lambda number: f"{number}: {100 * number}.00")
+
+
+def _with_invoices(type_: Any, value_of: Callable[[int], object]) -> forebay.Node:
     node = v1()
 
-    @node.cached("invoice:{id}", ttl=600)
-    async def invoice(id: int) -> Invoice | None:
+    async def load(id: int) -> Any:
         return None
 
+    load.__annotations__["return"] = type_ | None
+    invoice = node.cached("invoice:{id}", ttl=600, name="invoice")(load)
+
     @node.sink("invoice:{id}")
-    async def save_invoice(writes: list[forebay.Write[Invoice]]) -> None:
+    async def save_invoice(writes: list[forebay.Write[Any]]) -> None:
         _append("invoice", writes)
 
     @node.on_start
     async def write_invoices() -> None:
         for number in range(WRITES):
-            await invoice.write_behind(number, Invoice(number, 100 * number))
+            await invoice.write_behind(number, value_of(number))
 
     return node
 

@@ -256,6 +256,18 @@ class Desk:
         args += [version for _, version in sunk]
         return list(await self.run("checkpoint_commit", keys, *args))
 
+    async def hold(
+        self,
+        owner: str,
+        epoch: int,
+        *ids: str,
+        source: str = "writes",
+        held_max: int = 10,
+        token: str = "",
+    ) -> list[Reply]:
+        keys = [self.part(name) for name in ("own", source, "held", "tried")]
+        return list(await self.run("writes_hold", keys, owner, epoch, held_max, token, *ids))
+
     async def beat(
         self,
         member: str,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ...coordinator.ownership import Tenure
 
-__all__ = ["Holding", "Place", "following"]
+__all__ = ["Holding", "Place", "following", "latest"]
 
 
 class Place:
     """Where one lane is in one shard's writes."""
 
-    __slots__ = ("busy", "emptied", "position", "rung", "turn")
+    __slots__ = ("busy", "committed", "emptied", "held", "position", "rung", "turn", "undecodable")
 
     def __init__(self) -> None:
-        self.position = ""  #: the checkpoint as committed; empty: not asked for yet
+        self.position = ""  #: of the last entry read; empty: the checkpoint is not asked for yet
+        self.committed = "0-0"  #: the checkpoint
+        self.held: str | None = "0-0"  #: of the last held entry read; None: all were read
+        self.undecodable: dict[str, list[tuple[int, str]]] = {}  #: key -> version, id in held
         self.rung = True  #: there may be something to read
         self.busy = False
         self.turn = 0  #: the round in which it was read last
@@ -45,6 +50,11 @@ class Holding:
     def passed(self) -> str:
         """The id that every lane is past."""
         return min((place.position or "0-0" for place in self.places), key=_order)
+
+
+def latest(ids: Iterable[str]) -> str:
+    """The latest of these ids."""
+    return max(ids, key=_order)
 
 
 def following(entry_id: str) -> str:

@@ -8,7 +8,12 @@ W3  What a write invalidates is invalidated after the sink has it, before the ch
     is a key whose write will never get there.
 W4  Work is handed out only while the tenure is in force and not yielding; commits carry its
     epoch. What a sink refuses as fenced holds up its own shard only.
-W5  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
+W5  Before a shard's writes a lane reads those held of its sink, which are older. The first lane sets
+    aside (holds) what no sink of this node takes; so that none of them is trimmed unseen, it
+    reads a shard's writes from the first one on, whatever its checkpoint is.
+W6  A value that this node cannot decode is held for a member that has not tried (see ``Held``). A
+    newer write of the key that is stored first takes its place.
+W7  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
 
 All shards share one flush, so that a slow trickle over many shards makes few transactions. A
 bell starts a round; a sweep finds what bells missed.
@@ -16,21 +21,24 @@ bell starts a round; a sweep finds what bells missed.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import anyio
 import structlog
 
-from ...coordinator.link import Commands
+from ...coordinator.instruments import Instruments
+from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Call, Scripts, run_many
+from ...coordinator.scripting import Call, Scripts, granted, run, run_many
 from ...schemas.errors import Fenced, ForebayError
 from ...schemas.keys import Names
 from ...schemas.settings import Workers
 from ..sinks.base import SinkBatch
+from .commits import checkpoint_call
 from .dead_letters import DeadLetters
 from .delivery import Delivery
-from .holdings import Holding, Place, following
+from .holdings import Holding, Place, following, latest
 from .routes import Routes
 from .stretches import Queued, Stretch, Versions, queued
 
@@ -60,10 +68,12 @@ class Lane:
         *,
         node_id: str,
         options: Workers,
+        held_max: int,
+        instruments: Instruments,
         invalidate: Invalidate,
         settled: Callable[[], None],
     ) -> None:
-        """``settled`` is called after every round. The first lane also takes what belongs to
+        """``settled`` is called after every round. The first lane also holds what belongs to
         none; without a delivery there is nothing else.
         """
         self.backlog = 0  #: entries read in the last round
@@ -79,6 +89,8 @@ class Lane:
         self._dead_letters = dead_letters
         self._node_id = node_id
         self._options = options
+        self._held_max = held_max
+        self._counts = instruments.counts
         self._invalidate = invalidate
         self._settled = settled
         self._wake = anyio.Event()
@@ -161,34 +173,55 @@ class Lane:
         replies = await self._commands.call_many(
             [("HGET", self._names.part(each.shard, "done"), self._checkpoint) for each in held]
         )
-        for holding, reply in zip(held, replies, strict=True):
-            if isinstance(reply, ForebayError):
-                raise reply
-            self._place(holding).position = "0-0" if reply is None else bytes(reply).decode()
+        for holding, reply in zip(held, granted(replies), strict=True):
+            place = self._place(holding)
+            place.committed = "0-0" if reply is None else bytes(reply).decode()
+            place.position = "0-0" if self._index == 0 else place.committed
 
     async def _read(self, held: Sequence[Holding]) -> list[Stretch]:
         rows = min(self._options.flush_rows_max, _BYTES_MAX // self._entry_bytes)
         count = max(1, rows // len(held))
-        commands = []
-        for holding in held:
-            place = self._place(holding)
-            place.rung = False  # before reading: a bell from now on may mean what is not read
-            stream = self._names.part(holding.shard, "writes")
-            commands.append(("XREAD", "COUNT", count, "STREAMS", stream, place.position))
+        commands = [command for each in held for command in self._reads(each, count)]
+        replies = iter(granted(await self._commands.call_many(commands)))
         stretches = []
-        for holding, reply in zip(held, await self._commands.call_many(commands), strict=True):
-            if isinstance(reply, ForebayError):
-                raise reply
-            if not reply:
-                self._place(holding).emptied = self._rounds
+        for holding in held:
+            place, older = self._place(holding), None
+            if place.held is not None:
+                older = next(replies)
+            entries = next(replies)
+            if older:
+                place.rung = True
+                stretches.append(await self._held_stretch(holding, older))
+                continue
+            place.held = None
+            if not entries:
+                place.emptied = self._rounds
             else:
-                entries = [queued(*entry) for entry in reply[0][1]]
-                self._place(holding).rung |= len(entries) >= count
-                stretches.append(Stretch(holding.tenure, entries))
+                place.rung |= len(entries) >= count
+                found = [queued(*entry) for entry in entries]
+                stretches.append(Stretch(holding.tenure, found, done=place.committed))
         self.backlog = sum(len(stretch.entries) for stretch in stretches)
         if stretches:
             self._entry_bytes = max(64, sum(each.size for each in stretches) // self.backlog)
         return stretches
+
+    def _reads(self, holding: Holding, count: int) -> Iterator[Sequence[Arg]]:
+        """The next of those held, unless all were read; and the next of the writes."""
+        place = self._place(holding)
+        place.rung = False  # before reading: a bell from now on may mean what is not read
+        streams = [("held", place.held)] if place.held is not None else []
+        for stream, position in [*streams, ("writes", place.position)]:
+            name = self._names.part(holding.shard, stream)
+            yield "XRANGE", name, f"({position}", "+", "COUNT", count
+
+    async def _held_stretch(self, holding: Holding, entries: Sequence[Reply]) -> Stretch:
+        ids = [raw_id for raw_id, _ in entries]
+        tried = self._names.part(holding.shard, "tried")
+        tokens = await self._commands.call("HMGET", tried, *ids)
+        found = [
+            queued(raw_id, fields, by) for (raw_id, fields), by in zip(entries, tokens, strict=True)
+        ]
+        return Stretch(holding.tenure, found, held=True)
 
     async def _flush_ours(self, stretches: Sequence[Stretch]) -> None:
         """Flush; if that is refused as fenced, flush what is not (W4)."""
@@ -209,26 +242,76 @@ class Lane:
                 await self._flush_ours(part)
 
     async def _flush(self, stretches: Sequence[Stretch]) -> None:
-        versions = Versions(self._routes, self._sink, strays=self._index == 0)
+        versions = Versions(
+            self._routes,
+            self._sink,
+            strays=self._index == 0,
+            token=self._ownership.token,
+            others=self._ownership.publishes_sinks,
+        )
         versions.take(stretches)
+        for stretch in stretches:
+            await self._hold(stretch, versions.strays, versions)
         progress = [stretch.progress for stretch in stretches]
         while (writes := versions.writes()) and self._delivery is not None:
             batch = SinkBatch(writes=writes, progress=progress)
             refused = await self._delivery.deliver(batch, ours=lambda: self._ours(stretches))
             versions.delivered(refused)
+        for stretch in stretches:  # only now: what is before them in the stretch is stored
+            await self._hold(stretch, versions.undecodable, versions, self._ownership.token)
         for shard, letters in versions.letters.items():
             await self._dead_letters.bury(shard, letters)
-        await self._invalidate_all(*versions.after(stretches))
-        await self._commit(stretches, versions.newest)
+        await self._invalidate_all(*versions.after())
+        await self._commit(stretches, versions)
+
+    async def _hold(
+        self,
+        stretch: Stretch,
+        held: Mapping[int, Sequence[Queued]],
+        versions: Versions,
+        token: str = "",
+    ) -> None:
+        """Set these writes of a stretch aside; ``token`` is of the member that has tried."""
+        part, entries = partial(self._names.part, stretch.shard), held.get(stretch.shard, ())
+        if not entries:
+            return
+        source = "held" if stretch.held else "writes"
+        reply = await run(
+            self._commands,
+            self._scripts["writes_hold"],
+            [part(name) for name in ("own", source, "held", "tried")],
+            [
+                self._node_id,
+                stretch.tenure.epoch,
+                self._held_max,
+                token,
+                *(entry.id for entry in entries),
+            ],
+        )
+        if not reply[0]:
+            raise Fenced(f"the writes of shard {stretch.shard}", stretch.tenure.epoch, 0)
+        reason = "undecodable" if token else "no_sink"
+        for entry, raw_id in zip(list(entries), reply[1:], strict=True):
+            if not raw_id:
+                self._counts["limit_reached", "held"] += 1
+                versions.no_room(stretch.shard, entry)
+            elif raw_id != b"-":
+                self._counts["writebehind_held", reason] += 1
+                self._note_undecodable(stretch, entry, bytes(raw_id).decode() if token else "")
+
+    def _note_undecodable(self, stretch: Stretch, entry: Queued, held_id: str) -> None:
+        holding = self._holdings.get(stretch.shard)
+        if held_id and entry.job is not None and holding is not None:
+            held = self._place(holding).undecodable.setdefault(entry.job.key, [])
+            held.append((entry.version, held_id))
 
     async def _invalidate_all(self, keys: Sequence[str], tags: Sequence[str]) -> None:
         for start in range(0, max(len(keys), len(tags)), _NAMES_TOGETHER):
             end = start + _NAMES_TOGETHER
             await self._invalidate(keys[start:end], tags[start:end])
 
-    async def _commit(
-        self, stretches: Sequence[Stretch], newest: Mapping[int, Mapping[str, Queued]]
-    ) -> None:
+    async def _commit(self, stretches: Sequence[Stretch], versions: Versions) -> None:
+        newest = versions.newest()
         calls = [self._commit_call(each, newest.get(each.shard, {})) for each in stretches]
         replies, moved = await run_many(self._commands, calls), []
         for stretch, reply in zip(stretches, replies, strict=True):
@@ -238,34 +321,61 @@ class Lane:
             if not reply[0]:
                 self._ownership.fenced(stretch.tenure)
             elif holding is not None and holding.tenure is stretch.tenure:
-                self._place(holding).position = stretch.last_id
-                moved.append(holding)
-        await self._trim([holding for holding in moved if len(holding.places) > 1])
+                moved.append((holding, stretch))
+        await self._forget_held(moved, versions)
+        for holding, stretch in moved:
+            place = self._place(holding)
+            place.committed = self._reached(stretch, newest.get(stretch.shard, {}))
+            if stretch.held:
+                place.held = stretch.last_id
+            else:
+                place.position = stretch.last_id
+        await self._trim(
+            [each for each, stretch in moved if len(each.places) > 1 and not stretch.held]
+        )
 
     def _commit_call(self, stretch: Stretch, newest: Mapping[str, Queued]) -> Call:
-        shard, names = stretch.shard, self._names
-        holding = self._holdings.get(shard)
-        done = stretch.last_id if holding and len(holding.places) == 1 else "0-0"
-        return Call(
-            script=self._scripts["checkpoint_commit"],
-            keys=[
-                names.part(shard, "own"),
-                names.part(shard, "done"),
-                names.part(shard, "writes"),
-                names.part(shard, "head"),
-                *(name for key in newest for name in (names.entry(key), names.lease(key))),
-            ],
-            args=[
-                self._node_id,
-                stretch.tenure.epoch,
-                self._checkpoint,
-                stretch.last_id,
-                following(done),
-                names.work,
-                shard,
-                *(entry.version for entry in newest.values()),
-            ],
+        holding = self._holdings.get(stretch.shard)
+        only = not stretch.held and holding is not None and len(holding.places) == 1
+        return checkpoint_call(
+            self._scripts,
+            self._names,
+            self._node_id,
+            stretch.tenure,
+            checkpoint=self._checkpoint,
+            position=self._reached(stretch, newest),
+            stream="held" if stretch.held else "writes",
+            trimmed_to=stretch.last_id if only else "0-0",
+            newest=newest,
         )
+
+    def _reached(self, stretch: Stretch, newest: Mapping[str, Queued]) -> str:
+        """The checkpoint, which never goes back; of those held, it passes the ids that they had."""
+        holding = self._holdings.get(stretch.shard)
+        ids = [each.origin for each in newest.values()] if stretch.held else [stretch.last_id]
+        return latest([self._place(holding).committed if holding else "0-0", *ids])
+
+    async def _forget_held(
+        self, moved: Sequence[tuple[Holding, Stretch]], versions: Versions
+    ) -> None:
+        """Delete what is done of those held; and those that newer writes took the place of."""
+        done: dict[int, list[str]] = {}
+        held = {stretch.shard for _, stretch in moved if stretch.held}
+        for shard, entry in versions.finished():
+            if shard in held:
+                done.setdefault(shard, []).append(entry.id)
+        for holding, _ in moved:
+            older = self._place(holding).undecodable
+            for key, newest in versions.newest().get(holding.shard, {}).items() if older else ():
+                gone = [(v, held_id) for v, held_id in older.get(key, ()) if v < newest.version]
+                done.setdefault(holding.shard, []).extend(held_id for _, held_id in gone)
+                older[key] = [each for each in older.get(key, ()) if each not in gone]
+        if done:
+            names = self._names
+            await self._commands.call_many(
+                [("XDEL", names.part(shard, "held"), *ids) for shard, ids in done.items() if ids]
+                + [("HDEL", names.part(shard, "tried"), *ids) for shard, ids in done.items() if ids]
+            )
 
     async def _trim(self, moved: Sequence[Holding]) -> None:
         """With several lanes the last of them to pass an entry trims it."""

@@ -109,10 +109,13 @@ async def test_a_change_is_refused_as_a_whole(desk: Desk, full: Full, what: str)
 async def test_whoever_empties_the_streams_is_not_held_up(desk: Desk, full: Full) -> None:
     """The lease is renewed, the checkpoint moves, the stream is trimmed, entries may expire."""
     _, epoch, *_ = await desk.claim("a", ttl_ms=1_000)
+    *_, other_id, _ = await desk.write("not here", key="pending")
     _, version, _, _, job_id, _ = await desk.write("value")
     async with full():
         assert (await desk.beat("a"))[2] == {"a": "active"}
         assert (await desk.claim("a"))[:2] == [1, epoch]
+        (_, held) = await desk.hold("a", int(epoch), bytes(other_id).decode(), token="t")
+        assert held
         position = bytes(job_id).decode()
         assert await desk.commit("a", int(epoch), position, [("k", int(version))]) == [1]
         assert await desk.length("writes") == 0

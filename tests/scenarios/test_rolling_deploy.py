@@ -1,16 +1,17 @@
-"""A rolling deploy that adds a sink, with real processes: no accepted write becomes a dead letter."""
+"""A rolling deploy that adds a sink, with real processes: no accepted write is a dead letter."""
 
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from forebay.schemas.keys import shard_of
 from noded import NodeProcess, until
 from valkeyd import ValkeyServer
 
@@ -77,9 +78,17 @@ def rollout(valkey_server: ValkeyServer, tmp_path: Path, namespace: str) -> Iter
         yield rollout
 
 
+INVOICES = {f"invoice:{number}" for number in range(WRITES)}
+
+
 def owned(node: NodeProcess) -> int:
     shards: int = node.stats()["workers"]["shards"]
     return shards
+
+
+def held(node: NodeProcess) -> int:
+    writes: int = node.stats()["workers"]["held"]["writes"]
+    return writes
 
 
 def test_writes_of_a_new_sink_reach_it_while_the_old_release_works(rollout: Rollout) -> None:
@@ -87,10 +96,70 @@ def test_writes_of_a_new_sink_reach_it_while_the_old_release_works(rollout: Roll
     for _ in range(3):
         rollout.start("v1")
     rollout.start("v2", writes=WRITES)
-    wanted = {f"invoice:{number}" for number in range(WRITES)}
     until(
-        lambda: rollout.sunk("invoice") == wanted or rollout.dead(),
+        lambda: rollout.sunk("invoice") == INVOICES or rollout.dead(),
         what="each invoice in the sink",
     )
     assert rollout.dead() == []
-    assert rollout.sunk("invoice") == wanted
+    assert rollout.sunk("invoice") == INVOICES
+
+
+def test_writes_that_wait_for_their_sink_are_seen_and_are_not_lost(rollout: Rollout) -> None:
+    """Events of a release that is not there yet: held, in health, metrics and log; then sunk."""
+    old = rollout.start("v1")
+    for number in range(WRITES):
+        total = {"id": number, "total": 1}
+        rollout.publish({"type": "write", "key": f"invoice:{number}", "value": total})
+    rollout.publish({"type": "write", "key": "order:1", "value": 1})
+    until(lambda: rollout.sunk("order") == {"order:1"}, what="the order in its sink")
+    until(lambda: held(old) == WRITES, what="all invoices held")
+    health = old.get("/healthz?verbose")
+    assert health.status == 200
+    assert f"{WRITES} writes are held" in health.body.decode()
+    metrics = old.get("/metrics").body.decode()
+    assert f"forebay_writebehind_held_entries {WRITES}.0" in metrics
+    assert "forebay_writebehind_held_age_seconds" in metrics
+    assert old.event("writes.held")["count"] > 0
+    new = rollout.start("v2")
+    until(lambda: rollout.sunk("invoice") == INVOICES, what="each invoice in the sink")
+    until(lambda: held(new) == 0 and held(old) == 0, what="nothing held")
+    assert owned(old) == 0
+    assert rollout.dead() == []
+
+
+def test_a_worker_without_sinks_says_so_and_owns_no_shard(rollout: Rollout) -> None:
+    """Alone it applies events, and leaves their writes to a worker that has the sink."""
+    bare = rollout.start("bare")
+    assert bare.event("workers.without_sinks")
+    rollout.publish({"type": "write", "key": "order:1", "value": 1})
+    until(lambda: bare.stats()["backlog"] == {"events": 0, "writes": 1}, what="the event applied")
+    assert owned(bare) == 0
+    worker = rollout.start("v1")
+    until(lambda: owned(worker) == SHARDS, what="all shards owned by the worker with the sink")
+    until(lambda: rollout.sunk("order") == {"order:1"}, what="the order in its sink")
+    assert owned(bare) == 0
+    assert bare.stop() == 0
+    assert rollout.dead() == []
+
+
+def test_values_that_one_release_cannot_decode_go_to_the_other(rollout: Rollout) -> None:
+    """The sink is there, and its cache has another type: what v3 writes, v3 stores."""
+    old = rollout.start("v2")
+    rollout.start("v3", writes=WRITES)
+    until(
+        lambda: rollout.sunk("invoice") == INVOICES or rollout.dead(),
+        what="each invoice in the sink",
+    )
+    assert rollout.dead() == []
+    assert old.ended() is None
+
+
+def test_values_that_no_release_can_decode_are_dead_letters(rollout: Rollout) -> None:
+    """When the process that could has gone, and without waiting for workers.hold_ms."""
+    rollout.start("v2", writes=0)
+    job = msgspec.msgpack.encode({"type": "w", "key": "invoice:1", "value": b"\xa4text"})
+    shard = shard_of("invoice:1", SHARDS)
+    stream = f"{{{rollout.namespace}:{shard:02}}}:writes"
+    rollout.server.execute("XADD", stream, "*", "v", "7", "j", job)
+    until(lambda: bool(rollout.dead()), what="the dead letter")
+    assert [each[b"reason"] for each in rollout.dead()] == [b"undecodable"]

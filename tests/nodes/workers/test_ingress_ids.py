@@ -13,6 +13,7 @@ import anyio
 import pytest
 
 from forebay.nodes.status import checks
+from forebay.nodes.workers.held import HeldStatistics
 from forebay.nodes.workers.ingress import read_mark
 from forebay.nodes.workers.plan import mark_of
 from forebay.schemas.entry import read_entry
@@ -207,7 +208,8 @@ async def test_an_id_ahead_is_reported_until_the_stream_is_drained(
     async with open_shop(sinks=SINKS) as shop:
         ingress = shop.ingress(await shop.ownership())
 
-        crew = SimpleNamespace(deliveries={}, ingress=ingress)
+        held = SimpleNamespace(held=SimpleNamespace(statistics=HeldStatistics()))
+        crew = SimpleNamespace(deliveries={}, ingress=ingress, writes=held)
         monkeypatch.setattr(shop.parts, "crew", crew)
 
         def warned() -> list[str]:
