@@ -62,7 +62,7 @@ class Profile(Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: the key templates of its sinks; None: it is of a release that does not publish them
 
     def may_take(self, key: str) -> bool:
-        """Whether one of its sinks may be for this key, by what the template begins and ends with."""
+        """Whether one of its sinks may be for this key (how its template begins and ends)."""
         return any(
             key.startswith(template.partition("{")[0]) and key.endswith(template.rpartition("}")[2])
             for template in self.sinks or ()

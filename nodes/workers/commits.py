@@ -25,8 +25,8 @@ def checkpoint_call(
     trimmed_to: str = "0-0",
     newest: Mapping[str, Queued],
 ) -> Call:
-    """Moves ``checkpoint`` to ``position``, and trims the stream up to ``trimmed_to``; ``newest`` are
-    the writes that are done, by key.
+    """Moves ``checkpoint`` to ``position``, and trims the stream up to ``trimmed_to``; ``newest``
+    are the writes that are done, by key.
     """
     shard = tenure.resource
     return Call(

@@ -5,9 +5,9 @@ stream's bound; an owner that has their sink stores them first (see ``Lane``).
 
 H1  A held write of a sink that another live member has makes this member defer the shard; as long
     as there is a member that has not tried, it does not become a dead letter but by H2.
-H2  It becomes a dead letter when it was held for ``hold_ms`` and its sink is not here; or when its
-    value could not be decoded by any live member that may have its sink, ``_NEWS_BEATS`` after it was
-    held: by then a member that has just started is known.
+H2  It becomes a dead letter when it was held for ``hold_ms`` and its sink is not here; or when
+    no live member that may have its sink could decode its value, ``_NEWS_MS`` after it was held:
+    by then a member that has just started is known.
 H3  A round looks at the oldest ``_PAGE`` writes held of each shard, and at as many further ones; it
     goes through all of them by and by.
 H4  How many are held, and since when the oldest, is known after the first round; it is told when
@@ -42,7 +42,7 @@ log = structlog.get_logger(__name__)
 _LOOK_S = 0.5
 _TELL_S = 60.0
 _PAGE = 100
-_NEWS_BEATS = 5
+_NEWS_MS = 5_000
 
 
 class HeldStatistics(Struct, frozen=True, kw_only=True):
@@ -79,7 +79,6 @@ class Held:
         self._dead_letters = dead_letters
         self._node_id = node_id
         self._hold_ms = options.hold_ms
-        self._news_ms = _NEWS_BEATS * options.beat_ms
         self._server_clock = server_clock
         self._invalidate = invalidate
         self._looked_at: dict[int, str] = {}  # by shard the last id of the page before
@@ -174,7 +173,7 @@ class Held:
         key, mine = entry.job.key, self._routes.sink_of(entry.job.key) is not None
         able = others | {self._ownership.token} if mine else others
         held_ms = now_ms - int(entry.id.partition("-")[0])
-        if entry.tried and able and able <= entry.tried and held_ms >= self._news_ms:
+        if entry.tried and able and able <= entry.tried and held_ms >= _NEWS_MS:
             problem = f"no live member can decode the value of {key!r}"
             return InvalidEvent("undecodable", problem, field="value", fix="see the cache")
         if held_ms < self._hold_ms:

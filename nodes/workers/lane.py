@@ -8,11 +8,11 @@ W3  What a write invalidates is invalidated after the sink has it, before the ch
     is a key whose write will never get there.
 W4  Work is handed out only while the tenure is in force and not yielding; commits carry its
     epoch. What a sink refuses as fenced holds up its own shard only.
-W5  Before a shard's writes a lane reads those held of its sink, which are older. The first lane sets
-    aside (holds) what no sink of this node takes; so that none of them is trimmed unseen, it
-    reads a shard's writes from the first one on, whatever its checkpoint is.
-W6  A value that this node cannot decode is held for a member that has not tried (see ``Held``). A
-    newer write of the key that is stored first takes its place.
+W5  Before a shard's writes a lane reads those held of its sink, which are older. The first lane
+    holds what no sink of this node takes; so that none of them is trimmed unseen, it reads a
+    shard's writes from the first one on, whatever its checkpoint is.
+W6  A value that this node cannot decode is held for a member that has not tried (see ``Held``).
+    A newer write of the key that is stored first takes its place.
 W7  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
 
 All shards share one flush, so that a slow trickle over many shards makes few transactions. A

@@ -96,8 +96,8 @@ class Versions:
         token: str = "",
         others: bool = False,
     ) -> None:
-        """``strays``: also look for what belongs to no sink. ``token`` is this member's; ``others``:
-        there may be members that decode what this one cannot.
+        """``strays``: also look for what belongs to no sink. ``token`` is this member's;
+        ``others``: there may be members that decode what this one cannot.
         """
         self.letters: dict[int, list[DeadLetter]] = {}
         self.doubtful: set[str] = set()  #: keys whose newest write will never reach the source

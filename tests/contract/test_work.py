@@ -499,7 +499,7 @@ async def waiting(desk: Desk, count: int = 3) -> tuple[int, list[str]]:
 
 
 async def test_what_is_held_is_in_one_stream_at_any_time(desk: Desk) -> None:
-    """writes_hold I1: with its job, its version and the id that it had; sent twice it is the same."""
+    """writes_hold I1: with its job, its version and the id it had; sent twice it is the same."""
     epoch, (first, second, third) = await waiting(desk)
     before = dict(await desk.commands.call("XRANGE", desk.part("writes"), "-", "+"))
     done, *held = await desk.hold("a", epoch, first, third)

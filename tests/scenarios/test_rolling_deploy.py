@@ -28,21 +28,26 @@ class Rollout:
         self._stack = ExitStack()
         self._count = 0
 
-    def start(self, release: str, *, writes: int = 0, **settings: object) -> NodeProcess:
+    def start(self, release: str, *, writes: int = 0) -> NodeProcess:
+        return self.spawn(release, writes=writes).until_ready()
+
+    def spawn(self, release: str, *, writes: int = 0) -> NodeProcess:
         self._count += 1
-        return self._stack.enter_context(
-            NodeProcess(
-                self._directory,
-                name=f"{release}-{self._count}",
-                app=f"rollout:{release}",
-                environ={"ROLLOUT_DIR": str(self._directory), "ROLLOUT_WRITES": str(writes)},
-                valkey__url=self.server.url,
-                node__namespace=self.namespace,
-                workers__beat_ms=200,
-                workers__ownership_ttl_ms=1_000,
-                **settings,
-            )
+        node = NodeProcess(
+            self._directory,
+            name=f"{release}-{self._count}",
+            app=f"rollout:{release}",
+            environ={"ROLLOUT_DIR": str(self._directory), "ROLLOUT_WRITES": str(writes)},
+            valkey__url=self.server.url,
+            node__namespace=self.namespace,
+            workers__beat_ms=200,
+            workers__ownership_ttl_ms=2_000,
         )
+        self._stack.callback(node.close)
+        return node.spawn()
+
+    def start_all(self, *releases: str) -> list[NodeProcess]:
+        return [node.until_ready() for node in [self.spawn(each) for each in releases]]
 
     def close(self) -> None:
         self._stack.close()
@@ -93,8 +98,7 @@ def held(node: NodeProcess) -> int:
 
 def test_writes_of_a_new_sink_reach_it_while_the_old_release_works(rollout: Rollout) -> None:
     """Three processes of v1, then one of v2 that writes 40 invoices: all of them are sunk."""
-    for _ in range(3):
-        rollout.start("v1")
+    rollout.start_all("v1", "v1", "v1")
     rollout.start("v2", writes=WRITES)
     until(
         lambda: rollout.sunk("invoice") == INVOICES or rollout.dead(),
@@ -145,6 +149,7 @@ def test_a_worker_without_sinks_says_so_and_owns_no_shard(rollout: Rollout) -> N
 def test_values_that_one_release_cannot_decode_go_to_the_other(rollout: Rollout) -> None:
     """The sink is there, and its cache has another type: what v3 writes, v3 stores."""
     old = rollout.start("v2")
+    rollout.start("v3")
     rollout.start("v3", writes=WRITES)
     until(
         lambda: rollout.sunk("invoice") == INVOICES or rollout.dead(),

@@ -15,6 +15,7 @@ import forebay
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.ownership import Ownership
 from forebay.coordinator.roster import Profile
+from forebay.nodes.workers import held as held_module
 from forebay.nodes.workers.writes import WriteBehind
 from forebay.schemas.jobs import WriteJob, write_job
 from forebay.schemas.settings import Workers
@@ -122,7 +123,7 @@ async def test_what_no_sink_takes_is_held_and_the_others_are_stored(open_shop: O
 async def test_what_is_held_reaches_the_sink_of_the_next_owner_before_newer_writes(
     open_shop: OpenShop,
 ) -> None:
-    """W5: in the order in which it was accepted; a sink that keeps no versions sees none go back."""
+    """W5: in the order of acceptance; a sink that keeps no versions sees none go back."""
     invoices, seen = Table("invoices"), list[int]()
     invoices.fences = False
     async with open_shop(sinks={ORDER: Table()}) as shop:
@@ -324,9 +325,12 @@ async def test_what_this_member_cannot_decode_is_held_for_one_that_may(
                 await empty(shop, "held")
 
 
-async def test_what_no_live_member_can_decode_is_a_dead_letter(open_shop: OpenShop) -> None:
+async def test_what_no_live_member_can_decode_is_a_dead_letter(
+    open_shop: OpenShop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """H2: when all that have the sink have tried, and not only after ``hold_ms``."""
     table = Table()
+    monkeypatch.setattr(held_module, "_NEWS_MS", 500)
     async with open_shop(sinks={INVOICE: table}, declare=declares(Strict)) as shop:
         owner = await member(shop, "one", INVOICE)
         other = await member(shop, "two", INVOICE)
@@ -335,7 +339,7 @@ async def test_what_no_live_member_can_decode_is_a_dead_letter(open_shop: OpenSh
             k for n in range(SHARDS) if (k := shop.key(n, "invoice:")) and n in owner.tenures
         )
         await queue(shop, key, value="text")
-        async with at_work(shop.write_behind(owner, beat_ms=100)):
+        async with at_work(shop.write_behind(owner)):
             await shop.sunk()
             assert await held(shop) == [key]
             (entry,) = await shop.entries(shop.names.shard(key), "held")
