@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backpressure",
+    "BusySinkError",
     "ConfigError",
     "CoordinationError",
     "DeadLettered",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from .nodes.web.limit_asgi import RateLimitMiddleware
     from .schemas.errors import (
         Backpressure,
+        BusySinkError,
         ConfigError,
         CoordinationError,
         DeadLettered,

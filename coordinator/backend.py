@@ -35,6 +35,7 @@ from .fake import FakeLink, fake_run_id, shared_server, used_server
 from .fake_doorbell import FakeDoorbell
 from .introduction import Finding, ServerFacts, findings, introduce, probe, read_clock, read_info
 from .link import Link
+from .modules import load
 from .startup_faults import Target
 
 __all__ = [
@@ -206,6 +207,7 @@ class Backend(anyio.AsyncContextManagerMixin):
 
     async def _open_fake(self, stack: AsyncExitStack) -> None:
         origin = self._origins.get("valkey.fake", "in code")
+        await load("fakeredis", optional=True)
         server = stack.enter_context(used_server(self._fake_name, origin=origin))
         tasks = await stack.enter_async_context(background_tasks())
         link = FakeLink(server, name="fake", breaker=self._breaker("fake"))

@@ -32,11 +32,11 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
 
 from ..coordinator.instruments import Instruments
+from ..coordinator.modules import load
 from ..coordinator.scripting import run
 from ..schemas.errors import Backpressure, ForebayError, InvalidKey, LoaderError
 from ..schemas.keys import EVENTS, check_key, refuse_one_string
@@ -106,15 +106,18 @@ class Node(Declarations, Locking):
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool:
+    ) -> None:
         parts = self.parts
         assert self._life is not None
         try:
-            return await self._life.end(exc)
+            ended_by_itself = await self._life.end(exc)
         finally:
             self.drained = parts.drained
             self._forget()
             _say("node.stopped", drained=self.drained)
+        if ended_by_itself:
+            log.error("node.ended", reason="its tasks were cancelled from inside")
+            raise ForebayError("the node ended by itself: its tasks were cancelled from inside")
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[str]:
@@ -129,12 +132,13 @@ class Node(Declarations, Locking):
         Raises:
             ConfigError: the address cannot be listened on. ForebayError: the node is not running.
         """
-        from .web.server import serve  # what embeds a node without it need not load it
-
         settings, origins = self.parts.settings, self._origins
         if not settings.http.enabled:
             yield ""
             return
+        await load(f"{__package__}.web.server")  # a node that is only embedded does without it
+        from .web.server import serve
+
         async with serve(
             self,
             settings.http,
@@ -167,6 +171,7 @@ class Node(Declarations, Locking):
         self._begun, self.drained, self._origins = True, None, resolved.origins
         self._life = Life(self._living(resolved, otherwise=workers))
         try:
+            await load("zstandard", optional=True)  # entries compressed by it may be there
             await self._life.begin()
         except BaseException:
             self._forget()
@@ -275,6 +280,7 @@ class Node(Declarations, Locking):
 
         Raises:
             LoaderError: whatever the loader raised. Unavailable: by the cache's policy.
+            NoJsonForm: the value is more than JSON can hold.
         """
         cached = self._routes.cache_of(key)
         if cached is None:
@@ -287,7 +293,7 @@ class Node(Declarations, Locking):
             log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
             raise LoaderError(cached.name, key, f"{type(error).__name__}: {error}") from error
         return Read(
-            json=msgspec.json.encode(hit.value),
+            json=cached.json_of(key, hit.value),
             tier=hit.tier,
             age_ms=hit.age_ms,
             stale=hit.stale,

@@ -15,10 +15,12 @@ from typing import Any, Literal
 __all__ = [
     "Backpressure",
     "BreakerOpen",
+    "BusySinkError",
     "ConfigError",
     "CoordinationError",
     "DeadLettered",
     "Disconnected",
+    "EntryFault",
     "FatalSinkError",
     "Fenced",
     "ForebayError",
@@ -30,6 +32,7 @@ __all__ = [
     "Level",
     "LoaderError",
     "NewerSchema",
+    "NoJsonForm",
     "NotShareable",
     "PartialFailure",
     "PoisonSinkError",
@@ -274,6 +277,16 @@ class InvalidValue(ForebayError):
         self.fix = fix
 
 
+class NoJsonForm(ForebayError):
+    """Raised for a value that was asked for as JSON, and is more than JSON can hold."""
+
+    def __init__(self, cache: str, key: str, problem: str) -> None:
+        super().__init__(f"JSON cannot hold the value of {key!r} in {cache}: {problem}")
+        self.cache = cache
+        self.key = key
+        self.problem = problem
+
+
 class LoaderError(ForebayError):
     """Raised to a caller when the loader failed and nothing stale could be served."""
 
@@ -321,6 +334,18 @@ class SinkError(ForebayError):
 
 class TransientSinkError(SinkError):
     """Raised when trying again later may work: the sink is paused and retried."""
+
+
+class BusySinkError(TransientSinkError):
+    """Raised when a row of the batch cannot be changed now, since another transaction holds it:
+    the batch is split, and only the shard of that row waits.
+    """
+
+    def __init__(
+        self, problem: str = "", *, table: str = "", outcome_unknown: bool = False
+    ) -> None:
+        super().__init__(problem, outcome_unknown=outcome_unknown)
+        self.table = table
 
 
 class PoisonSinkError(SinkError):

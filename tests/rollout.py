@@ -2,7 +2,7 @@
 
 ``v1`` has the cache and sink ``order:{id}``; ``v2`` adds ``invoice:{id}``; ``v3`` gives that
 another type. A process of v2 or v3 writes ``ROLLOUT_WRITES`` invoices when it starts. ``bare``
-declares nothing. Each sink appends a line of JSON for each write to the file ``ROLLOUT_DIR/<sink>``.
+declares nothing. Each sink appends a line of JSON for each write to a file in ``ROLLOUT_DIR``.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from forebay.nodes.workers.dead_letters import DeadLetters
 from forebay.nodes.workers.delivery import Delivery
 from forebay.nodes.workers.ingress import Ingress
 from forebay.nodes.workers.writes import WriteBehind
-from forebay.schemas.errors import Fenced, PoisonSinkError
+from forebay.schemas.errors import BusySinkError, Fenced, PoisonSinkError
 from forebay.schemas.jobs import read_write
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.settings import Durable, NodeSettings, Settings, Valkey, Workers
@@ -125,6 +125,7 @@ class Table:
         self.stored: list[Write[Any]] = []  #: all that changed a row
         self.faults: list[Exception | None] = []  #: raised by the next calls, one each
         self.poison: set[Any] = set()  #: values that it will never take
+        self.locked: set[str] = set()  #: keys whose rows another transaction holds
         self.epochs: dict[int, int] = {}
         self.hang_at = 0  #: the call that hangs until ``go_on``
         self.hang_stored = False  #: whether it has stored the batch by then
@@ -156,6 +157,9 @@ class Table:
         for each in batch.progress if self.fences else ():
             if self.epochs.get(each.shard, 0) > each.epoch:
                 raise Fenced(self.name, each.epoch, self.epochs[each.shard])
+        locked = [each.key for each in batch.writes if each.key in self.locked]
+        if locked:
+            raise BusySinkError(f"{locked[0]} is locked", table=self.name)
         wrong = [each.key for each in batch.writes if each.value in list(self.poison)]
         if wrong:
             raise PoisonSinkError(f"will not take {wrong[0]}")

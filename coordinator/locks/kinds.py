@@ -68,7 +68,7 @@ class Wanted:
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> Coroutine[None, None, bool]:
+    ) -> Coroutine[None, None, None]:
         assert self._lease is not None
         return self._lease.__aexit__(exc_type, exc, traceback)
 

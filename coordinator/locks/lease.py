@@ -147,11 +147,11 @@ class Lease:
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool:
+    ) -> None:
         scope, self._scope = self._scope, None
         ours = scope is not None and bool(scope.__exit__(exc_type, exc, traceback))
         if not self.released:
             await self._give_back(self)
-        if self.reason is not None and scope is not None and (exc is None or ours):
-            raise LeaseLost(self.name, self.reason, self.token) from None
-        return ours
+        if ours or (self.reason is not None and scope is not None and exc is None):
+            # The cancellation that ended the block was ours: it never ends without an error.
+            raise LeaseLost(self.name, self.reason or "expired", self.token) from None

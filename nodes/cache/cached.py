@@ -27,7 +27,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
 import structlog
 
-from ...schemas.errors import ConfigError, ForebayError, PartialFailure
+from ...schemas.errors import ConfigError, ForebayError, InvalidEntry, NoJsonForm, PartialFailure
 from ...schemas.jobs import RefreshJob
 from ...schemas.keys import dependents_of, refuse_one_string
 from ...schemas.settings import CacheDefaults, Limits
@@ -197,6 +197,13 @@ class Cached(Writable[T], Generic[P, T]):
         """The value of msgpack bytes; raises InvalidEntry."""
         return self._copies.own(self._copies.codec.unpack(payload))
 
+    def json_of(self, key: str, value: T) -> bytes:
+        """A value that ``read_key`` gave, as JSON; raises NoJsonForm."""
+        try:
+            return self._copies.codec.json(value)
+        except InvalidEntry as error:
+            raise NoJsonForm(self.name, key, error.problem) from error
+
     async def do_refresh(self, job: RefreshJob) -> bool:
         """Load a key again under the lease that the job carries; false: it was refused."""
         try:
@@ -242,7 +249,6 @@ class Cached(Writable[T], Generic[P, T]):
             parts,
             self.path,
             labels_of=lambda key: self._labels_of(self.keying.fields(key)),
-            kept=self._copies.kept,
         )
 
     def unbind(self) -> None:
@@ -265,11 +271,9 @@ class Cached(Writable[T], Generic[P, T]):
         if self._batches is not None:
             run = functools.partial(self._batches.load, keying.item(values), member)
             leave = member.leave if member else None
-            return LoadCall(self._copies.keeping(run), labels, leave)
+            return LoadCall(run, labels, leave)
         args, kwargs = keying.call(values)
-        return LoadCall(
-            self._copies.keeping(functools.partial(self._loader, *args, **kwargs)), labels
-        )
+        return LoadCall(functools.partial(self._loader, *args, **kwargs), labels)
 
     def _labels_of(self, fields: Mapping[str, Any]) -> Sequence[str]:
         """All tags that a value carries: its own, those of what it depends on."""

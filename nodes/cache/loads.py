@@ -12,6 +12,8 @@ L5  A value that is there already, byte for byte, only has its life extended.
 L6  Where a tag that the loader named was bumped since the load began, it is loaded once more.
 L7  An absence that is not to be remembered takes the old value away all the same, if the lease
     is still there: otherwise what is stored now is newer.
+L8  What callers get is what was made of the loader's value to be stored, also where it is not
+    stored: the same as a later hit gives.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import anyio
 import structlog
 
+from ...coordinator.log_once import LogOnce
 from ...schemas.entry import Entry
 from ...schemas.errors import (
     ForebayError,
@@ -34,7 +37,6 @@ from ...schemas.errors import (
     Unavailable,
 )
 from ...schemas.keys import dependents_of
-from ..first_of_kind import FirstOfKind
 from .core import Core, Hit, Lease, LoadCall, Tier
 from .fill_leases import FillLeases
 from .inheritance import inherited
@@ -46,7 +48,7 @@ from .scope import outside
 from .shared import Stamp
 from .source import Source
 from .tags import TagState
-from .values import ValueCodec
+from .values import Made, ValueCodec
 
 __all__ = ["LoadPath"]
 
@@ -77,14 +79,15 @@ class LoadPath(Generic[T]):
         self.source = source
         self._packer = Packer(policy, codec, core.rng)
         self.pack = self._packer.pack
+        self.envelope = self._packer.envelope
+        self.own = own
         self.leases = FillLeases(
             core.shared, name, policy, bytes_max=codec.bytes_max, tags_of=self.tags_of
         )
         self.waits = core.waits
         self.clock = core.clock
         self.pace = core.pace
-        self._own = own
-        self._failing = FirstOfKind()
+        self._failing = LogOnce()
         self._core = core
         self._slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
 
@@ -114,11 +117,11 @@ class LoadPath(Generic[T]):
         self, lease: Lease, call: LoadCall[T], reservation: Reservation, load: Loading
     ) -> Hit[T]:
         try:
-            value = await self._ask(lease.key, call, load)
-            if value is NOT_MODIFIED:
+            made = await self._ask(lease.key, call, load)
+            if made is NOT_MODIFIED:
                 assert lease.previous is not None
-                value = self._decoded(lease.previous)
-            packed, tags = await self._packed(value, lease, load)
+                made = self.codec.made_before(lease.previous)
+            packed, tags = await self._packed(made, lease, load)
             stamp = None if packed is None else await self._store(lease, packed)
         except SourceFailing:
             await self.leases.give_back(lease.key, lease.token)
@@ -129,8 +132,9 @@ class LoadPath(Generic[T]):
         except BaseException:
             await self.leases.give_back(lease.key, lease.token)
             raise
+        value = cast(T, None if made is None else made.kept)
         if packed is None and not load.overtaken:
-            await self._not_stored(lease, gone=value is None)
+            await self._not_stored(lease, gone=made is None)
         size = len(packed.payload or b"") if packed else 0
         if stamp is None:
             return Hit(value=value, tier="source", version=0, age_ms=0, size=size)
@@ -146,7 +150,7 @@ class LoadPath(Generic[T]):
         return {tag: each.version for tag, each in found.items()}
 
     def _shown(self, entry: Entry) -> T:
-        return self._own(self._decoded(entry))
+        return self.own(self._decoded(entry))
 
     def is_depended_on(self, key: str) -> bool:
         """Whether something that was read here may carry the tag named after this key."""
@@ -157,19 +161,23 @@ class LoadPath(Generic[T]):
         return value
 
     async def _packed(
-        self, value: T, lease: Lease, load: Loading
+        self, made: Made[T] | None, lease: Lease, load: Loading
     ) -> tuple[Packed | None, Mapping[str, int]]:
         """The envelope, None for what is not to be stored, and the versions of all tags."""
         tags = lease.tags
-        if not load.stored or (value is None and not self.policy.negative_ms):
+        if not load.stored or (made is None and not self.policy.negative_ms):
             return None, tags
         more = await self._named(lease, load)
         if more is None:
             return None, tags
         tags = {**tags, **more}
         try:
-            packed = self._packer.pack(
-                value, tags, ttl_ms=load.ttl_ms, stale_ms=load.stale_ms, etag=load.new_etag or ""
+            packed = self._packer.envelope(
+                None if made is None else made.payload,
+                tags,
+                ttl_ms=load.ttl_ms,
+                stale_ms=load.stale_ms,
+                etag=load.new_etag or "",
             )
         except InvalidEntry as error:
             self._not_packed(lease.key, error)
@@ -235,14 +243,14 @@ class LoadPath(Generic[T]):
             middle=packed.middle(previous),
         )
 
-    async def _ask(self, key: str, call: LoadCall[T], load: Loading | None) -> T:
+    async def _ask(self, key: str, call: LoadCall[T], load: Loading) -> Any:
         try:
             return await self.source.ask(key, lambda: self._run_loader(key, call, load))
         except SourceFailing:
             self.count("source", "refused")
             raise
 
-    async def _run_loader(self, key: str, call: LoadCall[T], load: Loading | None) -> T:
+    async def _run_loader(self, key: str, call: LoadCall[T], load: Loading) -> Any:
         core, started = self._core, self._core.clock.monotonic()
         result = "error"
         try:
@@ -250,7 +258,8 @@ class LoadPath(Generic[T]):
             with outside(), under_way(load), anyio.move_on_after(limit_s):
                 value = await call.run()
                 result = "loaded"
-                return value
+                absent = value is None or value is NOT_MODIFIED
+                return value if absent else self.codec.made(value)
             result = "timeout"
             raise LoaderError(self.name, key, "it took longer than its lease")
         except InvalidEntry as error:
@@ -315,8 +324,10 @@ class LoadPath(Generic[T]):
 
     async def bypass(self, key: str, call: LoadCall[T]) -> Hit[T]:
         """Ask the source and store nothing."""
-        value = await self._ask(key, call, Loading(self.name, key, None, self._shown))
-        return Hit(value=value, tier="source", version=0, age_ms=0)
+        made = await self._ask(key, call, Loading(self.name, key, None, self._shown))
+        return Hit(
+            value=cast(T, None if made is None else made.kept), tier="source", version=0, age_ms=0
+        )
 
     def count(self, tier: Tier, result: str) -> None:
         self._core.instruments.counts["cache_requests", self.name, tier, result] += 1

@@ -56,8 +56,21 @@ class Packer(Generic[T]):
         Raises:
             InvalidEntry: the value is too large, or cannot be encoded.
         """
+        payload = None if value is None else self._codec.pack(value)
+        return self.envelope(payload, tags, ttl_ms=ttl_ms, stale_ms=stale_ms, etag=etag)
+
+    def envelope(
+        self,
+        payload: bytes | None,
+        tags: Mapping[str, int],
+        *,
+        ttl_ms: int | None = None,
+        stale_ms: int | None = None,
+        etag: str = "",
+    ) -> Packed:
+        """As ``pack``, of the msgpack that a codec has made; None for a known absence."""
         policy = self._policy
-        if value is None:
+        if payload is None:
             meta = EntryMeta(tags=dict(tags), soft_ms=policy.negative_ms)
             lifetime_ms = policy.negative_ms or 1
             return Packed(None, lifetime_ms, lifetime_ms, self._codec.negative_tail(meta), meta)
@@ -66,7 +79,7 @@ class Packer(Generic[T]):
         # stale_if_error counts from the end of ttl, however long the loader lets it be stale.
         error_ms = max(0, policy.stale_ms + policy.error_ms - stale_ms) if policy.error_ms else 0
         soft_ms = self._jittered(asked_ms)
-        payload = self._codec.pack(value)
+        payload = self._codec.fitting(payload)
         meta = EntryMeta(
             tags=dict(tags),
             etag=etag,

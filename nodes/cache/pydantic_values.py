@@ -8,8 +8,8 @@ way back is by JSON too. Aliases are for those who publish; what is stored goes 
 P1  Pydantic is not imported for a type that has nothing of it, nor before the application did.
 P2  What cannot come back is refused when the type is declared: a secret, which its JSON form
     masks, a field that is left out of it, a msgspec Struct beside a model.
-P3  What is encoded was decoded once: a serializer and a validator that do not fit are an error
-    of the load, not a miss at each read.
+P3  A serializer and a validator that do not fit are an error of the load, and not a miss at each
+    read: whoever encodes a value decodes it, too (see ``values``).
 P4  No error text shows a value.
 """
 
@@ -71,7 +71,7 @@ class PydanticForm:
         """The msgpack of a value.
 
         Raises:
-            ValueError: it is not of the type, or would not come back.
+            ValueError: it is not of the type.
             Whatever the type's own code raises.
         """
         try:
@@ -80,9 +80,15 @@ class PydanticForm:
             )
         except ValueError as error:
             raise ValueError(_SHOWN.sub("input_type", str(error))) from None
-        payload = self._pack(plain)
-        self.decode(payload)
-        return payload
+        return self._pack(plain)
+
+    def simple(self, value: Any) -> Any:
+        """A value in its JSON form, by its aliases, as others publish it."""
+        return self._dump(value, mode="json", round_trip=True, by_alias=True)
+
+    def to_json(self, value: Any) -> bytes:
+        """What ``simple`` gives, as JSON."""
+        return msgspec.json.encode(self.simple(value))
 
     def decode(self, payload: bytes) -> Any:
         """The value of msgpack bytes.

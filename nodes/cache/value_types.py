@@ -1,6 +1,7 @@
 """What a declared type says without a value: its classes, and the types it is made of.
 
-T1  Nothing is imported, and no value is made: an unfamiliar type says nothing.
+T1  Nothing is imported, and no value is made: an unfamiliar type says nothing of its values.
+T2  A class of which msgpack can give back no instance is named by ``unmade_in``.
 """
 
 from __future__ import annotations
@@ -22,12 +23,23 @@ from typing import (
     get_type_hints,
 )
 
-from msgspec import Struct
+from msgspec import Struct, UnsetType, inspect
 
 from ...schemas.errors import ConfigError
 
-__all__ = ["bare", "classes_of", "fits", "is_struct", "layers", "name_of", "refused", "types_in"]
+__all__ = [
+    "bare",
+    "classes_of",
+    "fits",
+    "is_struct",
+    "layers",
+    "name_of",
+    "refused",
+    "types_in",
+    "unmade_in",
+]
 
+_DECODED = (dict, list, str, bytes, int, float, datetime)  #: what is made of bytes of no known type
 _NOT_ITS_BASE = (bool, datetime)  #: instances of int and of date that are not meant by these
 
 
@@ -87,6 +99,29 @@ def types_in(of: Any) -> Iterator[Any]:
             seen.append(each)
             left += [*get_args(each), *_fields(get_origin(each) or each)]
             yield each
+
+
+def unmade_in(of: Any) -> type | None:
+    """A class in this type that no bytes can be decoded to: neither known, nor a base of one."""
+    seen: set[int] = set()
+    left: list[Any] = [inspect.type_info(of)]
+    while left:
+        each = left.pop()
+        if isinstance(each, tuple):
+            left += each
+        elif isinstance(each, inspect.Type | inspect.Field) and id(each) not in seen:
+            seen.add(id(each))
+            left += [getattr(each, name) for name in each.__struct_fields__]
+            if isinstance(each, inspect.CustomType) and not _is_base(each.cls):
+                return each.cls
+    return None
+
+
+def _is_base(kind: type) -> bool:
+    try:
+        return kind is UnsetType or any(issubclass(each, kind) for each in _DECODED)
+    except TypeError:  # a protocol that is not for the run time
+        return False
 
 
 def layers(of: Any) -> Iterator[Any]:

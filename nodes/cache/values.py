@@ -8,26 +8,38 @@ V3  A value that is not of the declared type is refused when it is encoded: by i
 V4  All forms of compression are read, whichever is written.
 V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for each caller, and
     what it has packed itself can be decoded.
-V6  Where no type is declared, ``plain`` gives what every other node will decode.
+V6  What was decoded so is what is kept and returned, from the first call on: a datetime in UTC, a
+    float where the loader returned an int, the declared class where it returned a subclass.
+V7  A type of which nothing could be stored is refused where it is declared.
+V8  ``json`` gives what JSON can hold of a value, or InvalidEntry: no NaN becomes a null.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import msgspec
+from msgspec import Struct
 
 from ...schemas.entry import Codec, Entry, EntryMeta, decompressed, make_tail
-from ...schemas.errors import ConfigError, InvalidEntry
+from ...schemas.errors import ConfigError, EntryFault, InvalidEntry
 from ...schemas.settings import CacheDefaults, Compression
 from .compression import compressor
 from .pydantic_values import PydanticForm, has_pydantic
-from .value_types import classes_of, fits, name_of, refused
+from .value_types import classes_of, fits, name_of, refused, unmade_in
 
-__all__ = ["PackedCodec", "ValueCodec"]
+__all__ = ["Made", "PackedCodec", "ValueCodec"]
 
 T = TypeVar("T")
+
+
+class Made(Struct, Generic[T], frozen=True):
+    """A value that was encoded, and decoded again."""
+
+    kept: T  #: for the near cache and whoever waits
+    payload: bytes  #: the msgpack of it
 
 
 class ValueCodec(Generic[T]):
@@ -52,9 +64,11 @@ class ValueCodec(Generic[T]):
         self._compressor = compressor(compression)
         try:
             self._classes = classes_of(of)
-            self._typed = of is not Any
-            self._checks = self._typed and not has_pydantic(of)  # that form has decoded it already
-            self._encode, self._packed, self._json = _form_of(of)
+            # What pydantic cannot make again of a model is of the declared type all the same.
+            unmade: EntryFault = "bad_value" if of is Any or has_pydantic(of) else "wrong_type"
+            self._unmade = unmade
+            self._form = _form_of(of)
+            self._packed = self._form.stored
         except ConfigError:
             raise
         except Exception as error:  # unions that cannot be told apart, names not resolved, ...
@@ -81,11 +95,29 @@ class ValueCodec(Generic[T]):
         Raises:
             InvalidEntry: it is too large, of another type, or no value that can be encoded.
         """
-        return self._readable(self._fitting(self._encoded(value)))
+        return self.fitting(self.made(value).payload)
 
-    def plain(self, value: T) -> T:
-        """The value as it will be read; raises InvalidEntry."""
-        return value if self._typed else self.unpack(self._encoded(value))
+    def made(self, value: T) -> Made[T]:
+        """The value as every reader gets it, however large: it may be given, and not stored.
+
+        Raises:
+            InvalidEntry: it is of another type, or no value that can be encoded and decoded.
+        """
+        payload = self._encoded(value)
+        return Made(self._decoded(payload), payload)
+
+    def made_before(self, entry: Entry) -> Made[T]:
+        """The value of an entry that is not negative; raises InvalidEntry."""
+        value = cast(T, self.value(entry))
+        if entry.codec == "j":
+            return Made(value, self.pack(value))
+        return Made(value, decompressed(entry, bytes_max=self._bytes_max))
+
+    def fitting(self, payload: bytes) -> bytes:
+        """As it is; raises InvalidEntry if it is too large."""
+        if len(payload) > self._bytes_max:
+            raise InvalidEntry("oversized", f"{len(payload)} bytes, {self._bytes_max} are allowed")
+        return payload
 
     def unpack(self, payload: bytes) -> T:
         """The value of msgpack bytes; raises InvalidEntry."""
@@ -115,8 +147,19 @@ class ValueCodec(Generic[T]):
         Raises:
             msgspec.ValidationError: it is not of the declared type.
         """
-        value: T = self._json.decode(raw_json)
+        value: T = self._form.published.decode(raw_json)
         return value
+
+    def json(self, value: Any) -> bytes:
+        """A value that a caller got, as JSON; raises InvalidEntry."""
+        try:
+            raw = self._form.to_json(value)
+            simple = self._form.simple(value) if b"null" in raw else None
+        except Exception as error:  # as in _encoded
+            raise InvalidEntry("bad_value", str(error)) from error
+        if (number := _not_finite(simple)) is not None:
+            raise InvalidEntry("bad_value", f"{number} is no number in JSON")
+        return raw
 
     def value(self, entry: Entry) -> T | None:
         """The value of an entry; None for a negative one.
@@ -144,23 +187,17 @@ class ValueCodec(Generic[T]):
         if self._classes and type(value) not in self._classes:
             self._check(value)
         try:
-            return self._encode(value)
+            return self._form.encode(value)
         except Exception as error:  # a type's own code may raise anything
             raise InvalidEntry("bad_value", str(error)) from error
 
-    def _fitting(self, payload: bytes) -> bytes:
-        if len(payload) > self._bytes_max:
-            raise InvalidEntry("oversized", f"{len(payload)} bytes, {self._bytes_max} are allowed")
-        return payload
-
-    def _readable(self, payload: bytes) -> bytes:
+    def _decoded(self, payload: bytes) -> T:
         try:
-            if self._checks:
-                self._packed.decode(payload)
+            value: T = self._packed.decode(payload)
         except Exception as error:  # as in _encoded
             problem = f"declared {name_of(self._type)}: {error}"
-            raise InvalidEntry("wrong_type", problem) from error
-        return payload
+            raise InvalidEntry(self._unmade, problem) from error
+        return value
 
     def _check(self, value: T) -> None:
         if value is not None and not fits(value, self._classes):
@@ -171,25 +208,26 @@ class ValueCodec(Generic[T]):
 class PackedCodec(ValueCodec[bytes], Generic[T]):
     """For values that callers may change: what is kept and shared is the msgpack of a value.
 
-    ``packed`` makes it of what a loader returned, ``own`` decodes it for one caller.
+    ``made`` makes it of what a loader returned, ``own`` decodes it for one caller.
     """
 
-    def packed(self, value: T) -> bytes:
-        """The msgpack of a value, however large it is: it may be given, and not stored.
+    def made(self, value: Any) -> Made[bytes]:
+        """As of any codec, but what is kept is the msgpack.
 
         Raises:
             InvalidEntry: it is of another type, or no value that can be encoded and decoded.
         """
-        # Checked here: ``own`` would be too late, since callers get no InvalidEntry.
-        return self._readable(self._encoded(cast(Any, value)))
+        # Decoded here: ``own`` would be too late, since callers get no InvalidEntry.
+        payload = super().made(value).payload
+        return Made(payload, payload)
 
     def own(self, payload: bytes) -> T:
         """A value that nobody else has; raises InvalidEntry."""
         return cast(T, super().unpack(payload))
 
     def pack(self, value: bytes) -> bytes:
-        """As it is, if it is not too large: ``packed`` or ``convert`` has made it."""
-        return self._fitting(value)
+        """As it is, if it is not too large: ``made`` or ``convert`` has made it."""
+        return self.fitting(value)
 
     def unpack(self, payload: bytes) -> bytes:
         """The same bytes, if they can be decoded; raises InvalidEntry."""
@@ -202,7 +240,7 @@ class PackedCodec(ValueCodec[bytes], Generic[T]):
         Raises:
             msgspec.ValidationError: it is not of the declared type. InvalidEntry: it is too large.
         """
-        return super().pack(super().convert(raw_json))
+        return self.fitting(self.made(super().convert(raw_json)).payload)
 
 
 class _Decoder(Protocol):
@@ -211,10 +249,38 @@ class _Decoder(Protocol):
     def decode(self, raw: bytes, /) -> Any: ...
 
 
-def _form_of(of: Any) -> tuple[Callable[[Any], bytes], _Decoder, _Decoder]:
-    """To msgpack, from msgpack, from JSON."""
+class _Form(Struct, frozen=True):
+    encode: Callable[[Any], bytes]  #: to msgpack
+    stored: _Decoder  #: of msgpack
+    published: _Decoder  #: of JSON
+    to_json: Callable[[Any], bytes]
+    simple: Callable[[Any], Any]  #: what ``to_json`` makes JSON of: dicts, lists and the like
+
+
+def _form_of(of: Any) -> _Form:
     if has_pydantic(of):
         form = PydanticForm(of)
-        return form.encode, form, form.published
-    encoder = msgspec.msgpack.Encoder()
-    return encoder.encode, msgspec.msgpack.Decoder(of), msgspec.json.Decoder(of)
+        return _Form(form.encode, form, form.published, form.to_json, form.simple)
+    stored, published = msgspec.msgpack.Decoder(of), msgspec.json.Decoder(of)
+    unmade = unmade_in(of)
+    if unmade is not None:
+        problem = f"a stored {name_of(unmade)} could not be read again"
+        raise refused(
+            of, problem, "return a Struct, a dataclass, a pydantic model, a dict or the like"
+        )
+    encode = msgspec.msgpack.Encoder().encode
+    return _Form(encode, stored, published, msgspec.json.encode, msgspec.to_builtins)
+
+
+def _not_finite(simple: Any) -> float | None:
+    """A number in it that JSON cannot hold."""
+    left = [simple]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            left += [*each, *each.values()]
+        elif isinstance(each, list | tuple | set | frozenset):
+            left += each
+        elif isinstance(each, float) and not math.isfinite(each):
+            return each
+    return None

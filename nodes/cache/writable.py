@@ -12,8 +12,8 @@ Of a key whose write-behind is pending, a write-through waits until that was sun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Generic, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 from ...coordinator.locks.guards import token_of
 from ...coordinator.locks.lease import Lease
@@ -30,15 +30,99 @@ __all__ = ["NOT_RUNNING", "Writable"]
 NOT_RUNNING = "the node is not running; use it inside `async with node:`"
 
 T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+T_co = TypeVar("T_co", covariant=True)
+A_contra = TypeVar("A_contra", contravariant=True)
+B_contra = TypeVar("B_contra", contravariant=True)
+C_contra = TypeVar("C_contra", contravariant=True)
 
 _INVALIDATES_MAX = 1_000  #: what a write job may carry
 _TIMEOUT_S = 5.0
+
+
+# What a type checker compares a cached function with, to know what its writers take. A loader of
+# more than three parameters has writers that take anything; they are checked when they are called.
+
+
+class Takes0(Protocol[T_co]):
+    def __call__(self) -> Coroutine[Any, Any, T_co]: ...
+
+
+class Takes1(Protocol[A_contra, T_co]):
+    def __call__(self, a: A_contra, /) -> Coroutine[Any, Any, T_co]: ...
+
+
+class Takes2(Protocol[A_contra, B_contra, T_co]):
+    def __call__(self, a: A_contra, b: B_contra, /) -> Coroutine[Any, Any, T_co]: ...
+
+
+class Takes3(Protocol[A_contra, B_contra, C_contra, T_co]):
+    def __call__(self, a: A_contra, b: B_contra, c: C_contra, /) -> Coroutine[Any, Any, T_co]: ...
+
+
+class PutOptions(TypedDict, total=False):
+    ttl: float | None
+    until: Literal["accepted", "replicated"]
+    timeout: float
+    token: Lease | int
+
+
+class SourceOptions(TypedDict, total=False):
+    timeout: float
+
+
+class BehindOptions(TypedDict, total=False):
+    invalidates_keys: Sequence[str]
+    invalidates_tags: Sequence[str]
+    until: Level
+    timeout: float
 
 
 class Writable(Generic[T]):
     name: str
     key: Callable[..., str]
     _writes: WritePath[T] | None = None
+
+    @overload
+    async def put(
+        self: Takes0[T], value: T | None, /, **options: Unpack[PutOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def put(
+        self: Takes1[A, T], a: A, value: T | None, /, **options: Unpack[PutOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def put(
+        self: Takes2[A, B, T], a: A, b: B, value: T | None, /, **options: Unpack[PutOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def put(
+        self: Takes3[A, B, C, T],
+        a: A,
+        b: B,
+        c: C,
+        value: T | None,
+        /,
+        **options: Unpack[PutOptions],
+    ) -> Receipt: ...
+
+    @overload
+    async def put(
+        self,
+        a: Any,
+        b: Any,
+        c: Any,
+        d: Any,
+        value: T | None,
+        /,
+        *more: Any,
+        **options: Unpack[PutOptions],
+    ) -> Receipt: ...
 
     async def put(
         self,
@@ -70,6 +154,45 @@ class Writable(Generic[T]):
             token=token_of(token),
         )
 
+    @overload
+    async def write_through(
+        self: Takes0[T], value: T | None, /, **options: Unpack[SourceOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_through(
+        self: Takes1[A, T], a: A, value: T | None, /, **options: Unpack[SourceOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_through(
+        self: Takes2[A, B, T], a: A, b: B, value: T | None, /, **options: Unpack[SourceOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_through(
+        self: Takes3[A, B, C, T],
+        a: A,
+        b: B,
+        c: C,
+        value: T | None,
+        /,
+        **options: Unpack[SourceOptions],
+    ) -> Receipt: ...
+
+    @overload
+    async def write_through(
+        self,
+        a: Any,
+        b: Any,
+        c: Any,
+        d: Any,
+        value: T | None,
+        /,
+        *more: Any,
+        **options: Unpack[SourceOptions],
+    ) -> Receipt: ...
+
     async def write_through(self, *args: Any, timeout: float = _TIMEOUT_S) -> Receipt:  # noqa: ASYNC109
         """Store a value in the source, then in the cache; None deletes the row.
 
@@ -85,6 +208,45 @@ class Writable(Generic[T]):
         key, timeout_ms = self.key(*arguments), self._timeout_ms(timeout)
         return await self.writes.through(key, value, timeout_ms=timeout_ms)
 
+    @overload
+    async def write_around(
+        self: Takes0[T], value: T | None, /, **options: Unpack[SourceOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_around(
+        self: Takes1[A, T], a: A, value: T | None, /, **options: Unpack[SourceOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_around(
+        self: Takes2[A, B, T], a: A, b: B, value: T | None, /, **options: Unpack[SourceOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_around(
+        self: Takes3[A, B, C, T],
+        a: A,
+        b: B,
+        c: C,
+        value: T | None,
+        /,
+        **options: Unpack[SourceOptions],
+    ) -> Receipt: ...
+
+    @overload
+    async def write_around(
+        self,
+        a: Any,
+        b: Any,
+        c: Any,
+        d: Any,
+        value: T | None,
+        /,
+        *more: Any,
+        **options: Unpack[SourceOptions],
+    ) -> Receipt: ...
+
     async def write_around(self, *args: Any, timeout: float = _TIMEOUT_S) -> Receipt:  # noqa: ASYNC109
         """Store a value in the source, and have every node forget the entry.
 
@@ -94,6 +256,45 @@ class Writable(Generic[T]):
         *arguments, value = args
         key, timeout_ms = self.key(*arguments), self._timeout_ms(timeout)
         return await self.writes.around(key, value, timeout_ms=timeout_ms)
+
+    @overload
+    async def write_behind(
+        self: Takes0[T], value: T | None, /, **options: Unpack[BehindOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_behind(
+        self: Takes1[A, T], a: A, value: T | None, /, **options: Unpack[BehindOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_behind(
+        self: Takes2[A, B, T], a: A, b: B, value: T | None, /, **options: Unpack[BehindOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_behind(
+        self: Takes3[A, B, C, T],
+        a: A,
+        b: B,
+        c: C,
+        value: T | None,
+        /,
+        **options: Unpack[BehindOptions],
+    ) -> Receipt: ...
+
+    @overload
+    async def write_behind(
+        self,
+        a: Any,
+        b: Any,
+        c: Any,
+        d: Any,
+        value: T | None,
+        /,
+        *more: Any,
+        **options: Unpack[BehindOptions],
+    ) -> Receipt: ...
 
     async def write_behind(
         self,

@@ -18,6 +18,7 @@ X4  A sink that fails has changed nothing here, and its error is raised as it is
 X5  No lease stays: it is used, deleted or given back. What takes longer than its lease is given
     up as a transient failure with unknown outcome.
 X6  A value that no entry can hold is refused before anything is written.
+X7  A sink gets what readers get: the value as it was decoded from what is stored.
 
 Not covered: a process that dies between the sink and the entry leaves the old entry until it
 expires, or is written again; so may a sink that stores a row after it was cancelled. B has no
@@ -85,7 +86,7 @@ class WriteParts(Struct, kw_only=True):
     confirmations: Confirmations
 
 
-class _Made(Struct, frozen=True):
+class _Written(Struct, frozen=True):
     """A value on its way: made once, since its owner, or the sink, may change it meanwhile."""
 
     kept: Any  #: what the near cache has of it
@@ -94,9 +95,7 @@ class _Made(Struct, frozen=True):
 
 
 class WritePath(Generic[T]):
-    """The writes of one cache. ``labels_of(key)`` names the tags that its entry carries, ``kept``
-    gives what the near cache has of a value.
-    """
+    """The writes of one cache. ``labels_of(key)`` names the tags that its entry carries."""
 
     def __init__(
         self,
@@ -105,7 +104,6 @@ class WritePath(Generic[T]):
         reads: ReadPath[T],
         *,
         labels_of: Callable[[str], Sequence[str]],
-        kept: Callable[[T | None], Any],
     ) -> None:
         self.name = reads.name
         self._core = core
@@ -114,7 +112,6 @@ class WritePath(Generic[T]):
         self._loads = reads.loads
         self._policy = reads.policy
         self._labels_of = labels_of
-        self._kept = kept
 
     def __repr__(self) -> str:
         return f"<WritePath {self.name}>"
@@ -222,7 +219,8 @@ class WritePath(Generic[T]):
             touched = True
             try:
                 try:
-                    write = Write(key=key, params=params, value=value, version=lease.version)
+                    own = self._loads.own(made.kept)
+                    write = Write(key=key, params=params, value=own, version=lease.version)
                     await self._sink(outlet, write, lease)
                 except SinkError as error:
                     touched = error.outcome_unknown
@@ -243,7 +241,7 @@ class WritePath(Generic[T]):
         left_s = lease.taken_at + limit_s - self._core.clock.monotonic()
         with anyio.move_on_after(left_s):
             try:
-                return await outlet.write(SinkBatch(writes=(write,)))
+                return await outlet.write_beside(SinkBatch(writes=(write,)))
             except SinkError:
                 raise
             except BaseException as error:
@@ -275,20 +273,22 @@ class WritePath(Generic[T]):
                 return
         log.error("write.not_invalidated", cache=self.name, key=lease.key, error=problem)
 
-    async def _made(self, key: str, value: T | None, ttl_ms: int | None = None) -> _Made:
+    async def _made(self, key: str, value: T | None, ttl_ms: int | None = None) -> _Written:
         tags = await self._loads.tags_of(self._labels_of(key))
         try:
-            kept = self._kept(value)
-            return _Made(kept, tags, self._loads.pack(kept, tags, ttl_ms=ttl_ms))
+            made = None if value is None else self._reads.codec.made(value)
+            payload = None if made is None else made.payload
+            packed = self._loads.envelope(payload, tags, ttl_ms=ttl_ms)
         except InvalidEntry as error:
             fix = _FIXES.get(error.fault, _ENCODABLE)
             raise InvalidValue(self.name, key, str(error), fix=fix) from error
+        return _Written(None if made is None else made.kept, tags, packed)
 
     def _written(self, key: str, stamp: Stamp) -> None:
         """Known here before its notice comes; so is that what depends on it is old (X1)."""
         self._core.hear(stamp.version, Changed(key, self._core.node_id, outdates=True))
 
-    def _keep(self, reservation: Reservation, stamp: Stamp, made: _Made) -> None:
+    def _keep(self, reservation: Reservation, stamp: Stamp, made: _Written) -> None:
         packed = made.packed
         self._written(reservation.key, stamp)
         size, lifetime_ms = len(packed.payload or b""), packed.meta.soft_ms

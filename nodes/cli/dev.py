@@ -28,7 +28,7 @@ from ...schemas.settings_names import FIELDS
 from ...schemas.settings_sources import Resolved
 from ..demo.session import Outcome, Plan, Session
 from ..logs import configure_logs
-from .dev_view import View, outcome_lines, view_for
+from .dev_view import View, outcome_lines, prepare, view_for
 from .sources import errors_told, load, setting_options
 
 __all__ = ["command"]
@@ -109,6 +109,7 @@ def command(
         data_dir=data_dir,
     )
     configure_logs(Log(level="error"), instance="dev", stream=sys.stderr)
+    prepare()
     try:
         outcome = anyio.run(_run, plan, as_json)
     except ExceptionGroup as group:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -23,7 +24,7 @@ from .sources import wants_color
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["View", "outcome_lines", "view_for"]
+__all__ = ["View", "outcome_lines", "prepare", "view_for"]
 
 _PLAIN_EVERY = 2  #: updates, which come once a second
 _JSON_EVERY = 10
@@ -48,10 +49,20 @@ class View(Protocol):
     ) -> None: ...
 
 
+def prepare() -> None:
+    """Load what the view needs, before the event loop runs: it would stand still meanwhile."""
+    if _has_table():
+        import_module("rich.live")
+
+
+def _has_table() -> bool:
+    return sys.stdout.isatty() and find_spec("rich") is not None
+
+
 def view_for(scene: Scene, plan: Plan, *, as_json: bool) -> View:
     if as_json:
         return PlainView(scene, plan, every=_JSON_EVERY, to_stderr=True)
-    if sys.stdout.isatty() and find_spec("rich") is not None:
+    if _has_table():
         return RichView(scene, plan)
     return PlainView(scene, plan, every=_PLAIN_EVERY)
 

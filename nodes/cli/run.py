@@ -65,6 +65,8 @@ def command(
         node.configure(resolved, lambda: load(config, given))
         found = file_in_force(config)
         watched = found[0] if found else None
+        # Before the event loop runs, which would stand still meanwhile.
+        importlib.import_module("..web.server", __package__)
         code: int = anyio.run(run_node, node, watched, backend_options=_fast_loop())
         return code
 

@@ -26,7 +26,7 @@ from ..cache.warming import WarmReport, warm
 from ..node import Node
 from .run import load_app
 from .sources import errors_told, load, log_to_stderr, must_be_shared, setting_options
-from .warm_view import view_for
+from .warm_view import prepare, view_for
 
 __all__ = ["KEYS_MAX", "LINE_BYTES_MAX", "command"]
 
@@ -90,6 +90,7 @@ def command(
         node.configure(resolved)
     found = _cache_of(node, cache)
     wanted = _checked(found, keys, keys_from)
+    prepare()
     report = anyio.run(partial(_warm, node, found, wanted, concurrency, per_second))
     _tell(found.name, report, as_json=as_json)
     return _FAILED if report.failed else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Protocol, Self
@@ -12,7 +13,7 @@ import click
 from ...coordinator.clock import Clock
 from ..cache.warming import WarmReport
 
-__all__ = ["PlainView", "View", "view_for"]
+__all__ = ["PlainView", "View", "prepare", "view_for"]
 
 _PLAIN_EVERY_S = 5.0
 
@@ -30,8 +31,18 @@ class View(Protocol):
     ) -> None: ...
 
 
+def prepare() -> None:
+    """Load what the view needs, before the event loop runs: it would stand still meanwhile."""
+    if _has_bar():
+        import_module("rich.progress")
+
+
+def _has_bar() -> bool:
+    return sys.stderr.isatty() and find_spec("rich") is not None
+
+
 def view_for(name: str, total: int, clock: Clock) -> View:
-    if sys.stderr.isatty() and find_spec("rich") is not None:
+    if _has_bar():
         return _Bar(name, total)
     return PlainView(name, total, clock)
 

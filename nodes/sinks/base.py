@@ -5,8 +5,12 @@ I2  Storing a version that is not newer than the stored one has no effect and no
 I3  A sink that keeps progress stores it in the same transaction as the values, and refuses
     with ``Fenced`` when a later epoch was there before.
 
+I4  It gets one batch at a time, or as many as its attribute ``concurrency`` says; those have
+    different keys.
+
 The worker decides on the class of the error: TransientSinkError (paused, tried again),
-PoisonSinkError (bisected), FatalSinkError (stopped), Fenced (given up: another owns it).
+BusySinkError (a row is locked: split, and its shard waits), PoisonSinkError (bisected),
+FatalSinkError (stopped), Fenced (given up: another owns it).
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ class SinkBatch(Struct, frozen=True, kw_only=True):
 
 
 class Sink(Protocol):
-    """Opened before the first batch, closed after the drain; one ``write`` at a time."""
+    """Opened before the first batch, closed after the drain."""
 
     name: str
 

@@ -1,6 +1,8 @@
 """The one way to a sink in this process, for all who write to it.
 
-O1  The sink gets one batch at a time, whoever sends it.
+O1  The sink gets one batch at a time, whoever sends it; a sink with ``concurrency`` n gets one of
+    ``write`` and n - 1 of ``write_beside``. So a batch that waits for a locked row (a
+    write-through, or one shard's writes) does not hold up the writes of other shards.
 O2  It is opened before its first batch, once, and closed once; a batch after that opens it anew.
 O3  Whoever is cancelled while waiting has written nothing.
 
@@ -9,7 +11,8 @@ An outlet is a sink itself. What its sink raises comes out as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 
@@ -23,7 +26,11 @@ class Outlet:
         self.name = sink.name
         self._sink = sink
         self._namespace = namespace
-        self._turn = anyio.Lock()
+        beside = max(0, int(getattr(sink, "concurrency", 1)) - 1)
+        self._turn = anyio.Semaphore(1)
+        self._beside = anyio.Semaphore(beside) if beside else self._turn
+        self._turns = (self._turn, *[self._beside] * beside)
+        self._opening = anyio.Lock()
         self._open = False
 
     def __repr__(self) -> str:
@@ -31,26 +38,35 @@ class Outlet:
 
     async def open(self, namespace: str = "") -> None:
         """Open the sink, unless it is; the namespace is the outlet's."""
-        async with self._turn:
-            await self._opened()
+        async with self._using(self._turn):
+            pass
 
     async def write(self, batch: SinkBatch) -> None:
-        async with self._turn:
-            await self._opened()
+        async with self._using(self._turn):
+            await self._sink.write(batch)
+
+    async def write_beside(self, batch: SinkBatch) -> None:
+        """As ``write``, for a batch that may have to wait for a locked row."""
+        async with self._using(self._beside):
             await self._sink.write(batch)
 
     async def progress(self, shards: Sequence[int]) -> Mapping[int, str]:
-        async with self._turn:
-            await self._opened()
+        async with self._using(self._turn):
             return await self._sink.progress(shards)
 
     async def aclose(self) -> None:
-        async with self._turn:
+        async with AsyncExitStack() as stack:
+            for turn in self._turns:
+                await stack.enter_async_context(turn)
             if self._open:
                 self._open = False
                 await self._sink.aclose()
 
-    async def _opened(self) -> None:
-        if not self._open:
-            await self._sink.open(self._namespace)
-            self._open = True
+    @asynccontextmanager
+    async def _using(self, turn: anyio.Semaphore) -> AsyncGenerator[None]:
+        async with turn:
+            async with self._opening:
+                if not self._open:
+                    await self._sink.open(self._namespace)
+                    self._open = True
+            yield

@@ -6,6 +6,10 @@ I3  A batch of an older epoch than one seen before is refused with ``Fenced``.
 I4  Of two writes of a batch that mean one row (keys ``7`` and ``+7``), the newer counts.
 I5  Cancelled or failed, nothing of the batch is stored, and the pool stays usable. Only
     when the answer to the commit is lost is the outcome unknown; the batch is repeated.
+I6  A batch of a worker (it has progress) waits for a row that another transaction has locked no
+    longer than ``lock_timeout_ms``; it then fails with ``BusySinkError``. Any other batch waits
+    for ``statement_timeout_ms``.
+I7  On PostgreSQL it takes ``concurrency`` batches at a time, of different rows.
 
 The table belongs to the application: it needs the key columns, unique, a BIGINT for the
 version, and a column for each field of the value. The progress table is made if missing.
@@ -20,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import anyio.lowlevel
 import structlog
 
-from ...schemas.errors import ConfigError, FatalSinkError, Fenced, SinkError
+from ...coordinator.modules import load
+from ...schemas.errors import BusySinkError, ConfigError, FatalSinkError, Fenced, SinkError
 from ...schemas.settings import Secret
 from .base import Progress, SinkBatch, Write
 
@@ -52,7 +57,8 @@ class SqlSink:
         version_column: str = "version",
         progress_table: str = "forebay_progress",
         statement_timeout_ms: int = 5_000,
-        pool_size: int = 2,
+        lock_timeout_ms: int = 1_000,
+        pool_size: int = 4,
         name: str = "",
     ) -> None:
         self.name = name or f"sql:{table}"
@@ -61,12 +67,14 @@ class SqlSink:
         self._key = tuple(key)
         self._version_column = version_column
         self._progress_name = progress_table
-        self._database = _database(url, statement_timeout_ms, pool_size)
+        self._database = _database(url, statement_timeout_ms, lock_timeout_ms, pool_size)
+        self.concurrency = pool_size if self._database.dialect == "postgresql" else 1
         self._rows: Rows | None = None
         self._statements: Statements | None = None
 
     async def open(self, namespace: str = "") -> None:
         """Find and check the table; make the progress table where it is missing."""
+        await load(*(f"{__package__}.sql_{part}" for part in ("rows", "statements", "tables")))
         from .sql_rows import Rows
         from .sql_statements import Statements
         from .sql_tables import found, progress_table
@@ -99,14 +107,18 @@ class SqlSink:
         statements, rows = self._opened()
         stored, deleted = await _planned(batch.writes, rows)
         positions = progress_rows(self._progress_of, batch.progress)
-        async with self._database.transaction() as session:
-            if positions:
-                answer = await session.execute(statements.fence, positions)
-                self._check_epochs(batch.progress, {row.shard: row.epoch for row in answer})
-            for columns, group in _by_columns(stored).items():
-                await _execute(session, statements.upsert(columns), group)
-            gone = [statements.delete_parameters(row) for row in deleted]
-            await _execute(session, statements.delete, gone)
+        try:
+            async with self._database.transaction(impatient=bool(positions)) as session:
+                if positions:
+                    answer = await session.execute(statements.fence, positions)
+                    self._check_epochs(batch.progress, {row.shard: row.epoch for row in answer})
+                for columns, group in _by_columns(stored).items():
+                    await _execute(session, statements.upsert(columns), group)
+                gone = [statements.delete_parameters(row) for row in deleted]
+                await _execute(session, statements.delete, gone)
+        except BusySinkError as error:
+            error.table = self._table_name
+            raise
 
     async def progress(self, shards: Sequence[int]) -> Mapping[int, str]:
         statements, _ = self._opened()
@@ -152,13 +164,16 @@ class SqlSink:
                 raise
 
 
-def _database(url: str | Secret, statement_timeout_ms: int, pool_size: int) -> Database:
+def _database(
+    url: str | Secret, statement_timeout_ms: int, lock_timeout_ms: int, pool_size: int
+) -> Database:
     try:
         from .sql_database import Database
 
         return Database(
             url.reveal() if isinstance(url, Secret) else url,
             statement_timeout_ms=statement_timeout_ms,
+            lock_timeout_ms=lock_timeout_ms,
             pool_size=pool_size,
         )
     except ModuleNotFoundError as error:

@@ -2,7 +2,8 @@
 
 I1  What is done in ``transaction`` is committed as a whole at its end, or rolled back: on
     an error, on cancellation, when the process dies.
-I2  Each error of SQLAlchemy or the driver leaves here as a SinkError.
+I2  Each error of SQLAlchemy, the driver or the network leaves here as a SinkError. An error while
+    a connection is given back is logged; it never replaces that of the transaction.
 I3  Every wait has an end: connecting, a statement, a lock, a commit, giving back.
 I4  ``address`` has no password, nor has any error.
 
@@ -10,27 +11,39 @@ SQLite transactions take the write lock when they begin, so that they cannot fai
 for lack of it; files are in WAL mode and keep the durability of synchronous=FULL. On
 PostgreSQL a transaction that its owner has left idle (a stopped process) is ended by the
 server, so that it does not lock out the next owner.
+
+A connection that could not be given back is dropped, and the pool makes a new one.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import anyio
+import structlog
 from anyio.lowlevel import checkpoint_if_cancelled
 from sqlalchemy import URL, CursorResult, Executable, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from ...schemas.errors import ConfigError, FatalSinkError, ForebayError, TransientSinkError
+from ...coordinator.log_once import LogOnce
+from ...schemas.errors import (
+    ConfigError,
+    FatalSinkError,
+    ForebayError,
+    SinkError,
+    TransientSinkError,
+)
 from ...schemas.masking import mask_url
 from .sql_errors import summary_of, translated
 from .sql_rows import Row
 
 __all__ = ["Database", "Session"]
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -42,6 +55,7 @@ _DRIVERS = {
     "postgresql+asyncpg": "postgresql+asyncpg",
 }
 _WAL_PAUSE_S = 0.01
+_LOCK_TIMEOUT = text("SELECT set_config('lock_timeout', :ms, true)")
 _EXAMPLE = "write postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:///PATH"
 
 
@@ -85,13 +99,17 @@ class Session:
 class Database:
     """May be opened again after ``aclose``."""
 
-    def __init__(self, url: str, *, statement_timeout_ms: int, pool_size: int) -> None:
+    def __init__(
+        self, url: str, *, statement_timeout_ms: int, lock_timeout_ms: int, pool_size: int
+    ) -> None:
         self._url = _parsed(url)
         self.address = mask_url(self._url.render_as_string(hide_password=False))
         self.dialect = self._url.get_backend_name()
         self._timeout_ms = statement_timeout_ms
         self._timeout_s = statement_timeout_ms / 1_000
+        self._lock_timeout_ms = min(lock_timeout_ms, statement_timeout_ms)
         self._pool_size = pool_size
+        self._not_closed = LogOnce()
         self._beginning: Executable = self._statement_of_beginning()
         self._engine = self._new_engine()  # connects when it is asked to
 
@@ -100,13 +118,16 @@ class Database:
             await self._prepare_file()
 
     async def aclose(self) -> None:
-        with anyio.move_on_after(self._timeout_s, shield=True):
+        with anyio.move_on_after(self._timeout_s, shield=True), self._translating():
             await self._engine.dispose()
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Session]:
+    async def transaction(self, *, impatient: bool = False) -> AsyncIterator[Session]:
+        """An ``impatient`` one waits for a lock of PostgreSQL for ``lock_timeout_ms`` at most."""
         async with self.session() as session:
             await session.execute(self._beginning)
+            if impatient and self.dialect == "postgresql":
+                await session.execute(_LOCK_TIMEOUT, [{"ms": str(self._lock_timeout_ms)}])
             yield session
             try:
                 await session.commit()
@@ -122,24 +143,45 @@ class Database:
         session = Session(self._engine.connect(), uninterrupted=self.dialect == "sqlite")
         await self._connect(session)
         try:
-            yield session
+            with self._translating():
+                yield session
+        finally:
+            await self._give_back(session.connection)
+
+    @contextmanager
+    def _translating(self) -> Iterator[None]:
+        """The border: no error of others passes it."""
+        try:
+            yield
         except ForebayError:
             raise
         except Exception as error:
             raise translated(error, self.address) from error
-        finally:
-            with anyio.move_on_after(self._timeout_s, shield=True):
-                await session.connection.close()
+
+    async def _give_back(self, connection: AsyncConnection) -> None:
+        """Roll back what is not committed, and let the pool have the connection. Never raises."""
+        fault: SinkError = TransientSinkError(f"no answer within {self._timeout_s:g} s")
+        with anyio.move_on_after(self._timeout_s, shield=True):
+            try:
+                return await connection.close()
+            except Exception as error:
+                fault = translated(error, self.address)
+        self._not_closed.say(log, "sink.connection_not_closed", fault, address=self.address)
+        with anyio.move_on_after(self._timeout_s, shield=True):
+            try:
+                if not connection.closed:
+                    await connection.invalidate()
+            except Exception as error:  # it is as good as gone
+                log.debug("sink.connection_not_dropped", error=summary_of(error))
 
     async def _connect(self, session: Session) -> None:
-        try:
-            await session.start()
-        except (TypeError, ValueError) as error:  # of an argument, not of a value
-            raise FatalSinkError(
-                f"{self.address}: {summary_of(error)}; check the URL and its parameters"
-            ) from error
-        except Exception as error:
-            raise translated(error, self.address) from error
+        with self._translating():
+            try:
+                await session.start()
+            except (TypeError, ValueError) as error:  # of an argument, not of a value
+                raise FatalSinkError(
+                    f"{self.address}: {summary_of(error)}; check the URL and its parameters"
+                ) from error
 
     async def _prepare_file(self) -> None:
         path = self._url.database or ""

@@ -5,6 +5,9 @@ I1  The verdict rests on the class of the error, the SQLSTATE or SQLite's result
 I2  What is not recognised is transient: a paused sink loses nothing, while a batch that is
     wrongly called poison goes to the dead letters.
 I3  The sentence holds the driver's first line only: no SQL, no parameters, no password.
+I4  A statement that ran out of time, or a lock that another transaction holds, is busy: other
+    rows may well be stored. Deadlocks, serialization failures and too many connections are
+    transient: the whole batch is tried again soon. So is a busy SQLite, which locks all of a file.
 
 Pure: nothing here talks to a database.
 """
@@ -15,7 +18,13 @@ from collections.abc import Iterator
 
 from sqlalchemy import exc
 
-from ...schemas.errors import FatalSinkError, PoisonSinkError, SinkError, TransientSinkError
+from ...schemas.errors import (
+    BusySinkError,
+    FatalSinkError,
+    PoisonSinkError,
+    SinkError,
+    TransientSinkError,
+)
 from ...schemas.masking import escape_controls, mask_urls_in
 
 __all__ = ["fault_of", "summary_of", "translated"]
@@ -31,6 +40,8 @@ _BY_SQLSTATE: dict[str, Fault] = {
     "44": PoisonSinkError,  # refused by the check of a view
     "54": PoisonSinkError,  # a limit of the server: the row or its index entry is too large
     "P0": PoisonSinkError,  # refused by a trigger
+    "55P03": BusySinkError,  # lock_timeout
+    "57014": BusySinkError,  # statement_timeout, or cancelled by somebody
     "25006": FatalSinkError,  # read-only
     "28": FatalSinkError,  # authentication
     "3D": FatalSinkError,  # no such database

@@ -24,6 +24,7 @@ from ...schemas.errors import (
     InvalidEvent,
     InvalidKey,
     LoaderError,
+    NoJsonForm,
     ServerRefused,
     Unavailable,
 )
@@ -112,12 +113,13 @@ def of_error(error: ForebayError, random: Random) -> web.Response | None:
         case Backpressure():
             problem = f"the stream holds {error.length} of {error.bound} entries"
             return _later(429, "backpressure", problem, random)
+        case NoJsonForm():
+            fix = "read it in Python, or have its loader return what JSON can hold"
+            return refuse(406, "no_json", str(error), field="key", fix=fix)
         case LoaderError():
             problem = f"the loader of {error.cache} failed"
             return refuse(504, "loader_failed", problem, fix="the log of this node says why")
-        case ServerRefused():
-            return _later(503, "valkey_refused", "Valkey refused the command", random)
-        case Unavailable():
+        case ServerRefused() | Unavailable():
             return _unavailable(error, random)
         case CoordinationError():
             return _of_coordination(error, random)
@@ -156,7 +158,9 @@ def _not_acquired(error: LockNotAcquired, random: Random) -> web.Response:
     return _later(423, error.reason, "others have this lock", random, more=more)
 
 
-def _unavailable(error: Unavailable, random: Random) -> web.Response:
+def _unavailable(error: ServerRefused | Unavailable, random: Random) -> web.Response:
+    if isinstance(error, ServerRefused):
+        return _later(503, "valkey_refused", "Valkey refused the command", random)
     if error.outcome_unknown:
         problem = "Valkey did not answer in time; it may have been done"
         return _later(

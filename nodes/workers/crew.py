@@ -77,6 +77,7 @@ class Crew:
         self.deliveries = {
             outlet.name: Delivery(
                 outlet,
+                beside=outlet.write_beside,
                 attempts_max=parts.settings.workers.attempts_max,
                 clock=core.clock,
                 rng=core.rng,

@@ -24,6 +24,7 @@ from msgspec import Struct
 
 from ...coordinator.clock import ServerClock
 from ...coordinator.link import Commands, Reply
+from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Scripts, granted, run_many
 from ...schemas.errors import ForebayError, InvalidEvent
@@ -83,7 +84,7 @@ class Held:
         self._invalidate = invalidate
         self._looked_at: dict[int, str] = {}  # by shard the last id of the page before
         self._told_at = float("-inf")
-        self._failure: type[Exception] | None = None
+        self._failing = LogOnce()
 
     def __repr__(self) -> str:
         return f"<Held {self.statistics.writes} writes>"
@@ -93,11 +94,9 @@ class Held:
         while True:
             try:
                 await self.round()
-                self._failure = None
+                self._failing.over()
             except ForebayError as error:
-                say = log.debug if type(error) is self._failure else log.warning
-                say("held.not_read", error=str(error))
-                self._failure = type(error)
+                self._failing.say(log, "held.not_read", error)
             await anyio.sleep(_LOOK_S)
 
     async def round(self) -> None:

@@ -12,7 +12,17 @@ __all__ = ["Holding", "Place", "following", "latest"]
 class Place:
     """Where one lane is in one shard's writes."""
 
-    __slots__ = ("busy", "committed", "emptied", "held", "position", "rung", "turn", "undecodable")
+    __slots__ = (
+        "busy",
+        "committed",
+        "emptied",
+        "held",
+        "parked",
+        "position",
+        "rung",
+        "turn",
+        "undecodable",
+    )
 
     def __init__(self) -> None:
         self.position = ""  #: of the last entry read; empty: the checkpoint is not asked for yet
@@ -21,6 +31,7 @@ class Place:
         self.undecodable: dict[str, list[tuple[int, str]]] = {}  #: key -> version, id in held
         self.rung = True  #: there may be something to read
         self.busy = False
+        self.parked = False  #: a row of it is locked; it is flushed by itself, beside the rounds
         self.turn = 0  #: the round in which it was read last
         self.emptied = 0  #: the round in which nothing was found
 
@@ -44,7 +55,7 @@ class Holding:
 
     @property
     def busy(self) -> bool:
-        return any(place.busy for place in self.places)
+        return any(place.busy or place.parked for place in self.places)
 
     @property
     def passed(self) -> str:

@@ -14,6 +14,8 @@ W5  Before a shard's writes a lane reads those held of its sink, which are older
 W6  A value that this node cannot decode is held for a member that has not tried (see ``Held``).
     A newer write of the key that is stored first takes its place.
 W7  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
+W8  A row that another transaction has locked holds up its own shard: the others are flushed one by
+    one, and the shard is parked, that is flushed beside the rounds until the row is stored.
 
 All shards share one flush, so that a slow trickle over many shards makes few transactions. A
 bell starts a round; a sweep finds what bells missed.
@@ -26,12 +28,14 @@ from functools import partial
 
 import anyio
 import structlog
+from anyio.abc import TaskGroup
 
 from ...coordinator.instruments import Instruments
 from ...coordinator.link import Arg, Commands, Reply
+from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Call, Scripts, granted, run, run_many
-from ...schemas.errors import Fenced, ForebayError
+from ...schemas.errors import BusySinkError, Fenced, ForebayError
 from ...schemas.keys import Names
 from ...schemas.settings import Workers
 from ..sinks.base import SinkBatch
@@ -96,7 +100,8 @@ class Lane:
         self._wake = anyio.Event()
         self._rounds = 0
         self._entry_bytes = _ENTRY_BYTES
-        self._failure: type[Exception] | None = None
+        self._failing = LogOnce()
+        self._parked: TaskGroup | None = None
 
     def __repr__(self) -> str:
         return f"<Lane to {self._sink} {self._rounds} rounds, {self.backlog} entries in the last>"
@@ -106,16 +111,15 @@ class Lane:
 
     async def run(self) -> None:
         """Flush until cancelled."""
-        while True:
-            try:
-                await self._work_until_sweep()
-            except ForebayError as error:
-                say = log.debug if type(error) is self._failure else log.warning
-                say("round.failed", sink=self._sink, error=str(error))
-                self._failure = type(error)
-                await anyio.sleep(_SWEEP_S)
-            for holding in self._holdings.values():
-                self._place(holding).rung = True
+        async with anyio.create_task_group() as self._parked:
+            while True:
+                try:
+                    await self._work_until_sweep()
+                except ForebayError as error:
+                    self._failing.say(log, "round.failed", error, sink=self._sink)
+                    await anyio.sleep(_SWEEP_S)
+                for holding in self._holdings.values():
+                    self._place(holding).rung = True
 
     async def _work_until_sweep(self) -> None:
         sweep_at = anyio.current_time() + _SWEEP_S
@@ -152,7 +156,7 @@ class Lane:
             stretches = await self._read(held)
             if stretches:
                 await self._flush_ours(stretches)
-            self._failure = None
+            self._failing.over()
         finally:
             for holding in held:
                 self._place(holding).busy = False
@@ -164,7 +168,10 @@ class Lane:
         ready = [
             holding
             for holding in self._holdings.values()
-            if self._place(holding).rung and not holding.yielding and self._in_force(holding.tenure)
+            if self._place(holding).rung
+            and not self._place(holding).parked
+            and not holding.yielding
+            and self._in_force(holding.tenure)
         ]
         return sorted(ready, key=lambda holding: self._place(holding).turn)
 
@@ -223,10 +230,15 @@ class Lane:
         ]
         return Stretch(holding.tenure, found, held=True)
 
-    async def _flush_ours(self, stretches: Sequence[Stretch]) -> None:
-        """Flush; if that is refused as fenced, flush what is not (W4)."""
+    async def _flush_ours(self, stretches: Sequence[Stretch], *, alone: bool = False) -> None:
+        """Flush; if that is refused as fenced (W4), or busy (W8), flush what is not."""
         try:
-            await self._flush(stretches)
+            await self._flush(stretches, alone=alone)
+        except BusySinkError:
+            if len(stretches) == 1:
+                return self._park(stretches[0])
+            for stretch in stretches:
+                await self._flush_ours([stretch])
         except Fenced as error:
             ours = [stretch for stretch in stretches if self._ours([stretch])]
             if len(ours) < len(stretches):
@@ -236,12 +248,32 @@ class Lane:
                 parts = [[stretch] for stretch in ours]
             else:
                 log.error("sink.fenced", sink=self._sink, error=str(error))
-                self._ownership.fenced(ours[0].tenure)
-                return
+                return self._ownership.fenced(ours[0].tenure)
             for part in parts:
-                await self._flush_ours(part)
+                await self._flush_ours(part, alone=alone)
+        return None
 
-    async def _flush(self, stretches: Sequence[Stretch]) -> None:
+    def _park(self, stretch: Stretch) -> None:
+        """Flush this beside the rounds."""
+        holding = self._holdings.get(stretch.shard)
+        if holding is None or self._parked is None:
+            return
+        place = self._place(holding)
+        place.parked = True
+        self._parked.start_soon(self._flush_parked, stretch, place)
+
+    async def _flush_parked(self, stretch: Stretch, place: Place) -> None:
+        try:
+            await self._flush_ours([stretch], alone=True)
+        except ForebayError as error:
+            self._failing.say(log, "round.failed", error, sink=self._sink, shard=stretch.shard)
+            await anyio.sleep(_SWEEP_S)
+        finally:
+            place.parked, place.rung = False, True
+            self._settled()
+            self.wake()
+
+    async def _flush(self, stretches: Sequence[Stretch], *, alone: bool) -> None:
         versions = Versions(
             self._routes,
             self._sink,
@@ -255,7 +287,9 @@ class Lane:
         progress = [stretch.progress for stretch in stretches]
         while (writes := versions.writes()) and self._delivery is not None:
             batch = SinkBatch(writes=writes, progress=progress)
-            refused = await self._delivery.deliver(batch, ours=lambda: self._ours(stretches))
+            refused = await self._delivery.deliver(
+                batch, ours=lambda: self._ours(stretches), alone=alone
+            )
             versions.delivered(refused)
         for stretch in stretches:  # only now: what is before them in the stretch is stored
             await self._hold(stretch, versions.undecodable, versions, self._ownership.token)

@@ -24,10 +24,10 @@ from anyio.abc import TaskStatus
 
 from ...coordinator.instruments import Instruments
 from ...coordinator.link import Commands
+from ...coordinator.log_once import LogOnce
 from ...schemas.errors import ForebayError, ServerRefused
 from ...schemas.jobs import RefreshJob, read_refresh
 from ...schemas.keys import Names
-from ..first_of_kind import FirstOfKind
 from ..strays import asked_to_stop
 from .routes import Routes
 
@@ -71,7 +71,7 @@ class Refreshes:
         self._limiter = anyio.CapacityLimiter(running_max)
         self._counts = instruments.counts
         self._rung: set[int] = set()
-        self._failing = FirstOfKind()
+        self._failing = LogOnce()
         self._wake = anyio.Event()
 
     def __repr__(self) -> str:

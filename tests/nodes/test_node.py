@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -16,6 +20,7 @@ from structlog.testing import capture_logs
 import forebay
 from conftest import MakeServer
 from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey
+from noded import environ
 from valkeyd import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
@@ -269,3 +274,17 @@ async def test_port_of_an_embedded_node_that_is_taken_is_told(
             async with node, node.serving():
                 pass
     assert not node.is_running
+
+
+def test_a_running_loop_waits_for_no_import(valkey_server: ValkeyServer, tmp_path: Path) -> None:
+    """Web server, driver, compression: to load them takes longer than a promise may lapse."""
+    program = Path(__file__).parents[1] / "late_imports.py"
+    done = subprocess.run(
+        [sys.executable, str(program), valkey_server.socket_url, str(tmp_path / "shop.db")],
+        capture_output=True,
+        text=True,
+        env=environ(),
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []

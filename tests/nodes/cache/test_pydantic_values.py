@@ -335,11 +335,13 @@ def test_types_without_pydantic_do_not_go_through_it() -> None:
 
 
 ALONE = """
-import sys
+import dataclasses, sys
 from forebay import Node
 from forebay.nodes.cache.values import ValueCodec
 
+@dataclasses.dataclass
 class Lookalike:
+    id: int
     __get_pydantic_core_schema__ = None
 
 for of in (int, list[dict[str, int]], Lookalike):

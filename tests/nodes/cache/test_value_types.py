@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import types
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import (
     Annotated,
     Any,
@@ -240,3 +243,60 @@ def test_a_type_that_cannot_be_decoded_is_refused_when_declared(of: Any) -> None
     with pytest.raises(ConfigError, match="the type of the values = ") as caught:
         codec_of(of)
     assert caught.value.value == name_of(of)
+
+
+class Opaque:
+    pass
+
+
+class Described(Protocol):
+    def describe(self) -> str: ...
+
+
+class Holder(Struct):
+    inner: list[Opaque]
+    again: Holder | None = None
+
+
+@dataclass
+class Record:
+    inner: Opaque | None
+
+
+class Lacking(Struct):
+    id: int | msgspec.UnsetType = msgspec.UNSET
+    again: Lacking | None = None
+
+
+@pytest.mark.parametrize(
+    ("of", "named"),
+    [
+        (Opaque, "Opaque"),
+        (asyncio.Lock, "Lock"),
+        (Path, "Path"),
+        (complex, "complex"),
+        (AsyncIterator[int], "AsyncIterator"),
+        (OrderedDict[str, int], "OrderedDict"),
+        (Described, "Described"),
+        (list[Opaque], "Opaque"),
+        (dict[str, Opaque | None], "Opaque"),
+        (Holder, "Opaque"),
+        (Record, "Opaque"),
+        (Box[Opaque], "Opaque"),
+        (Annotated[Opaque, "a note"], "Opaque"),
+    ],
+)
+def test_a_type_that_no_bytes_become_is_refused_when_declared(of: Any, named: str) -> None:
+    """T2: also inside, rather than at the first load; the error names the class."""
+    with pytest.raises(ConfigError, match=f"a stored {named} could not be read again"):
+        codec_of(of)
+
+
+@pytest.mark.parametrize(
+    ("of", "value"),
+    [(object, 1), (Iterable[int], [1]), (Hashable, "a"), (Lacking, Lacking()), (Box[Any], Box(1))],
+)
+def test_a_type_that_some_value_is_of_may_be_declared(of: Any, value: Any) -> None:
+    """T2: a base of what is decoded; a field that may be left out; a type that refers to itself."""
+    codec = codec_of(of)
+    assert codec.unpack(codec.pack(value)) == value

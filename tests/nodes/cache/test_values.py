@@ -188,7 +188,7 @@ def packed_codec(of: Any) -> PackedCodec[Any]:
 def test_each_caller_has_a_value_of_its_own() -> None:
     """V5: what one does to it, the next does not see."""
     codec = packed_codec(Basket)
-    payload = codec.packed(Basket(["a"]))
+    payload = codec.made(Basket(["a"])).payload
     first = codec.own(payload)
     first.items.append("b")
     assert codec.own(payload) == Basket(["a"])
@@ -199,7 +199,7 @@ def test_packed_values_are_stored_as_all_others(product, compress_over_bytes) ->
     """V5: whether a cache is declared mutable is nothing that its entries know."""
     mutable = PackedCodec[Any](Product, bytes_max=LIMIT, compress_over_bytes=compress_over_bytes)
     shared = codec_of(Product, compress_over_bytes=compress_over_bytes)
-    payload = mutable.packed(product)
+    payload = mutable.made(product).payload
     assert payload == mutable.pack(payload) == shared.pack(product)
     assert mutable.own(mutable.value(stored(shared, product)) or b"") == product
     assert shared.value(stored(mutable, payload)) == product
@@ -224,13 +224,13 @@ def test_what_is_packed_is_checked() -> None:
     wrong: Any = Basket([1])  # type: ignore[list-item]
     for value in (Product(1, "a", Decimal(1)), wrong):
         with pytest.raises(InvalidEntry, match="wrong_type: declared Basket"):
-            packed_codec(Basket).packed(value)
+            packed_codec(Basket).made(value)
 
 
 def test_what_is_packed_may_be_too_large_only_to_be_stored() -> None:
     """V2: its callers can have it all the same, as in any cache."""
     codec = packed_codec(Basket)
-    payload = codec.packed(Basket(["a" * LIMIT]))
+    payload = codec.made(Basket(["a" * LIMIT])).payload
     assert codec.own(payload) == Basket(["a" * LIMIT])
     with pytest.raises(InvalidEntry, match="oversized"):
         codec.pack(payload)

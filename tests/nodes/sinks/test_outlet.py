@@ -111,3 +111,37 @@ async def test_cancelled_while_waiting_nothing_is_written(sink: Gated, outlet: O
         sink.gate.set()
     await outlet.write(ONE)
     assert sink.said == ["open shop", "begin", "end", "begin", "end"]
+
+
+async def test_a_sink_that_takes_several_gets_them_beside_each_other(sink: Gated) -> None:
+    """O1: what waits beside holds up nobody but its like; closing waits for all."""
+    sink.concurrency = 3  # type: ignore[attr-defined]
+    outlet = Outlet(sink, namespace="shop")
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(outlet.write_beside, ONE)
+        await anyio.wait_all_tasks_blocked()
+        assert sink.said == ["open shop", "begin", "begin"]
+        tasks.start_soon(outlet.write, ONE)
+        tasks.start_soon(outlet.write, ONE)
+        await anyio.wait_all_tasks_blocked()
+        assert sink.said.count("begin") == 3
+        tasks.start_soon(outlet.aclose)
+        await anyio.wait_all_tasks_blocked()
+        assert "close" not in sink.said
+        sink.gate.set()
+    assert sink.said.count("end") == 5
+    assert sink.said[-1] == "close"
+
+
+async def test_a_sink_that_takes_one_gets_one_whatever_is_beside(
+    sink: Gated, outlet: Outlet
+) -> None:
+    """O1: without ``concurrency`` both ways are one."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(outlet.write_beside, ONE)
+        tasks.start_soon(outlet.write, ONE)
+        await anyio.wait_all_tasks_blocked()
+        assert sink.said == ["open shop", "begin"]
+        sink.gate.set()
+    assert sink.said.count("end") == 2

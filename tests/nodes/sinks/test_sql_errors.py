@@ -11,9 +11,15 @@ from sqlalchemy import exc
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
 from forebay.nodes.sinks.sql_errors import fault_of, summary_of, translated
-from forebay.schemas.errors import FatalSinkError, PoisonSinkError, TransientSinkError
+from forebay.schemas.errors import (
+    BusySinkError,
+    FatalSinkError,
+    PoisonSinkError,
+    TransientSinkError,
+)
 
 FATAL, POISON, TRANSIENT = FatalSinkError, PoisonSinkError, TransientSinkError
+BUSY = BusySinkError
 postgres: Any = dialect.import_dbapi()
 
 
@@ -77,8 +83,8 @@ def test_verdict_on_codes_of_sqlite(code: int, verdict: type[Exception]) -> None
         ("40P01", TRANSIENT),  # deadlock
         ("53100", TRANSIENT),  # disk full
         ("53300", TRANSIENT),  # too many connections
-        ("55P03", TRANSIENT),  # lock not available
-        ("57014", TRANSIENT),  # statement timeout
+        ("55P03", BUSY),  # lock not available
+        ("57014", BUSY),  # statement timeout
         ("57P01", TRANSIENT),  # shutdown
         ("57P03", TRANSIENT),  # starting up
         ("XX000", TRANSIENT),

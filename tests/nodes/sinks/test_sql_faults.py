@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import anyio
+import asyncpg
 import pytest
+from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 from sqlalchemy import text
+from sqlalchemy.exc import InterfaceError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from structlog.testing import capture_logs
 
+import forebay
 from forebay.nodes.sinks.base import Progress, SinkBatch, Write
 from forebay.nodes.sinks.sql import SqlSink
-from forebay.schemas.errors import ConfigError, FatalSinkError, TransientSinkError
-from forebay.schemas.settings import Secret
+from forebay.schemas.errors import (
+    BusySinkError,
+    ConfigError,
+    FatalSinkError,
+    Fenced,
+    PoisonSinkError,
+    TransientSinkError,
+)
+from forebay.schemas.keys import Names
+from forebay.schemas.settings import NodeSettings, Secret, Settings, Valkey, Workers
 from postgresd import PostgresServer
+from valkeyd import ValkeyServer
 
 SECRET = "hunter2"
 OURS = "FROM pg_stat_activity WHERE application_name = 'forebay'"
@@ -333,3 +351,169 @@ def assert_no_secret(error: BaseException | None, *others: object) -> None:
         shown += [str(error), repr(error)]
         error = error.__cause__ if error.__cause__ is not None else None
     assert not [each for each in shown if SECRET in each]
+
+
+POISON = "a gate that is longer than its column"
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_terminated_backends_cost_no_error_of_others(postgres: Any, seed: int) -> None:
+    """I2 of the database: every failure is transient, or the poison; nothing else comes out."""
+    rng = random.Random(seed)
+    kill = text(f"SELECT pg_terminate_backend(pid) {OURS}")
+    ends: Counter[str] = Counter()
+
+    async def terminate(*, task_status: TaskStatus[None]) -> None:
+        async with postgres.engine.connect() as other:
+            await other.execute(kill)
+            task_status.started()
+            while True:
+                await anyio.sleep(rng.uniform(0, 0.006))
+                await other.execute(kill)
+
+    async def write(sink: SqlSink, version: int) -> None:
+        value = {"gate": POISON if version % 2 else "A1"}
+        batch = SinkBatch(
+            writes=[Write(key="flight:1", params={"id": "1"}, value=value, version=version)],
+            progress=[Progress(shard=version % 4, epoch=1, position=f"{version}-0")],
+        )
+        try:
+            await sink.write(batch)
+            ends["stored"] += 1
+        except BaseException as error:
+            ends[type(error).__name__] += 1
+
+    async with postgres.opened(pool_size=2) as sink, anyio.create_task_group() as tasks:
+        await tasks.start(terminate)
+        for version in range(0, 200, 2):
+            async with anyio.create_task_group() as both:
+                both.start_soon(write, sink, version)
+                both.start_soon(write, sink, version + 1)
+        tasks.cancel_scope.cancel()
+        assert set(ends) <= {"stored", "TransientSinkError", "PoisonSinkError"}
+        assert ends["TransientSinkError"] > 0
+        await eventually_stored(sink, flights(1_000))  # no connection was leaked
+
+
+async def eventually_stored(sink: SqlSink, batch: SinkBatch) -> None:
+    for _ in range(4):  # each connection of the pool may be a dead one
+        try:
+            return await sink.write(batch)
+        except TransientSinkError:
+            continue
+    return await sink.write(batch)
+
+
+OF_OTHERS = (
+    asyncpg.InterfaceError("another operation is in progress"),
+    asyncpg.ConnectionDoesNotExistError("closed in the middle of operation"),
+    InterfaceError("ROLLBACK", {}, Exception("gone")),
+    OSError("network is unreachable"),
+    TimeoutError(),
+    ValueError("not for the application"),
+)
+
+
+@pytest.mark.parametrize("real", ["poison", "fenced", "none"])
+async def test_failing_to_give_a_connection_back_hides_nothing(
+    database: Any, monkeypatch: pytest.MonkeyPatch, real: str
+) -> None:
+    """I2 of the database: the error of the batch comes out; the other one is logged."""
+    close, faults = AsyncConnection.close, list(OF_OTHERS)
+
+    async def fail_after(self: AsyncConnection) -> None:
+        await close(self)
+        raise faults.pop()
+
+    await database.run(f"CREATE UNIQUE INDEX of_{database.table} ON {database.table} (gate)")
+    batch = {"poison": poisoned(), "fenced": flights(5, 1), "none": SinkBatch(writes=())}[real]
+    expected = {"poison": PoisonSinkError, "fenced": Fenced}.get(real)
+    async with database.opened(pool_size=1) as sink:
+        newer = Progress(shard=3, epoch=2, position="1-0")
+        await sink.write(SinkBatch(writes=(), progress=[newer]))
+        with monkeypatch.context() as patched, capture_logs() as lines:
+            patched.setattr(AsyncConnection, "close", fail_after)
+            for _ in OF_OTHERS:
+                with pytest.raises(expected) if expected else nullcontext():
+                    await sink.write(batch)
+        told = [line for line in lines if line["event"] == "sink.connection_not_closed"]
+        assert len(told) == len(OF_OTHERS)
+        assert told[0]["log_level"] == "warning"
+        await sink.write(SinkBatch(writes=flights(7, 1).writes))
+        assert await database.rows() == at(7)[:1]
+
+
+def poisoned() -> SinkBatch:
+    """Two rows of one gate, where an index wants gates to be unique."""
+    value = {"gate": "A1"}
+    return SinkBatch(
+        writes=[
+            Write(key=f"flight:{n}", params={"id": str(n)}, value=value, version=1) for n in (1, 2)
+        ]
+    )
+
+
+async def test_a_locked_row_is_told_with_its_table_after_the_lock_timeout(postgres: Any) -> None:
+    """I6: a worker's batch waits that long and no longer; all else waits for the statement."""
+    options = {"lock_timeout_ms": 100, "statement_timeout_ms": 10_000}
+    async with postgres.opened(**options) as sink:
+        await sink.write(flights(1))
+        async with postgres.engine.connect() as other:
+            await other.execute(text(f"UPDATE {postgres.table} SET gate = 'X' WHERE id = 1"))
+            with pytest.raises(BusySinkError) as caught:
+                await sink.write(flights(2))
+            assert caught.value.table == postgres.table
+            assert not caught.value.outcome_unknown
+            await sink.write(flights(2, 2))  # the other row is free
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(sink.write, SinkBatch(writes=flights(3, 1).writes))
+                await waits_for_a_lock(postgres)
+                await anyio.sleep(0.3)  # longer than a worker's batch would wait
+                await other.rollback()
+        assert await postgres.rows() == [(1, "V3", 3), (2, "V2", 2)]
+
+
+async def waits_for_a_lock(postgres: Any) -> None:
+    with anyio.fail_after(20):
+        while not await postgres.all(f"SELECT 1 {OURS} AND wait_event_type = 'Lock'"):
+            await anyio.sleep(0.01)
+
+
+async def test_a_row_locked_by_another_holds_up_its_own_shard_only(
+    postgres: Any, valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """A node brings all other writes to the table meanwhile, and says which row it waits for."""
+    settings = Settings(
+        node=NodeSettings(namespace=namespace, shards=4),
+        valkey=Valkey(url=valkey_server.socket_url),
+        workers=Workers(flush_delay_ms=0),
+    )
+    node = forebay.Node(settings=settings)
+    node.sink("flight:{id}", postgres.sink(lock_timeout_ms=100))
+    shard_of, numbers = Names(namespace, 4, "1").shard, range(1, 41)
+
+    @node.cached("flight:{id}", ttl=60)
+    async def flight(id: int) -> dict[str, str] | None:
+        return None
+
+    async def stored(expected: set[int]) -> None:
+        with anyio.fail_after(20):
+            while {row[0] for row in await postgres.rows() if row[1] == "new"} != expected:
+                await anyio.sleep(0.02)
+
+    await postgres.run(f"INSERT INTO {postgres.table} (id, gate, version) VALUES (7, 'old', 0)")
+    with capture_logs() as lines:
+        async with node, postgres.engine.connect() as other:
+            await other.execute(text(f"UPDATE {postgres.table} SET gate = 'X' WHERE id = 7"))
+            for number in (7, *(each for each in numbers if each != 7)):
+                await flight.write_behind(number, {"gate": "new"})
+            elsewhere = {n for n in numbers if shard_of(f"flight:{n}") != shard_of("flight:7")}
+            with anyio.fail_after(20):
+                while not elsewhere <= {r[0] for r in await postgres.rows() if r[1] == "new"}:
+                    await anyio.sleep(0.02)
+                while not any(line["event"] == "sink.row_locked" for line in lines):
+                    await anyio.sleep(0.02)
+            await other.rollback()
+            await stored(set(numbers))
+    named = next(line for line in lines if line["event"] == "sink.row_locked")
+    assert (named["table"], named["key"]) == (postgres.table, "flight:7")

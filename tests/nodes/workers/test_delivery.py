@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from forebay.coordinator.instruments import Instruments
 from forebay.nodes.sinks.base import Progress, SinkBatch, Write
-from forebay.nodes.workers.delivery import Delivery, Refused
+from forebay.nodes.workers.delivery import Delivery, Outage, Refused
 from forebay.schemas.errors import (
+    BusySinkError,
     FatalSinkError,
     Fenced,
     PoisonSinkError,
@@ -73,6 +75,11 @@ def batch_of(*values: object) -> SinkBatch:
 
 def always() -> bool:
     return True
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table()
 
 
 async def test_a_batch_goes_to_the_sink_as_it_is() -> None:
@@ -331,3 +338,91 @@ async def test_closing_never_raises_and_skips_what_was_never_open() -> None:
     sink.aclose = fail  # type: ignore[method-assign]
     await delivery.aclose()
     assert sink.closed == 1
+
+
+async def test_a_locked_row_of_several_shards_is_given_back_at_once(table: Table) -> None:
+    """V2: whoever holds the batch splits it by shard; nothing is waited for."""
+    clock = ManualClock()
+    table.locked = {"k:2"}
+    with pytest.raises(BusySinkError):
+        await delivery_to(table, clock).deliver(batch_of(1, 2), ours=always)
+    assert clock.slept == []
+    assert len(table.batches) == 1
+
+
+async def test_a_locked_row_is_named_and_waits_while_the_others_are_stored(table: Table) -> None:
+    """V2: the batch is halved, the key logged with its table, and never handed back."""
+    clock = ManualClock()
+    delivery = delivery_to(table, clock)
+    table.locked = {"k:5"}
+    stored_by_then: list[int] = []
+    seen: list[str] = []
+
+    async def unlock_later(seconds: float) -> None:
+        stored_by_then.append(len(table.rows))
+        seen.extend(each.table for each in delivery.locked.values())
+        if len(stored_by_then) == 200:
+            table.locked.clear()
+        await clock.sleep(seconds)
+
+    delivery._sleep = unlock_later
+    with capture_logs() as lines:
+        assert await delivery.deliver(batch_of(*range(16)), ours=always, alone=True) == []
+    assert set(stored_by_then) == {15}
+    assert len(table.rows) == 16
+    assert table.batches[-1].progress == PROGRESS
+    assert set(seen) == {"table"}
+    assert delivery.locked == {}
+    named = [line for line in lines if line["event"] == "sink.row_locked"]
+    assert (named[0]["table"], named[0]["key"], named[0]["shard"]) == ("table", "k:5", 3)
+    assert [each["log_level"] for each in named].count("warning") == 1  # for less than a minute
+    assert [each["event"] for each in lines if each["log_level"] == "info"] == ["sink.row_unlocked"]
+
+
+async def test_a_row_that_was_locked_and_then_is_poison_has_all_its_attempts(table: Table) -> None:
+    """V2: waiting for a lock is no attempt."""
+    delivery = delivery_to(table, ManualClock(), attempts_max=3)
+    table.faults = [BusySinkError("locked")] * 9
+    table.poison = {1}
+    (refused,) = await delivery.deliver(batch_of(1), ours=always, alone=True)
+    assert refused.problem == "will not take k:1"
+    assert len([batch for batch in table.batches if batch.writes]) == 9 + 3
+
+
+async def test_a_locked_row_is_given_up_when_the_work_is_not_ours_any_more(table: Table) -> None:
+    """V1: soon, and nothing says any more that it waits here."""
+    clock = ManualClock()
+    delivery = delivery_to(table, clock)
+    table.locked = {"k:1"}
+    with pytest.raises(Fenced):
+        await delivery.deliver(batch_of(1), ours=lambda: clock.time < 103, alone=True)
+    assert clock.time < 104
+    assert delivery.locked == {}
+
+
+async def test_a_day_without_the_database_is_a_line_a_minute(table: Table) -> None:
+    """V1: since when, which attempt and why are there at any time; the log says them seldom."""
+    clock = ManualClock()
+    delivery = delivery_to(table, clock, rng=random.Random(3))
+    table.faults = [TransientSinkError("connection refused")] * 400
+    shown: list[Outage] = []
+
+    async def look(seconds: float) -> None:
+        assert delivery.paused is not None
+        shown.append(delivery.paused)
+        await clock.sleep(seconds)
+
+    delivery._sleep = look
+    with capture_logs() as lines:
+        await delivery.deliver(batch_of(1), ours=always)
+    assert {(each.since, each.error) for each in shown} == {(100.0, "connection refused")}
+    assert [each.attempt for each in shown] == sorted(each.attempt for each in shown)
+    assert shown[-1].attempt == 400
+    assert delivery.paused is None
+    paused = [each for each in lines if each["log_level"] == "warning"]
+    minutes = (clock.time - 100) / 60
+    assert minutes - 2 <= len(paused) <= minutes + 1
+    told = sum(each.get("left_out", 0) for each in paused) + len(paused)
+    assert 350 < told <= 400
+    (resumed,) = [each for each in lines if each["event"] == "sink.resumed"]
+    assert resumed["after_s"] == pytest.approx(clock.time - 100, abs=0.1)

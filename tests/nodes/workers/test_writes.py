@@ -622,3 +622,69 @@ async def test_write_behind_of_a_whole_node(valkey_server: Any, namespace: str) 
         await seat.invalidate(9)
         assert await seat(9) == "row 29"
     assert node.drained is True
+
+
+async def test_a_locked_row_holds_up_its_own_shard_only(open_shop: OpenShop) -> None:
+    """W6: before, during and after; its shard's other keys are stored, the checkpoint waits."""
+    table = Table()
+    async with open_shop(sinks={"flight:{id}": table}) as shop:
+        owner = await shop.ownership()
+        locked, beside = shop.key(1), shop.key(1, number=1)
+        others = [shop.key(shard) for shard in (0, 2, 3)]
+        table.locked = {locked}
+        await ingest(shop, owner, *[write(key, 1) for key in (locked, beside, *others)])
+        async with at_work(shop.write_behind(owner)):
+            await until(lambda: set(table.rows) == {beside, *others})
+            await until(_committed(shop, {0, 2, 3}))
+            await ingest(shop, owner, *[write(key, 2) for key in (locked, beside, *others)])
+            await until(_committed(shop, {0, 2, 3}))
+            assert {key: table.values()[key] for key in others} == dict.fromkeys(others, 2)
+            assert await pending(shop, locked)
+            table.locked.clear()
+            await shop.sunk()
+        assert table.values() == dict.fromkeys((locked, beside, *others), 2)
+        assert [each.value for each in table.stored if each.key == locked] == [1, 2]
+
+
+def _committed(shop: Workshop, shards: set[int]) -> Callable[[], Any]:
+    async def empty() -> bool:
+        streams = [shop.names.part(shard, "writes") for shard in range(SHARDS)]
+        lengths = await shop.link.call_many([("XLEN", name) for name in streams])
+        return not any(length for shard, length in enumerate(lengths) if shard in shards)
+
+    return empty
+
+
+async def test_a_shard_that_waits_for_a_locked_row_is_handed_over(open_shop: OpenShop) -> None:
+    """W4, W6: yielding ends the waiting at once, and the next owner stores the write."""
+    table = Table()
+    async with open_shop(sinks={"flight:{id}": table}) as shop:
+        one = await shop.ownership("one")
+        table.locked = {shop.key(1)}
+        await ingest(shop, one, write(shop.key(1), 1))
+        lanes = shop.write_behind(one)
+        async with at_work(lanes):
+            await until(lambda: any(lane._place(lanes._holdings[1]).parked for lane in lanes.lanes))
+            await one.leave()
+            assert one.tenures == {}
+            two = await shop.ownership("two")
+            table.locked.clear()
+            await sink_all(shop, two)
+        assert table.values() == {shop.key(1): 1}
+        assert shop.counts["fenced",] == 0
+
+
+async def test_many_locked_rows_are_stored_once_they_are_free(open_shop: OpenShop) -> None:
+    """W6: a table that is locked as a whole stops all shards, loses nothing, and comes back."""
+    table = Table()
+    async with open_shop(sinks={"flight:{id}": table}) as shop:
+        owner = await shop.ownership()
+        keys = [shop.key(shard, number=number) for shard in range(SHARDS) for number in range(5)]
+        table.locked = set(keys)
+        await ingest(shop, owner, *[write(key, 1) for key in keys])
+        async with at_work(shop.write_behind(owner)):
+            await until(lambda: len({b.writes[0].key for b in table.batches if b.writes}) >= SHARDS)
+            assert table.rows == {}
+            table.locked.clear()
+            await shop.sunk()
+        assert table.values() == dict.fromkeys(keys, 1)
