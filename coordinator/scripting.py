@@ -5,7 +5,8 @@ I1  A script is one file, ``scripts/<noun_verb>.lua``. What several share stands
     where they say ``-- Here _name.lua.``
 I2  A script that the server does not know is sent in full and so made known. Repeating
     is safe: a server that answers NOSCRIPT has run nothing.
-I3  Of several scripts sent at once, those that had to be repeated run after the others,
+I3  What the server refuses is raised under the name of the script, which says what was asked for.
+I4  Of several scripts sent at once, those that had to be repeated run after the others,
     among themselves in order. Whoever needs an order across them sends them one by one.
 
 Scripts that the server forgot (restart, SCRIPT FLUSH) cost one more round trip, once.
@@ -111,8 +112,13 @@ async def run(
         )
     except ServerRefused as refused:
         if refused.code != "NOSCRIPT":
-            raise
-    return await commands.call("EVAL", script.source, count, *keys, *args, timeout_ms=timeout_ms)
+            raise _named(refused, script) from None
+    try:
+        return await commands.call(
+            "EVAL", script.source, count, *keys, *args, timeout_ms=timeout_ms
+        )
+    except ServerRefused as refused:
+        raise _named(refused, script) from None
 
 
 async def run_many(
@@ -126,7 +132,14 @@ async def run_many(
         late = await commands.call_many(again, timeout_ms=timeout_ms)
         for at, reply in zip(unknown, late, strict=True):
             replies[at] = reply
+    for at, reply in enumerate(replies):
+        if isinstance(reply, ServerRefused):
+            replies[at] = _named(reply, calls[at].script)
     return replies
+
+
+def _named(refused: ServerRefused, script: Script) -> ServerRefused:
+    return ServerRefused(refused.code, refused.message, script.name)
 
 
 def granted(replies: Sequence[Reply]) -> Sequence[Reply]:

@@ -54,6 +54,11 @@ _REFUSALS: dict[str, tuple[str, str, str]] = {
         "it refuses writes, since it cannot save to its disk",
         "look at its log and at the free space of its disk",
     ),
+    "OOM": (
+        "url",
+        "its memory is full",
+        "raise its maxmemory, or remove data; a node by itself starts all the same",
+    ),
     "LOADING": ("url", "it is still loading its data", "raise valkey.startup_timeout_ms"),
     "MASTERDOWN": ("url", "it is a replica without a primary", "set valkey.url to the primary"),
     "READONLY": ("url", "it is a replica", "set valkey.url to the primary"),

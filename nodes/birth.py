@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..coordinator.link import Commands
+from ..coordinator.scripting import Scripts, run
 from ..schemas.errors import ConfigError
 from ..schemas.keys import Names
 
 __all__ = ["check_birth"]
 
 
-async def check_birth(link: Commands, names: Names, origins: Mapping[str, str]) -> None:
+async def check_birth(
+    link: Commands, names: Names, scripts: Scripts, origins: Mapping[str, str]
+) -> None:
     """The first node decides for all.
 
     Raises:
         ConfigError: this node was given another number.
     """
-    await link.call("HSETNX", names.meta, "shards", names.shards)
-    born_with = int(await link.call("HGET", names.meta, "shards"))
+    reply = await run(link, scripts["meta_set"], [names.meta], ["shards", names.shards])
+    born_with = int(reply)
     if born_with != names.shards:
         raise ConfigError(
             setting="node.shards",

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from ..schemas.errors import InvalidEvent
 from ..schemas.events import NewerSchema, read_event
+from ..schemas.json_form import json_form
 
 __all__ = ["Event", "as_json", "name_of"]
 
@@ -47,8 +46,8 @@ def _encoded(number: int, event: object) -> bytes:
         if isinstance(event, str):
             return event.encode()
         if isinstance(event, Mapping):
-            return msgspec.json.encode(event)
-    except (TypeError, ValueError, RecursionError) as error:
+            return json_form(event)
+    except ValueError as error:
         problem = str(error)
     fix = "give JSON as bytes or str, or a dict"
     raise InvalidEvent("undecodable", problem, field=f"events[{number}]", fix=fix)

@@ -119,13 +119,20 @@ class Running:
         ]
         self.hearing.paths = self.paths
         self.writing = self._writing()
-        self.dead_letters = DeadLetters(
-            backend.link, self.names, instruments, entries_max=durable.dead_letters_max
-        )
+        self.dead_letters = self._dead_letters()
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.crew: Crew | None = None
+
+    def _dead_letters(self) -> DeadLetters:
+        return DeadLetters(
+            self.backend.link,
+            self.names,
+            self.scripts,
+            self.instruments,
+            entries_max=self.settings.durable.dead_letters_max,
+        )
 
     def _core(self) -> Core:
         return Core(
@@ -307,7 +314,7 @@ async def running(
         self = Running(settings, backend, routes, instruments, node_id, tasks)
         stack.push_async_callback(self.writing.aclose)
         with _faults_of(backend, settings, origins):
-            await check_birth(backend.link, self.names, origins)
+            await check_birth(backend.link, self.names, self.scripts, origins)
             await self.follow(stack)
         stack.push_async_callback(self.limiter.aclose)
         yield self

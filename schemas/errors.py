@@ -138,11 +138,15 @@ class NotShareable(ForebayError):
         self.problem = problem
 
 
+_FIXES = {"OOM": "raise maxmemory, or remove data; workers go on emptying the streams"}
+
+
 class ServerRefused(ForebayError):
     """Raised when the server answered with an error reply; nothing is retried blindly."""
 
     def __init__(self, code: str, message: str, command: str = "") -> None:
-        super().__init__(f"valkey refused {command or 'the command'}: {code} {message}".rstrip())
+        said = f"valkey refused {command or 'the command'}: {code} {message}".rstrip()
+        super().__init__(f"{said}; {_FIXES[code]}" if code in _FIXES else said)
         self.code = code
         self.message = message
         self.command = command

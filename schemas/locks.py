@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from .errors_locks import InvalidLock
+from .json_form import json_form
 from .keys import check_key
 
 __all__ = [
@@ -177,9 +178,9 @@ def check_timeout(name: str, timeout: float | None) -> float:
 def about_of(name: str, by: str, meta: Mapping[str, object] | None) -> bytes:
     """What is kept beside a lease for those who look."""
     try:
-        raw = _encode({"by": by, "meta": meta} if meta else {"by": by})
-    except (TypeError, ValueError) as error:
-        raise InvalidLock(name, "meta", "the given", f"JSON cannot say it: {error}") from None
+        raw = json_form({"by": by, "meta": meta}) if meta else _encode({"by": by})
+    except ValueError as error:
+        raise InvalidLock(name, "meta", "the given", f"{error}; give JSON") from None
     if len(raw) > META_BYTES_MAX:
         raise InvalidLock(name, "meta", f"{len(raw)} bytes", f"keep it below {META_BYTES_MAX}")
     return raw

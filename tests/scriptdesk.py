@@ -147,6 +147,7 @@ class Desk:
         published_ms: int = 0,
         seen_ms: int = MINUTE_MS,
         seen_max: int = 100,
+        at_full: bool = False,
     ) -> list[Reply]:
         shard = self.names.shard(key)
         keys = [*self.entry_keys(key), self.part("writes", shard), self.part("seen", shard)]
@@ -154,7 +155,7 @@ class Desk:
         args: list[Arg] = [soft_ms, hard_ms, tail_of(value)]
         args += self._said(Changed(key, outdates=True), shard)
         args += [f"job of {value}", bound, self.names.work, mark, seen_ms if event_id else 0]
-        args += [MINUTE_MS, event_id, published_ms, seen_max]
+        args += [MINUTE_MS, event_id, published_ms, seen_max, int(at_full)]
         return list(await self.run("entry_write", keys, *args))
 
     async def fill_write(
@@ -315,6 +316,11 @@ class Desk:
     async def publish(self, *events: str, bound: int = 100) -> list[Reply]:
         keys = [self.names.events, self.names.part(EVENTS, "before")]
         return list(await self.run("event_publish", keys, bound, *events))
+
+    async def append(
+        self, name: str, *fields: str, entry_id: str = "*", bound: int = 0
+    ) -> list[Reply]:
+        return list(await self.run("stream_append", [self.part(name)], entry_id, bound, *fields))
 
     # Reading back
 

@@ -231,7 +231,11 @@ class Workshop:
     def dead_letters(self, commands: Commands) -> DeadLetters:
         durable = self.parts.settings.durable
         return DeadLetters(
-            commands, self.names, self.node.instruments, entries_max=durable.dead_letters_max
+            commands,
+            self.names,
+            self.parts.scripts,
+            self.node.instruments,
+            entries_max=durable.dead_letters_max,
         )
 
     def write_behind(

@@ -194,9 +194,8 @@ class Locks:
     async def begin(self, run_id: Callable[[], Awaitable[str]]) -> None:
         """See to it that every shard has an era; before the first lock."""
         run = (await run_id()).split(" ", maxsplit=1)[0]
-        await self._commands.call("HSETNX", self._names.meta, "locks", run)
-        born = await self._commands.call("HGET", self._names.meta, "locks")
-        left_s = await self._records.begin(fresh=born == run.encode())
+        born = await self._records.first_run(run)
+        left_s = await self._records.begin(fresh=born == run)
         if left_s:
             log.info("locks.grace", left_s=round(left_s, 3))
 

@@ -196,6 +196,15 @@ class LockRecords:
             fix = f"it is in use as {KINDS[kind.decode()]}"
             raise InvalidLock(name, "kind", KINDS["s"], fix)
 
+    async def first_run(self, run_id: str) -> str:
+        """The run of the server in which the namespace's first lock manager began; by default
+        this one.
+        """
+        reply = await run(
+            self._commands, self._scripts["meta_set"], [self._names.meta], ["locks", run_id]
+        )
+        return bytes(reply).decode()
+
     async def begin(self, *, fresh: bool) -> float:
         """Have an era in every shard; returns how many seconds of grace are left at most."""
         script, prefixes = self._scripts["lock_begin"], self._names.prefixes

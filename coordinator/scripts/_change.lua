@@ -3,17 +3,18 @@
 -- C1 A version is never given twice in a shard: max(previous + 1, server clock in microseconds).
 -- C2 Log ids are dense, <epoch>-0, -1, -2 ...; a log that was lost starts a later epoch. A
 --    head that was lost is made anew from the end of the log.
--- C3 XADD is the first write of a change: where it is refused (out of memory), nothing
---    happened; where it is not, the server refuses none of the writes that follow.
+-- C3 The append to the log is the first write of a change: where it is refused (out of memory),
+--    nothing happened; where it is not, the server refuses none of the writes that follow.
 -- C4 A tag's value is its version; after a soft bump "<version> <hard version>": what carries
 --    less than the hard version is invalid, what carries less than the version is stale.
 -- C5 The head (c) names each cache version of which the shard stores entries, so a script that
 --    outdates a key reaches its entries of all versions. Their names are the only ones that
 --    scripts make: of a declared entry, in its slot.
---
--- C5 A shard keeps the newest ingress mark that took effect (i in its head). A mark is text of one
+-- C6 A shard keeps the newest ingress mark that took effect (i in its head). A mark is text of one
 --    length, "<generation>-<ms>-<seq>-<place>"; one that is not later is a repetition. What is
 --    no mark repeats nothing.
+-- C7 A change that must work when memory is full (at_full) first cuts the log to its newest 100
+--    notices, so what it adds is bounded. Followers that are further behind read the shard anew.
 --
 -- An entry begins: magic 3, state 1, version 16, soft_at 13, hard_at 13, pending 16 (digits).
 
@@ -38,10 +39,20 @@ local function next_change(head, log)
   return { epoch = epoch, version = math.max(newest + 1, now), now = now, labels = known[3] or "" }
 end
 
-local function announce(change, head, log, bell, shard, notice)
+local LOG_AT_FULL_MAX = 100
+
+local function append(log, id, version, notice, at_full)
+  local added = redis.pcall("XADD", log, id, "v", version, "n", notice)
+  if type(added) == "string" then return added end
+  -- A first write that memory limits never refuse; none after it is refused either (C7).
+  if at_full then redis.call("XTRIM", log, "MAXLEN", LOG_AT_FULL_MAX) end
+  return redis.call("XADD", log, id, "v", version, "n", notice)
+end
+
+local function announce(change, head, log, bell, shard, notice, at_full)
   local version = string.format("%.0f", change.version)
   local epoch = string.format("%.0f", change.epoch)
-  local id = redis.call("XADD", log, epoch .. "-*", "v", version, "n", notice)
+  local id = append(log, epoch .. "-*", version, notice, at_full)
   redis.call("HSET", head, "e", epoch, "v", version)
   local seq = string.sub(id, #epoch + 2)
   redis.call("PUBLISH", bell, shard .. " " .. epoch .. " " .. seq .. " " .. version .. " " .. notice)

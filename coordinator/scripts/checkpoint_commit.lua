@@ -18,18 +18,19 @@
 --
 -- I1 Nothing is written for anyone but the owner of this epoch.
 -- I2 An entry with a newer write pending stays as it is.
--- I3 It works when memory is full: this is what empties the streams.
+-- I3 It works when memory is full: this is what empties the streams. Entries that were sunk are
+--    then deleted, as if they had expired: the source has what they hold.
 -- I4 Whoever hears of it on the channel finds the checkpoint moved.
 -- I5 The entry is found in whatever cache version it was written. An older write of the key in
 --    another version was sunk with it, and its entry is gone.
 -- I6 A load that began before the write was sunk cannot fill any more: of another cache version,
 --    or of an entry that was lost meanwhile.
 
-local function settle_write(entry_key, sunk)
+local function settle_write(entry_key, sunk, is_full)
   local numbers = numbers_of(entry_key)
   local pending = pending_of(numbers)
   if pending == 0 or pending > sunk then return end
-  if pending < sunk or string.sub(numbers, 4, 4) == "x" then
+  if is_full or pending < sunk or string.sub(numbers, 4, 4) == "x" then
     redis.call("UNLINK", entry_key)
   else
     redis.call("SETRANGE", entry_key, 46, string.rep("0", 16))
@@ -39,17 +40,21 @@ end
 
 local known = redis.call("HMGET", KEYS[1], "o", "e")
 if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return { 0, known[2] or "0" } end
--- A first write that memory limits never refuse; none after it is refused either (I3).
-redis.call("PERSIST", KEYS[2])
-redis.call("HSET", KEYS[2], ARGV[3], ARGV[4])
+local moved = redis.pcall("HSET", KEYS[2], ARGV[3], ARGV[4])
+local is_full = type(moved) ~= "number"
+if is_full then
+  -- A first write that memory limits never refuse; none after it is refused either (I3).
+  redis.call("PERSIST", KEYS[2])
+  redis.call("HSET", KEYS[2], ARGV[3], ARGV[4])
+end
 redis.call("XTRIM", KEYS[3], "MINID", ARGV[5])
 local labels = redis.call("HGET", KEYS[4], "c") or ""
 for i = 5, #KEYS, 2 do
   local sunk = tonumber(ARGV[(i - 5) / 2 + 8])
-  settle_write(KEYS[i], sunk)
+  settle_write(KEYS[i], sunk, is_full)
   for _, label in ipairs((other_labels(labels, KEYS[i]))) do
     local other = sibling(KEYS[i], label)
-    settle_write(other, sunk)
+    settle_write(other, sunk, is_full)
   end
   redis.call("DEL", KEYS[i + 1])
 end

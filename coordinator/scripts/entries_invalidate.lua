@@ -17,11 +17,12 @@
 --    and is dropped when the write was sunk.
 -- I3 What depends on the keys is outdated with them, as softly.
 -- I4 The entries of all cache versions are outdated alike.
+-- I5 It works when memory is full.
 
 if is_repetition(KEYS[1], ARGV[4]) then return { 2 } end
 local change = next_change(KEYS[1], KEYS[2])
 local version = string.format("%.0f", change.version)
-announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
+announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1], true)
 for i = 3, #KEYS, 3 do
   outdate_entry(KEYS[i], ARGV[5] == "1")
   outdate_other_versions(change.labels, KEYS[i], ARGV[5] == "1")

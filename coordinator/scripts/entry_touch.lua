@@ -14,6 +14,7 @@
 -- I2 A load under way cannot fill any more, except of a key whose entry is ours: a script of
 --    ours stored it, and told so. The notice may name that key all the same.
 -- I3 Entries of other cache versions are outdated where the entry is not ours.
+-- I4 It works when memory is full.
 
 local foreign = {}
 for i = 3, #KEYS, 3 do
@@ -24,7 +25,7 @@ for i = 3, #KEYS, 3 do
 end
 if #foreign == 0 then return { 0 } end
 local change = next_change(KEYS[1], KEYS[2])
-announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1])
+announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1], true)
 local version = string.format("%.0f", change.version)
 for _, i in ipairs(foreign) do
   know_label(change, KEYS[1], KEYS[i])

@@ -23,6 +23,7 @@
 -- ARGV[13] event_id   its source and id; empty: it has none
 -- ARGV[14] published_ms  when it was published, on the server's clock; 0: now
 -- ARGV[15] seen_max   how many event ids are remembered
+-- ARGV[16] at_full    1: it may use memory beyond the server's limit
 -- Returns {1, version, soft_at_ms, hard_at_ms, job id, length}, and how many event ids
 --   were forgotten for lack of room, if any; {0, length} full; {2} a repetition
 --
@@ -31,6 +32,7 @@
 -- I2 A full stream refuses; it is never trimmed to make room.
 -- I3 What depends on the key is outdated, and so are entries of other cache versions.
 -- I4 Lifetimes count from when it was published.
+-- I5 When memory is full it is refused as a whole, unless at_full.
 
 if is_repetition(KEYS[3], ARGV[10]) then return { 2 } end
 local published_ms = math.floor(server_us() / 1000)
@@ -45,7 +47,7 @@ if length >= tonumber(ARGV[8]) then return { 0, length } end
 local change = next_change(KEYS[3], KEYS[4])
 local soft_at, hard_at = lifetimes(published_ms * 1000, tonumber(ARGV[1]), tonumber(ARGV[2]))
 local version = string.format("%.0f", change.version)
-announce(change, KEYS[3], KEYS[4], ARGV[5], ARGV[6], ARGV[4])
+announce(change, KEYS[3], KEYS[4], ARGV[5], ARGV[6], ARGV[4], ARGV[16] == "1")
 local id = redis.call("XADD", KEYS[5], "*", "v", version, "j", ARGV[7])
 redis.call("SET", KEYS[1], envelope(change.version, soft_at, hard_at, change.version, ARGV[3]))
 know_label(change, KEYS[3], KEYS[1])

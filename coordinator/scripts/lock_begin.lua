@@ -9,8 +9,11 @@
 --
 -- I1 An era that is there is left as it is, unless it is of another run of the server.
 -- I2 Names of locks that ended an hour ago are forgotten.
+-- I3 It works when memory is full: a node that starts needs it.
 
 local now = server_us()
+-- A first write that memory limits never refuse; none after it is refused either (I3).
+redis.call("PERSIST", KEYS[1])
 if ARGV[1] == "1" and redis.call("EXISTS", KEYS[1]) == 0 then
   redis.call("HSET", KEYS[1], "rid", run_id(run_info()), "grace", 0, "max", ARGV[2])
 end

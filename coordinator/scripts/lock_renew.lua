@@ -8,10 +8,12 @@
 -- Returns {now_us, status, ...}: 1 renewed, 0 not held any more, 2 unknown in a new era: reclaim it
 --
 -- I1 A lease that has ended, or was given to another, is not renewed.
--- I2 Its first write needs no memory: a server whose memory is full still renews.
+-- I2 It works when memory is full, also in a new era.
 -- I3 Done again, a renewal has no further effect but time.
 
 local now = server_us()
+-- A first write that memory limits never refuse; none after it is refused either (I2).
+redis.call("PERSIST", KEYS[1])
 local grace = grace_of(KEYS[1], now)
 local answer = { digits(now) }
 for i = 3, #KEYS do

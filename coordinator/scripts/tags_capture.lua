@@ -8,6 +8,7 @@
 --         version of the newest change in the shard that outdated anything, or 1; 0 otherwise
 --
 -- I1 A tag that was lost never gets a version that an entry may carry already.
+-- I2 It works when memory is full: what is written behind carries tags, too.
 
 local found, drawn = {}, nil
 for i = 2, #KEYS do
@@ -18,6 +19,8 @@ for i = 2, #KEYS do
     redis.call("PEXPIRE", KEYS[i], ARGV[1])
   else
     if not drawn then
+      -- A first write that memory limits never refuse; none after it is refused either (I2).
+      redis.call("PERSIST", KEYS[1])
       local previous = tonumber(redis.call("HGET", KEYS[1], "v")) or 0
       drawn = string.format("%.0f", math.max(previous + 1, server_us()))
       redis.call("HSET", KEYS[1], "v", drawn)

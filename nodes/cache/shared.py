@@ -156,10 +156,12 @@ class SharedTier:
         tail: bytes,
         mark: str = "",
         published_ms: int = 0,
+        at_full: bool = False,
     ) -> Call:
         """The script of a write-behind; ``receipt`` reads its reply.
 
         ``published_ms``: on the server's clock; lifetimes count from then. 0: now.
+        ``at_full``: it may use memory beyond the server's limit.
         """
         names, durable, key = self.names, self._durable, job.key
         shard = names.shard(key)
@@ -185,6 +187,7 @@ class SharedTier:
                 job.event_id,
                 published_ms,
                 SEEN_MAX,
+                int(at_full),
             ],
         )
 

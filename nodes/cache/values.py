@@ -16,7 +16,6 @@ V8  ``json`` gives what JSON can hold of a value, or InvalidEntry: no NaN become
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
@@ -25,6 +24,7 @@ from msgspec import Struct
 
 from ...schemas.entry import Codec, Entry, EntryMeta, decompressed, make_tail
 from ...schemas.errors import ConfigError, EntryFault, InvalidEntry
+from ...schemas.json_form import not_finite
 from ...schemas.settings import CacheDefaults, Compression
 from .compression import compressor
 from .pydantic_values import PydanticForm, has_pydantic
@@ -157,8 +157,8 @@ class ValueCodec(Generic[T]):
             simple = self._form.simple(value) if b"null" in raw else None
         except Exception as error:  # as in _encoded
             raise InvalidEntry("bad_value", str(error)) from error
-        if (number := _not_finite(simple)) is not None:
-            raise InvalidEntry("bad_value", f"{number} is no number in JSON")
+        if problem := not_finite(simple):
+            raise InvalidEntry("bad_value", problem)
         return raw
 
     def value(self, entry: Entry) -> T | None:
@@ -270,17 +270,3 @@ def _form_of(of: Any) -> _Form:
         )
     encode = msgspec.msgpack.Encoder().encode
     return _Form(encode, stored, published, msgspec.json.encode, msgspec.to_builtins)
-
-
-def _not_finite(simple: Any) -> float | None:
-    """A number in it that JSON cannot hold."""
-    left = [simple]
-    while left:
-        each = left.pop()
-        if isinstance(each, dict):
-            left += [*each, *each.values()]
-        elif isinstance(each, list | tuple | set | frozenset):
-            left += each
-        elif isinstance(each, float) and not math.isfinite(each):
-            return each
-    return None

@@ -160,7 +160,9 @@ def _not_acquired(error: LockNotAcquired, random: Random) -> web.Response:
 
 def _unavailable(error: ServerRefused | Unavailable, random: Random) -> web.Response:
     if isinstance(error, ServerRefused):
-        return _later(503, "valkey_refused", "Valkey refused the command", random)
+        full = error.code == "OOM"
+        problem = "Valkey's memory is full" if full else "Valkey refused the command"
+        return _later(503, "valkey_refused", problem, random)
     if error.outcome_unknown:
         problem = "Valkey did not answer in time; it may have been done"
         return _later(

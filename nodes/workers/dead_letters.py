@@ -8,6 +8,7 @@ D1  ``bury`` returns when the server has all of them; else it raises, and nothin
 D2  A crash between burying and the checkpoint buries again: of several with the same
     ``from`` one is meant.
 D3  About the newest ``entries_max`` are kept in each stream; what is dropped is counted.
+D4  They are kept also when the server's memory is full: what they stood for is deleted after.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from msgspec import Struct
 
 from ...coordinator.instruments import Instruments
 from ...coordinator.link import Arg, Commands
+from ...coordinator.scripting import Call, Scripts, run_many
 from ...schemas.errors import ForebayError, InvalidEvent
 from ...schemas.keys import Names
+from ...schemas.replies import integer
 
 __all__ = ["DeadLetter", "DeadLetters"]
 
@@ -39,10 +42,17 @@ class DeadLetter(Struct, frozen=True):
 
 class DeadLetters:
     def __init__(
-        self, commands: Commands, names: Names, instruments: Instruments, *, entries_max: int
+        self,
+        commands: Commands,
+        names: Names,
+        scripts: Scripts,
+        instruments: Instruments,
+        *,
+        entries_max: int,
     ) -> None:
         self._commands = commands
         self._names = names
+        self._append = scripts["stream_append"]
         self._instruments = instruments
         self._entries_max = entries_max
         self.buried = 0
@@ -69,24 +79,26 @@ class DeadLetters:
             log.warning("event.dead_lettered", more=len(letters) - _LOGGED_MAX, stream=name)
 
     async def _keep(self, name: str, letters: Sequence[DeadLetter]) -> None:
-        trim = ("XTRIM", name, "MAXLEN", "~", self._entries_max)
-        *added, dropped = await self._commands.call_many(
-            [*(_added(name, e) for e in letters), trim]
-        )
-        for letter, reply in zip(letters, added, strict=True):
+        bound = self._entries_max
+        calls = [
+            Call(script=self._append, keys=[name], args=["*", bound, *_fields(each)])
+            for each in letters
+        ]
+        dropped = 0
+        for letter, reply in zip(letters, await run_many(self._commands, calls), strict=True):
             if isinstance(reply, ForebayError):
                 raise reply
             self.buried += 1
             self._instruments.counts["dead_letters", letter.error.fault] += 1
-        if isinstance(dropped, int) and dropped:
+            dropped += integer(reply[1], "the dead letters dropped")
+        if dropped:
             self._instruments.counts["limit_reached", "dead_letters"] += dropped
             log.error("dead_letters.dropped", count=dropped, stream=name)
 
 
-def _added(name: str, letter: DeadLetter) -> list[Arg]:
+def _fields(letter: DeadLetter) -> list[Arg]:
     error = letter.error
     return [
-        "XADD", name, "*",
         "reason", error.fault, "problem", error.problem[:_TEXT_MAX],
         "field", error.field[:_TEXT_MAX], "fix", error.fix,
         "from", letter.entry_id, "event", letter.raw,

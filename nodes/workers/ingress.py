@@ -36,7 +36,6 @@ from ...schemas.errors import (
     ForebayError,
     InvalidEvent,
     NewerSchema,
-    ServerRefused,
     UnreadableRecord,
 )
 from ...schemas.events import read_event
@@ -281,11 +280,7 @@ class Ingress:
             fix = "upgrade a node, so that what is held is applied"
             fault = InvalidEvent("unknown_type", f"{error}; too many are held", fix=fix)
             return self._set_aside(entry_id, fields, fault, letters)
-        try:
-            await self._commands.call("XADD", held, entry_id, "event", raw)
-        except ServerRefused:
-            if not await self._commands.call("XRANGE", held, entry_id, entry_id):
-                raise
+        if not await self._append(held, entry_id, "event", raw):
             return None  # it was held before the crash
         self._instruments.counts["events_processed", "unknown", "held"] += 1
         log.error("event.held", entry=entry_id, error=str(error))
@@ -307,8 +302,14 @@ class Ingress:
             return
         except InvalidEvent as error:
             log.warning("event.unheld", entry=bytes(raw_id).decode(), error=str(error))
-        await self._commands.call("XADD", self._names.events, "*", "event", raw, "held", raw_id)
+        await self._append(self._names.events, "*", "event", raw, "held", raw_id)
         await self._commands.call("XDEL", held, raw_id)
+
+    async def _append(self, stream: str, entry_id: str, *fields: Arg) -> bool:
+        """Move an event there, also when memory is full; false: one of that id is there."""
+        script = self._scripts["stream_append"]
+        reply = await run(self._commands, script, [stream], [entry_id, 0, *fields])
+        return bool(reply[0])
 
     async def _commit(self, tenure: Tenure, last_id: str) -> None:
         reply = await self._run("ingress_commit", tenure, last_id, following(last_id))

@@ -121,8 +121,7 @@ class Refreshes:
                 jobs += [Taken(shard, bytes(raw_id), _job(fields)) for raw_id, fields in entries]
                 if len(entries) == _PAGE:
                     self.bell(shard)
-        if without_group:
-            await self._make_groups(without_group)
+        refused += await self._make_groups(without_group)
         self._tell(refused)
         return jobs
 
@@ -133,7 +132,7 @@ class Refreshes:
         else:
             self._failing.over()
 
-    async def _make_groups(self, shards: Sequence[int]) -> None:
+    async def _make_groups(self, shards: Sequence[int]) -> list[ServerRefused]:
         """From the first entry on. Another node may be faster, which is as good."""
         create = [("XGROUP", "CREATE", self._streams[n], _GROUP, "0", "MKSTREAM") for n in shards]
         refused = []
@@ -142,8 +141,7 @@ class Refreshes:
                 refused.append(reply)
             else:
                 self.bell(shard)
-        if refused:
-            self._failing.say(log, "refreshes.refused", refused[0], shards=len(refused))
+        return refused
 
     async def _do(self, job: Taken) -> None:
         result = "failed"

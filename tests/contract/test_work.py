@@ -540,3 +540,32 @@ async def test_one_who_is_fenced_off_holds_nothing(desk: Desk) -> None:
     assert await desk.hold("a", epoch - 1, *ids, token="t") == [0, str(epoch).encode()]
     assert await desk.hold("b", epoch, *ids) == [0, str(epoch).encode()]
     assert await desk.everything() == before
+
+
+# What is moved to another stream, and what is fixed once
+
+
+async def test_an_entry_is_moved_once_under_its_id(desk: Desk) -> None:
+    """Asked again with the id it changes nothing; an id that is too small is replaced."""
+    assert await desk.append("held", "event", "one", entry_id="5-1") == [1, 0]
+    assert await desk.append("held", "event", "one", entry_id="5-1") == [0]
+    assert await desk.append("held", "event", "two", entry_id="3-0") == [1, 0]
+    first, second = await desk.commands.call("XRANGE", desk.part("held"), "-", "+")
+    assert first == [b"5-1", [b"event", b"one"]]
+    assert second[0] != b"3-0"
+    assert second[1] == [b"event", b"two"]
+
+
+async def test_of_what_is_moved_the_newest_stay(desk: Desk) -> None:
+    """The bound may be exceeded by part of a node of the stream, and what is dropped is told."""
+    replies = [await desk.append("dead", "n", str(number), bound=10) for number in range(300)]
+    kept = await desk.commands.call("XRANGE", desk.part("dead"), "-", "+")
+    assert 10 <= len(kept) < 300
+    assert sum(int(reply[1]) for reply in replies) == 300 - len(kept)
+    assert kept[-1][1] == [b"n", b"299"]
+
+
+async def test_a_fact_of_the_namespace_is_fixed_by_the_first(desk: Desk) -> None:
+    """Whoever comes later is told what it is."""
+    for value in ("64", "16"):
+        assert await desk.run("meta_set", [desk.names.meta], "shards", value) == b"64"

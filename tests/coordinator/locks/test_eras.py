@@ -145,15 +145,16 @@ async def test_a_server_that_is_not_ready_is_waited_for(make: MakeForge, code: s
 
 async def test_what_will_not_pass_is_told_at_once(make: MakeForge) -> None:
     """G3 is for outages: a user without rights is told what is wrong."""
-    one = await make("one", commands=lambda link: _refused(link, "NOPERM"))
+    refusing: list[Refusing] = []
+
+    def commands(link: Commands) -> Commands:
+        refusing.append(Refusing(link, "NOPERM"))
+        return refusing[0]
+
+    one = await make("one", commands=commands)
+    refusing[0].left = 1
     with pytest.raises(ServerRefused):
         await one.lock("l").acquire()
-
-
-def _refused(link: Commands, code: str) -> Refusing:
-    made = Refusing(link, code)
-    made.left = 1
-    return made
 
 
 # Failover

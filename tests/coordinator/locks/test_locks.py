@@ -160,6 +160,7 @@ async def test_a_stranger_cannot_release(make: MakeForge) -> None:
         ("l", {"on_loss": "ignore"}, "on_loss"),
         ("l", {"meta": {"x": "y" * 2_000}}, "meta"),
         ("l", {"meta": {"x": object()}}, "meta"),
+        ("l", {"meta": {"x": [1.0, float("nan")]}}, "meta"),
     ],
 )
 async def test_terms_that_cannot_be_are_refused_before_anything_is_sent(

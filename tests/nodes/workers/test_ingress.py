@@ -189,16 +189,16 @@ async def test_a_shard_that_refuses_everything_stops_no_other(open_shop: OpenSho
 
 
 async def test_faults_of_the_server_are_waited_out(open_shop: OpenShop, make_server: Any) -> None:
-    """A4: while memory is full nothing is thrown away; afterwards it goes on by itself."""
-    server = make_server(config={"maxmemory-policy": "noeviction"})
+    """A4: while every write is refused nothing is thrown away; afterwards it goes on by itself."""
+    server = make_server()
     async with workshop(server, "full", sinks={"flight:{id}": (table := Table())}) as shop:
         owner = await shop.ownership()
         ids = await shop.publish(write("flight:1", 1), invalidate("flight:2"))
-        server.execute("CONFIG", "SET", "maxmemory", 1)
+        server.execute("CONFIG", "SET", "min-replicas-to-write", 1)
         ingress, behind = shop.ingress(owner), shop.write_behind(owner)
         async with at_work(ingress, behind):
             await until(lambda: ingress._failure is not None)
-            server.execute("CONFIG", "SET", "maxmemory", 0)
+            server.execute("CONFIG", "SET", "min-replicas-to-write", 0)
             await shop.applied(ids[-1])
             await until(lambda: table.values() == {"flight:1": 1})
         assert await shop.dead() == []
