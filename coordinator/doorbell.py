@@ -35,11 +35,14 @@ from .backoff import Backoff
 from .clock import Clock
 from .dialer import Dialed, Dialer
 from .listeners import Listeners
+from .log_once import LogOnce
 from .wire import MORE, Wire
 
 __all__ = ["Doorbell", "DoorbellStatistics"]
 
 log = structlog.get_logger(__name__)
+
+_LASTED_S = 10.0  #: a connection that held so long; the next loss is another outage
 
 _CHANNELS_PER_COMMAND = 1_000
 _PONGS_MISSING_MAX = 2
@@ -125,6 +128,8 @@ class Doorbell:
         self._wire: _BellWire | None = None
         self._live = False
         self._connects = self._messages = self._silences = 0
+        self._connected_at = 0.0
+        self._failing = LogOnce(clock, connection=True)
         self._failure: Unavailable | ServerRefused | None = None
         self._messages_to = Listeners[bytes, bytes]("doorbell")
         self._state_to = Listeners[bool]("doorbell")
@@ -205,12 +210,13 @@ class Doorbell:
                 clock=self._clock,
             )
         except (Unavailable, ServerRefused) as error:
-            log.warning("doorbell.dial_failed", reason=str(error))
+            self._failing.say(log, "doorbell.dial_failed", error)
             self._failure = error
             self._state_to.wake()
             return
         self._wire, self._failure = wire, None
         self._connects += 1
+        self._connected_at = self._clock.monotonic()
         self._send(b"SUBSCRIBE", self._wanted)
         self._refresh()
         since = self._clock.monotonic()
@@ -241,9 +247,12 @@ class Doorbell:
     def _refresh(self) -> None:
         wire = self._wire
         if wire is not None and wire.lost.is_set():
+            lost = Disconnected(wire.fault)
             if not self._closed:
-                log.warning("doorbell.lost", reason=wire.fault)
-            self._wire, self._failure, wire = None, Disconnected(wire.fault), None
+                if self._clock.monotonic() - self._connected_at >= _LASTED_S:
+                    self._failing.over()
+                self._failing.say(log, "doorbell.lost", lost)
+            self._wire, self._failure, wire = None, lost, None
             self._state_to.wake()
         live = wire is not None and not wire.unconfirmed
         if live != self._live:

@@ -36,6 +36,7 @@ from .breaker import Breaker, BreakerState
 from .clock import Clock
 from .dialer import Dialed, Dialer
 from .listeners import Listeners
+from .log_once import LogOnce
 from .shareable import ALONE, GUARDED, check_shareable
 from .sweeper import Sweeper
 from .waiting import Arg, Batch, Due, Parked, Reply, Slot, Waiter, expire
@@ -44,6 +45,8 @@ from .wire import EAGER_BYTES, CommandWire, Tally
 __all__ = ["Arg", "Commands", "Link", "LinkStatistics", "Reply"]
 
 log = structlog.get_logger(__name__)
+
+_LASTED_S = 10.0  #: a connection that held so long; the next loss is another outage
 
 
 class Commands(Protocol):
@@ -101,6 +104,8 @@ class Link:
         self._sweeper = Sweeper(clock, self._sweep)
         self._tally = Tally()
         self._connects = 0
+        self._connected_at = 0.0
+        self._failing = LogOnce(clock, connection=True)
         self._failure: Unavailable | ServerRefused | None = None
         self._state = Listeners[bool](f"link {name}")
         self._scope: anyio.CancelScope | None = None
@@ -228,7 +233,9 @@ class Link:
         self._wire = self._open = None
         self._failure = Disconnected(wire.fault)
         if not self._closed:
-            log.warning("link.lost", link=self.name, reason=wire.fault)
+            if self._clock.monotonic() - self._connected_at >= _LASTED_S:
+                self._failing.over()
+            self._failing.say(log, "link.lost", self._failure, link=self.name)
             self.breaker.failed()
         self._state.tell(False)
 
@@ -251,7 +258,7 @@ class Link:
         except BreakerOpen:
             return
         except (Unavailable, ServerRefused) as error:
-            log.warning("link.dial_failed", link=self.name, reason=str(error))
+            self._failing.say(log, "link.dial_failed", error, link=self.name)
             self._failure = error
             self.breaker.failed()
             self._route()
@@ -277,6 +284,7 @@ class Link:
     def _connected(self, wire: CommandWire) -> None:
         self._wire, self._failure = wire, None
         self._connects += 1
+        self._connected_at = self._clock.monotonic()
         log.info("link.connected", link=self.name, address=self._dialer.address)
         self.breaker.succeeded()
         self._state.tell(True)

@@ -36,6 +36,7 @@ from ..schemas.notices import Dropped, Notice, Position, read_bell, read_notice,
 from .clock import Clock
 from .instruments import Instruments
 from .link import Arg, Commands, Reply
+from .log_once import LogOnce
 from .scripting import Call, Scripts, granted, load_scripts, run_many
 from .shard_view import ShardView
 
@@ -104,7 +105,7 @@ class Follower:
         self._connection = 0
         self._verified = -1
         self._doorbell_live = False
-        self._fault: type[ForebayError] | None = None  # of the last sweep
+        self._failing = LogOnce(clock)
         self._reads = self._sweeps = self._notices = self._resets = 0
 
     def statistics(self) -> FollowerStatistics:
@@ -164,12 +165,9 @@ class Follower:
         try:
             await self.sweep()
         except ForebayError as error:
-            # Once for each kind: a server that is away for an hour fills no disk.
-            if type(error) is not self._fault:
-                log.warning("sweep.failed", error=str(error))
-            self._fault = type(error)
+            self._failing.say(log, "sweep.failed", error)
             return False
-        self._fault = None
+        self._failing.over()
         return True
 
     async def sweep(self) -> None:

@@ -5,22 +5,34 @@ F1  The first failure of a kind is a warning. While it goes on, the kind is a wa
 F2  A kind is an event and a class of error. All that says that the server cannot be reached is one
     kind; each code with which the server refuses is another.
 F3  ``over`` ends all failures: the next one of any kind is a warning at once.
-F4  At most ``_KINDS_MAX`` kinds are remembered; one more replaces the oldest.
+F4  A loop whose failure is only that there is no connection, or that the breaker is open, says so
+    once: the connection (``connection=True``) repeats it for all.
+F5  At most ``_KINDS_MAX`` kinds are remembered; one more replaces the oldest.
 
-Each loop has one of its own.
+Each loop has one of its own. ``failing`` is for health: since when, how often, the last error.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..schemas.errors import ServerRefused, Unavailable
+from msgspec import Struct
+
+from ..schemas.errors import BreakerOpen, Disconnected, ServerRefused, Unavailable
 from .clock import Clock, SystemClock
 
-__all__ = ["EVERY_S", "LogOnce"]
+__all__ = ["EVERY_S", "Failing", "LogOnce"]
 
 EVERY_S = 60.0
 _KINDS_MAX = 100
+
+
+class Failing(Struct, frozen=True):
+    """A failure that goes on."""
+
+    since: float  #: of the monotonic clock
+    times: int
+    error: str
 
 
 class _Kind:
@@ -32,10 +44,12 @@ class _Kind:
 
 
 class LogOnce:
-    __slots__ = ("_clock", "_kinds")
+    __slots__ = ("_clock", "_connection", "_kinds", "failing")
 
-    def __init__(self, clock: Clock | None = None) -> None:
+    def __init__(self, clock: Clock | None = None, *, connection: bool = False) -> None:
+        self.failing: Failing | None = None
         self._clock = clock or SystemClock()
+        self._connection = connection
         self._kinds: dict[str, _Kind] = {}
 
     def __repr__(self) -> str:
@@ -52,8 +66,12 @@ class LogOnce:
     ) -> None:
         """One line, with the error's text; ``log`` is a structlog logger."""
         now, kind = self._clock.monotonic(), f"{event} {_class_of(error)}"
-        found = self._kinds.get(kind)
-        if found is not None and now - found.said_at < EVERY_S:
+        before, found = self.failing, self._kinds.get(kind)
+        since, times = (before.since, before.times + 1) if before else (now, 1)
+        self.failing = Failing(since, times, str(error))
+        if found is not None and (
+            now - found.said_at < EVERY_S or self._told_by_the_connection(error)
+        ):
             found.left_out += 1
             log.debug(event, error=str(error), **fields)
             return
@@ -65,11 +83,11 @@ class LogOnce:
         self._kinds[kind] = _Kind(now)
         getattr(log, level)(event, error=str(error), **fields)
 
-    @property
-    def failing(self) -> bool:
-        return bool(self._kinds)
+    def _told_by_the_connection(self, error: BaseException) -> bool:
+        return isinstance(error, Disconnected | BreakerOpen) and not self._connection
 
     def over(self) -> None:
+        self.failing = None
         self._kinds.clear()
 
 

@@ -39,6 +39,7 @@ from ..schemas.settings import Workers
 from .clock import Clock
 from .instruments import Instruments
 from .link import Arg, Commands, Reply
+from .log_once import LogOnce
 from .roster import STATES, Profile, State
 from .scripting import Call, Scripts, run, run_many
 from .succession import Change, Gained, Lost, Succession, Tenure
@@ -110,6 +111,7 @@ class Ownership:
         self._clock = clock
         self._rng = rng
         self._instruments = instruments
+        self.beats, self.claims, self.handovers = (LogOnce(clock) for _ in range(3))
         self._successors: list[Successor] = []
         self._deferred: dict[int, float] = {}  # until when
         self._surplus: list[Tenure] = []  # to be handed over
@@ -213,7 +215,9 @@ class Ownership:
         try:
             await self.beat()
         except ForebayError as error:
-            log.warning("beat.failed", error=str(error))
+            self.beats.say(log, "beat.failed", error)
+        else:
+            self.beats.over()
 
     async def beat(self) -> None:
         """Be seen, renew what is owned, claim what should be, choose what to hand over."""
@@ -252,7 +256,9 @@ class Ownership:
             ):
                 self._tell(change)
         if refused:
-            log.warning("claim.refused", resources=len(refused), error=str(refused[0]))
+            self.claims.say(log, "claim.refused", refused[0], resources=len(refused))
+        else:
+            self.claims.over()
 
     async def _hand_over(self) -> None:
         """Beside the beats, since a drain may take longer than a lease."""
@@ -267,7 +273,9 @@ class Ownership:
         try:
             await self._release(tenures)
         except ForebayError as error:
-            log.warning("handover.failed", error=str(error))
+            self.handovers.say(log, "handover.failed", error, resources=len(tenures))
+        else:
+            self.handovers.over()
 
     async def give_up(self, tenures: Sequence[Tenure]) -> None:
         """Drain and release these, for good.

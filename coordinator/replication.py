@@ -33,6 +33,7 @@ from anyio.abc import TaskStatus
 from ..schemas.errors import ForebayError, Unavailable, Unconfirmed
 from .clock import Clock
 from .link import Commands
+from .log_once import LogOnce
 
 __all__ = ["Confirms", "Connection", "Replication"]
 
@@ -88,6 +89,7 @@ class Replication:
         self._new: _Asked = set()
         self._marked: _Asked = set()  #: who came before the marker
         self._nonce = ""
+        self._failing = LogOnce(clock)
         self._written_on = 0  #: the connection that the marker was written on; 0: none
         self._rung = anyio.Event()
         self._closed = False
@@ -147,12 +149,13 @@ class Replication:
             if acknowledged >= self._replicas_min:
                 nonce = await self._link.call("GET", self._marker)
                 self._settle(confirmed=nonce == self._nonce.encode())
+            self._failing.over()
         except Unavailable as error:
             log.debug("replication.interrupted", error=str(error))
             self._written_on = 0
             await anyio.sleep(_PAUSE_S)
         except ForebayError as error:
-            log.warning("replication.refused", error=str(error))
+            self._failing.say(log, "replication.refused", error)
             self._marked |= self._new
             self._settle(confirmed=False)
             await anyio.sleep(_PAUSE_S)

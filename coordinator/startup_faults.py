@@ -108,6 +108,12 @@ class Target(Struct, frozen=True, kw_only=True):
         spoken = "nothing" if _is_absence(error) else await what_speaks(self.endpoint)
         return self._mistaken(spoken) or self._secured_badly(error)
 
+    def may_pass(self, error: ForebayError) -> bool:
+        """Whether waiting may cure it, of a server that was reached before."""
+        if isinstance(error, ServerRefused):
+            return error.code in _WAIT_CODES
+        return isinstance(error, Unavailable)
+
     def given_up(self, error: ForebayError) -> StartupError:
         """The fault, when there is no more time to wait."""
         return self.refused(error) if isinstance(error, ServerRefused) else self._unreachable(error)

@@ -34,16 +34,19 @@ from anyio.abc import TaskStatus
 from libvalkey import pack_command
 from msgspec import Struct
 
-from ..schemas.errors import ServerRefused, Unavailable
+from ..schemas.errors import Disconnected, ServerRefused, Unavailable
 from ..schemas.settings import Valkey
 from .backoff import Backoff
 from .clock import Clock
 from .dialer import Dialed, Dialer
+from .log_once import LogOnce
 from .wire import MORE, Wire
 
 __all__ = ["Told", "Tracking", "TrackingStatistics"]
 
 log = structlog.get_logger(__name__)
+
+_LASTED_S = 10.0  #: a connection that held so long; the next loss is another outage
 
 _CHANNEL = b"__redis__:invalidate"  #: Valkey's name for it, too
 _PONGS_MISSING_MAX = 2
@@ -142,6 +145,7 @@ class Tracking:
             rng, jitter_ms=options.reconnect_jitter_ms, max_ms=options.reconnect_max_ms
         )
         self._wire: _TrackingWire | None = None
+        self._failing = LogOnce(clock, connection=True)
         self._connects = self._names = self._silences = 0
 
     def __repr__(self) -> str:
@@ -178,7 +182,7 @@ class Tracking:
                 on_live=self._told.lost,
             )
         except (Unavailable, ServerRefused) as error:
-            log.warning("tracking.dial_failed", reason=str(error))
+            self._failing.say(log, "tracking.dial_failed", error)
             return
         self._wire, since = wire, self._clock.monotonic()
         self._connects += 1
@@ -187,10 +191,13 @@ class Tracking:
         finally:
             await wire.aclose("tracking was ended")
             self._wire, self._names = None, self._names + wire.names
-        self._backoff.lasted(self._clock.monotonic() - since)
+        lasted_s = self._clock.monotonic() - since
+        self._backoff.lasted(lasted_s)
         self.refused = wire.refused
+        if lasted_s >= _LASTED_S:
+            self._failing.over()
         if self.refused is None:
-            log.warning("tracking.lost", reason=wire.fault)
+            self._failing.say(log, "tracking.lost", Disconnected(wire.fault))
 
     async def _watch(self, wire: _TrackingWire) -> None:
         """Return when the connection is lost, which it also is without PONGs."""

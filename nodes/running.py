@@ -10,14 +10,16 @@ U3  A drain takes no new work, finishes what is under way, hands over what is ow
     drain, however often it is asked for, and cancelling whoever asked does not cut it short;
     there is none where a worker has failed.
 U4  After the drain every ``on_stop`` hook runs, whatever happened before (see ``hooks``).
-U5  A server that cannot be used is one StartupError, up to the first proof of being current.
+U5  A server that cannot be used is one StartupError, up to the first proof of being current. One
+    that was reached and then is silent, away or loading is asked again, until
+    ``valkey.startup_timeout_ms`` have passed since the beginning.
 """
 
 from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -27,12 +29,13 @@ import structlog
 
 from ..coordinator.backend import Backend, UseUrl
 from ..coordinator.background import BackgroundTasks, background_tasks
-from ..coordinator.clock import ServerClock, SystemClock
+from ..coordinator.clock import Clock, ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
 from ..coordinator.instruments import Instruments
 from ..coordinator.limits.headcount import Headcount
 from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
+from ..coordinator.log_once import LogOnce
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
@@ -61,6 +64,8 @@ from .writing import Writing
 __all__ = ["Running", "running"]
 
 log = structlog.get_logger(__name__)
+
+_PAUSE_S = 0.05  #: between two tries of a step of the start
 
 
 class Running:
@@ -225,11 +230,12 @@ class Running:
             told[b"w"] = self.crew.writes.bell
         self.hearing.word(payload, told)
 
-    async def follow(self, stack: AsyncExitStack) -> None:
+    async def follow(self, stack: AsyncExitStack, patience: Patience) -> None:
         """Start the clock and the log, and become current."""
-        link, doorbell = self.backend.link, self.backend.doorbell
+        link, doorbell, start = self.backend.link, self.backend.doorbell, self.tasks.start
         await self.load_scripts()
-        await self.tasks.start(ClockSync(link, self.server_clock, self.clock).run)
+        clock_sync = ClockSync(link, self.server_clock, self.clock)
+        await patience.until_done(partial(start, clock_sync.run))
         stack.callback(doorbell.on_message(self.bell))
         stack.callback(doorbell.on_state(self.follower.doorbell_changed))
         stack.callback(doorbell.on_message(self.limiter.heard))
@@ -239,12 +245,13 @@ class Running:
         self.tasks.start_soon(self.limiter.run)
         self.tasks.start_soon(self.headcount.run)
         stack.callback(link.on_state(self._link_changed))
-        await self.tasks.start(self.locks.run, doorbell, link, self.backend.run_id)
-        await self.follower.sweep()
+        locks = partial(start, self.locks.run, doorbell, link, self.backend.run_id)
+        await patience.until_done(locks)
+        await patience.until_done(self.follower.sweep)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
-            await self.tasks.start(self.refreshes.run)
+            await start(self.refreshes.run)
 
     def _link_changed(self, connected: bool) -> None:
         self.follower.connection_changed()
@@ -306,6 +313,7 @@ async def running(
     origins: Mapping[str, str],
 ) -> AsyncGenerator[Running]:
     """Connect, become current, and give the parts."""
+    give_up_at = SystemClock().monotonic() + settings.valkey.startup_timeout_ms / 1000
     async with AsyncExitStack() as stack:
         backend = Backend(settings.valkey, client_name=f"forebay-{node_id}", origins=origins)
         await stack.enter_async_context(backend)
@@ -313,9 +321,11 @@ async def running(
         stack.callback(_unbind, routes)
         self = Running(settings, backend, routes, instruments, node_id, tasks)
         stack.push_async_callback(self.writing.aclose)
-        with _faults_of(backend, settings, origins):
-            await check_birth(backend.link, self.names, self.scripts, origins)
-            await self.follow(stack)
+        patience = Patience(_target(backend, settings, origins), self.clock, give_up_at)
+        with _faults_of(patience.target):
+            birth = partial(check_birth, backend.link, self.names, self.scripts, origins)
+            await patience.until_done(birth)
+            await self.follow(stack, patience)
         stack.push_async_callback(self.limiter.aclose)
         yield self
 
@@ -325,18 +335,42 @@ def _unbind(routes: Routes) -> None:
         cached.unbind()
 
 
-@contextmanager
-def _faults_of(backend: Backend, settings: Settings, origins: Mapping[str, str]) -> Iterator[None]:
-    """Makes a StartupError of what the server refuses, or does not answer, at the start."""
+class Patience:
+    """Tries the steps of a start again while the server may come back."""
+
+    def __init__(self, target: Target, clock: Clock, give_up_at: float) -> None:
+        self.target = target
+        self._clock = clock
+        self._give_up_at = give_up_at
+        self._waiting = LogOnce(clock)
+
+    async def until_done(self, step: Callable[[], Awaitable[object]]) -> None:
+        while True:
+            try:
+                await step()
+            except (Unavailable, ServerRefused) as error:
+                left_s = self._give_up_at - self._clock.monotonic()
+                if left_s <= 0 or not self.target.may_pass(error):
+                    raise
+                self._waiting.say(log, "start.waits", error, left_s=round(left_s, 1))
+            else:
+                return
+            await anyio.sleep(_PAUSE_S)
+
+
+def _target(backend: Backend, settings: Settings, origins: Mapping[str, str]) -> Target:
     choice = backend.choice
     if isinstance(choice, UseUrl):
         endpoint = choice.endpoint
     else:
         path = backend.server.socket_path if backend.server else "fake"
         endpoint = Endpoint(scheme="unix", path=path)
-    target = Target(
-        endpoint=endpoint, setting="valkey.url", options=settings.valkey, origins=origins
-    )
+    return Target(endpoint=endpoint, setting="valkey.url", options=settings.valkey, origins=origins)
+
+
+@contextmanager
+def _faults_of(target: Target) -> Iterator[None]:
+    """Makes a StartupError of what the server refuses, or does not answer, at the start."""
     try:
         yield
     except ServerRefused as error:

@@ -30,6 +30,7 @@ from ...schemas.keys import check_key
 from ...schemas.limits import Limit
 from ..background import background_tasks
 from ..link import Arg, Reply
+from ..log_once import LogOnce
 from ..scripting import Scripts, run
 from .desk import Desk
 from .store_down import CLOSED_RETRY_MS
@@ -59,6 +60,7 @@ class Slots:
         self._script = scripts["slot_take"]
         self._ids = ids
         self._local: Counter[str] = Counter()
+        self._failing = LogOnce(desk.clock)
 
     def __repr__(self) -> str:
         return f"<Slots: {self._local.total()} held without the server>"
@@ -166,9 +168,10 @@ class Slots:
             with anyio.move_on_after(slot.until - clock.monotonic()):
                 try:
                     if (await self._ask(slot, limit, renew=True))[0]:
+                        self._failing.over()
                         continue
                 except (Unavailable, ServerRefused) as error:
-                    log.warning("slot.not_renewed", limit=limit.name, reason=str(error))
+                    self._failing.say(log, "slot.not_renewed", error, limit=limit.name)
                     continue
                 reason = "the server no longer knows it"
                 break
@@ -186,7 +189,7 @@ class Slots:
             try:
                 await self._desk.ledger.commands.call("ZREM", slot.key, slot.nonce)
             except (Unavailable, ServerRefused) as error:
-                log.warning("slot.not_released", reason=str(error))
+                self._failing.say(log, "slot.not_released", error)
 
     def _check(self, limit: Limit, lease_s: float) -> None:
         if not limit.concurrency:

@@ -29,6 +29,7 @@ from ...schemas.errors import ForebayError
 from ...schemas.errors_locks import LossReason
 from ..clock import Clock
 from ..instruments import Instruments
+from ..log_once import LogOnce
 from ..replication import Confirms
 from ..stalls import Stalls
 from .lease import Lease
@@ -86,6 +87,7 @@ class Renewals:
         self._instruments = instruments
         self._abandoned = abandoned
         self._replication = replication
+        self._failing, self._unreplicated = LogOnce(clock), LogOnce(clock)
         self._due = _Alarm(clock)
         self._end = _Alarm(clock)
 
@@ -176,9 +178,10 @@ class Renewals:
         try:
             now_us, statuses = await self._records.renew(named, timeout_ms=timeout_ms)
         except ForebayError as error:
-            log.warning("lease.not_renewed", leases=len(leases), error=str(error))
+            self._failing.say(log, "lease.not_renewed", error, leases=len(leases))
             self._failed(leases)
             return
+        self._failing.over()
         self._stalls.heard(now_us, at=sent_at)
         unconfirmed = []
         for lease, status in zip(leases, statuses, strict=True):
@@ -216,9 +219,10 @@ class Renewals:
         try:
             await replication.confirm(since=since, timeout_ms=timeout_ms)
         except ForebayError as error:
-            log.warning("lease.not_replicated", leases=len(leases), error=str(error))
+            self._unreplicated.say(log, "lease.not_replicated", error, leases=len(leases))
             self._failed(leases)
             return
+        self._unreplicated.over()
         for lease in leases:
             self._renewed(lease, sent_at)
 
@@ -229,7 +233,7 @@ class Renewals:
             # Not for longer than it was granted: the deadline stays, and is renewed afterwards.
             reclaimed = left_s > 0 and await self._records.reclaim(held, left_s)
         except ForebayError as error:
-            log.warning("lease.not_reclaimed", lock=lease.name, error=str(error))
+            self._failing.say(log, "lease.not_reclaimed", error, lock=lease.name)
             return
         if not reclaimed:
             self.lose(lease.nonce, "taken")

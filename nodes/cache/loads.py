@@ -103,7 +103,7 @@ class LoadPath(Generic[T]):
         try:
             renewed = await self.leases.take_over(lease.key, lease.token, call.tags)
         except (Unavailable, ServerRefused) as error:
-            log.warning("fill.failed", cache=self.name, key=lease.key, error=str(error))
+            self._failing.say(log, "fill.failed", error, cache=self.name, key=lease.key)
             return hit
         if renewed is None:
             return hit

@@ -20,6 +20,7 @@ from typing import Generic, TypeVar, assert_never
 import anyio
 import structlog
 
+from ...coordinator.log_once import LogOnce
 from ...schemas.errors import ForebayError, ServerRefused, SourceFailing, Unavailable
 from ...schemas.notices import Extended
 from ...schemas.settings import Limits
@@ -64,6 +65,7 @@ class ReadPath(Generic[T]):
             full=self._count_full,
         )
         self._core = core
+        self._refused = LogOnce(core.clock)
         self._staleness_s = loads.policy.staleness_ms / 1000
         self._refreshes = RefreshRequests(core, loads.name, lease_ms=loads.policy.lease_ms)
         self._looks: Looks[T] = Looks(core, loads, self._refreshes)
@@ -250,7 +252,7 @@ class ReadPath(Generic[T]):
     def _disconnected(self, key: str, error: Unavailable | ServerRefused) -> Hit[T] | None:
         """What the policy has to serve; None for the source."""
         if isinstance(error, ServerRefused):
-            log.error("shared_tier.refused", cache=self.name, error=str(error))
+            self._refused.say(log, "shared_tier.refused", error, level="error", cache=self.name)
         if self.policy.on_disconnected == "fail":
             raise error
         if self.policy.on_disconnected == "stale":

@@ -18,7 +18,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from ...coordinator.clock import Clock
-from ...schemas.errors import ConfigError
+from ...coordinator.log_once import LogOnce
+from ...schemas.errors import ConfigError, ForebayError
 from .refusals import refuse
 
 __all__ = ["Bearer", "bearer_of"]
@@ -64,6 +65,7 @@ class Bearer:
         """Raises OSError or ValueError: there is no token."""
         self._path = path
         self._clock = clock
+        self._failing = LogOnce(clock)
         self._looked_at = clock.monotonic()
         self._stamp = self._stamped()
         self._token = self._read()
@@ -91,8 +93,12 @@ class Bearer:
             self._stamp = stamp
             self._token = self._read()
         except (OSError, ValueError) as error:
-            log.error("http.token_not_read", path=str(self._path), reason=_why(error))
+            failed = ForebayError(_why(error))
+            self._failing.say(
+                log, "http.token_not_read", failed, level="error", path=str(self._path)
+            )
         else:
+            self._failing.over()
             log.info("http.token_replaced", path=str(self._path))
 
     def _stamped(self) -> tuple[int, int, int]:

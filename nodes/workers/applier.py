@@ -25,6 +25,7 @@ import structlog
 
 from ...coordinator.introduction import read_info
 from ...coordinator.link import Commands, Reply
+from ...coordinator.log_once import LogOnce
 from ...coordinator.scripting import Call, run_many
 from ...schemas.errors import (
     Backpressure,
@@ -79,6 +80,7 @@ class Applier:
         self._routes = routes
         self._shared = core.shared
         self._counts = core.instruments.counts
+        self._full = LogOnce(core.clock)
         self._clock = core.clock
         self._is_full = False  #: the server's memory, as far as is known
         self._told_at = float("-inf")
@@ -105,9 +107,8 @@ class Applier:
                 held += await self._advance(heads, letters)
             queues = {shard: queue for shard, queue in queues.items() if queue}
             if queues and len(held) == len(queues):
-                if not waited:
-                    log.warning("ingress.held_back", streams=len(held), error=str(held[0]))
                 waited = True
+                self._full.say(log, "ingress.held_back", held[0], streams=len(held))
                 await anyio.sleep(_FULL_S)
         return letters
 

@@ -20,6 +20,7 @@ from msgspec import Struct
 from ...coordinator.clock import ServerClock
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.locks.kinds import Wanted
+from ...coordinator.log_once import LogOnce
 from ...coordinator.scripting import granted
 from ...schemas.errors import CoordinationError, ForebayError
 from ...schemas.keys import EVENTS, Names
@@ -64,7 +65,7 @@ class Chores:
         self._round_s = round_s
         self._streams: dict[str, Figures] = {}
         self._dead: int | None = None
-        self._fault: type[Exception] | None = None
+        self._failing, self._overgrowing, self._leading = LogOnce(), LogOnce(), LogOnce()
 
     def __repr__(self) -> str:
         return f"<Chores, {'leading' if self.leading else 'not leading'}>"
@@ -89,7 +90,7 @@ class Chores:
                 async with self._locks.lock(LEADER, lease=_LEASE_S):
                     await self._lead()
             except CoordinationError as error:
-                log.info("leader.lost", reason=str(error))
+                self._leading.say(log, "leader.lost", error, level="info")
             except ForebayError as error:
                 self._tell(error)
             finally:
@@ -105,7 +106,7 @@ class Chores:
             except ForebayError as error:
                 self._tell(error)
             else:
-                self._fault = None
+                self._failing.over()
             await anyio.sleep(self._round_s)
 
     async def round(self) -> None:
@@ -125,9 +126,16 @@ class Chores:
         dead = [names.part(shard, "dead") for shard in (EVENTS, *shards)]
         self._dead, self._streams = sum(await self._lengths(dead)), found
         logs = await self._lengths([names.part(shard, "log") for shard in shards])
-        for shard, length in enumerate(logs):
-            if length > self._overgrown:
-                log.warning("log.overgrown", shard=shard, entries=length)
+        self._tell_of_overgrown(logs)
+
+    def _tell_of_overgrown(self, lengths: Sequence[int]) -> None:
+        grown = {shard: n for shard, n in enumerate(lengths) if n > self._overgrown}
+        if not grown:
+            return self._overgrowing.over()
+        error = ForebayError(f"{len(grown)} shards have logs of over {self._overgrown} entries")
+        shard, entries = max(grown.items(), key=lambda each: each[1])
+        self._overgrowing.say(log, "log.overgrown", error, shard=shard, entries=entries)
+        return None
 
     async def _figures(self, streams: Sequence[str]) -> Figures:
         lengths = await self._lengths(streams)
@@ -156,9 +164,7 @@ class Chores:
         return granted(await self._commands.call_many(list(commands)))
 
     def _tell(self, error: ForebayError) -> None:
-        if type(error) is not self._fault:
-            log.warning("chores.failed", error=str(error))
-        self._fault = type(error)
+        self._failing.say(log, "chores.failed", error)
 
 
 def _ms(entry_id: Any) -> int:

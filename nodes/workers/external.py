@@ -32,6 +32,7 @@ from anyio.abc import TaskStatus
 from ...coordinator.clock import Clock
 from ...coordinator.dialer import Dialer
 from ...coordinator.instruments import Instruments
+from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Tenure
 from ...coordinator.tracking import Tracking
 from ...schemas.errors import ForebayError
@@ -144,7 +145,7 @@ class ExternalWriters:
         self._tenure: Tenure | None = None
         self._turn = anyio.Event()
         self._reset_from = float("-inf")
-        self._failure: type[ForebayError] | None = None
+        self._failing = LogOnce(clock)
         prefix = f"{{{names.namespace}:".encode()
         self.tracking = (
             None
@@ -216,10 +217,10 @@ class ExternalWriters:
             except ForebayError as error:
                 fault = error
             if fault is not None:
-                say = log.debug if type(fault) is self._failure else log.warning
-                say("external_writers.interrupted", error=str(fault))
+                self._failing.say(log, "external_writers.interrupted", fault)
                 await anyio.sleep(_RETRY_S)
-            self._failure = None if fault is None else type(fault)
+            else:
+                self._failing.over()
 
     async def _reset(self) -> ForebayError | None:
         """Reset the shards in doubt, though not more often than V4 says."""

@@ -29,6 +29,7 @@ import structlog
 from anyio.abc import TaskStatus
 
 from ...coordinator.link import Arg, Commands, Reply
+from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Scripts, run
 from ...schemas.errors import (
@@ -114,7 +115,7 @@ class Ingress:
         self._idle = anyio.Event()
         self._busy = False
         self._yielding = False
-        self._failure: type[Exception] | None = None
+        self.failing = LogOnce(core.clock)
         self._before = names.part(EVENTS, "before")
         self._newest = _NO_MARK  # of what is known to be applied
         self.ahead_ms = 0  #: how far the newest id is ahead of the server's clock, if far
@@ -154,9 +155,7 @@ class Ingress:
             except Fenced as error:
                 log.info("ingress.given_up", error=str(error))
             except ForebayError as error:
-                say = log.debug if type(error) is self._failure else log.warning
-                say("ingress.interrupted", error=str(error))
-                self._failure = type(error)
+                self.failing.say(log, "ingress.interrupted", error)
                 await anyio.sleep(_RETRY_S)
 
     async def _serve(self, tenure: Tenure) -> None:
@@ -172,7 +171,7 @@ class Ingress:
                 generation = await self._take_over(tenure, entries)
                 if entries:
                     await self._apply(tenure, entries, generation)
-                self._failure = None
+                self.failing.over()
             finally:
                 self._busy = False
                 self._idle.set()

@@ -71,7 +71,7 @@ class Refreshes:
         self._limiter = anyio.CapacityLimiter(running_max)
         self._counts = instruments.counts
         self._rung: set[int] = set()
-        self._failing = LogOnce()
+        self.failing, self._loading = LogOnce(), LogOnce()
         self._wake = anyio.Event()
 
     def __repr__(self) -> str:
@@ -96,7 +96,7 @@ class Refreshes:
                         await self._limiter.acquire_on_behalf_of(job)
                         tasks.start_soon(self._do, job)
                 except ForebayError as error:
-                    self._failing.say(log, "refreshes.failed", error)
+                    self.failing.say(log, "refreshes.failed", error)
                 with anyio.move_on_after(_SWEEP_S) as swept:
                     await self._wake.wait()
                 if swept.cancelled_caught:
@@ -128,9 +128,9 @@ class Refreshes:
     def _tell(self, refused: Sequence[ServerRefused]) -> None:
         """One line for all shards; nothing refused, nothing failing."""
         if refused:
-            self._failing.say(log, "refreshes.refused", refused[0], shards=len(refused))
+            self.failing.say(log, "refreshes.refused", refused[0], shards=len(refused))
         else:
-            self._failing.over()
+            self.failing.over()
 
     async def _make_groups(self, shards: Sequence[int]) -> list[ServerRefused]:
         """From the first entry on. Another node may be faster, which is as good."""
@@ -151,7 +151,7 @@ class Refreshes:
             # The loader's own; it was counted, and nobody waits for this one.
             if asked_to_stop(error):
                 raise
-            log.warning("refresh.failed", error=f"{type(error).__name__}: {error}")
+            self._loading.say(log, "refresh.failed", error, kind=type(error).__name__)
         finally:
             self._limiter.release_on_behalf_of(job)
             self._counts["refreshes", result] += 1

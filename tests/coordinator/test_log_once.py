@@ -1,4 +1,4 @@
-"""A failure that goes on is logged once a minute: F1-F4."""
+"""A failure that goes on is logged once a minute: F1-F5."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from forebay.coordinator.log_once import EVERY_S, LogOnce
-from forebay.schemas.errors import Disconnected, ForebayError, ServerRefused, TimedOut
+from forebay.coordinator.log_once import EVERY_S, Failing, LogOnce
+from forebay.schemas.errors import BreakerOpen, Disconnected, ForebayError, ServerRefused, TimedOut
 
 log = structlog.get_logger(__name__)
 
@@ -29,7 +29,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def once(clock: Clock) -> LogOnce:
-    return LogOnce(clock)
+    return LogOnce(clock, connection=True)
 
 
 def said(once: LogOnce, *errors: Exception, event: str = "x.failed", **fields: Any) -> list[Any]:
@@ -80,16 +80,16 @@ def test_an_unreachable_server_is_one_kind_and_each_refusal_another(once: LogOnc
 def test_what_fails_after_it_worked_is_news(once: LogOnce) -> None:
     """F3: at once, without a count of the outage before."""
     said(once, Disconnected("a"), Disconnected("a"))
-    assert once.failing
+    assert once.failing == Failing(1_000.0, 2, "valkey is unavailable: a")
     once.over()
-    assert not once.failing
+    assert once.failing is None
     [line] = said(once, Disconnected("a"))
     assert line["log_level"] == "warning"
     assert "left_out" not in line
 
 
 def test_remembered_kinds_are_bounded(once: LogOnce) -> None:
-    """F4: the oldest is forgotten first, so it is a warning again."""
+    """F5: the oldest is forgotten first, so it is a warning again."""
     said(once, *(ServerRefused(f"E{n}", "x", "GET") for n in range(101)))
     newest, oldest = said(once, ServerRefused("E100", "x", "GET"), ServerRefused("E0", "x", "GET"))
     assert (newest["log_level"], oldest["log_level"]) == ("debug", "warning")
@@ -98,3 +98,13 @@ def test_remembered_kinds_are_bounded(once: LogOnce) -> None:
 def test_the_level_is_the_callers(once: LogOnce) -> None:
     """F1: a sink that stopped is an error, not a warning."""
     assert said(once, TimedOut(1), level="error")[0]["log_level"] == "error"
+
+
+def test_without_a_connection_only_the_connection_repeats(clock: Clock) -> None:
+    """F4: an outage is one line a minute, and not one for each loop; silence is each loop's own."""
+    once = LogOnce(clock)
+    levels = []
+    for error in (TimedOut(1), Disconnected("x"), BreakerOpen("primary", 5), TimedOut(1)):
+        levels += [line["log_level"] for line in said(once, error)]
+        clock.time += EVERY_S
+    assert levels == ["warning", "debug", "debug", "warning"]

@@ -197,7 +197,7 @@ async def test_faults_of_the_server_are_waited_out(open_shop: OpenShop, make_ser
         server.execute("CONFIG", "SET", "min-replicas-to-write", 1)
         ingress, behind = shop.ingress(owner), shop.write_behind(owner)
         async with at_work(ingress, behind):
-            await until(lambda: ingress._failure is not None)
+            await until(lambda: ingress.failing.failing is not None)
             server.execute("CONFIG", "SET", "min-replicas-to-write", 0)
             await shop.applied(ids[-1])
             await until(lambda: table.values() == {"flight:1": 1})

@@ -1,0 +1,113 @@
+"""A server that is silent for a while during the start: U5."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+import forebay
+from forebay.schemas.errors import StartupError
+from forebay.schemas.settings import NodeSettings, Settings, Valkey
+from valkeyd import ValkeyServer
+
+
+class Silence:
+    """A way to a server on which nothing passes for a while, from the ``at``-th request on."""
+
+    def __init__(self, port: int, *, at: int, seconds: float) -> None:
+        self._port = port
+        self._at = at
+        self._seconds = seconds
+        self._open = asyncio.Event()
+        self._open.set()
+        self.requests = 0
+        self.fell = False
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        theirs, ours = await asyncio.open_connection("127.0.0.1", self._port)
+        await asyncio.gather(
+            self._pump(reader, ours, asks=True), self._pump(theirs, writer, asks=False)
+        )
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asks: bool
+    ) -> None:
+        try:
+            while chunk := await reader.read(65_536):
+                if asks:
+                    self._asked()
+                await self._open.wait()
+                writer.write(chunk)
+        except OSError:
+            pass  # either side has hung up
+        finally:
+            writer.transport.abort()
+
+    def _asked(self) -> None:
+        self.requests += 1
+        if self.requests == self._at:
+            self.fell = True
+            self._open.clear()
+            asyncio.get_running_loop().call_later(self._seconds, self._open.set)
+
+
+@asynccontextmanager
+async def silence(server: ValkeyServer, *, at: int, seconds: float) -> AsyncIterator[Any]:
+    between = Silence(server.port, at=at, seconds=seconds)
+    listening = await asyncio.start_server(between.serve, "127.0.0.1", 0)
+    try:
+        yield between, listening.sockets[0].getsockname()[1]
+    finally:
+        listening.close()
+
+
+def node_at(port: int, namespace: str, *, startup_timeout_ms: int) -> forebay.Node:
+    node = forebay.Node(
+        settings=Settings(
+            node=NodeSettings(namespace=namespace, shards=4),
+            valkey=Valkey(
+                url=f"valkey://127.0.0.1:{port}/0",
+                connect_timeout_ms=300,
+                command_timeout_ms=100,
+                startup_timeout_ms=startup_timeout_ms,
+            ),
+        )
+    )
+
+    @node.cached("item:{id}", ttl=60)
+    async def item(id: int) -> int:
+        return id
+
+    return node
+
+
+@pytest.mark.parametrize("at", range(1, 32, 2))
+async def test_a_server_that_is_silent_for_a_while_is_waited_for(
+    valkey_server: ValkeyServer, namespace: str, at: int
+) -> None:
+    """U5: at whatever request it falls silent, the node starts when it answers again."""
+    async with silence(valkey_server, at=at, seconds=0.3) as (between, port):
+        node = node_at(port, namespace, startup_timeout_ms=20_000)
+        async with node:
+            with anyio.fail_after(20):
+                while not between.fell:  # the last ones come when it has started
+                    await anyio.sleep(0.01)
+                assert await node.caches[0](7) == 7
+
+
+@pytest.mark.parametrize("at", [5, 18, 22, 24])
+async def test_a_server_that_stays_silent_fails_the_start_in_time(
+    valkey_server: ValkeyServer, namespace: str, at: int
+) -> None:
+    """U5: one error that names the server, when the time for a start is over."""
+    async with silence(valkey_server, at=at, seconds=60) as (between, port):
+        node = node_at(port, namespace, startup_timeout_ms=400)
+        with anyio.fail_after(20), pytest.raises(StartupError, match=f":{port}"):
+            async with node:
+                pytest.fail("it started")
+        assert between.fell
