@@ -76,7 +76,7 @@ async def test_what_was_published_until_memory_was_full_is_applied(
 async def test_events_of_every_kind_pass_when_memory_is_full(
     server: ValkeyServer, namespace: str
 ) -> None:
-    """Invalidations, refused events, events of newer versions, writes without a sink, and poison."""
+    """Invalidations, refused events, events of newer versions, writes to no sink, and poison."""
     stream, table = f"forebay:{namespace}:events", Table()
     table.poison = {"poison"}
     async with workshop(server, namespace, sinks={"flight:{id}": table}) as shop:
