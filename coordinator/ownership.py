@@ -119,6 +119,7 @@ class Ownership:
         self._hurry = anyio.Event()
         self._beating = anyio.Lock()
         self._left = False
+        self._fenced: list[Tenure] = []  # to be released with the next beat
 
     def add(self, successor: Successor) -> None:
         self._successors.append(successor)
@@ -189,10 +190,11 @@ class Ownership:
         return self._succession.in_force(resource, self._clock.monotonic())
 
     def fenced(self, tenure: Tenure) -> None:
-        """A commit was refused: another owner is in force."""
+        """A commit was refused, or a batch: another owner is in force, or was (S7)."""
         self._instruments.counts["fenced",] += 1
         if self.tenures.get(tenure.resource) is tenure:
-            self._tell(self._succession.lose(tenure, "fenced"))
+            self._tell(self._succession.fenced(tenure, self._clock.monotonic()))
+            self._fenced.append(tenure)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Beat until cancelled; started after the first beat."""
@@ -225,6 +227,9 @@ class Ownership:
             if self._left:
                 return
             await self._enrol()
+            if self._fenced:
+                fenced, self._fenced = self._fenced, []
+                await self._let_go(fenced)
             await self._claim()
             self._surplus += self._succession.to_yield()
             if self._surplus:

@@ -14,6 +14,8 @@ S5  What was released is not claimed before the server has answered, or for one 
     that overtook the release would renew what is then given away.
 S6  What was declined, or is left, is not claimed again. What is deferred is claimed only if the
     assignment finds nobody else for it.
+S7  What was fenced off is released before it is claimed, so that the next epoch is larger: a
+    server that lost what it had accepted last may hold an epoch that a sink has seen the end of.
 """
 
 from __future__ import annotations
@@ -155,6 +157,11 @@ class Succession:
         """Give it up; ``released`` is to be called when the server has done so."""
         self._resting[tenure.resource] = now + self._ttl_ms / 1000
         return self.lose(tenure, "released")
+
+    def fenced(self, tenure: Tenure, now: float) -> Lost:
+        """Work under its epoch was refused; not claimed again before it was released (S7)."""
+        self._resting[tenure.resource] = now + self._ttl_ms / 1000
+        return self.lose(tenure, "fenced")
 
     def released(self, resources: Iterable[int]) -> None:
         for resource in resources:

@@ -246,16 +246,27 @@ class Desk:
         await self.commands.call("HSET", self.part("own"), "u", 1)
 
     async def commit(
-        self, owner: str, epoch: int, position: str, sunk: Sequence[tuple[str, int]] = ()
+        self,
+        owner: str,
+        epoch: int,
+        position: str,
+        sunk: Sequence[tuple[str, int]] = (),
+        *,
+        follows: str = "",
+        last: str = "",
     ) -> list[Reply]:
         ms, _, seq = position.partition("-")
         keys = [self.part("own"), self.part("done"), self.part("writes"), self.part("head")]
         for key, _ in sunk:
             keys += [self.names.entry(key), self.names.lease(key)]
         args: list[Arg] = [owner, epoch, "writes", position, f"{ms}-{int(seq) + 1}"]
-        args += [self.names.work, self.shard]
+        args += [self.names.work, self.shard, follows, last]
         args += [version for _, version in sunk]
         return list(await self.run("checkpoint_commit", keys, *args))
+
+    async def trim(self, following: str, *checkpoints: str) -> int:
+        keys = [self.part("done"), self.part("writes")]
+        return int(await self.run("writes_trim", keys, following, *checkpoints))
 
     async def hold(
         self,

@@ -13,8 +13,10 @@
 -- ARGV[5] next      id after it: entries before are trimmed
 -- ARGV[6] work      channel of jobs; empty: nobody waits for this checkpoint
 -- ARGV[7] shard     number of the shard
--- ARGV[8..] the version that was sunk, of each key
--- Returns {1}; {0, epoch} fenced off: another owns it since
+-- ARGV[8] from      checkpoint that the caller went on from; empty: it is not compared
+-- ARGV[9] last      id of the last entry read, which must still be there; empty: it is not looked for
+-- ARGV[10..] the version that was sunk, of each key
+-- Returns {1}; {2} the checkpoint stays: the stream is not what was read; {0, epoch} fenced off
 --
 -- I1 Nothing is written for anyone but the owner of this epoch.
 -- I2 An entry with a newer write pending stays as it is.
@@ -23,7 +25,9 @@
 -- I4 Whoever hears of it on the channel finds the checkpoint moved.
 -- I5 The entry is found in whatever cache version it was written. An older write of the key in
 --    another version was sunk with it, and its entry is gone.
--- I6 A load that began before the write was sunk cannot fill any more: of another cache version,
+-- I6 A server that lost what was accepted last (its log's tail, a failover) loses nothing more by it:
+--    a checkpoint that went back is not moved on by one who read further, and nothing is trimmed.
+-- I7 A load that began before the write was sunk cannot fill any more: of another cache version,
 --    or of an entry that was lost meanwhile.
 
 local function settle_write(entry_key, sunk, is_full)
@@ -40,17 +44,21 @@ end
 
 local known = redis.call("HMGET", KEYS[1], "o", "e")
 if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return { 0, known[2] or "0" } end
-local moved = redis.pcall("HSET", KEYS[2], ARGV[3], ARGV[4])
+local stored = redis.call("HGET", KEYS[2], ARGV[3]) or "0-0"
+local lost = (ARGV[8] ~= "" and ARGV[8] ~= stored)
+  or (ARGV[9] ~= "" and #redis.call("XRANGE", KEYS[3], ARGV[9], ARGV[9]) == 0)
+local position = lost and stored or ARGV[4]
+local moved = redis.pcall("HSET", KEYS[2], ARGV[3], position)
 local is_full = type(moved) ~= "number"
 if is_full then
   -- A first write that memory limits never refuse; none after it is refused either (I3).
   redis.call("PERSIST", KEYS[2])
-  redis.call("HSET", KEYS[2], ARGV[3], ARGV[4])
+  redis.call("HSET", KEYS[2], ARGV[3], position)
 end
-redis.call("XTRIM", KEYS[3], "MINID", ARGV[5])
+if not lost then redis.call("XTRIM", KEYS[3], "MINID", ARGV[5]) end
 local labels = redis.call("HGET", KEYS[4], "c") or ""
 for i = 5, #KEYS, 2 do
-  local sunk = tonumber(ARGV[(i - 5) / 2 + 8])
+  local sunk = tonumber(ARGV[(i - 5) / 2 + 10])
   settle_write(KEYS[i], sunk, is_full)
   for _, label in ipairs((other_labels(labels, KEYS[i]))) do
     local other = sibling(KEYS[i], label)
@@ -58,5 +66,6 @@ for i = 5, #KEYS, 2 do
   end
   redis.call("DEL", KEYS[i + 1])
 end
+if lost then return { 2 } end
 if ARGV[6] ~= "" then redis.call("PUBLISH", ARGV[6], "d " .. ARGV[7]) end
 return { 1 }

@@ -23,10 +23,13 @@ def checkpoint_call(
     position: str,
     stream: str = "writes",
     trimmed_to: str = "0-0",
+    follows: str = "",
+    last: str = "",
     newest: Mapping[str, Queued],
 ) -> Call:
     """Moves ``checkpoint`` to ``position``, and trims the stream up to ``trimmed_to``; ``newest``
-    are the writes that are done, by key.
+    are the writes that are done, by key. Where the checkpoint is not ``follows``, or the stream has
+    no entry ``last``, it moves nothing.
     """
     shard = tenure.resource
     return Call(
@@ -46,6 +49,8 @@ def checkpoint_call(
             following(trimmed_to),
             names.work,
             shard,
+            follows,
+            last,
             *(entry.version for entry in newest.values()),
         ],
     )

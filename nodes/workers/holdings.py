@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from ...coordinator.ownership import Tenure
 
@@ -14,19 +14,23 @@ class Place:
 
     __slots__ = (
         "busy",
+        "checkpoint",
         "committed",
         "emptied",
         "held",
         "parked",
         "position",
         "rung",
+        "sunk",
         "turn",
         "undecodable",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint  #: its name
+        self.committed = "0-0"  #: the checkpoint as it is in Valkey
+        self.sunk = "0-0"  #: the furthest position of this tenure
         self.position = ""  #: of the last entry read; empty: the checkpoint is not asked for yet
-        self.committed = "0-0"  #: the checkpoint
         self.held: str | None = "0-0"  #: of the last held entry read; None: all were read
         self.undecodable: dict[str, list[tuple[int, str]]] = {}  #: key -> version, id in held
         self.rung = True  #: there may be something to read
@@ -35,15 +39,24 @@ class Place:
         self.turn = 0  #: the round in which it was read last
         self.emptied = 0  #: the round in which nothing was found
 
+    def moved(self, committed: str) -> None:
+        """The checkpoint was committed."""
+        self.committed, self.sunk = committed, latest((self.sunk, committed))
+
+    def begin_again(self) -> None:
+        """What is remembered may be of another history: the checkpoint is to be asked for."""
+        self.position, self.held, self.rung = "", "0-0", True
+
 
 class Holding:
     """A shard's writes, for one tenure."""
 
     __slots__ = ("places", "tenure", "yielding")
 
-    def __init__(self, tenure: Tenure, lanes: int) -> None:
+    def __init__(self, tenure: Tenure, checkpoints: Sequence[str]) -> None:
+        """``checkpoints``: the name of each lane's."""
         self.tenure = tenure
-        self.places = tuple(Place() for _ in range(lanes))
+        self.places = tuple(Place(name) for name in checkpoints)
         self.yielding = False
 
     def __repr__(self) -> str:
@@ -61,6 +74,11 @@ class Holding:
     def passed(self) -> str:
         """The id that every lane is past."""
         return min((place.position or "0-0" for place in self.places), key=_order)
+
+    def checkpoints(self) -> Iterator[str]:
+        """Name and position of each lane's, by turns."""
+        for place in self.places:
+            yield from (place.checkpoint, place.committed)
 
 
 def latest(ids: Iterable[str]) -> str:

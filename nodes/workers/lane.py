@@ -16,6 +16,10 @@ W6  A value that this node cannot decode is held for a member that has not tried
 W7  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
 W8  A row that another transaction has locked holds up its own shard: the others are flushed one by
     one, and the shard is parked, that is flushed beside the rounds until the row is stored.
+W9  Positions are remembered only to spare a round trip: each read asks for the checkpoint, too, and
+    each commit and trim names it. Where the server has lost it, or what was read (a lost tail, a
+    failover), nothing is moved or trimmed, and the lane reads from the server's checkpoint
+    on. A key whose write comes a second time is invalidated: the sink may have a newer one.
 
 All shards share one flush, so that a slow trickle over many shards makes few transactions. A
 bell starts a round; a sweep finds what bells missed.
@@ -37,6 +41,7 @@ from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Call, Scripts, granted, run, run_many
 from ...schemas.errors import BusySinkError, Fenced, ForebayError
 from ...schemas.keys import Names
+from ...schemas.replies import order
 from ...schemas.settings import Workers
 from ..sinks.base import SinkBatch
 from .commits import checkpoint_call
@@ -55,6 +60,7 @@ _SWEEP_S = 0.25
 _BYTES_MAX = 16_777_216
 _ENTRY_BYTES = 4_096  # until some were seen
 _NAMES_TOGETHER = 1_000
+_LOST = 2  #: what checkpoint_commit says where the stream is not what was read
 
 
 class Lane:
@@ -178,7 +184,7 @@ class Lane:
     async def _locate(self, held: Sequence[Holding]) -> None:
         """Where to begin: the checkpoint."""
         replies = await self._commands.call_many(
-            [("HGET", self._names.part(each.shard, "done"), self._checkpoint) for each in held]
+            [("HGET", self._names.part(each.shard, "done"), self.checkpoint) for each in held]
         )
         for holding, reply in zip(held, granted(replies), strict=True):
             place = self._place(holding)
@@ -193,29 +199,32 @@ class Lane:
         stretches = []
         for holding in held:
             place, older = self._place(holding), None
+            stored = next(replies)
             if place.held is not None:
                 older = next(replies)
             entries = next(replies)
-            if older:
+            if (bytes(stored).decode() if stored else "0-0") != place.committed:
+                self._begin_again(holding)
+            elif older:
                 place.rung = True
                 stretches.append(await self._held_stretch(holding, older))
-                continue
-            place.held = None
-            if not entries:
-                place.emptied = self._rounds
-            else:
+            elif entries:
+                place.held = None
                 place.rung |= len(entries) >= count
                 found = [queued(*entry) for entry in entries]
-                stretches.append(Stretch(holding.tenure, found, done=place.committed))
+                stretches.append(Stretch(holding.tenure, found, place.committed))
+            else:
+                place.held, place.emptied = None, self._rounds
         self.backlog = sum(len(stretch.entries) for stretch in stretches)
         if stretches:
             self._entry_bytes = max(64, sum(each.size for each in stretches) // self.backlog)
         return stretches
 
     def _reads(self, holding: Holding, count: int) -> Iterator[Sequence[Arg]]:
-        """The next of those held, unless all were read; and the next of the writes."""
+        """The checkpoint, the next of those held unless all were read, the next of the writes."""
         place = self._place(holding)
         place.rung = False  # before reading: a bell from now on may mean what is not read
+        yield "HGET", self._names.part(holding.shard, "done"), self.checkpoint
         streams = [("held", place.held)] if place.held is not None else []
         for stream, position in [*streams, ("writes", place.position)]:
             name = self._names.part(holding.shard, stream)
@@ -228,7 +237,13 @@ class Lane:
         found = [
             queued(raw_id, fields, by) for (raw_id, fields), by in zip(entries, tokens, strict=True)
         ]
-        return Stretch(holding.tenure, found, held=True)
+        return Stretch(holding.tenure, found, self._place(holding).committed, held=True)
+
+    def _begin_again(self, holding: Holding | None) -> None:
+        """The checkpoint is elsewhere, or what was read is gone: see W9."""
+        if holding is not None:
+            log.warning("writes.read_again", sink=self._sink, shard=holding.shard)
+            self._place(holding).begin_again()
 
     async def _flush_ours(self, stretches: Sequence[Stretch], *, alone: bool = False) -> None:
         """Flush; if that is refused as fenced (W4), or busy (W8), flush what is not."""
@@ -282,6 +297,7 @@ class Lane:
             others=self._ownership.publishes_sinks,
         )
         versions.take(stretches)
+        versions.doubtful.update(self._repeated(versions))
         for stretch in stretches:
             await self._hold(stretch, versions.strays, versions)
         progress = [stretch.progress for stretch in stretches]
@@ -339,6 +355,14 @@ class Lane:
             held = self._place(holding).undecodable.setdefault(entry.job.key, [])
             held.append((entry.version, held_id))
 
+    def _repeated(self, versions: Versions) -> Iterator[str]:
+        """Keys of writes that this node has sunk before; the sink may have newer ones (W9)."""
+        for shard, entry in versions.taken():
+            holding = self._holdings.get(shard)
+            sunk = self._place(holding).sunk if holding else "0-0"
+            if entry.job is not None and order(entry.origin) <= order(sunk):
+                yield entry.job.key
+
     async def _invalidate_all(self, keys: Sequence[str], tags: Sequence[str]) -> None:
         for start in range(0, max(len(keys), len(tags)), _NAMES_TOGETHER):
             end = start + _NAMES_TOGETHER
@@ -346,7 +370,9 @@ class Lane:
 
     async def _commit(self, stretches: Sequence[Stretch], versions: Versions) -> None:
         newest = versions.newest()
-        calls = [self._commit_call(each, newest.get(each.shard, {})) for each in stretches]
+        calls = [
+            self._commit_call(each, newest.get(each.shard, {}), versions) for each in stretches
+        ]
         replies, moved = await run_many(self._commands, calls), []
         for stretch, reply in zip(stretches, replies, strict=True):
             if isinstance(reply, ForebayError):
@@ -354,12 +380,14 @@ class Lane:
             holding = self._holdings.get(stretch.shard)
             if not reply[0]:
                 self._ownership.fenced(stretch.tenure)
+            elif reply[0] == _LOST:
+                self._begin_again(holding)
             elif holding is not None and holding.tenure is stretch.tenure:
                 moved.append((holding, stretch))
         await self._forget_held(moved, versions)
         for holding, stretch in moved:
             place = self._place(holding)
-            place.committed = self._reached(stretch, newest.get(stretch.shard, {}))
+            place.moved(self._reached(stretch, newest.get(stretch.shard, {})))
             if stretch.held:
                 place.held = stretch.last_id
             else:
@@ -368,7 +396,9 @@ class Lane:
             [each for each, stretch in moved if len(each.places) > 1 and not stretch.held]
         )
 
-    def _commit_call(self, stretch: Stretch, newest: Mapping[str, Queued]) -> Call:
+    def _commit_call(
+        self, stretch: Stretch, newest: Mapping[str, Queued], versions: Versions
+    ) -> Call:
         holding = self._holdings.get(stretch.shard)
         only = not stretch.held and holding is not None and len(holding.places) == 1
         return checkpoint_call(
@@ -376,12 +406,24 @@ class Lane:
             self._names,
             self._node_id,
             stretch.tenure,
-            checkpoint=self._checkpoint,
+            checkpoint=self.checkpoint,
+            follows=stretch.follows,
+            last=self._last_left(stretch, versions),
             position=self._reached(stretch, newest),
             stream="held" if stretch.held else "writes",
             trimmed_to=stretch.last_id if only else "0-0",
             newest=newest,
         )
+
+    def _last_left(self, stretch: Stretch, versions: Versions) -> str:
+        """The last entry that must still be in the stream; empty if all were set aside."""
+        aside = {
+            entry.id
+            for held in (versions.strays, versions.undecodable)
+            for entry in held.get(stretch.shard, ())
+        }
+        left = [entry.id for entry in stretch.entries if entry.id not in aside]
+        return left[-1] if left and not stretch.held else ""
 
     def _reached(self, stretch: Stretch, newest: Mapping[str, Queued]) -> str:
         """The checkpoint, which never goes back; of those held, it passes the ids that they had."""
@@ -413,12 +455,16 @@ class Lane:
 
     async def _trim(self, moved: Sequence[Holding]) -> None:
         """With several lanes the last of them to pass an entry trims it."""
-        await self._commands.call_many(
-            [
-                ("XTRIM", self._names.part(each.shard, "writes"), "MINID", following(each.passed))
-                for each in moved
-            ]
-        )
+        part, script = self._names.part, self._scripts["writes_trim"]
+        calls = [
+            Call(
+                script=script,
+                keys=[part(each.shard, "done"), part(each.shard, "writes")],
+                args=[following(each.passed), *each.checkpoints()],
+            )
+            for each in moved
+        ]
+        await run_many(self._commands, calls)
 
     def _place(self, holding: Holding) -> Place:
         return holding.places[self._index]
@@ -434,5 +480,6 @@ class Lane:
         return self._ownership.in_force(tenure.resource) is tenure
 
     @property
-    def _checkpoint(self) -> str:
+    def checkpoint(self) -> str:
+        """Its name."""
         return f"writes:{self._sink}" if self._sink else "writes"

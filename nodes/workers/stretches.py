@@ -63,8 +63,8 @@ class Stretch(Struct, frozen=True):
 
     tenure: Tenure
     entries: Sequence[Queued]
+    follows: str = ""  #: the checkpoint as it was when this was read: the sink has its own up to it
     held: bool = False
-    done: str = "0-0"  #: the sink has its own writes up to here
 
     @property
     def shard(self) -> int:
@@ -131,7 +131,7 @@ class Versions:
         elif (
             found[0].name == self._sink
             and self._token not in entry.tried
-            and (stretch.held or latest((stretch.done, entry.id)) != stretch.done)
+            and (stretch.held or latest((stretch.follows or "0-0", entry.id)) != stretch.follows)
         ):
             self._waiting.setdefault(entry.job.key, []).append((stretch.shard, entry))
             self._taken.append((stretch.shard, entry))
@@ -188,6 +188,10 @@ class Versions:
         self.letters.setdefault(shard, []).append(DeadLetter(entry.origin, entry.raw, fault))
         if entry.job is not None:
             self.doubtful.add(entry.job.key)
+
+    def taken(self) -> Iterator[tuple[int, Queued]]:
+        """Shard and entry of all that are for this sink."""
+        return iter(self._taken)
 
     def finished(self) -> Iterator[tuple[int, Queued]]:
         """Shard and entry of all that need not be looked at again, in their order."""

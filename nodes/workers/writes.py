@@ -97,7 +97,9 @@ class WriteBehind:
 
     def gained(self, tenure: Tenure) -> None:
         if tenure.resource != EVENTS:
-            self._holdings[tenure.resource] = Holding(tenure, len(self.lanes))
+            self._holdings[tenure.resource] = Holding(
+                tenure, [lane.checkpoint for lane in self.lanes]
+            )
             self._wake()
 
     def lost(self, tenure: Tenure) -> None:

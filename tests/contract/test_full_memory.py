@@ -110,6 +110,11 @@ WORKS: dict[str, Act] = {
     "ingress_commit": lambda desk: of_ingress(
         desk, lambda epoch: desk.commit_batch("a", epoch, "5-0")
     ),
+    "writes_trim": lambda desk: desk.run(
+        "writes_trim",
+        [desk.names.part(desk.names.shard("pending"), name) for name in ("done", "writes")],
+        *(f"{1 << 63}-0", "nobody", "0-0"),
+    ),
     "roster_beat": lambda desk: desk.beat("b"),
     "meta_set": lambda desk: desk.run("meta_set", [desk.names.meta], "shards", 4),
     "stream_append": lambda desk: desk.append("dead", "a", "b", bound=5),
@@ -232,6 +237,7 @@ async def test_whoever_empties_the_streams_is_not_held_up(desk: Desk, full: Full
         position = bytes(job_id).decode()
         assert await desk.commit("a", int(epoch), position, [("k", int(version))]) == [1]
         assert await desk.length("writes") == 0
+        assert await desk.trim("99-0", "writes", position) == 1
         assert await desk.raw() is None  # as if it had expired: the source has it
         assert await desk.give_up("a", int(epoch)) == 1
         assert (await desk.claim("b", token="b"))[0] == 1

@@ -229,6 +229,8 @@ async def test_who_claims_again_after_a_release_has_a_new_epoch(desk: Desk) -> N
 
 # checkpoint_commit
 
+FAR = f"{1 << 63}-0"
+
 
 async def sunk(desk: Desk) -> tuple[int, int, str]:
     """A claim and a pending write: the owner's epoch, the write's version and its job's id."""
@@ -246,6 +248,51 @@ async def test_a_commit_moves_the_checkpoint_and_trims(desk: Desk) -> None:
         assert await desk.commands.call("HGET", desk.part("done"), "writes") == job_id.encode()
         ((_, fields),) = await desk.commands.call("XRANGE", desk.part("writes"), "-", "+")
         assert fields[3] == b"job of next"
+
+
+@pytest.mark.parametrize(
+    ("follows", "last", "lost"),
+    [
+        ("0-0", "job", False),
+        ("0-0", "", False),
+        ("1-0", "job", True),  # the checkpoint is no longer where the owner left it
+        ("0-0", "9-9", True),  # what it read is gone
+    ],
+)
+async def test_a_commit_of_what_the_server_lost_moves_nothing(
+    desk: Desk, follows: str, last: str, lost: bool
+) -> None:
+    """checkpoint_commit I6: but what is known to be sunk may expire."""
+    epoch, version, job_id = await sunk(desk)
+    last = job_id if last == "job" else last
+    reply = await desk.commit("a", epoch, job_id, [("k", version)], follows=follows, last=last)
+    done = await desk.commands.call("HGET", desk.part("done"), "writes")
+    assert (reply, done, await desk.length("writes")) == (
+        ([2], b"0-0", 1) if lost else ([1], job_id.encode(), 0)
+    )
+    assert (await desk.entry()).pending == 0
+
+
+async def test_a_second_checkpoint_is_compared_too(desk: Desk) -> None:
+    """checkpoint_commit I6: a commit follows the one before."""
+    epoch, _, first = await sunk(desk)
+    _, _, _, _, raw_id, _ = await desk.write("next")
+    second = bytes(raw_id).decode()
+    assert await desk.commit("a", epoch, first, follows="0-0", last=first) == [1]
+    assert await desk.commit("a", epoch, second, follows="0-0", last=second) == [2]
+    assert await desk.commit("a", epoch, second, follows=first, last=second) == [1]
+
+
+async def test_writes_are_trimmed_where_the_checkpoints_are_as_known(desk: Desk) -> None:
+    """writes_trim I1: one that went back keeps what it has to read again."""
+    epoch, _, _ = await sunk(desk)
+    await desk.commit("a", epoch, "0-1", last="")
+    await desk.write("next")
+    for known in (["writes", "0-2"], ["writes", "0-1", "writes:b", "0-1"], ["other", "0-1"]):
+        assert await desk.trim(FAR, *known) == 0
+    assert await desk.length("writes") == 2
+    assert await desk.trim(FAR, "writes", "0-1", "writes:b", "0-0") == 1
+    assert await desk.length("writes") == 0
 
 
 async def test_what_was_sunk_may_expire_again(desk: Desk) -> None:

@@ -108,7 +108,7 @@ class House:
         ms, _, seq = position.partition("-")
         args: list[Arg] = [
             node_id, tenure.epoch, "writes", position, f"{ms}-{int(seq) + 1}",
-            "", tenure.resource,
+            "", tenure.resource, "", "",
         ]  # fmt: skip
         return await run(self.link, SCRIPTS["checkpoint_commit"], keys, args)
 

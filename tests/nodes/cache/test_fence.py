@@ -336,7 +336,7 @@ def behind(story: Story, name: str) -> Steps:
     keys = [names.part(shard, "own"), names.part(shard, "done"), names.part(shard, "writes")]
     yield story.call(
         "checkpoint_commit", [*keys, names.part(shard, "head"), *names.of_key(story.key)[:2]],
-        "me", 1, story.key, "0-1", "0-1", "", shard, int(reply[1]),
+        "me", 1, story.key, "0-1", "0-1", "", shard, "", "", int(reply[1]),
     )  # fmt: skip
 
 

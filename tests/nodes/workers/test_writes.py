@@ -580,7 +580,7 @@ async def test_a_sink_that_was_cancelled_from_within_ends_nobodys_work(
 
 def test_the_slowest_lane_decides_what_was_passed() -> None:
     """An entry is trimmed when every lane is past it; one that has not begun is past nothing."""
-    holding = Holding(object(), 3)  # type: ignore[arg-type]
+    holding = Holding(object(), ["a", "b", "c"])  # type: ignore[arg-type]
     holding.places[0].position, holding.places[1].position = "10-9", "9-30"
     assert holding.passed == "0-0"
     holding.places[2].position = "10-10"
