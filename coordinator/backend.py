@@ -125,7 +125,11 @@ class Backend(anyio.AsyncContextManagerMixin):
                     await self._open(stack, endpoint, reader=None)
                 case UseUrl() as url:
                     await self._open(stack, url.endpoint, reader=url.reader)
-            self.findings = findings(self.facts, tls_insecure=self._settings.tls_insecure)
+            self.findings = findings(
+                self.facts,
+                tls_insecure=self._settings.tls_insecure,
+                ours=isinstance(self.choice, UseEmbedded),
+            )
             for each in self.findings:
                 log.warning("backend.finding", name=each.name, problem=each.problem, fix=each.fix)
             yield self

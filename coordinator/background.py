@@ -39,6 +39,7 @@ class BackgroundTasks:
 
     def __init__(self, group: TaskGroup) -> None:
         self._group = group
+        self._loop = asyncio.get_running_loop()
         self._handed_over: deque[Callable[[], object]] = deque()
         self._wake = asyncio.Event()
         self._closed = False
@@ -51,6 +52,16 @@ class BackgroundTasks:
         """Whether the tasks are being ended, or one has failed."""
         return self._closed
 
+    def check_loop(self) -> None:
+        """Raises ForebayError in another event loop than that of the tasks."""
+        running = asyncio._get_running_loop()  # noqa: SLF001  # public by name, and never raises
+        if running is not None and running is not self._loop:
+            raise ForebayError(
+                "the node runs in another event loop; use it in the loop that started it, from "
+                "another thread by asyncio.run_coroutine_threadsafe, or give this loop a node "
+                "of its own"
+            )
+
     def start_soon(
         self, function: Callable[..., Awaitable[object]], *args: Any, name: str | None = None
     ) -> None:
@@ -61,6 +72,7 @@ class BackgroundTasks:
         """
         if self._closed:
             raise Unavailable("the node is stopped")
+        self.check_loop()
         name = name or getattr(function, "__qualname__", repr(function))
         start = partial(self._group.start_soon, _failing_if_cancelled, function, args, name=name)
         if asyncio.current_task() is not None:

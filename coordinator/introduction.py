@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 Mode = Literal["standalone", "cluster", "sentinel"]
+Persistence = Literal["unknown", "none", "everysec", "always"]  #: "none": no append-only file
 
 PROBED = ("delifeq", "hgetdel", "hsetex", "msetex", "spublish", "wait", "waitaof")
 _POLL_S = 0.005
@@ -49,6 +50,7 @@ class ServerFacts(Struct, frozen=True, kw_only=True):
     maxmemory_policy: str
     has: frozenset[str]  #: those of ``PROBED`` that it knows
     clock: ServerClock
+    persistence: Persistence = "unknown"  #: what a loss of power takes
 
 
 class Finding(Struct, frozen=True, kw_only=True):
@@ -106,7 +108,19 @@ async def _facts(link: Link, target: Target, *, clock: Clock, primary: bool) -> 
         maxmemory_policy=info.get("maxmemory_policy", ""),
         has=await probe(link),
         clock=await read_clock(link, clock),
+        persistence=await _persistence(link, info),
     )
+
+
+async def _persistence(commands: Commands, info: dict[str, str]) -> Persistence:
+    """How soon what is accepted is on the disk; unknown, if the user may not ask."""
+    if info.get("aof_enabled") == "0":
+        return "none"
+    try:
+        _, value = await commands.call("CONFIG", "GET", "appendfsync")
+    except (ServerRefused, ValueError):
+        return "unknown"
+    return "always" if bytes(value) == b"always" else "everysec"
 
 
 def _unfit(
@@ -151,8 +165,19 @@ async def read_clock(commands: Commands, clock: Clock) -> ServerClock:
     return server_clock
 
 
-def findings(facts: ServerFacts, *, tls_insecure: bool) -> tuple[Finding, ...]:
+_LOSSES: dict[Persistence, str] = {
+    "none": "there is no append-only file: a restart of the server loses what was accepted",
+    "everysec": "the append-only file is synced once a second: a loss of power takes accepted "
+    "events, writes and invalidations of the last second or two",
+}
+
+
+def findings(facts: ServerFacts, *, tls_insecure: bool, ours: bool = False) -> tuple[Finding, ...]:
+    """``ours``: the server is embedded, and says itself what it keeps."""
     found = []
+    if not ours and (problem := _LOSSES.get(facts.persistence, "")):
+        fix = "set appendonly yes and appendfsync always; or change CACHE_VER after such a loss"
+        found.append(Finding(name="persistence", problem=problem, fix=fix))
     if facts.kind == "fakeredis":
         problem = "fakeredis: nothing is kept, and no other process sees it"
         found.append(Finding(name="fake", problem=problem, fix="set valkey.url to a server"))

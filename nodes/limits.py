@@ -121,6 +121,8 @@ class RateLimit:
     def _running(self) -> LimitSet:
         if self._set is None:
             raise ForebayError("the node is not running; use it inside `async with node:`")
+        if self._limiter is not None:
+            self._limiter.check_loop()
         return self._set
 
 

@@ -16,7 +16,7 @@ I3  A node runs once at a time, and may be started again after it has stopped.
 I4  Each start has an identity of its own in the cluster, also where ``node.id`` is the same:
     two processes are never taken for one owner.
 I5  Leaving the block drains first, also when it is cancelled; what the block raised comes out
-    as it is (see ``life``).
+    as it is (see ``life``). So does ``stop``; either may be done by any task of the loop.
 
 A node that has sinks also does the cluster's ordered work, unless ``workers.enabled`` says
 otherwise.
@@ -30,7 +30,7 @@ import socket
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -59,6 +59,8 @@ __all__ = ["Node"]
 
 log = structlog.get_logger(__name__)
 
+State = Literal["not running", "starting", "running", "draining", "drained", "failed"]
+
 
 class Node(Declarations, Locking):
     """Declare caches and sinks on it, then use it as ``async with node``."""
@@ -85,9 +87,8 @@ class Node(Declarations, Locking):
         self.drained: bool | None = None  #: whether the last drain was finished in time
 
     def __repr__(self) -> str:
-        state = "running" if self._running else "starting" if self._begun else "not running"
         settings = self._running.settings if self._running else self._in_code.settings
-        return f"<Node {settings.node.namespace} {self._id or '-'} {state}>"
+        return f"<Node {settings.node.namespace} {self._id or '-'} {self.state}>"
 
     def configure(self, resolved: Resolved, again: Callable[[], Resolved] | None = None) -> None:
         """Take these settings instead of looking for them; they replace those given in code.
@@ -99,7 +100,7 @@ class Node(Declarations, Locking):
         self._resolved, self._look_again = resolved, again
 
     async def __aenter__(self) -> Self:
-        return await self.start()
+        return await self.enter()
 
     async def __aexit__(
         self,
@@ -107,17 +108,40 @@ class Node(Declarations, Locking):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        parts = self.parts
+        await self._end(exc)
+
+    async def enter(self, *, workers: bool | None = None) -> Self:
+        """What ``async with`` does first: start, and have the current task cancelled should the
+        node fail, until ``__aexit__``.
+        """
+        await self.start(workers=workers)
         assert self._life is not None
+        self._life.hold()
+        return self
+
+    async def stop(self) -> None:
+        """Drain and stop, from any task of the loop; nothing if it does not run. Everybody who
+        asks returns when it has stopped.
+
+        Raises:
+            ForebayError: it runs in another event loop, or is asked by a hook of its own.
+            Whatever a stop hook raised, or the node failed with.
+        """
+        await self._end(None)
+
+    async def _end(self, error: BaseException | None) -> None:
+        life = self._life
+        if life is None:
+            return  # somebody else has stopped it
+        if self._running is not None:
+            self._running.tasks.check_loop()
         try:
-            ended_by_itself = await self._life.end(exc)
+            await life.end(error)
         finally:
-            self.drained = parts.drained
-            self._forget()
-            _say("node.stopped", drained=self.drained)
-        if ended_by_itself:
-            log.error("node.ended", reason="its tasks were cancelled from inside")
-            raise ForebayError("the node ended by itself: its tasks were cancelled from inside")
+            if life.over and self._life is life:
+                self.drained = self._running.drained if self._running else None
+                self._forget()
+                _say("node.stopped", drained=self.drained)
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[str]:
@@ -160,27 +184,34 @@ class Node(Declarations, Locking):
     async def start(self, *, workers: bool | None = None) -> Self:
         """Connect, become current, and start; ``workers`` where the settings do not say.
 
+        Whichever task of the loop starts the node, any may ``stop`` it. Should it fail in
+        between, the log says so, and ``stop`` raises the failure.
+
         Raises:
-            StartupError: the server cannot be reached or used. ConfigError: a setting.
+            StartupError: the server cannot be reached or used. ConfigError: a setting, or the
+            node runs already.
         """
+        if self._life is not None and self._life.over:
+            self._forget()  # it failed, or its loop is gone
         self._only_before_start()
         resolved = self._settings()
         self._id = resolved.settings.node.id or _made_up_id()
         told = [resolved.settings.valkey.password]
         configure_embedded(resolved.settings.log, instance=self._id, secrets=told)
         self._begun, self.drained, self._origins = True, None, resolved.origins
-        self._life = Life(self._living(resolved, otherwise=workers))
+        self._life = life = Life(self._living(resolved, workers))
         try:
-            await load("zstandard", optional=True)  # entries compressed by it may be there
-            await self._life.begin()
+            await life.begin()
         except BaseException:
-            self._forget()
+            if self._life is life:
+                self._forget()
             raise
         _say("node.running", namespace=self.namespace, workers=self.parts.crew is not None)
         return self
 
     @asynccontextmanager
-    async def _living(self, resolved: Resolved, *, otherwise: bool | None) -> AsyncGenerator[None]:
+    async def _living(self, resolved: Resolved, otherwise: bool | None) -> AsyncGenerator[None]:
+        await load("zstandard", optional=True)  # entries compressed by it may be there
         settings = resolved.settings
         works = settings.workers.enabled
         if works is None:
@@ -191,7 +222,14 @@ class Node(Declarations, Locking):
         ) as parts:
             self._running = parts
             self._limits.bind(parts.limiter, settings.limiter)
-            async with parts.at_work(workers=works, on_start=self._on_start, on_stop=self._on_stop):
+            life = self._life
+            assert life is not None
+            async with parts.at_work(
+                workers=works,
+                on_start=self._on_start,
+                on_stop=self._on_stop,
+                cancelled=lambda: life.cancelled,
+            ):
                 yield
 
     @property
@@ -211,10 +249,14 @@ class Node(Declarations, Locking):
         """The parts of the running node.
 
         Raises:
-            ForebayError: it is not running.
+            ForebayError: it is not running, has failed, or runs in another event loop.
         """
         if self._running is None:
             raise ForebayError("the node is not running; use it inside `async with node:`")
+        if self._life is not None and self._life.failure is not None:
+            failure = self._life.failure
+            raise ForebayError(f"the node has failed: {failure}; start it again") from failure
+        self._running.tasks.check_loop()
         return self._running
 
     @property
@@ -223,7 +265,20 @@ class Node(Declarations, Locking):
 
     @property
     def is_running(self) -> bool:
-        return self._running is not None
+        return self._running is not None and not (self._life is not None and self._life.over)
+
+    @property
+    def state(self) -> State:
+        """``drained``: it can still be read, and takes no new work; ``stop`` it."""
+        if self._life is None:
+            return "not running"
+        if self._life.over:
+            return "failed"
+        if self._running is None or not self._life.begun:
+            return "starting"
+        if self._running.draining:
+            return "draining" if self._running.drained is None else "drained"
+        return "running"
 
     async def invalidate(
         self,

@@ -52,7 +52,7 @@ from .cache.tags import TagTable
 from .cache.waits import KeyWaits
 from .explain.node_part import NodePart
 from .hearing import Hearing
-from .hooks import Hook, run_in_the_end
+from .hooks import Hook, run_hook, run_in_the_end
 from .locking import locks_of
 from .pacing import Pacing
 from .workers.crew import Crew, WorkParts, crew
@@ -269,12 +269,19 @@ class Running:
 
     @asynccontextmanager
     async def at_work(
-        self, *, workers: bool, on_start: Sequence[Hook], on_stop: Sequence[Hook]
+        self,
+        *,
+        workers: bool,
+        on_start: Sequence[Hook],
+        on_stop: Sequence[Hook],
+        cancelled: Callable[[], bool],
     ) -> AsyncGenerator[None]:
-        """Run the hooks and the workers, and drain in the end."""
-        async with run_in_the_end(on_stop), AsyncExitStack() as stack:
+        """Run the hooks and the workers, and drain in the end. ``cancelled`` tells whether this
+        task is cancelled from outside.
+        """
+        async with run_in_the_end(on_stop, cancelled), AsyncExitStack() as stack:
             for hook in on_start:
-                await hook()
+                await run_hook("on_start", hook, cancelled)
             if workers:
                 self.crew = await stack.enter_async_context(crew(self._work_parts()))
             yield

@@ -16,6 +16,7 @@ __all__ = [
     "Backpressure",
     "BreakerOpen",
     "BusySinkError",
+    "CancelledInside",
     "ConfigError",
     "CoordinationError",
     "DeadLettered",
@@ -92,6 +93,14 @@ class StartupError(ConfigError):
     """Raised when the configured server cannot serve us; the program exits with 3."""
 
     exit_code = 3
+
+
+class CancelledInside(ForebayError):
+    """Raised when code of the application was cancelled, though nobody cancelled its call."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} was cancelled from inside")
+        self.what = what
 
 
 class Unavailable(ForebayError):

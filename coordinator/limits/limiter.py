@@ -56,6 +56,7 @@ class Limiter:
         test_clock_us: Callable[[], int] | None = None,
     ) -> None:
         ledger = Ledger(commands, names, scripts, budget_ms=budget_ms, test_clock_us=test_clock_us)
+        self.check_loop = tasks.check_loop
         self.desk = Desk(ledger, clock=clock, tasks=tasks, instruments=instruments, members=members)
         self.reservations = Reservations(self.desk, ids=ids)
         self.slots = Slots(self.desk, scripts, ids=ids)

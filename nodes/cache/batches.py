@@ -25,7 +25,8 @@ from typing import Any
 import anyio
 
 from ...coordinator.background import BackgroundTasks
-from ...schemas.errors import LoaderError, Unavailable
+from ...schemas.errors import CancelledInside, LoaderError, Unavailable
+from ..cancellation import run_apart
 from .failures import CallFailed, own_copy
 from .flights import flying, flying_with
 from .loading import under_way
@@ -135,20 +136,16 @@ class Batches:
             above = [flight for _, _, flights in asked for flight in flights]
             with flying_with(above), under_way(None), outside():
                 with anyio.move_on_after(self._limit_s) as limit:
-                    found = await self._loader([item for item, _, _ in asked])
+                    what = f"the batch loader of {self._cache}"
+                    found = await run_apart(what, self._loader, [item for item, _, _ in asked])
                     self._share_out(asked, found)
             if limit.cancelled_caught:
                 problem = "the batch took longer than its lease"
                 self._fail(asked, LoaderError(self._cache, "", problem))
+        except CancelledInside:
+            self._fail(asked, LoaderError(self._cache, "", "it was cancelled from inside"))
         except Exception as error:
             self._fail(asked, error)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                self._fail(asked, Unavailable("the node is stopping"))
-                raise
-            # Nobody cancelled us: it waited for something that was cancelled.
-            self._fail(asked, LoaderError(self._cache, "", "it was cancelled from inside"))
         except BaseException:
             self._fail(asked, Unavailable("the node is stopping"))
             raise

@@ -222,6 +222,7 @@ class Cached(Writable[T], Generic[P, T]):
     def path(self) -> ReadPath[T]:
         if self._path is None:
             raise ForebayError(f"{self.name}: {NOT_RUNNING}")
+        self._path.check_loop()
         return self._path
 
     def bind(self, core: Core, defaults: CacheDefaults, limits: Limits) -> ReadPath[T]:

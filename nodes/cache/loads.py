@@ -18,7 +18,6 @@ L8  What callers get is what was made of the loader's value to be stored, also w
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Generic, Literal, TypeVar, cast
@@ -29,6 +28,7 @@ import structlog
 from ...coordinator.log_once import LogOnce
 from ...schemas.entry import Entry
 from ...schemas.errors import (
+    CancelledInside,
     ForebayError,
     InvalidEntry,
     LoaderError,
@@ -37,6 +37,7 @@ from ...schemas.errors import (
     Unavailable,
 )
 from ...schemas.keys import dependents_of
+from ..cancellation import run_apart
 from .core import Core, Hit, Lease, LoadCall, Tier
 from .fill_leases import FillLeases
 from .inheritance import inherited
@@ -256,7 +257,7 @@ class LoadPath(Generic[T]):
         try:
             limit_s = _OF_LEASE * self.policy.lease_ms / 1000
             with outside(), under_way(load), anyio.move_on_after(limit_s):
-                value = await call.run()
+                value = await run_apart(f"the loader of {self.name}", call.run)
                 result = "loaded"
                 absent = value is None or value is NOT_MODIFIED
                 return value if absent else self.codec.made(value)
@@ -264,11 +265,7 @@ class LoadPath(Generic[T]):
             raise LoaderError(self.name, key, "it took longer than its lease")
         except InvalidEntry as error:
             raise LoaderError(self.name, key, error.problem) from error
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # Nobody cancelled us: it waited for something that was cancelled.
+        except CancelledInside as error:
             raise LoaderError(self.name, key, "it was cancelled from inside") from error
         finally:
             core.instruments.observe(

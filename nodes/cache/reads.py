@@ -64,6 +64,7 @@ class ReadPath(Generic[T]):
             served_late=lambda: loads.count("shared", "stale"),
             full=self._count_full,
         )
+        self.check_loop = core.tasks.check_loop
         self._core = core
         self._refused = LogOnce(core.clock)
         self._staleness_s = loads.policy.staleness_ms / 1000

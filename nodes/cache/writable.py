@@ -347,6 +347,7 @@ class Writable(Generic[T]):
     def writes(self) -> WritePath[T]:
         if self._writes is None:
             raise ForebayError(f"{self.name}: {NOT_RUNNING}")
+        self._writes.check_loop()
         return self._writes
 
     def _timeout_ms(self, timeout_s: float) -> int:

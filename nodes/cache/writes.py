@@ -106,6 +106,7 @@ class WritePath(Generic[T]):
         labels_of: Callable[[str], Sequence[str]],
     ) -> None:
         self.name = reads.name
+        self.check_loop = core.tasks.check_loop
         self._core = core
         self._parts = parts
         self._reads = reads

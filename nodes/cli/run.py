@@ -130,7 +130,7 @@ async def run_node(node: Node, watched: Path | None) -> int:
         with _signals() as signals:
             signals.first = lambda _: life.cancel()
             async with AsyncExitStack() as stack:
-                await node.start(workers=True)
+                await node.enter(workers=True)
                 stack.push_async_exit(node.__aexit__)
                 tasks = await stack.enter_async_context(background_tasks())
                 tasks.start_soon(_fail_with, node.parts.backend.server)

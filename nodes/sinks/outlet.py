@@ -5,6 +5,7 @@ O1  The sink gets one batch at a time, whoever sends it; a sink with ``concurren
     write-through, or one shard's writes) does not hold up the writes of other shards.
 O2  It is opened before its first batch, once, and closed once; a batch after that opens it anew.
 O3  Whoever is cancelled while waiting has written nothing.
+O4  A sink that is cancelled from inside has failed, with CancelledInside.
 
 An outlet is a sink itself. What its sink raises comes out as it is.
 """
@@ -16,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 
+from ..cancellation import run_apart
 from .base import Sink, SinkBatch
 
 __all__ = ["Outlet"]
@@ -43,16 +45,16 @@ class Outlet:
 
     async def write(self, batch: SinkBatch) -> None:
         async with self._using(self._turn):
-            await self._sink.write(batch)
+            await run_apart(f"the sink {self.name}", self._sink.write, batch)
 
     async def write_beside(self, batch: SinkBatch) -> None:
         """As ``write``, for a batch that may have to wait for a locked row."""
         async with self._using(self._beside):
-            await self._sink.write(batch)
+            await run_apart(f"the sink {self.name}", self._sink.write, batch)
 
     async def progress(self, shards: Sequence[int]) -> Mapping[int, str]:
         async with self._using(self._turn):
-            return await self._sink.progress(shards)
+            return await run_apart(f"the sink {self.name}", self._sink.progress, shards)
 
     async def aclose(self) -> None:
         async with AsyncExitStack() as stack:
@@ -60,13 +62,13 @@ class Outlet:
                 await stack.enter_async_context(turn)
             if self._open:
                 self._open = False
-                await self._sink.aclose()
+                await run_apart(f"the sink {self.name}", self._sink.aclose)
 
     @asynccontextmanager
     async def _using(self, turn: anyio.Semaphore) -> AsyncGenerator[None]:
         async with turn:
             async with self._opening:
                 if not self._open:
-                    await self._sink.open(self._namespace)
+                    await run_apart(f"the sink {self.name}", self._sink.open, self._namespace)
                     self._open = True
             yield

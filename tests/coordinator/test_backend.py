@@ -263,10 +263,30 @@ async def test_evicting_streams_is_warned_of(
     make_server: MakeServer, policy: str, found: bool
 ) -> None:
     """A policy that may evict any key may evict a log; one for expiring keys may not."""
-    server = make_server(config={"maxmemory": "100mb", "maxmemory-policy": policy})
+    config = {"maxmemory": "100mb", "maxmemory-policy": policy}
+    server = make_server(config={**config, "appendonly": "yes", "appendfsync": "always"})
     async with backend_at(server.url) as backend:
         assert backend.facts.maxmemory_policy == policy
         assert [each.name for each in backend.findings] == (["eviction"] if found else [])
+
+
+@pytest.mark.parametrize(
+    "config, loses",
+    [
+        ({"appendonly": "no"}, "no append-only file"),
+        ({"appendonly": "yes", "appendfsync": "everysec"}, "the last second or two"),
+        ({"appendonly": "yes", "appendfsync": "no"}, "the last second or two"),
+        ({"appendonly": "yes", "appendfsync": "always"}, ""),
+    ],
+)
+async def test_what_a_loss_of_power_takes_is_warned_of(
+    make_server: MakeServer, config: dict[str, str], loses: str
+) -> None:
+    """Accepted is more than the disk has, unless every write is synced; and what helps then."""
+    async with backend_at(make_server(config=config).url) as backend:
+        found = [each for each in backend.findings if each.name == "persistence"]
+        assert [loses in each.problem for each in found] == ([True] if loses else [])
+        assert all("appendfsync always" in each.fix and "CACHE_VER" in each.fix for each in found)
 
 
 def test_unchecked_certificates_and_fakes_are_warned_of() -> None:

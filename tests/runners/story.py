@@ -1,14 +1,16 @@
 """What a service does with a node, to be run by every way to run a loop.
 
-Two nodes on the server of STORY_URL, in the namespace of STORY_NAMESPACE: batch loads, a refresh
-in the background, an explanation by both, a connection that is lost, a write to a sink, a limit,
-and locks over HTTP. ``tell`` returns what came of each; ``EXPECTED`` is what should.
+Two nodes on the server of STORY_URL, in a namespace that begins with STORY_NAMESPACE: batch
+loads, a refresh in the background, an explanation by both, a connection that is lost, a write to
+a sink, a limit, and locks over HTTP. ``tell`` returns what came of each;
+``EXPECTED`` is what should.
 
 As a module it is an application for uvicorn (``story:app``) and for aiohttp (``story:make_app``).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
 from collections.abc import AsyncIterator, Sequence
@@ -24,6 +26,8 @@ import forebay
 from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey
 
 __all__ = ["EXPECTED", "Story"]
+
+_numbers = itertools.count(1)
 
 EXPECTED = {
     "batch": [14, [2, 4, 6]],
@@ -43,11 +47,12 @@ class Story:
         self.source = "old"
         self.sunk: list[list[Any]] = []
         self.url = ""
+        self._namespace = f"{os.environ['STORY_NAMESPACE']}-{next(_numbers)}"
         self.nodes = [self._node() for _ in range(2)]
 
     def _node(self) -> forebay.Node:
         settings = Settings(
-            node=NodeSettings(namespace=os.environ["STORY_NAMESPACE"], shards=4),
+            node=NodeSettings(namespace=self._namespace, shards=4),
             valkey=Valkey(url=os.environ["STORY_URL"]),
             http=Http(port=0),
         )

@@ -118,20 +118,54 @@ def test_pytest_asyncio(env: dict[str, str], tmp_path: Path) -> None:
     )
     (tmp_path / "test_story.py").write_text(
         '''"""A user's own tests."""
+import pytest
+import pytest_asyncio
 from runners.story import EXPECTED, Story
 
 
-async def test_story():
+@pytest_asyncio.fixture
+async def in_block():
     story = Story()
     async with story.running():
-        assert await story.tell() == EXPECTED
+        yield story
+
+
+@pytest_asyncio.fixture
+async def started():
+    story = Story()
+    for node in story.nodes:
+        await node.start()
+    async with story.nodes[-1].serving() as story.url:
+        yield story
+    for node in story.nodes:
+        await node.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def shared():
+    story = Story()
+    async with story.running():
+        yield story
+
+
+async def test_fixture_with_a_block(in_block):
+    assert await in_block.tell() == EXPECTED
+
+
+async def test_fixture_that_starts_and_stops(started):
+    assert await started.tell() == EXPECTED
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_fixture_of_the_module(shared):
+    assert await shared.tell() == EXPECTED
 '''
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:anyio", "-p", "no:valkey"]
     command += ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "pytest_asyncio.plugin"]
     done = _run(command, tmp_path, {**env, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    assert "3 passed" in done.stdout
 
 
 def _run(command: list[str], cwd: Path, env: dict[str, str]) -> Any:
