@@ -11,6 +11,7 @@ import structlog
 from anyio.abc import TaskStatus
 
 from ..schemas.errors import ForebayError
+from ..schemas.replies import integer
 from .clock import Clock, ServerClock
 from .link import Commands
 
@@ -45,7 +46,7 @@ class ClockSync:
         """Ask for the time once."""
         sent_at = self._clock.monotonic()
         seconds, micros = await self._commands.call("TIME")
-        server_us = int(seconds) * 1_000_000 + int(micros)
+        server_us = integer(seconds, "TIME") * 1_000_000 + integer(micros, "TIME")
         moved_s = self._server_clock.observe(
             server_us, sent_at=sent_at, received_at=self._clock.monotonic()
         )

@@ -145,6 +145,15 @@ CATALOGUE = (
     Instrument("fills_refused_total", "Fills whose lease was gone.", ("cache",)),
     Instrument("loader_seconds", "One call of a loader.", ("cache", "result"), COARSE_S),
     Instrument("refreshes_total", "Refresh jobs, by their end.", ("result",)),
+    Instrument(
+        "work_oldest_age_seconds",
+        "Age of the oldest work that this node is responsible for; 0: none waits.",
+        (("kind", ("events", "writes", "refreshes")),),
+    ),
+    Instrument(
+        "sink_paused_seconds", "Since a sink takes nothing, tried again and again.", ("sink",)
+    ),
+    Instrument("sink_locked_rows", "Writes that wait for a row locked by others.", ("sink",)),
     Instrument("writebehind_queue_entries", "Writes that no sink has stored yet."),
     Instrument(
         "writebehind_held_total",

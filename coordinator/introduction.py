@@ -19,6 +19,7 @@ import anyio
 from msgspec import Struct
 
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, TimedOut, Unavailable
+from ..schemas.replies import integer
 from .binary import FLOORS, ServerKind, new_enough
 from .clock import Clock, ServerClock
 from .link import Commands, Link
@@ -160,7 +161,7 @@ async def read_clock(commands: Commands, clock: Clock) -> ServerClock:
     server_clock = ServerClock(clock)
     sent_at = clock.monotonic()
     seconds, micros = await commands.call("TIME")
-    server_us = int(seconds) * 1_000_000 + int(micros)
+    server_us = integer(seconds, "TIME") * 1_000_000 + integer(micros, "TIME")
     server_clock.observe(server_us, sent_at=sent_at, received_at=clock.monotonic())
     return server_clock
 

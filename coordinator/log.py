@@ -6,7 +6,8 @@ I1  ``live_until`` is a promise on the node's own clock: up to then, every chang
 I2  Notices of a shard are applied in the order of their ids, each once. The next id is
     seq + 1 of the same epoch; after anything else, a later epoch too, the shard is reset:
     its ``generation`` goes up, so that whatever was remembered of it is asked for again.
-    So it is after a notice that cannot be read, or whose application failed.
+    So it is after a notice that cannot be read, or whose application failed. A log whose ids no
+    epoch is past is begun anew by ``log_begin``.
 I3  The doorbell only makes it fast. A bell out of order makes its shard suspect at once
     (``live_until`` falls), until a read that was sent after it; a lost bell costs at most
     one sweep. A bell that the next read does not confirm resets its shard.
@@ -33,6 +34,7 @@ from msgspec import Struct
 from ..schemas.errors import ForebayError, ServerRefused
 from ..schemas.keys import Names
 from ..schemas.notices import Dropped, Notice, Position, read_bell, read_notice, write_notice
+from ..schemas.replies import WHOLE_MAX, digits, field_map
 from .clock import Clock
 from .instruments import Instruments
 from .link import Arg, Commands, Reply
@@ -51,6 +53,7 @@ _PAGE_MIN = 16
 _SWEEPS_PER_PROMISE = 2.5
 _BELLLESS_S = 0.05  # from sweep to sweep while there is no doorbell, or after a failure
 _BEGIN = write_notice(Dropped(()))
+_QUIET_S = 10.0
 _UNKNOWN = Position(0, 0)  # whatever comes next is a gap
 
 
@@ -106,6 +109,7 @@ class Follower:
         self._verified = -1
         self._doorbell_live = False
         self._failing = LogOnce(clock)
+        self._quiet_until = float("-inf")  # for what is unreadable
         self._reads = self._sweeps = self._notices = self._resets = 0
 
     def statistics(self) -> FollowerStatistics:
@@ -206,7 +210,7 @@ class Follower:
             self._take_page(view, entries)
             if len(entries) == page:
                 unfinished.add(view.number)
-        strayed = [v for v in views if v.strayed and v.number not in unfinished]
+        strayed = [v for v in views if v.spoilt or (v.strayed and v.number not in unfinished)]
         empty = [view for view, length in zip(views, lengths, strict=True) if not length]
         if (strayed or empty) and await self._find_ends(strayed, empty):
             return views
@@ -246,6 +250,10 @@ class Follower:
             if view.confirms(raw_id, fields[1]):
                 continue
             position = Position.parse(bytes(raw_id))
+            if position.epoch > WHOLE_MAX:
+                self._unread(view, f"the id {position}")
+                view.spoilt = True
+                return
             if view.contradicts(position):
                 self._forget(view, "false_bell")
             elif not view.follows(position):
@@ -258,7 +266,8 @@ class Follower:
         self._notices += 1
         notice = read_notice(raw)
         if notice is None:
-            # A newer node wrote it: what it changed is not known, so everything is doubtful.
+            # A newer node wrote it, or none: what it changed is not known, so all is doubtful.
+            self._unread(view, f"the notice {view.position} of {len(raw)} bytes")
             self._forget(view, "newer")
             return
         self._instruments.counts["notices_applied", type(notice).__name__.lower()] += 1
@@ -268,6 +277,13 @@ class Follower:
             # To be raised into the doorbell, it would be logged and the notice lost for good.
             log.exception("notice.failed", shard=view.number, position=str(view.position))
             self._forget(view, "failed")
+
+    def _unread(self, view: ShardView, what: str) -> None:
+        """Name what cannot be read, a few times a minute at most."""
+        now = self._clock.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + _QUIET_S
+            log.warning("log.unreadable", stream=self._logs[view.number], found=what)
 
     def _forget(self, view: ShardView, reason: ResetReason) -> None:
         view.generation += 1
@@ -324,8 +340,7 @@ def _end(reply: Reply) -> Position:
 
 def _fields(fields: Sequence[Any]) -> tuple[int, bytes]:
     """The version and the notice; what was not written by us has none that could be read."""
-    found = {
-        bytes(name): bytes(value) for name, value in zip(fields[::2], fields[1::2], strict=True)
-    }
+    found = field_map(fields)
     version = found.get(b"v", b"")
-    return (int(version), found.get(b"n", b"")) if version.isdigit() else (0, b"")
+    number = digits(version)
+    return (0, b"") if number is None or number > WHOLE_MAX else (number, found.get(b"n", b""))

@@ -31,6 +31,7 @@ import structlog
 from anyio.abc import TaskStatus
 
 from ..schemas.errors import ForebayError, Unavailable, Unconfirmed
+from ..schemas.replies import integer
 from .clock import Clock
 from .link import Commands
 from .log_once import LogOnce
@@ -182,7 +183,7 @@ class Replication:
         if own.connects != before:
             self._written_on = 0
             return 0
-        return int(reply)
+        return integer(reply, "WAIT")
 
     def _settle(self, *, confirmed: bool) -> None:
         """The marker has served those who came before it."""

@@ -3,7 +3,8 @@
 R1  Members are judged by the server's clock, in the script: suspect after three beats missed,
     after five gone; or away, as long as the place of a member with a label is kept.
 R2  A beat that brings no news transfers no members, however many there are.
-R3  A record that cannot be read is a member without weight, and no reason to fail.
+R3  A record that cannot be read is a member without weight, and no reason to fail; a name that
+    cannot be read is left out. What is told is bounded: members, resources, bytes.
 R4  A shard goes to a member that declares every sink, else to one that declares most; so does the
     ingress stream. A member without sinks declines all shards. While a member of a release that
     does not publish its sinks is there, sinks do not count: all compute as that release does.
@@ -21,9 +22,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal, get_args
 
 import msgspec
+import structlog
 from msgspec import Meta, Struct
 
+from ..schemas.errors import UnreadableRecord
 from ..schemas.keys import EVENTS
+from ..schemas.replies import integer, raw_bytes, text
 from .assignment import Candidate, assign
 from .link import Arg, Reply
 
@@ -39,6 +43,11 @@ __all__ = [
     "wanted",
 ]
 
+log = structlog.get_logger(__name__)
+
+_ID_BYTES_MAX = 512
+_MEMBERS_MAX = 1_000
+_HELD_DIGITS_MAX = 4_096  #: of 16,383 shards and the ingress stream
 State = Literal["active", "suspect", "leaving", "away", "gone"]
 _RANK: tuple[State, ...] = ("away", "suspect", "leaving", "active")  #: whose word on owning counts
 STATES: tuple[State, ...] = get_args(State)[:-1]  #: those that are in the roster
@@ -93,8 +102,10 @@ def pack(resources: Iterable[int]) -> str:
 
 
 def unpack(digits: str) -> frozenset[int]:
-    bits = int(digits or "0", 16)
-    return frozenset(at + EVENTS for at in range(bits.bit_length()) if bits >> at & 1)
+    if len(digits) > _HELD_DIGITS_MAX:
+        raise ValueError("more resources than there can be")
+    bits = bin(int(digits or "0", 16))[:1:-1]
+    return frozenset(at + EVENTS for at, bit in enumerate(bits) if bit == "1")
 
 
 class Roster:
@@ -111,17 +122,31 @@ class Roster:
 
     def learn(self, reply: Sequence[Reply]) -> bool:
         """Take in a reply; whether the roster that was known before is lost."""
-        known, self.version = self.version, int(reply[0])
+        known, self.version = self.version, integer(reply[0], "the roster's version")
         whole = bool(reply[1])
         if whole:
             self.members = {}
         for name, record in zip(reply[2::2], reply[3::2], strict=True):
-            member = _read(bytes(name).decode(), bytes(record))
+            member = self._member(name, record)
+            if member is None:
+                continue
             if member.state == "gone":
                 self.members.pop(member.id, None)
             else:
                 self.members[member.id] = member
         return whole and known > 0
+
+    def _member(self, name: Reply, record: Reply) -> Member | None:
+        """None for one that no node can be, and for one too many."""
+        try:
+            member_id = text(name, "a member of the roster", bytes_max=_ID_BYTES_MAX)
+        except UnreadableRecord as error:
+            log.warning("roster.unreadable", error=str(error))
+            return None
+        if member_id not in self.members and len(self.members) >= _MEMBERS_MAX:
+            log.warning("roster.overgrown", member=member_id, members=_MEMBERS_MAX)
+            return None
+        return _read(member_id, raw_bytes(record, "a record of the roster"))
 
     def count(self, state: State) -> int:
         return sum(member.state == state for member in self.members.values())
@@ -133,10 +158,11 @@ def _read(id: str, record: bytes) -> Member:
         profile = msgspec.json.decode(body, type=Profile)
         held, declines = unpack(profile.held), unpack(profile.declines)
         defers = unpack(profile.defers)
-    except (ValueError, msgspec.MsgspecError):
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+        log.warning("roster.unreadable", member=id, error=str(error)[:200])
         state, profile = b"active", Profile(weight=0)
         held = declines = defers = frozenset()
-    known = state.decode()
+    known = state.decode(errors="replace")
     return Member(
         id=id,
         state=known if known in get_args(State) else "leaving",  # type: ignore[arg-type]

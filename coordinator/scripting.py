@@ -92,8 +92,8 @@ def load_scripts(folder: Traversable | None = None) -> Scripts:
 def _with_shared(text: str, texts: Mapping[str, str]) -> str:
     header, _, _ = text.partition("\n\n")
     for name in _SHARED.findall(header):
-        here = f"-- Here {name}.\n"
-        text = text.replace(here, texts[name]) if here in text else f"{texts[name]}\n{text}"
+        here, shared = f"-- Here {name}.\n", _with_shared(texts[name], texts)
+        text = text.replace(here, shared) if here in text else f"{shared}\n{text}"
     return text
 
 

@@ -31,6 +31,7 @@ class ShardView:
         "number",
         "proved_at",
         "seq",
+        "spoilt",
     )
 
     def __init__(self, number: int) -> None:
@@ -42,6 +43,7 @@ class ShardView:
         self.generation = 0  #: goes up with every reset
         self._read_seq = 0  # what lies between this and ``seq`` was told by bells
         self._told: dict[bytes, bytes] = {}  # id -> version
+        self.spoilt = False  #: a read found an id that no epoch is past: the log is to begin anew
         self._asked = 0
         self._doubted = 0
 
@@ -66,6 +68,7 @@ class ShardView:
     def start_over(self, at: Position) -> None:
         """A read says that we are there."""
         self._told.clear()
+        self.spoilt = False
         self.epoch, self.seq, self._read_seq = at.epoch, at.seq, at.seq
 
     def ask(self) -> str:

@@ -26,6 +26,7 @@ from typing import Literal
 from msgspec import Struct
 
 from ..schemas.errors import ForebayError
+from ..schemas.replies import integer, raw_bytes, text
 from .link import Arg, Reply
 from .roster import Member, Profile, Roster, State, pack, wanted
 
@@ -125,20 +126,20 @@ class Succession:
             if tenure is not None and now >= tenure.valid_until:
                 yield self.lose(tenure, "expired")
             return
-        granted, epoch = bool(reply[0]), int(reply[1])
+        granted, epoch = bool(reply[0]), integer(reply[1], "the epoch of an owner")
         if not granted:
             if tenure is not None:
                 yield self.lose(tenure, "taken")
             return
-        self._wish(resource, bytes(reply[3]).decode())
-        valid_until = sent_at + int(reply[2]) / 1000 * _IN_FORCE
+        self._wish(resource, raw_bytes(reply[3], "a wish").decode(errors="replace"))
+        valid_until = sent_at + integer(reply[2], "the lease of an owner") / 1000 * _IN_FORCE
         if tenure is not None and tenure.epoch == epoch:
             tenure.valid_until = valid_until
             return
         if tenure is not None:
             yield self.lose(tenure, "forgotten")  # by the server; it is ours again, anew
         self.tenures[resource] = gained = Tenure(resource, epoch, valid_until)
-        kind = bytes(reply[4]).decode()
+        kind = text(reply[4], "the kind of a lease")
         yield Gained(gained, "free" if kind == "kept" else kind)  # type: ignore[arg-type]
 
     def _wish(self, resource: int, wisher: str) -> None:

@@ -8,6 +8,7 @@ from ..coordinator.link import Commands
 from ..coordinator.scripting import Scripts, run
 from ..schemas.errors import ConfigError
 from ..schemas.keys import Names
+from ..schemas.replies import SHARDS_MAX, integer
 
 __all__ = ["check_birth"]
 
@@ -18,10 +19,10 @@ async def check_birth(
     """The first node decides for all.
 
     Raises:
-        ConfigError: this node was given another number.
+        ConfigError: this node was given another number. UnreadableRecord: there is none.
     """
     reply = await run(link, scripts["meta_set"], [names.meta], ["shards", names.shards])
-    born_with = int(reply)
+    born_with = integer(reply, f"the field shards of {names.meta}", low=1, high=SHARDS_MAX)
     if born_with != names.shards:
         raise ConfigError(
             setting="node.shards",

@@ -38,6 +38,7 @@ from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
+from ..coordinator.write_check import WriteCheck
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
 from ..schemas.keys import Names, dependents_of
 from ..schemas.notices import Notice
@@ -128,6 +129,7 @@ class Running:
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
+        self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.crew: Crew | None = None
 
     def _dead_letters(self) -> DeadLetters:
@@ -248,6 +250,7 @@ class Running:
         locks = partial(start, self.locks.run, doorbell, link, self.backend.run_id)
         await patience.until_done(locks)
         await patience.until_done(self.follower.sweep)
+        await start(self.write_check.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:

@@ -3,7 +3,8 @@
 S1  Checks and gauges read memory only.
 S2  ``stats`` has the same keys at all times. It asks the server too; while that does not
     answer, what only the server knows is null, and ``unavailable`` says why.
-S3  A running node has started: what happens to Valkey afterwards fails readiness alone.
+S3  What stands still, and why, is told by ``health_checks``; it only warns.
+S4  A running node has started: what happens to Valkey afterwards fails readiness alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgspec
 from ..coordinator.link import Arg, Reply
 from ..schemas.errors import ForebayError
 from ..schemas.keys import EVENTS
+from .health_checks import sink_state, work_checks, work_gauges
 from .running import Running
 from .web.face import Check, Gate
 from .workers.held import HeldStatistics
@@ -44,11 +46,9 @@ def checks(node: Node) -> Sequence[Check]:
         _check("log", not suspect, f"{suspect} shards are not known to be current", _READY),
         _check("drain", not parts.draining, "draining", _READY),
     ]
+    found += work_checks(parts)
     if parts.crew is not None:
         found.append(_held(parts.crew.writes.held.statistics))
-    for name, delivery in parts.crew.deliveries.items() if parts.crew else ():
-        detail = f"the sink is stopped: {delivery.stopped}"
-        found.append(_check(f"sink {name}", not delivery.stopped, detail, frozenset(), "warn"))
     if parts.crew is not None and (ahead_ms := parts.crew.ingress.ahead_ms):
         detail = f"the newest id of {parts.names.events} is {ahead_ms / 1000:.0f} s ahead"
         found.append(_check("ingress_ids", False, detail, frozenset(), "warn"))
@@ -102,6 +102,7 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
         held = parts.crew.writes.held.statistics
         yield "writebehind_held_entries", (), float(held.writes)
         yield "writebehind_held_age_seconds", (), held.oldest_age_s
+        yield from work_gauges(parts.crew, parts.clock.monotonic())
         yield from parts.crew.chores.gauges()
     yield from parts.limiter.gauges()
     for cached in node.caches:
@@ -154,7 +155,10 @@ async def stats(node: Node) -> dict[str, object]:
             "leading": crew.chores.leading,
             "dead_letters": parts.dead_letters.buried,
             "held": msgspec.to_builtins(crew.writes.held.statistics),
-            "sinks": {name: each.stopped or "ok" for name, each in crew.deliveries.items()},
+            "sinks": {
+                name: sink_state(each, parts.clock.monotonic()) or "ok"
+                for name, each in crew.deliveries.items()
+            },
         },
         "counters": {" ".join(key): n for key, n in sorted(node.instruments.counts.items()) if n},
     }
@@ -207,7 +211,7 @@ def _id(raw: Reply) -> bytes:
 async def _memory(parts: Running) -> dict[str, object] | None:
     if parts.backend.facts.kind == "fakeredis":
         return None
-    text = bytes(await parts.backend.link.call("INFO", "memory")).decode()
+    text = bytes(await parts.backend.link.call("INFO", "memory")).decode(errors="replace")
     wanted = ("used_memory", "maxmemory", "maxmemory_policy")
     found = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     return {name: found.get(name) for name in wanted}

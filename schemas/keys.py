@@ -26,6 +26,7 @@
     forebay:shop:limits channel subjects that were refunded
     forebay:shop:reply:HEX  channel  answers to one who asked all nodes on :work
     forebay:shop:mark:ID    string, expires  written by the node ID to see what is replicated
+    forebay:shop:none       never exists: asked for to learn whether writes are accepted
 
 I1  All names of a shard share one hash tag, so one script may touch them all.
 I2  ``shard_of``, which alone decides, is crc32(key) % shards: any language can compute it.
@@ -261,6 +262,7 @@ class Names:
         "meta",
         "namespace",
         "nodes",
+        "none",
         "prefixes",
         "shards",
         "wake",
@@ -277,6 +279,7 @@ class Names:
         self._lease_prefixes = tuple(f"{prefix}l:" for prefix in self.prefixes)
         self.events = f"forebay:{namespace}:events"
         self.meta = f"forebay:{namespace}:meta"
+        self.none = f"forebay:{namespace}:none"
         self.nodes = f"forebay:{namespace}:nodes"
         self.members = f"{{{self.nodes}}}:members"
         self.bell = f"forebay:{namespace}:bell"

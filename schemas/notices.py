@@ -12,6 +12,9 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
+from .errors import UnreadableRecord
+from .replies import ID_MAX, integer, order
+
 __all__ = [
     "Bell",
     "Bumped",
@@ -37,8 +40,8 @@ class Position(Struct, frozen=True, order=True, array_like=True):
 
     @classmethod
     def parse(cls, raw: bytes | str) -> Position:
-        epoch, _, seq = (raw.decode() if isinstance(raw, bytes) else raw).partition("-")
-        return cls(int(epoch), int(seq or 0))
+        entry_id = raw if isinstance(raw, str) else raw.decode("latin-1")
+        return cls(*order(entry_id if "-" in entry_id else f"{entry_id}-0"))
 
 
 class Changed(Struct, frozen=True, array_like=True, tag="c"):
@@ -102,7 +105,8 @@ class Bell(Struct, frozen=True):
 def read_bell(payload: bytes) -> Bell | None:
     """What a doorbell message says; None if it is none."""
     try:
-        shard, epoch, seq, version, notice = payload.split(b" ", 4)
-        return Bell(int(shard), Position(int(epoch), int(seq)), int(version), notice)
-    except ValueError:
+        *numbers, notice = payload.split(b" ", 4)
+        shard, epoch, seq, version = [integer(each, "a bell", high=ID_MAX) for each in numbers]
+        return Bell(shard, Position(epoch, seq), version, notice)
+    except (ValueError, UnreadableRecord):
         return None

@@ -15,8 +15,11 @@ from typing import Any
 from .errors import UnreadableRecord
 
 __all__ = [
+    "ID_MAX",
     "INTEGER_MAX",
     "LAST_ID",
+    "SHARDS_MAX",
+    "WHOLE_MAX",
     "array",
     "digits",
     "field_map",
@@ -30,9 +33,12 @@ __all__ = [
 ]
 
 INTEGER_MAX = 2**63 - 1  #: the largest that Valkey itself can say
-LAST_ID = f"{2**64 - 1}-{2**64 - 1}"  #: a stream that has given this id gives no other
+ID_MAX = 2**64 - 1  #: the largest part of an id
+SHARDS_MAX = 1_024  #: as in the settings
+WHOLE_MAX = 2**53 - 2  #: the largest that scripts can count with, see _numbers.lua
+LAST_ID = f"{ID_MAX}-{ID_MAX}"  #: a stream that has given this id gives no other
 TEXT_BYTES_MAX = 65_536
-_INTEGER = re.compile(rb"-?[0-9]{1,19}")
+_INTEGER = re.compile(rb"-?[0-9]{1,20}")
 _DIGITS = re.compile(rb"[0-9]{1,20}")
 _ID = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
 
@@ -105,7 +111,7 @@ def stream_id(reply: Any, name: str) -> str:
     return found[0].decode()
 
 
-def order(entry_id: str) -> tuple[int, int]:
+def order(entry_id: str | bytes) -> tuple[int, int]:
     """What ids are compared by: milliseconds and number."""
     ms, _, seq = stream_id(entry_id, "the id").partition("-")
     return int(ms), int(seq)

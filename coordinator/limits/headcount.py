@@ -14,8 +14,9 @@ from collections import deque
 import anyio
 import structlog
 
-from ...schemas.errors import ServerRefused, Unavailable
+from ...schemas.errors import ServerRefused, Unavailable, UnreadableRecord
 from ...schemas.keys import Names
+from ...schemas.replies import array, integer
 from ..link import Commands
 
 __all__ = ["Headcount"]
@@ -43,11 +44,12 @@ class Headcount:
     async def look(self) -> None:
         """Ask the server; it may refuse, or not answer."""
         try:
-            _, listeners = await self._commands.call("PUBSUB", "NUMSUB", self._channel)
-        except (Unavailable, ServerRefused) as error:
+            reply = await self._commands.call("PUBSUB", "NUMSUB", self._channel)
+            listeners = integer(array(reply, "NUMSUB", length=2)[1], "NUMSUB")
+        except (Unavailable, ServerRefused, UnreadableRecord) as error:
             log.debug("headcount.unknown", reason=str(error))
             return
-        self._looks.append(int(listeners))
+        self._looks.append(listeners)
 
     async def run(self) -> None:
         """Look every few seconds, until cancelled."""

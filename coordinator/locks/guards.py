@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ...schemas.errors_locks import StaleToken
 from ...schemas.keys import check_key
+from ...schemas.replies import WHOLE_MAX, integer
 from ..link import Arg, Commands, Reply
 from ..scripting import Scripts, run
 from .lease import Lease
@@ -47,7 +48,8 @@ class Guards:
 
     async def highest(self, key: str) -> int:
         """The highest token that was seen; 0: none."""
-        return int(await self._commands.call("GET", fence_of(check_key(key))) or 0)
+        fence = fence_of(check_key(key))
+        return integer(await self._commands.call("GET", fence) or 0, fence, high=WHOLE_MAX)
 
 
 def fence_of(key: str) -> str:
@@ -70,5 +72,5 @@ def token_of(token: Token) -> int:
 def _obey(key: str, token: int, reply: Reply) -> int:
     done, what = reply
     if not done:
-        raise StaleToken(key, token, int(what))
-    return int(what)
+        raise StaleToken(key, token, integer(what, fence_of(key), high=WHOLE_MAX))
+    return integer(what, fence_of(key))

@@ -265,7 +265,7 @@ class Locks:
     def _heard(self, channel: bytes, payload: bytes) -> None:
         if channel != self._channel:
             return
-        kind, _, nonce = payload.decode().partition(" ")
+        kind, _, nonce = payload.decode(errors="replace").partition(" ")
         if kind == "g":
             self._queue.ring(nonce)
         elif kind == "x":

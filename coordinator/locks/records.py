@@ -9,6 +9,7 @@ R3  Nothing is retried here. Each method may be repeated with the same nonce; se
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -18,12 +19,14 @@ from ...schemas.errors import ForebayError
 from ...schemas.errors_locks import InvalidLock, LockNotAcquired
 from ...schemas.keys import Names
 from ...schemas.locks import KINDS, LEASE_DEFAULT_S, Holder, LockView, Terms, Waiting
+from ...schemas.replies import WHOLE_MAX, integer
 from ..clock import Clock
 from ..link import Arg, Commands, Reply
 from ..scripting import Call, Scripts, granted, run, run_many
 
 __all__ = ["Grant", "Handed", "Held", "LockRecords", "Mode", "Refusal"]
 
+_WAITING = re.compile(rb"([0-9]{1,16}) ([0-9]{1,16}) [0-9]{1,16} (.*)", re.DOTALL)
 _USUAL_US = int(LEASE_DEFAULT_S * 1e6)
 _SHOWN_MAX = 100
 USED_MAX = 10_000  #: names of one shard that are looked at
@@ -103,7 +106,7 @@ class LockRecords:
                 self._tell(reply[4], sent_at)
             return Refusal(int(reply[1]) / 1e6, _about(reply[2])[0], bool(reply[3]))
         if code == -2:
-            used_as = KINDS[reply[1].decode()]
+            used_as = _kind(reply[1])
             raise InvalidLock(terms.name, "kind", KINDS[terms.kind], f"it is in use as {used_as}")
         reason: Literal["queue_full", "too_many_holders"]
         reason = "queue_full" if code == -1 else "too_many_holders"
@@ -193,7 +196,7 @@ class LockRecords:
             self._commands, self._scripts["lock_resize"], self._names.lock(name), args
         )
         if not done:
-            fix = f"it is in use as {KINDS[kind.decode()]}"
+            fix = f"it is in use as {_kind(kind)}"
             raise InvalidLock(name, "kind", KINDS["s"], fix)
 
     async def first_run(self, run_id: str) -> str:
@@ -229,7 +232,7 @@ class LockRecords:
                 [("ZRANGEBYSCORE", i, now_us, "+inf", "LIMIT", 0, USED_MAX) for i in indexes]
             )
         )
-        return sorted(name.decode() for reply in replies for name in reply)
+        return sorted(_text(name) for reply in replies for name in reply)
 
     async def held(self, bound: int) -> list[LockView]:
         """The locks that are held, by name, at most so many."""
@@ -253,7 +256,22 @@ class LockRecords:
 
     def _tell(self, handed: Sequence[bytes], sent_at: float) -> None:
         for nonce, token in zip(handed[::2], handed[1::2], strict=True):
-            self._handed(nonce.decode(), int(token), sent_at)
+            self._handed(_text(nonce), integer(token, "a token"), sent_at)
+
+
+def _text(raw: bytes) -> str:
+    """Names and nonces: of ours they are ASCII, of others whatever they are."""
+    return raw.decode(errors="replace")
+
+
+def _kind(raw: bytes) -> str:
+    return KINDS.get(_text(raw), "") or "something else" if raw else ""
+
+
+def _ticket(raw: bytes) -> int:
+    """A score, which may be any float; 0 for what is no time."""
+    number = float(raw)
+    return int(number) if 0 <= number <= WHOLE_MAX else 0
 
 
 def _about(raw: bytes) -> tuple[str, dict[str, object]]:
@@ -261,7 +279,7 @@ def _about(raw: bytes) -> tuple[str, dict[str, object]]:
         return "", {}
     try:
         about = msgspec.json.decode(raw, type=dict[str, object])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return "", {}
     meta = about.get("meta")
     return str(about.get("by", "")), meta if isinstance(meta, dict) else {}
@@ -272,7 +290,7 @@ def _view(name: str, reply: Reply) -> LockView:
     now, held, asked = int(now_us), iter(holders), iter(queue)
     return LockView(
         name=name,
-        kind=KINDS.get(kind.decode(), ""),
+        kind=_kind(kind),
         capacity=int(capacity),
         live=bool(live),
         token=int(token),
@@ -292,7 +310,7 @@ def _holder(now_us: int, nonce: bytes, line: bytes, raw: bytes) -> Holder:
     weight, token, ends, since = line.split(b" ")
     by, meta = _about(raw)
     return Holder(
-        nonce=nonce.decode(),
+        nonce=_text(nonce),
         by=by,
         meta=meta,
         token=int(token),
@@ -303,13 +321,14 @@ def _holder(now_us: int, nonce: bytes, line: bytes, raw: bytes) -> Holder:
 
 
 def _waiting(now_us: int, nonce: bytes, ticket: bytes, line: bytes) -> Waiting:
-    beat, weight, _, about = (line or b"0 0 0 {}").split(b" ", 3)
+    found = _WAITING.fullmatch(line)
+    beat, weight, about = (int(found[1]), int(found[2]), found[3]) if found else (0, 0, b"")
     by, meta = _about(about)
     return Waiting(
-        nonce=nonce.decode(),
+        nonce=_text(nonce),
         by=by,
         meta=meta,
-        weight=int(weight),
-        waited_ms=max(0, now_us - int(float(ticket))) // 1_000,
-        silent_ms=max(0, now_us - int(beat)) // 1_000,
+        weight=weight,
+        waited_ms=max(0, now_us - _ticket(ticket)) // 1_000,
+        silent_ms=max(0, now_us - beat) // 1_000,
     )

@@ -1,12 +1,15 @@
 -- Put before every script whose header says "With _change.lua.": what all changes share.
+-- With _numbers.lua.
 --
 -- C1 A version is never given twice in a shard: max(previous + 1, server clock in microseconds).
 -- C2 Log ids are dense, <epoch>-0, -1, -2 ...; a log that was lost starts a later epoch. A
---    head that was lost is made anew from the end of the log.
+--    head that was lost is made anew from the end of the log. An id in the log that is ahead of the
+--    epoch, or the last of all, starts a later epoch, too.
 -- C3 The append to the log is the first write of a change: where it is refused (out of memory),
 --    nothing happened; where it is not, the server refuses none of the writes that follow.
 -- C4 A tag's value is its version; after a soft bump "<version> <hard version>": what carries
 --    less than the hard version is invalid, what carries less than the version is stale.
+--    What is no such value is as good as lost.
 -- C5 The head (c) names each cache version of which the shard stores entries, so a script that
 --    outdates a key reaches its entries of all versions. Their names are the only ones that
 --    scripts make: of a declared entry, in its slot.
@@ -25,12 +28,12 @@ end
 
 local function next_change(head, log)
   local known = redis.call("HMGET", head, "e", "v", "c")
-  local epoch, newest, now = tonumber(known[1]), tonumber(known[2]) or 0, server_us()
+  local epoch, newest, now = whole_number(known[1]), whole_number(known[2]) or 0, server_us()
   if not epoch then
     local last = redis.call("XREVRANGE", log, "+", "-", "COUNT", 1)[1]
     if last then
-      epoch = tonumber(string.match(last[1], "^%d+"))
-      newest = math.max(newest, tonumber(last[2][2]) or 0)
+      epoch = whole_number(string.match(last[1], "^%d+"))
+      newest = math.max(newest, whole_number(last[2][2]) or 0)
     end
   end
   if not epoch or redis.call("EXISTS", log) == 0 then
@@ -39,20 +42,47 @@ local function next_change(head, log)
   return { epoch = epoch, version = math.max(newest + 1, now), now = now, labels = known[3] or "" }
 end
 
+-- The id that a log has given last, also if its entry is gone.
+local function last_id(log)
+  local facts = redis.call("XINFO", "STREAM", log)
+  for i = 1, #facts, 2 do
+    if facts[i] == "last-generated-id" then return facts[i + 1] end
+  end
+end
+
+-- The epoch to go on with where the log refused the change for the id: one that is past any id of
+-- an entry that was not made by these scripts. A log that no epoch is past begins anew.
+local function epoch_past(change, log, refused)
+  local for_the_id = string.find(refused, "smaller", 1, true) or string.find(refused, "exhausted", 1, true)
+  if not for_the_id then return change.epoch end
+  local ahead = whole_number(string.match(last_id(log), "^%d+"))
+  if not ahead then redis.call("DEL", log) end
+  return math.max(change.now, change.epoch, (ahead or 0)) + 1
+end
+
 local LOG_AT_FULL_MAX = 100
 
-local function append(log, id, version, notice, at_full)
-  local added = redis.pcall("XADD", log, id, "v", version, "n", notice)
+local function append(log, change, version, notice, at_full)
+  local function try(call)
+    local id = string.format("%.0f-*", change.epoch)
+    return call("XADD", log, id, "v", version, "n", notice)
+  end
+  local added = try(redis.pcall)
   if type(added) == "string" then return added end
   -- A first write that memory limits never refuse; none after it is refused either (C7).
-  if at_full then redis.call("XTRIM", log, "MAXLEN", LOG_AT_FULL_MAX) end
-  return redis.call("XADD", log, id, "v", version, "n", notice)
+  if at_full then
+    redis.call("XTRIM", log, "MAXLEN", LOG_AT_FULL_MAX)
+    added = try(redis.pcall)
+    if type(added) == "string" then return added end
+  end
+  change.epoch = epoch_past(change, log, tostring(type(added) == "table" and added.err))
+  return try(redis.call)
 end
 
 local function announce(change, head, log, bell, shard, notice, at_full)
   local version = string.format("%.0f", change.version)
+  local id = append(log, change, version, notice, at_full)
   local epoch = string.format("%.0f", change.epoch)
-  local id = append(log, epoch .. "-*", version, notice, at_full)
   redis.call("HSET", head, "e", epoch, "v", version)
   local seq = string.sub(id, #epoch + 2)
   redis.call("PUBLISH", bell, shard .. " " .. epoch .. " " .. seq .. " " .. version .. " " .. notice)
@@ -151,7 +181,9 @@ end
 
 local function tag_versions(value)
   local version, hard = string.match(value, "^(%d+) ?(%d*)$")
-  return version, hard ~= "" and hard or version
+  if hard == "" then hard = version end
+  if not whole_number(version) or not whole_number(hard) then return nil end
+  return version, hard
 end
 
 local function bump_tag(tag, version, soft, keep_ms)

@@ -1,6 +1,9 @@
 -- The exact arithmetic of limits, in whole numbers below 2^53; limits/gcra.py says the same.
 -- A state is the theoretical arrival time, microseconds: "tat", or "tat+rest/drain" where it
 -- lies between two. Debt is the time until then, in units: drain of them are paid in 1 us.
+-- A state that cannot be read is none.
+-- With _numbers.lua.
+
 local DEBT_MAX = 4503599627370496
 
 -- The given time is for tests; what is written then outlives the test.
@@ -13,7 +16,8 @@ end
 local function debt_of(state, now, drain)
   if not state then return 0 end
   local tat, rest, of = string.match(state, "^(%d+)%+?(%d*)/?(%d*)$")
-  tat, rest = tonumber(tat), tonumber(rest) or 0
+  tat, rest = whole_number(tat), whole_number(rest) or 0
+  if not tat then return 0 end
   if rest > 0 and tonumber(of) ~= drain then tat, rest = tat + 1, 0 end
   if tat < now then return 0 end
   return math.min((tat - now) * drain + rest, DEBT_MAX)

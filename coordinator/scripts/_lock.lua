@@ -1,4 +1,5 @@
 -- Put into every script whose header says "With _lock.lua.": what all kinds of locks share.
+-- With _numbers.lua.
 --
 -- A lock is a weighted semaphore with a queue; a mutex has room for one, a writer takes all of it.
 -- record (hash): k kind, c capacity, v set if c was set live, t last token, r nonce released last;
@@ -18,6 +19,7 @@
 -- L5 While a new era is in its grace, nothing is granted that was not held before.
 -- L6 Whatever is held is in the index. What is there may be idle: it goes a minute or two after
 --    its last use, so that taking and releasing need not touch the index each time.
+-- L8 A line that cannot be read holds nothing, and waits for nothing; a number is as if not there.
 -- L7 What f says is so but for time: its holder may have ended.
 
 local CAP_US = 30000000 -- the longest lease that there can be
@@ -48,10 +50,11 @@ end
 -- Who has asked in this connection may tell which run it is: asking here costs as much as all else.
 local function grace_of(run, now, told)
   local known = redis.call("HMGET", run, "rid", "grace", "max")
-  local longest = tonumber(known[3] or CAP_US)
-  if told and told ~= "" and known[1] == told then return tonumber(known[2]), longest end
+  local longest, grace = math.min(whole_number(known[3]) or CAP_US, CAP_US), whole_number(known[2]) or 0
+  if grace > now + 2 * CAP_US then grace = 0 end
+  if told and told ~= "" and known[1] == told then return grace, longest end
   local info = run_info()
-  if known[1] and string.find(info, known[1], 1, true) then return tonumber(known[2]), longest end
+  if known[1] and string.find(info, known[1], 1, true) then return grace, longest end
   redis.call("HSET", run, "rid", run_id(info), "grace", digits(now + longest), "max", digits(longest))
   return now + longest, longest
 end
@@ -79,13 +82,14 @@ local function load(stored, now)
   for i = 1, #raw, 2 do
     local field, value = raw[i], raw[i + 1]
     if #field == 1 then
-      lock[field] = (field == "t" or field == "c") and tonumber(value) or value
+      local counts = field == "t" or field == "c"
+      lock[field] = not counts and value or whole_number(value) or lock[field]
     elseif string.sub(field, 1, 2) == "a:" then
       lock.about[string.sub(field, 3)] = value
     else
-      local weight, token, ends = string.match(value, "^(%d+) (%d+) (%d+)")
-      weight, ends = tonumber(weight), tonumber(ends)
-      if ends > now then
+      local weight, token, ends = string.match(value, "^(%d+) (%d+) (%d+) %d+$")
+      weight, ends = whole_number(weight), whole_number(ends)
+      if weight and ends and whole_number(token) and ends > now then
         lock.holders[string.sub(field, 3)] = { weight = weight, token = token, ends = ends, line = value }
         lock.used, lock.count = lock.used + weight, lock.count + 1
       else
@@ -135,7 +139,8 @@ local function first_alive(places, asking, now)
     if not head then return nil end
     local line = redis.call("HGET", asking, head) or ""
     local beat, weight, lease_us, about = string.match(line, "^(%d+) (%d+) (%d+) (.*)$")
-    if beat and beat + STALE_US > now then return head, tonumber(weight), tonumber(lease_us), about end
+    beat, weight, lease_us = whole_number(beat), whole_number(weight), whole_number(lease_us)
+    if beat and weight and lease_us and beat + STALE_US > now then return head, weight, lease_us, about end
     redis.call("ZREM", places, head)
     redis.call("HDEL", asking, head)
   end

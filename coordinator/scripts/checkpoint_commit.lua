@@ -10,7 +10,8 @@
 -- ARGV[2] epoch     the owner's
 -- ARGV[3] name      of the stream
 -- ARGV[4] position  id of the last entry done
--- ARGV[5] next      id after it: entries before are trimmed
+-- ARGV[5] next      id after it: entries before are trimmed; empty: there is none, and the
+--   stream begins anew
 -- ARGV[6] work      channel of jobs; empty: nobody waits for this checkpoint
 -- ARGV[7] shard     number of the shard
 -- ARGV[8] from      checkpoint that the caller went on from; empty: it is not compared
@@ -44,7 +45,7 @@ end
 
 local known = redis.call("HMGET", KEYS[1], "o", "e")
 if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return { 0, known[2] or "0" } end
-local stored = redis.call("HGET", KEYS[2], ARGV[3]) or "0-0"
+local stored = stored_id(redis.call("HGET", KEYS[2], ARGV[3]))
 local lost = (ARGV[8] ~= "" and ARGV[8] ~= stored)
   or (ARGV[9] ~= "" and #redis.call("XRANGE", KEYS[3], ARGV[9], ARGV[9]) == 0)
 local position = lost and stored or ARGV[4]
@@ -55,7 +56,12 @@ if is_full then
   redis.call("PERSIST", KEYS[2])
   redis.call("HSET", KEYS[2], ARGV[3], position)
 end
-if not lost then redis.call("XTRIM", KEYS[3], "MINID", ARGV[5]) end
+if not lost and ARGV[5] == "" then
+  redis.call("DEL", KEYS[3])
+  redis.call("HDEL", KEYS[2], ARGV[3])
+elseif not lost then
+  redis.call("XTRIM", KEYS[3], "MINID", ARGV[5])
+end
 local labels = redis.call("HGET", KEYS[4], "c") or ""
 for i = 5, #KEYS, 2 do
   local sunk = tonumber(ARGV[(i - 5) / 2 + 10])

@@ -25,7 +25,7 @@
 
 if ARGV[8] ~= "0" then
   local highest = redis.call("GET", KEYS[6])
-  if highest and tonumber(highest) > tonumber(ARGV[8]) then return { 0, highest } end
+  if highest and (whole_number(highest) or WHOLE_MAX) > tonumber(ARGV[8]) then return { 0, highest } end
 end
 local pending = pending_of(numbers_of(KEYS[1]))
 local change = next_change(KEYS[3], KEYS[4])

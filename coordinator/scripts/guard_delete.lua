@@ -1,4 +1,5 @@
 -- Delete a value, unless a higher token has been here.
+-- With _numbers.lua.
 --
 -- KEYS[1] value  any type  what is guarded
 -- KEYS[2] fence  string    the highest token seen
@@ -9,7 +10,7 @@
 -- I2 It works when memory is full: its first write frees memory.
 
 local highest = redis.call("GET", KEYS[2])
-if highest and tonumber(highest) > tonumber(ARGV[1]) then return { 0, highest } end
+if highest and (whole_number(highest) or WHOLE_MAX) > tonumber(ARGV[1]) then return { 0, highest } end
 local count = redis.call("DEL", KEYS[1])
 redis.call("SET", KEYS[2], ARGV[1])
 return { 1, count }

@@ -1,4 +1,5 @@
 -- Set a value, unless a higher token has been here.
+-- With _numbers.lua.
 --
 -- KEYS[1] value   string   what is guarded
 -- KEYS[2] fence   string   the highest token seen
@@ -11,7 +12,7 @@
 -- I2 The same token may set again.
 
 local highest = redis.call("GET", KEYS[2])
-if highest and tonumber(highest) > tonumber(ARGV[1]) then return { 0, highest } end
+if highest and (whole_number(highest) or WHOLE_MAX) > tonumber(ARGV[1]) then return { 0, highest } end
 redis.call("SET", KEYS[2], ARGV[1])
 if ARGV[3] == "0" then
   redis.call("SET", KEYS[1], ARGV[2])

@@ -35,9 +35,9 @@ local last = redis.call("HMGET", KEYS[1], "t", "k", "c", "f")
 local unknown = not last[1] and redis.call("EXISTS", KEYS[1], KEYS[2]) == 0
 if unknown or (last[2] == ARGV[2] and last[3] == ARGV[3] and not last[4]) then
   local era = redis.call("HMGET", KEYS[5], "rid", "grace", "max")
-  local before = tonumber(last[1] or 0)
+  local before = tonumber(last[1] or 0) or now
   local kept = now % 60000000 >= now - before
-  if era[1] == ARGV[8] and tonumber(era[2]) <= now and lease_us <= tonumber(era[3])
+  if era[1] == ARGV[8] and (tonumber(era[2]) or now + 1) <= now and lease_us <= (tonumber(era[3]) or 0)
     and now > before and now > floor and (kept or now % 32 > 0) then
     local token = time[1] .. string.sub("00000" .. time[2], -6)
     local line = string.format("%s %s %.0f %s", ARGV[4], token, now + lease_us, token)

@@ -23,7 +23,8 @@ local now = time[1] * 1000000 + time[2]
 
 -- What is asked for most, shorter: its only holder, and nobody who waits.
 local held = redis.call("HMGET", KEYS[1], "f", "h:" .. nonce)
-if held[1] == "=" and held[2] and tonumber(string.match(held[2], "^%d+ %d+ (%d+)")) > now then
+local ends = held[1] == "=" and held[2] and tonumber(string.match(held[2], "^%d+ %d+ (%d+) %d+$"))
+if ends and ends > now then
   redis.call("HDEL", KEYS[1], "f", "h:" .. nonce, "a:" .. nonce)
   redis.call("HSET", KEYS[1], "r", nonce)
   return 1

@@ -21,7 +21,7 @@ for i = 3, #KEYS do
   local name, nonce, wanted, lease_us = ARGV[at], ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
   local line = redis.call("HGET", KEYS[i], "h:" .. nonce) or ""
   local weight, token, ends, rest = string.match(line, "^(%d+) (%d+) (%d+) (.*)$")
-  if token == wanted and tonumber(ends) > now then
+  if token == wanted and (whole_number(ends) or 0) > now then
     local until_us = digits(math.max(tonumber(ends), now + lease_us))
     redis.call("PEXPIRE", KEYS[i], KEEP_MS)
     redis.call("HSET", KEYS[i], "h:" .. nonce, table.concat({ weight, token, until_us, rest }, " "))

@@ -10,9 +10,11 @@
 --
 -- I1 A follower that began here knows an epoch, so that the loss of the log cannot escape it;
 --    nor, of a log that was trimmed to its end, that it had not read all.
--- I2 A log that has notices is not written to.
+-- I2 A log that has notices is not written to, unless its last id is one that no epoch is past: it
+--    begins anew.
 -- I3 It works when memory is full: a node that starts needs it.
 
 local last = redis.call("XREVRANGE", KEYS[2], "+", "-", "COUNT", 1)[1]
-if last then return last[1] end
+if last and whole_number(string.match(last[1], "^%d+")) then return last[1] end
+if last then redis.call("DEL", KEYS[2]) end
 return announce(next_change(KEYS[1], KEYS[2]), KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1], true)

@@ -1,4 +1,5 @@
 -- Become, or stay, the owner of a resource's ordered work; or wish for it.
+-- With _numbers.lua.
 --
 -- KEYS[1] own          hash     o owner, t its token, e epoch, u until (microseconds, server clock);
 --                               w who wishes for it, s since when, f until when the wish is fresh
@@ -17,13 +18,20 @@
 -- I3 It works when memory is full: the owners are those who empty the streams.
 -- I4 A lease that was granted is kept to its end, whoever wishes for it.
 -- I5 What is free, and wished for, goes to nobody but the one whose wish is fresh.
+-- I6 What is stored and cannot be, is not there: a number that is none, a lease or a wish that
+--    ends later than any that is granted.
 
 local t = redis.call("TIME")
 local now = t[1] * 1000000 + t[2]
 local known = redis.call("HMGET", KEYS[1], "o", "t", "e", "u", "w", "s", "f")
-local epoch, till = tonumber(known[3]) or 0, tonumber(known[4]) or 0
-local fresh = (tonumber(known[7]) or 0) > now
-local wisher, since = fresh and known[5] or "", fresh and tonumber(known[6]) or now
+local LATEST = now + 120000000 -- twice as long as any lease, or any wish
+local function time_of(text)
+  local found = whole_number(text) or 0
+  return found <= LATEST and found or 0
+end
+local epoch, till, fresh_till = whole_number(known[3]) or 0, time_of(known[4]), time_of(known[7])
+local fresh = fresh_till > now
+local wisher, since = fresh and known[5] or "", fresh and whole_number(known[6]) or now
 local forced = since + ARGV[4] * 1000
 local ends = now + ARGV[2] * 1000
 local ours = known[1] == ARGV[1] and known[2] == ARGV[3]
@@ -33,7 +41,7 @@ local function left(value) return math.max(0, math.floor((value - now) / 1000)) 
 
 if wished and ours then ends = math.min(ends, math.max(forced, till)) end
 if wished and ((ours and ends <= now) or (not ours and till <= now)) then
-  return { 0, number(epoch), left(tonumber(known[7])), wisher }
+  return { 0, number(epoch), left(fresh_till), wisher }
 end
 -- A first write that memory limits never refuse; none after it is refused either (I3).
 redis.call("PERSIST", KEYS[1])

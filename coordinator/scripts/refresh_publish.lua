@@ -19,7 +19,12 @@ local numbers = numbers_of(KEYS[1])
 if version_of(numbers) > tonumber(ARGV[3]) or pending_of(numbers) > 0 then return 0 end
 if redis.call("EXISTS", KEYS[2]) == 1 then return 0 end
 if redis.call("XLEN", KEYS[3]) >= tonumber(ARGV[5]) then return -1 end
-redis.call("XADD", KEYS[3], "*", "j", ARGV[4])
+-- A stream that has given its last id begins anew: readers publish what was lost again.
+local added = redis.pcall("XADD", KEYS[3], "*", "j", ARGV[4])
+if type(added) ~= "string" then
+  if string.find(tostring(added.err), "exhausted", 1, true) then redis.call("DEL", KEYS[3]) end
+  redis.call("XADD", KEYS[3], "*", "j", ARGV[4])
+end
 redis.call("SET", KEYS[2], ARGV[1], "PX", ARGV[2])
 redis.call("PUBLISH", ARGV[6], "r " .. ARGV[7])
 return 1

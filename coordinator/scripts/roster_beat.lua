@@ -1,4 +1,5 @@
 -- Say that a member lives, judge those that are silent, and tell what has changed.
+-- With _numbers.lua.
 --
 -- KEYS[1] beats    sorted set   member -> its last beat (milliseconds, server clock)
 -- KEYS[2] members  hash         member -> "version state beat_ms grace_ms profile";
@@ -18,8 +19,9 @@
 -- I3 Nobody is judged by a time in which nobody beat at all, be it that the server was away or
 --    that its clock was set: each has two beats to be heard again.
 -- I4 It works when memory is full.
+-- I5 A record that cannot be read is told to nobody, and goes when its member is silent.
 
-local KEEP_GONE_MS = 60000
+local KEEP_GONE_MS, BEAT_MAX = 60000, 600000
 local t = redis.call("TIME")
 local us = t[1] * 1000000 + t[2]
 local now = math.floor(us / 1000)
@@ -27,13 +29,15 @@ local now = math.floor(us / 1000)
 redis.call("PERSIST", KEYS[1])
 local head = redis.call("HGET", KEYS[2], "")
 local version, floor, last = string.match(head or "", "^(%d+) (%d+) (%d+)$")
-version, floor, last = tonumber(version) or us, tonumber(floor) or us, tonumber(last) or now
+version, floor, last = whole_number(version) or us, whole_number(floor) or us, whole_number(last) or now
 local function number(value) return string.format("%.0f", value) end
 
 local function parts(member)
   local record = redis.call("HGET", KEYS[2], member) or ""
   local v, state, beat, grace, profile = string.match(record, "^(%d+) (%a+) (%d+) (%d+) (.*)$")
-  return tonumber(v), state, tonumber(beat), tonumber(grace), profile
+  v, beat, grace = whole_number(v), whole_number(beat), whole_number(grace)
+  if not (v and beat and grace) or beat > BEAT_MAX then return v end
+  return v, state, beat, grace, profile
 end
 
 local function put(member, rest)
@@ -89,7 +93,7 @@ local reply = { number(version), whole and 1 or 0 }
 if known == version then return reply end
 local all = redis.call("HGETALL", KEYS[2])
 for i = 1, #all, 2 do
-  local v = tonumber(string.match(all[i + 1], "^(%d+) %a"))
+  local v = whole_number(string.match(all[i + 1], "^(%d+) %a"))
   if v and (whole or v > known) then
     reply[#reply + 1] = all[i]
     reply[#reply + 1] = all[i + 1]

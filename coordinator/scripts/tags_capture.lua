@@ -21,11 +21,13 @@ for i = 2, #KEYS do
     if not drawn then
       -- A first write that memory limits never refuse; none after it is refused either (I2).
       redis.call("PERSIST", KEYS[1])
-      local previous = tonumber(redis.call("HGET", KEYS[1], "v")) or 0
+      local previous = whole_number(redis.call("HGET", KEYS[1], "v")) or 0
       drawn = string.format("%.0f", math.max(previous + 1, server_us()))
       redis.call("HSET", KEYS[1], "v", drawn)
     end
-    version, hard, made = drawn, drawn, redis.call("HGET", KEYS[1], "o") or 1
+    local outdated = redis.call("HGET", KEYS[1], "o")
+    if not whole_number(outdated) then outdated = 1 end
+    version, hard, made = drawn, drawn, outdated
     redis.call("SET", KEYS[i], version, "PX", ARGV[1])
   end
   found[#found + 1] = version

@@ -16,6 +16,7 @@ from ...coordinator.link import Commands
 from ...coordinator.replication import Replication
 from ...schemas.errors import DeadLettered, ForebayError, Level, Unconfirmed
 from ...schemas.keys import Names
+from ...schemas.replies import field_map, order
 from .shared import Receipt
 from .waits import KeyWaits
 
@@ -78,7 +79,7 @@ class Confirmations:
     async def _passed(self, key: str, receipt: Receipt, done: str, sink: str) -> bool:
         try:
             position = await self._commands.call("HGET", done, f"writes:{sink}")
-            if position is None or _order(bytes(position)) < _order(receipt.job_id.encode()):
+            if position is None or order(position) < order(receipt.job_id):
                 return False
             await self._refuse_buried(key, receipt)
         except DeadLettered:
@@ -95,13 +96,13 @@ class Confirmations:
             "XRANGE", dead, start, "+", "COUNT", _LETTERS_TOGETHER
         ):
             for _, fields in letters:
-                letter = dict(zip(fields[::2], fields[1::2], strict=True))
+                letter = field_map(fields)
                 if letter.get(b"from") == job_id.encode():
-                    reason, problem = (bytes(letter.get(n, b"")) for n in (b"reason", b"problem"))
-                    raise DeadLettered(key, job_id, reason.decode(), problem.decode())
+                    reason, problem = (letter.get(n, b"") for n in (b"reason", b"problem"))
+                    raise DeadLettered(
+                        key,
+                        job_id,
+                        reason.decode(errors="replace"),
+                        problem.decode(errors="replace"),
+                    )
             start = f"({bytes(letters[-1][0]).decode()}"
-
-
-def _order(entry_id: bytes) -> tuple[int, int]:
-    ms, _, seq = entry_id.partition(b"-")
-    return int(ms), int(seq)

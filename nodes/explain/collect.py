@@ -19,6 +19,7 @@ from ...coordinator.link import Commands, Reply
 from ...schemas.entry import Entry
 from ...schemas.errors import ForebayError, InvalidEntry
 from ...schemas.keys import Names
+from ...schemas.replies import SHARDS_MAX, digits, field_map, integer
 from .asking import WAIT_S, ask
 from .document import (
     NOTICES_SHOWN_MAX,
@@ -51,9 +52,10 @@ class _Stored(Struct, frozen=True):
 async def names_at(commands: Commands, names: Names) -> Names:
     """The names as the namespace has them, which was perhaps born with other shards."""
     born_with = await commands.call("HGET", names.meta, "shards")
-    if born_with is None or not bytes(born_with).isdigit():
+    shards = None if born_with is None else digits(bytes(born_with))
+    if shards is None or not 1 <= shards <= SHARDS_MAX:
         return names
-    return Names(names.namespace, int(born_with), names.cache_version)
+    return Names(names.namespace, shards, names.cache_version)
 
 
 async def explain(
@@ -107,7 +109,7 @@ async def _stored(link: Commands, names: Names, key: str, bytes_max: int) -> _St
     for reply in (kept_ms, left_ms, time):
         if isinstance(reply, ForebayError):
             raise reply
-    now_ms = int(time[0]) * 1000 + int(time[1]) // 1000
+    now_ms = integer(time[0], "TIME") * 1000 + integer(time[1], "TIME") // 1000
     return _Stored(raw, size, int(kept_ms), lease_state(token, left_ms), now_ms)
 
 
@@ -169,7 +171,7 @@ async def _notices(
     while looked_at < LOOK_BACK and len(found) < NOTICES_SHOWN_MAX:
         page = await link.call("XREVRANGE", names.part(shard, "log"), before, "-", "COUNT", _PAGE)
         for raw_id, fields in page:
-            named = dict(zip(fields[::2], fields[1::2], strict=True))
+            named = field_map(fields)
             line = notice_line(shard, raw_id, named, key=key, tags=tags, now_ms=now_ms)
             found += [line] if line else []
         looked_at += len(page)

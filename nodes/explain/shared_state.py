@@ -16,6 +16,7 @@ from ...coordinator.link import Reply
 from ...schemas.entry import FOREVER_MS, Entry, decompressed, read_entry
 from ...schemas.errors import ForebayError, InvalidEntry
 from ...schemas.notices import Bumped, Changed, Dropped, Extended, Notice, Position, read_notice
+from ...schemas.replies import digits
 from .document import (
     TAGS_SHOWN_MAX,
     EntryState,
@@ -68,9 +69,10 @@ def tag_state(tag: str, embedded: int, raw: Reply) -> TagState:
 
 def _tag_versions(raw: Reply) -> tuple[int | None, int | None]:
     parts = bytes(raw).split(b" ") if isinstance(raw, bytes) else []
-    if not 1 <= len(parts) <= 2 or not all(part.isdigit() for part in parts):
+    numbers = [digits(part) for part in parts]
+    if not 1 <= len(numbers) <= 2:
         return None, None
-    return int(parts[0]), int(parts[-1])
+    return (None, None) if None in numbers else (numbers[0], numbers[-1])
 
 
 def entry_state(
@@ -141,10 +143,9 @@ def notice_line(
         return None
     kind, about, meant = _said(notice, key, tags)
     concerned = tuple(each for each in about if each in meant)
-    raw_version = fields.get(b"v", b"")
-    if not concerned or not raw_version.isdigit():
+    version = digits(fields.get(b"v", b""))
+    if not concerned or version is None:
         return None
-    version = int(raw_version)
     return NoticeLine(
         shard=shard,
         id=str(Position.parse(raw_id)),

@@ -7,7 +7,7 @@
 H1  A probe fails exactly when a check that gates it fails; a warning is a 200.
 H2  /livez looks at the event loop, and at what the node itself calls vital: never at Valkey.
 H3  /healthz shows all there is, breakers too, and has the status of /readyz.
-H4  No probe waits for anything: all checks are read from memory.
+H4  No probe waits for anything, or asks the server: all checks are read from memory.
 """
 
 from __future__ import annotations

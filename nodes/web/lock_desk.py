@@ -231,7 +231,7 @@ class LockDesk:
 
     def _heard(self, channel: bytes, payload: bytes) -> None:
         if channel in self._channels:
-            for place in self._places.get(payload.decode().partition(" ")[2], ()):
+            for place in self._places.get(payload.decode(errors="replace").partition(" ")[2], ()):
                 place.ring()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ...coordinator.ownership import Tenure
 from ...coordinator.scripting import Call, Scripts
 from ...schemas.keys import Names
-from .holdings import following
+from ...schemas.replies import following
 from .stretches import Queued
 
 __all__ = ["checkpoint_call"]

@@ -26,6 +26,7 @@ from ...schemas.keys import EVENTS, Names
 from ...schemas.settings import Settings
 from ..cache.core import Core
 from ..sinks.outlet import Outlet
+from .backlog import Backlog
 from .chores import Chores, Lockable
 from .dead_letters import DeadLetters
 from .delivery import Delivery
@@ -110,6 +111,7 @@ class Crew:
         )
         self.chores = Chores(link, parts.names, parts.locks, core.server_clock, log_retain=retain)
         self.external = self._external(parts) if parts.settings.cache.external_writers else None
+        self.backlog = self._backlog(parts)
         for successor in (self.writes, self.ingress, self.external):
             if successor is not None:
                 self.ownership.add(successor)
@@ -129,6 +131,16 @@ class Crew:
             server_clock=parts.core.server_clock,
             instruments=parts.core.instruments,
             invalidate=parts.core.invalidate,
+        )
+
+    def _backlog(self, parts: WorkParts) -> Backlog:
+        return Backlog(
+            parts.backend.link,
+            parts.names,
+            self.ownership,
+            clock=parts.core.clock,
+            server_clock=parts.core.server_clock,
+            lease_ms=parts.settings.cache.lease_ms,
         )
 
     def _external(self, parts: WorkParts) -> ExternalWriters:
@@ -195,6 +207,13 @@ async def crew(parts: WorkParts) -> AsyncGenerator[Crew]:
         tasks = await stack.enter_async_context(background_tasks())
         if made.external is not None:
             await tasks.start(made.external.run)
-        for part in (made.writes, made.ingress, made.ownership, made.trimmer, made.chores):
+        for part in (
+            made.writes,
+            made.ingress,
+            made.ownership,
+            made.trimmer,
+            made.chores,
+            made.backlog,
+        ):
             await tasks.start(part.run)
         yield made

@@ -9,6 +9,7 @@ D2  A crash between burying and the checkpoint buries again: of several with the
     ``from`` one is meant.
 D3  About the newest ``entries_max`` are kept in each stream; what is dropped is counted.
 D4  They are kept also when the server's memory is full: what they stood for is deleted after.
+D5  A stream that has given its last id is set aside as ``<name>:before``, loudly.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from msgspec import Struct
 from ...coordinator.instruments import Instruments
 from ...coordinator.link import Arg, Commands
 from ...coordinator.scripting import Call, Scripts, run_many
-from ...schemas.errors import ForebayError, InvalidEvent
+from ...schemas.errors import ForebayError, InvalidEvent, ServerRefused
 from ...schemas.keys import Names
 from ...schemas.replies import integer
 
@@ -86,6 +87,8 @@ class DeadLetters:
         ]
         dropped = 0
         for letter, reply in zip(letters, await run_many(self._commands, calls), strict=True):
+            if isinstance(reply, ServerRefused) and "exhausted" in str(reply):
+                await self._set_aside(name)
             if isinstance(reply, ForebayError):
                 raise reply
             self.buried += 1
@@ -94,6 +97,11 @@ class DeadLetters:
         if dropped:
             self._instruments.counts["limit_reached", "dead_letters"] += dropped
             log.error("dead_letters.dropped", count=dropped, stream=name)
+
+    async def _set_aside(self, name: str) -> None:
+        """Begin the stream anew: somebody gave it the last id, after which there is none."""
+        log.error("dead_letters.set_aside", stream=name, kept_in=f"{name}:before")
+        await self._commands.call("RENAME", name, f"{name}:before")
 
 
 def _fields(letter: DeadLetter) -> list[Arg]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from ...coordinator.ownership import Tenure
+from ...schemas.replies import order
 
-__all__ = ["Holding", "Place", "following", "latest"]
+__all__ = ["Holding", "Place", "latest"]
 
 
 class Place:
@@ -43,6 +44,10 @@ class Place:
         """The checkpoint was committed."""
         self.committed, self.sunk = committed, latest((self.sunk, committed))
 
+    def begin_anew(self) -> None:
+        """The stream was deleted behind the last id of all: ids are small again."""
+        self.position, self.sunk, self.rung = "", "0-0", True
+
     def begin_again(self) -> None:
         """What is remembered may be of another history: the checkpoint is to be asked for."""
         self.position, self.held, self.rung = "", "0-0", True
@@ -73,7 +78,7 @@ class Holding:
     @property
     def passed(self) -> str:
         """The id that every lane is past."""
-        return min((place.position or "0-0" for place in self.places), key=_order)
+        return min((place.position or "0-0" for place in self.places), key=order)
 
     def checkpoints(self) -> Iterator[str]:
         """Name and position of each lane's, by turns."""
@@ -83,15 +88,4 @@ class Holding:
 
 def latest(ids: Iterable[str]) -> str:
     """The latest of these ids."""
-    return max(ids, key=_order)
-
-
-def following(entry_id: str) -> str:
-    """The id after this one."""
-    ms, seq = _order(entry_id)
-    return f"{ms}-{seq + 1}"
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    ms, _, seq = entry_id.partition("-")
-    return int(ms), int(seq)
+    return max(ids, key=order)

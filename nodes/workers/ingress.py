@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import anyio
 import structlog
@@ -37,6 +37,7 @@ from ...schemas.errors import (
     ForebayError,
     InvalidEvent,
     NewerSchema,
+    ServerRefused,
     UnreadableRecord,
 )
 from ...schemas.events import read_event
@@ -160,7 +161,8 @@ class Ingress:
 
     async def _serve(self, tenure: Tenure) -> None:
         """Apply batch after batch as long as the tenure is in force."""
-        await self._publish_held(tenure)
+        await self._take_over(tenure, ())  # so that there is room behind the last id
+        await self._try_to_publish_held(tenure)
         self._newest = await self._newest_mark()
         while self._ours(tenure):
             entries = await self._read()
@@ -279,11 +281,24 @@ class Ingress:
             fix = "upgrade a node, so that what is held is applied"
             fault = InvalidEvent("unknown_type", f"{error}; too many are held", fix=fix)
             return self._set_aside(entry_id, fields, fault, letters)
-        if not await self._append(held, entry_id, "event", raw):
-            return None  # it was held before the crash
+        try:
+            if not await self._append(held, entry_id, "event", raw, "held", entry_id):
+                return None  # it was held before the crash
+        except ServerRefused as refused:
+            if "exhausted" not in str(refused):
+                raise
+            fault = InvalidEvent("unknown_type", f"{error}; it cannot be held: {refused}")
+            return self._set_aside(entry_id, fields, fault, letters)
         self._instruments.counts["events_processed", "unknown", "held"] += 1
         log.error("event.held", entry=entry_id, error=str(error))
         return None
+
+    async def _try_to_publish_held(self, tenure: Tenure) -> None:
+        """What the server refuses, stays held: events that come must not wait for it."""
+        try:
+            await self._publish_held(tenure)
+        except ServerRefused as error:
+            log.warning("event.still_held", error=str(error))
 
     async def _publish_held(self, tenure: Tenure) -> None:
         """Give events that this node can read, and an older one could not, another try."""
@@ -291,17 +306,18 @@ class Ingress:
         while page := await self._commands.call("XRANGE", held, start, "+", "COUNT", _PAGE):
             for raw_id, fields in page:
                 self._check(tenure, waiting=True)
-                await self._publish_again(held, raw_id, bytes(fields[1]))
+                await self._publish_again(held, raw_id, field_map(fields))
             start = f"({bytes(page[-1][0]).decode()}"
 
-    async def _publish_again(self, held: str, raw_id: bytes, raw: bytes) -> None:
+    async def _publish_again(self, held: str, raw_id: bytes, fields: Mapping[bytes, bytes]) -> None:
+        raw, held_as = fields.get(b"event", b""), fields.get(b"held", raw_id)
         try:
             read_event(raw, bytes_max=self._durable.event_bytes_max)
         except NewerSchema:
             return
         except InvalidEvent as error:
             log.warning("event.unheld", entry=bytes(raw_id).decode(), error=str(error))
-        await self._append(self._names.events, "*", "event", raw, "held", raw_id)
+        await self._append(self._names.events, "*", "event", raw, "held", held_as)
         await self._commands.call("XDEL", held, raw_id)
 
     async def _append(self, stream: str, entry_id: str, *fields: Arg) -> bool:

@@ -39,15 +39,15 @@ from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Call, Scripts, granted, run, run_many
-from ...schemas.errors import BusySinkError, Fenced, ForebayError
+from ...schemas.errors import BusySinkError, Fenced, ForebayError, UnreadableRecord
 from ...schemas.keys import Names
-from ...schemas.replies import order
+from ...schemas.replies import LAST_ID, following, order, stream_id
 from ...schemas.settings import Workers
 from ..sinks.base import SinkBatch
 from .commits import checkpoint_call
 from .dead_letters import DeadLetters
 from .delivery import Delivery
-from .holdings import Holding, Place, following, latest
+from .holdings import Holding, Place, latest
 from .routes import Routes
 from .stretches import Queued, Stretch, Versions, queued
 
@@ -86,6 +86,7 @@ class Lane:
         """``settled`` is called after every round. The first lane also holds what belongs to
         none; without a delivery there is nothing else.
         """
+        self.name = delivery.sink.name if delivery else "no sink"
         self.backlog = 0  #: entries read in the last round
         self._index = index
         self._delivery = delivery
@@ -106,7 +107,7 @@ class Lane:
         self._wake = anyio.Event()
         self._rounds = 0
         self._entry_bytes = _ENTRY_BYTES
-        self._failing = LogOnce()
+        self.failing = LogOnce()
         self._parked: TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -122,7 +123,7 @@ class Lane:
                 try:
                     await self._work_until_sweep()
                 except ForebayError as error:
-                    self._failing.say(log, "round.failed", error, sink=self._sink)
+                    self.failing.say(log, "round.failed", error, sink=self._sink)
                     await anyio.sleep(_SWEEP_S)
                 for holding in self._holdings.values():
                     self._place(holding).rung = True
@@ -162,7 +163,7 @@ class Lane:
             stretches = await self._read(held)
             if stretches:
                 await self._flush_ours(stretches)
-            self._failing.over()
+            self.failing.over()
         finally:
             for holding in held:
                 self._place(holding).busy = False
@@ -188,8 +189,17 @@ class Lane:
         )
         for holding, reply in zip(held, granted(replies), strict=True):
             place = self._place(holding)
-            place.committed = "0-0" if reply is None else bytes(reply).decode()
+            place.committed = self._position(holding, reply)
             place.position = "0-0" if self._index == 0 else place.committed
+
+    def _position(self, holding: Holding, reply: Reply) -> str:
+        """The checkpoint; the stream's beginning, if it is none: what is there is not done."""
+        name = f"{self._names.part(holding.shard, 'done')} {self.checkpoint}"
+        try:
+            return "0-0" if reply is None else stream_id(reply, name)
+        except UnreadableRecord as error:
+            log.warning("checkpoint.unreadable", shard=holding.shard, error=str(error))
+            return "0-0"
 
     async def _read(self, held: Sequence[Holding]) -> list[Stretch]:
         rows = min(self._options.flush_rows_max, _BYTES_MAX // self._entry_bytes)
@@ -203,7 +213,7 @@ class Lane:
             if place.held is not None:
                 older = next(replies)
             entries = next(replies)
-            if (bytes(stored).decode() if stored else "0-0") != place.committed:
+            if self._position(holding, stored) != place.committed:
                 self._begin_again(holding)
             elif older:
                 place.rung = True
@@ -281,7 +291,7 @@ class Lane:
         try:
             await self._flush_ours([stretch], alone=True)
         except ForebayError as error:
-            self._failing.say(log, "round.failed", error, sink=self._sink, shard=stretch.shard)
+            self.failing.say(log, "round.failed", error, sink=self._sink, shard=stretch.shard)
             await anyio.sleep(_SWEEP_S)
         finally:
             place.parked, place.rung = False, True
@@ -386,15 +396,20 @@ class Lane:
                 moved.append((holding, stretch))
         await self._forget_held(moved, versions)
         for holding, stretch in moved:
-            place = self._place(holding)
-            place.moved(self._reached(stretch, newest.get(stretch.shard, {})))
-            if stretch.held:
-                place.held = stretch.last_id
-            else:
-                place.position = stretch.last_id
+            self._moved(holding, stretch, newest.get(stretch.shard, {}))
         await self._trim(
             [each for each, stretch in moved if len(each.places) > 1 and not stretch.held]
         )
+
+    def _moved(self, holding: Holding, stretch: Stretch, newest: Mapping[str, Queued]) -> None:
+        place = self._place(holding)
+        place.moved(self._reached(stretch, newest))
+        if stretch.held:
+            place.held = stretch.last_id
+            return
+        place.position = stretch.last_id
+        if stretch.last_id == LAST_ID:
+            self._begin_anew(holding)
 
     def _commit_call(
         self, stretch: Stretch, newest: Mapping[str, Queued], versions: Versions
@@ -465,6 +480,17 @@ class Lane:
             for each in moved
         ]
         await run_many(self._commands, calls)
+        for each in moved:
+            if each.passed == LAST_ID:
+                for place in each.places:
+                    place.begin_anew()
+
+    def _begin_anew(self, holding: Holding) -> None:
+        """Nothing can follow the last id; until now writes were refused as by a full stream."""
+        stream = self._names.part(holding.shard, "writes")
+        log.warning("writes.last_id", shard=holding.shard, stream=stream)
+        if len(holding.places) == 1:
+            self._place(holding).begin_anew()
 
     def _place(self, holding: Holding) -> Place:
         return holding.places[self._index]

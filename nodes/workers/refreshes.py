@@ -28,6 +28,7 @@ from ...coordinator.log_once import LogOnce
 from ...schemas.errors import ForebayError, ServerRefused
 from ...schemas.jobs import RefreshJob, read_refresh
 from ...schemas.keys import Names
+from ...schemas.replies import field_map
 from ..strays import asked_to_stop
 from .routes import Routes
 
@@ -206,4 +207,4 @@ class Refreshes:
 
 def _job(fields: Sequence[bytes] | None) -> bytes:
     """The job of an entry; empty, which is none, if there is no such field."""
-    return bytes(fields[fields.index(b"j") + 1]) if fields and b"j" in fields[::2] else b""
+    return field_map(fields).get(b"j", b"")

@@ -19,7 +19,7 @@ from msgspec import Struct
 from ...coordinator.ownership import Tenure
 from ...schemas.errors import InvalidEntry, InvalidEvent, UnreadableRecord
 from ...schemas.jobs import WriteJob, read_write
-from ...schemas.replies import field_map, stream_id
+from ...schemas.replies import WHOLE_MAX, field_map, integer, stream_id
 from ..sinks.base import Progress, Write
 from .dead_letters import DeadLetter
 from .delivery import Refused
@@ -28,7 +28,14 @@ from .routes import Routes
 
 __all__ = ["Queued", "Stretch", "Versions", "queued"]
 
-_UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, InvalidEntry)
+_UNDECODABLE = (
+    msgspec.MsgspecError,
+    ValueError,
+    RecursionError,
+    OverflowError,
+    InvalidEntry,
+    UnreadableRecord,
+)
 
 
 class Queued(Struct, frozen=True):
@@ -53,7 +60,8 @@ def queued(raw_id: bytes, fields: Sequence[bytes] | None, tried: bytes | None = 
     if raw is None:
         return Queued(entry_id, 0, b" ".join(fields or ()), None, origin)
     try:
-        return Queued(entry_id, int(found.get(b"v", b"")), raw, read_write(raw), origin, tokens)
+        version = integer(found.get(b"v"), "the version of a write", high=WHOLE_MAX)
+        return Queued(entry_id, version, raw, read_write(raw), origin, tokens)
     except _UNDECODABLE:
         return Queued(entry_id, 0, raw, None, origin)
 

@@ -608,3 +608,41 @@ async def test_it_starts_only_once_it_is_current(scene: Scene) -> None:
         assert failures == 0
         assert is_live(follower)
         tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "entry_id",
+    ["99999999999999999-0", "18446744073709551615-0", "18446744073709551615-18446744073709551615"],
+)
+@pytest.mark.parametrize("swept", [True, False], ids=["swept", "not swept"])
+async def test_an_id_in_a_log_that_is_ahead_stops_no_change(
+    scene: Scene, entry_id: str, swept: bool
+) -> None:
+    """I2, _change C2: the next change begins an epoch past it, which the follower takes in."""
+    shelf, journal = scene.shelf, scene.journal
+    await shelf.write(1)
+    await scene.follower.sweep()
+    await scene.link.call("XADD", shelf.names.part(1, "log"), entry_id, "v", "1", "n", "x")
+    if swept:
+        await scene.follower.sweep()
+    for _ in range(3):
+        scene.follower.bell(await shelf.write(1))
+        await scene.follower.sweep()
+    journal.check()
+    assert journal.applied[1][-2:] == [2, 3]
+    assert set(journal.resets) == {1}
+    assert scene.follower.live_until > scene.clock.now
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [("v", "9" * 5_000, "n", "x"), ("v", "-1", "n", ""), ("\xff", "1"), ("n", "\x91" * 5_000)],
+)
+async def test_a_spoilt_notice_resets_its_shard_and_no_more(
+    scene: Scene, fields: Sequence[str]
+) -> None:
+    """I2: it is named in the log, and the others are followed."""
+    await scene.link.call("XADD", scene.shelf.names.part(1, "log"), "*", *fields)
+    await scene.follower.sweep()
+    assert scene.gaps == {"newer": 1}
+    assert [view.generation for view in scene.follower.views] == [0, 1, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 
 import anyio
@@ -11,6 +12,7 @@ import pytest
 import forebay
 from conftest import MakeServer
 from forebay.nodes.status import checks, gauges
+from forebay.nodes.workers.delivery import Outage
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 from forebay.schemas.settings import Workers as WorkerSettings
 from valkeyd import ValkeyServer
@@ -195,17 +197,19 @@ async def test_stopped_sink_warns_and_fails_nothing(
     """A sink in need of a person is shown; the node serves on."""
     async with shop(Valkey(url=valkey_server.socket_url), namespace) as node:
         assert node.parts.crew is not None
-        node.parts.crew.deliveries["save"].stopped = "no such table"
+        delivery = node.parts.crew.deliveries["save"]
+        delivery.stopped = "no such table"
+        delivery.paused = Outage(node.parts.clock.monotonic() - 30, 4, "no such table")
         (check,) = [each for each in checks(node) if each.name == "sink save"]
         document = await node.stats()
-        node.parts.crew.deliveries["save"].stopped = ""
+        delivery.stopped, delivery.paused = "", None
 
-    assert (check.state, check.detail, check.gates) == (
-        "warn",
-        "the sink is stopped: no such table",
-        frozenset(),
+    assert (check.state, check.gates) == ("warn", frozenset())
+    assert re.fullmatch(
+        r"the sink is stopped: no such table \(for 3\d\.\d s, attempt 4\)", check.detail
     )
-    assert document["workers"]["sinks"] == {"save": "no such table"}  # type: ignore[index]
+    shown = document["workers"]["sinks"]["save"]  # type: ignore[index]
+    assert shown.startswith("the sink is stopped: no such table (")
 
 
 async def test_gauges_are_there_while_the_node_runs(node: forebay.Node) -> None:

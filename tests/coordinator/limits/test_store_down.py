@@ -154,15 +154,24 @@ async def test_peeks_at_the_same_time_do_not_count_each_other(house: House) -> N
     assert [verdict.allowed for verdict in verdicts] == [True] * 5
 
 
-@pytest.mark.parametrize("spoil", [("RPUSH", "x"), ("SET", "what is this")])
-async def test_one_spoilt_state_is_no_outage(house: House, spoil: tuple[str, str]) -> None:
-    """O2: the server has answered; only that subject is decided here."""
+@pytest.mark.parametrize(
+    "spoil, source",
+    [
+        (("RPUSH", "x"), "local"),
+        (("SET", "what is this"), "server"),
+        (("SET", "9" * 5_000), "server"),
+    ],
+)
+async def test_one_spoilt_state_is_no_outage(
+    house: House, spoil: tuple[str, str], source: str
+) -> None:
+    """O2: the server has answered; only that subject is decided here. Text is as no state."""
     api = house.limiter(limit("local")).of("local")
     await api.peek("other")
     command, value = spoil
     await house.link.call(command, house.names.limit("r", "local", "bad"), value)
     sources = [(await api.take(subject)).source for subject in ("bad", "good") * 3]
-    assert sources == ["local", "server"] * 3
+    assert sources == [source, "server"] * 3
 
 
 async def test_an_open_limit_tells_nobody_that_nothing_is_left(house: House) -> None:

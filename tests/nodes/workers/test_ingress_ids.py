@@ -321,6 +321,65 @@ async def _drained(shop: Workshop, cut: Cut) -> None:
     await until(is_over)
 
 
+async def test_the_last_id_in_the_dead_letters_does_not_stop_ingress(open_shop: OpenShop) -> None:
+    """Dead letters D5: what was there is kept beside, and one more can be buried."""
+    async with open_shop(sinks=SINKS) as shop:
+        dead = shop.names.part(EVENTS, "dead")
+        await shop.link.call("XADD", dead, LAST_ID, "reason", "planted")
+        await shop.publish(b"[]", *writes([1]))
+        async with at_work(shop.ingress(await shop.ownership())):
+            await applied(shop, 1)
+        assert [each["reason"] for each in await shop.dead()] == [b"wrong_field"]
+        (kept,) = await shop.stream(f"{dead}:before")
+        assert kept["reason"] == b"planted"
+
+
+@pytest.mark.parametrize("which", ["an hour ahead", "the last"])
+async def test_an_event_is_held_behind_one_whose_id_is_ahead(
+    open_shop: OpenShop, which: str
+) -> None:
+    """G3: it keeps its id as a field; where there is no room, it is a dead letter."""
+    newer = b'{"type":"dev.forebay.cache.x.v2"}'
+    async with open_shop(sinks=SINKS) as shop:
+        held = shop.names.part(EVENTS, "held")
+        at = LAST_ID if which == "the last" else await hour_ahead(shop)
+        await shop.link.call("XADD", held, at, "event", newer)
+        entry_id, *_ = await shop.publish(newer, *writes([1]))
+        async with at_work(shop.ingress(await shop.ownership())):
+            await applied(shop, 1)
+        if which == "the last":
+            assert [each["event"] for each in await shop.dead()] == [newer]
+        else:
+            assert [each.get("held") for each in await shop.stream(held)] == [
+                None,
+                entry_id.encode(),
+            ]
+
+
+@pytest.mark.parametrize("sinks", [1, 2])
+async def test_the_last_id_in_a_stream_of_writes_stops_no_write(
+    open_shop: OpenShop, sinks: int
+) -> None:
+    """A write waits as for a full stream until the workers have drained it, and begun it anew."""
+    table, other = Table(), Table("other")
+    declared = {"flight:{id}": table} | ({"crew:{id}": other} if sinks == 2 else {})
+    async with open_shop(sinks=declared) as shop:
+        key = shop.key(1)
+        await shop.publish(write(key, 1))
+        owner = await shop.ownership()
+        async with at_work(shop.ingress(owner)):
+            await applied(shop, 1)
+            await shop.link.call("XADD", shop.names.part(1, "writes"), LAST_ID, "v", "1", "j", "x")
+            await shop.publish(write(key, 2))
+            await until(lambda: shop.counts["limit_reached", "writes"] > 0)
+            async with at_work(shop.write_behind(owner)):
+                await until(lambda: table.values().get(key) == 2)
+                await shop.publish(write(key, 3))
+                await until(lambda: table.values().get(key) == 3)
+        assert await shop.dead() == []
+        assert [each["reason"] for each in await shop.dead(1)] == [b"undecodable"]
+
+
 def event(number: int, event_id: str) -> bytes:
     return write("flight:1", number, id=event_id, source="s")
 

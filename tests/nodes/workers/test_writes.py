@@ -14,10 +14,11 @@ import pytest
 import forebay
 from forebay.nodes.sinks.base import SinkBatch
 from forebay.nodes.workers import lane as lane_module
-from forebay.nodes.workers.holdings import Holding, following
+from forebay.nodes.workers.holdings import Holding
 from forebay.schemas.errors import FatalSinkError, Fenced, PoisonSinkError, TransientSinkError
 from forebay.schemas.jobs import WriteJob, write_job
 from forebay.schemas.notices import Bumped, Dropped, read_notice
+from forebay.schemas.replies import following
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 from workshop import SHARDS, Cut, Table, Workshop, at_work, until, write
 

@@ -1,0 +1,66 @@
+"""Whether the server accepts writes: asked once a second, without writing.
+
+C1  The question is a ``SET`` that may only replace a key, of a name that never exists: the server
+    refuses it as it refuses all writes (``MISCONF``, ``OOM``, ``READONLY``, ``NOREPLICAS``), and
+    otherwise does nothing.
+C2  However often health is asked for, the server is asked once in ``every_s``; whoever wants to
+    know reads ``refusal``.
+C3  A server that does not answer changes nothing: that is the link's to tell.
+"""
+
+from __future__ import annotations
+
+import anyio
+import structlog
+from anyio.abc import TaskStatus
+
+from ..schemas.errors import ForebayError, ServerRefused
+from .clock import Clock
+from .link import Commands
+from .log_once import Failing, LogOnce
+
+__all__ = ["WriteCheck"]
+
+log = structlog.get_logger(__name__)
+
+_EVERY_S = 1.0
+_OF_ALL_WRITES = frozenset({"MISCONF", "OOM", "READONLY", "NOREPLICAS"})
+
+
+class WriteCheck:
+    def __init__(
+        self, commands: Commands, name: str, *, clock: Clock, every_s: float = _EVERY_S
+    ) -> None:
+        self._commands = commands
+        self._name = name
+        self._every_s = every_s
+        self._refused = LogOnce(clock)
+
+    def __repr__(self) -> str:
+        return f"<WriteCheck {self.refusal or 'ok'}>"
+
+    @property
+    def refusal(self) -> Failing | None:
+        """Why no write is accepted, and since when; None if they are, as far as is known."""
+        return self._refused.failing
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Ask until cancelled; started after the first answer."""
+        await self.ask()
+        task_status.started()
+        while True:
+            await anyio.sleep(self._every_s)
+            await self.ask()
+
+    async def ask(self) -> None:
+        try:
+            await self._commands.call("SET", self._name, "", "XX")
+        except ServerRefused as error:
+            if error.code in _OF_ALL_WRITES:
+                self._refused.say(log, "valkey.refuses_writes", error)
+        except ForebayError:
+            return
+        else:
+            if self.refusal is not None:
+                log.info("valkey.accepts_writes")
+            self._refused.over()

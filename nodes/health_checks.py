@@ -1,0 +1,99 @@
+"""The checks of health on a node's work: each tells whether its part stands still, and why.
+
+W1  What stands still is a warning: the work goes to other nodes, or waits; it fails no probe.
+    Only a server that refuses all writes fails readiness.
+W2  A check names the oldest work that this node is responsible for, and the failure that goes on:
+    for how long, how often, and the last error.
+W3  All of it is read from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..coordinator.log_once import Failing
+from .web.face import Check, Gate
+from .workers.delivery import Delivery, Outage
+
+if TYPE_CHECKING:
+    from .running import Running
+    from .workers.crew import Crew
+
+__all__ = ["sink_state", "work_checks", "work_gauges"]
+
+_READY: frozenset[Gate] = frozenset(("ready",))
+_NONE: frozenset[Gate] = frozenset()
+
+
+def work_checks(parts: Running) -> Iterator[Check]:
+    now = parts.clock.monotonic()
+    refusal = parts.write_check.refusal
+    yield Check(
+        name="valkey_writes",
+        state="fail" if refusal else "pass",
+        detail=_failing("the server refuses writes", refusal, now),
+        gates=_READY,
+    )
+    refreshes = _failing("refresh jobs are not read", parts.refreshes.failing.failing, now)
+    if parts.crew is None:
+        yield _warning("refreshes", refreshes)
+        return
+    yield from _checks_of(parts.crew, refreshes, now)
+    for name, delivery in parts.crew.deliveries.items():
+        yield _warning(f"sink {name}", sink_state(delivery, now))
+
+
+def _checks_of(crew: Crew, refreshes: str, now: float) -> Iterator[Check]:
+    ownership, late = crew.ownership, crew.backlog.late
+    yield _warning(
+        "ownership",
+        _failing("no beat succeeds", ownership.beats.failing, now),
+        _failing("claims of shards are refused", ownership.claims.failing, now),
+        _failing("shards are not handed over", ownership.handovers.failing, now),
+    )
+    interrupted = _failing("events are not applied", crew.ingress.failing.failing, now)
+    yield _warning("ingress", late("events"), interrupted)
+    lanes = [
+        _failing(f"writes to {lane.name} are not read", lane.failing.failing, now)
+        for lane in crew.writes.lanes
+    ]
+    yield _warning("writes", late("writes"), *lanes)
+    yield _warning("refreshes", late("refreshes"), refreshes)
+
+
+def sink_state(delivery: Delivery, now: float) -> str:
+    """What keeps a sink from taking all writes; empty if nothing does."""
+    found = []
+    if (outage := delivery.paused) is not None:
+        state = "stopped" if delivery.stopped else "paused"
+        found.append(f"the sink is {state}: {outage.error} ({_since(outage, now)})")
+    if delivery.locked:
+        longest = min(delivery.locked.values(), key=lambda each: each.since)
+        rows, table = len(delivery.locked), longest.table or "the sink"
+        found.append(f"{rows} rows of {table} are locked: {longest.error} ({_since(longest, now)})")
+    return "; ".join(found)
+
+
+def work_gauges(crew: Crew, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    for kind, age_s in crew.backlog.ages():
+        yield "work_oldest_age_seconds", (kind,), age_s
+    for name, delivery in crew.deliveries.items():
+        paused = delivery.paused
+        yield "sink_paused_seconds", (name,), now - paused.since if paused else 0.0
+        yield "sink_locked_rows", (name,), float(len(delivery.locked))
+
+
+def _since(outage: Outage, now: float) -> str:
+    return f"for {now - outage.since:.1f} s, attempt {outage.attempt}"
+
+
+def _failing(what: str, failing: Failing | None, now: float) -> str:
+    if failing is None:
+        return ""
+    return f"{what} for {now - failing.since:.1f} s, {failing.times} times: {failing.error}"
+
+
+def _warning(name: str, *details: str) -> Check:
+    detail = "; ".join(each for each in details if each)
+    return Check(name=name, state="warn" if detail else "pass", detail=detail, gates=_NONE)
