@@ -44,6 +44,10 @@ class Place:
         """The checkpoint was committed."""
         self.committed, self.sunk = committed, latest((self.sunk, committed))
 
+    def not_decoded(self, key: str, version: int, held_id: str) -> None:
+        """A write of this key was set aside; a newer one takes its place."""
+        self.undecodable.setdefault(key, []).append((version, held_id))
+
     def begin_anew(self) -> None:
         """The stream was deleted behind the last id of all: ids are small again."""
         self.position, self.sunk, self.rung = "", "0-0", True

@@ -357,13 +357,8 @@ class Lane:
                 versions.no_room(stretch.shard, entry)
             elif raw_id != b"-":
                 self._counts["writebehind_held", reason] += 1
-                self._note_undecodable(stretch, entry, bytes(raw_id).decode() if token else "")
-
-    def _note_undecodable(self, stretch: Stretch, entry: Queued, held_id: str) -> None:
-        holding = self._holdings.get(stretch.shard)
-        if held_id and entry.job is not None and holding is not None:
-            held = self._place(holding).undecodable.setdefault(entry.job.key, [])
-            held.append((entry.version, held_id))
+                if token and (holding := self._holdings.get(stretch.shard)) is not None:
+                    self._place(holding).not_decoded(entry.key, entry.version, raw_id.decode())
 
     def _repeated(self, versions: Versions) -> Iterator[str]:
         """Keys of writes that this node has sunk before; the sink may have newer ones (W9)."""
@@ -423,22 +418,12 @@ class Lane:
             stretch.tenure,
             checkpoint=self.checkpoint,
             follows=stretch.follows,
-            last=self._last_left(stretch, versions),
+            last=versions.last_left(stretch),
             position=self._reached(stretch, newest),
             stream="held" if stretch.held else "writes",
             trimmed_to=stretch.last_id if only else "0-0",
             newest=newest,
         )
-
-    def _last_left(self, stretch: Stretch, versions: Versions) -> str:
-        """The last entry that must still be in the stream; empty if all were set aside."""
-        aside = {
-            entry.id
-            for held in (versions.strays, versions.undecodable)
-            for entry in held.get(stretch.shard, ())
-        }
-        left = [entry.id for entry in stretch.entries if entry.id not in aside]
-        return left[-1] if left and not stretch.held else ""
 
     def _reached(self, stretch: Stretch, newest: Mapping[str, Queued]) -> str:
         """The checkpoint, which never goes back; of those held, it passes the ids that they had."""

@@ -48,6 +48,10 @@ class Queued(Struct, frozen=True):
     origin: str  #: the id that it had in the writes stream
     tried: frozenset[str] = frozenset()  #: tokens of the members that could not decode the value
 
+    @property
+    def key(self) -> str:
+        return self.job.key if self.job is not None else ""
+
 
 def queued(raw_id: bytes, fields: Sequence[bytes] | None, tried: bytes | None = None) -> Queued:
     found = field_map(fields)
@@ -200,6 +204,16 @@ class Versions:
     def taken(self) -> Iterator[tuple[int, Queued]]:
         """Shard and entry of all that are for this sink."""
         return iter(self._taken)
+
+    def last_left(self, stretch: Stretch) -> str:
+        """The last entry that must still be in the stream; empty if all were set aside."""
+        aside = {
+            entry.id
+            for held in (self.strays, self.undecodable)
+            for entry in held.get(stretch.shard, ())
+        }
+        left = [entry.id for entry in stretch.entries if entry.id not in aside]
+        return left[-1] if left and not stretch.held else ""
 
     def finished(self) -> Iterator[tuple[int, Queued]]:
         """Shard and entry of all that need not be looked at again, in their order."""

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import anyio
 import pytest
 
+from forebay.nodes import status
 from forebay.nodes.status import checks
 from forebay.nodes.workers.held import HeldStatistics
 from forebay.nodes.workers.ingress import read_mark
@@ -211,6 +212,7 @@ async def test_an_id_ahead_is_reported_until_the_stream_is_drained(
         held = SimpleNamespace(held=SimpleNamespace(statistics=HeldStatistics()))
         crew = SimpleNamespace(deliveries={}, ingress=ingress, writes=held)
         monkeypatch.setattr(shop.parts, "crew", crew)
+        monkeypatch.setattr(status, "work_checks", lambda parts: ())
 
         def warned() -> list[str]:
             return [each.detail for each in checks(shop.node) if each.state == "warn"]
