@@ -58,6 +58,14 @@ async def read() -> int:
     await offer(region="us")  # error
     number: int = await offer(1)  # error
     many: list[int | None] = await price.many([1, 2])
+    await price.many(["1"])  # error
+    await price.many_with_info([1.5])  # error
+    await offer.many([1, 2])
+    await offer.many([(1, "us"), (2, "eu")])
+    await offer.many([("us", 1)])  # error
+    await slot.many_with_info([(1, "b", True)])
+    await slot.many_with_info([(1, "b")])  # error
+    await wide.many([(1, 2, 3, 4)])
     hit = await price.get_with_info(42)
     stale: bool = hit.stale
     print(text, number, many, stale)

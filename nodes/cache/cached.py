@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar, Unpack
+from typing import Any, Generic, ParamSpec, TypeVar, Unpack, overload
 
 import structlog
 
@@ -45,7 +45,7 @@ from .policy import Policy
 from .reads import ReadPath
 from .source import source_of
 from .warming import How, Items, WarmReport, warm
-from .writable import NOT_RUNNING, Writable
+from .writable import NOT_RUNNING, Takes1, Takes2, Takes3, Writable
 from .writes import WriteParts, WritePath
 
 __all__ = ["Cached"]
@@ -55,6 +55,10 @@ log = structlog.get_logger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 B = TypeVar("B", bound=BatchLoader)
+A1 = TypeVar("A1")
+A2 = TypeVar("A2")
+A3 = TypeVar("A3")
+Wide = tuple[Any, Any, Any, Any, *tuple[Any, ...]]  #: the arguments of a loader of more than three
 
 _BATCH_OF_LEASE = 0.9
 
@@ -125,6 +129,20 @@ class Cached(Writable[T], Generic[P, T]):
             return self.path.hit_of(entry)
         return await self.path.read(key, functools.partial(self._call_of, key))
 
+    @overload
+    async def many(self: Takes1[A1, Any], items: Iterable[A1]) -> list[T]: ...
+
+    @overload
+    async def many(self: Takes2[A1, A2, Any], items: Iterable[tuple[A1, A2]]) -> list[T]: ...
+
+    @overload
+    async def many(
+        self: Takes3[A1, A2, A3, Any], items: Iterable[tuple[A1, A2, A3]]
+    ) -> list[T]: ...
+
+    @overload
+    async def many(self, items: Iterable[Wide]) -> list[T]: ...
+
     async def many(self, items: Iterable[Any]) -> list[T]:
         """The values of many items, in their order: one look, and one load for the misses.
 
@@ -147,6 +165,24 @@ class Cached(Writable[T], Generic[P, T]):
             }
             raise PartialFailure(self.name, values, errors)
         return [hit.value for hit in hits if isinstance(hit, Hit)]
+
+    @overload
+    async def many_with_info(
+        self: Takes1[A1, Any], items: Iterable[A1]
+    ) -> list[Hit[T] | Exception]: ...
+
+    @overload
+    async def many_with_info(
+        self: Takes2[A1, A2, Any], items: Iterable[tuple[A1, A2]]
+    ) -> list[Hit[T] | Exception]: ...
+
+    @overload
+    async def many_with_info(
+        self: Takes3[A1, A2, A3, Any], items: Iterable[tuple[A1, A2, A3]]
+    ) -> list[Hit[T] | Exception]: ...
+
+    @overload
+    async def many_with_info(self, items: Iterable[Wide]) -> list[Hit[T] | Exception]: ...
 
     async def many_with_info(self, items: Iterable[Any]) -> list[Hit[T] | Exception]:
         """As ``many``, with tiers and ages; in place of what failed stands its exception."""

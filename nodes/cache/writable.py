@@ -143,10 +143,10 @@ class Writable(Generic[T]):
             Unavailable: it may have been stored. Unconfirmed: it was, and not yet further.
             InvalidValue: no entry can hold it. ConfigError: ``ttl``, ``until`` or ``timeout``.
         """
-        *arguments, value = args
+        key, value = self._key_and_value(args)
         ttl_ms = None if ttl is None else lifetime_ms("ttl", ttl, origin=f"a put of {self.name}")
         return await self.writes.put(
-            self.key(*arguments),
+            key,
             value,
             ttl_ms=ttl_ms,
             until=until,
@@ -204,9 +204,8 @@ class Writable(Generic[T]):
             InvalidValue: no entry can hold it; the sink was not asked.
             Unavailable: Valkey did not answer, perhaps after the source took it; write it again.
         """
-        *arguments, value = args
-        key, timeout_ms = self.key(*arguments), self._timeout_ms(timeout)
-        return await self.writes.through(key, value, timeout_ms=timeout_ms)
+        key, value = self._key_and_value(args)
+        return await self.writes.through(key, value, timeout_ms=self._timeout_ms(timeout))
 
     @overload
     async def write_around(
@@ -253,9 +252,8 @@ class Writable(Generic[T]):
         Raises:
             As ``write_through``.
         """
-        *arguments, value = args
-        key, timeout_ms = self.key(*arguments), self._timeout_ms(timeout)
-        return await self.writes.around(key, value, timeout_ms=timeout_ms)
+        key, value = self._key_and_value(args)
+        return await self.writes.around(key, value, timeout_ms=self._timeout_ms(timeout))
 
     @overload
     async def write_behind(
@@ -314,13 +312,13 @@ class Writable(Generic[T]):
             InvalidKey: one in ``invalidates`` cannot be a key, or there are too many.
             InvalidValue: no entry can hold the value. ConfigError: no sink takes the key.
         """
-        *arguments, value = args
+        key, value = self._key_and_value(args)
         after = Invalidates(
             keys=_checked("invalidates_keys", invalidates_keys),
             tags=_checked("invalidates_tags", invalidates_tags),
         )
         return await self.write_value(
-            self.key(*arguments), value, after, until=until, timeout_ms=self._timeout_ms(timeout)
+            key, value, after, until=until, timeout_ms=self._timeout_ms(timeout)
         )
 
     async def write_value(
@@ -349,6 +347,18 @@ class Writable(Generic[T]):
             raise ForebayError(f"{self.name}: {NOT_RUNNING}")
         self._writes.check_loop()
         return self._writes
+
+    def _key_and_value(self, args: Sequence[Any]) -> tuple[str, Any]:
+        if not args:
+            raise TypeError(
+                f"a write of {self.name} takes the loader's arguments, and the value last"
+            )
+        *arguments, value = args
+        try:
+            return self.key(*arguments), value
+        except TypeError as error:
+            problem = f"a write of {self.name} takes the loader's arguments, and the value last"
+            raise TypeError(f"{problem}: {error} before the value") from None
 
     def _timeout_ms(self, timeout_s: float) -> int:
         return lifetime_ms("timeout", timeout_s, zero=True, origin=f"a write of {self.name}")

@@ -367,3 +367,36 @@ async def test_the_loader_gets_the_same_whoever_calls_it(make_node) -> None:
                 await of_many.put(wrong, 1.0)
         with pytest.raises(InvalidKey, match=r"it is spelt many:1\.0"):
             await node.read("many:1")
+
+
+@pytest.mark.parametrize("way", ["put", "write_through", "write_around", "write_behind"])
+@pytest.mark.parametrize("args", [(), (1,), (1, 2, 3)])
+async def test_a_write_of_the_wrong_number_of_arguments_says_what_it_takes(
+    make_node, way: str, args: tuple[int, ...]
+) -> None:
+    """As a TypeError, like any call; with the name of the cache."""
+    node = make_node()
+
+    @node.cached("row:{id}", ttl=60)
+    async def row(id: int) -> int:
+        return id
+
+    async with node:
+        with pytest.raises(TypeError, match=r"a write of row takes the loader's arguments, and"):
+            await getattr(row, way)(*args)
+
+
+async def test_a_value_of_another_type_names_cache_key_and_types(make_node) -> None:
+    """What types do not say is said when it is written."""
+    node = make_node()
+
+    @node.cached("row:{id}", ttl=60)
+    async def row(id: int) -> int:
+        return id
+
+    async with node:
+        with pytest.raises(forebay.InvalidValue) as caught:
+            await row.put(1, "not an int")
+    assert (caught.value.cache, caught.value.key) == ("row", "row:1")
+    assert "declared int, got str" in str(caught.value)
+    assert caught.value.fix
