@@ -40,7 +40,7 @@ from .clock import Clock
 from .dialer import Dialed, Dialer
 from .listeners import Listeners
 from .log_once import LogOnce
-from .server_info import history_of
+from .server_info import history_of, was_promoted
 from .shareable import ALONE, GUARDED, check_shareable
 from .sweeper import Sweeper
 from .waiting import Arg, Batch, Due, Parked, Reply, Slot, Waiter, expire
@@ -359,7 +359,11 @@ class Link:
         except ServerRefused as refused:
             self.redial(str(refused))
             raise
-        if history != self.history:
+        if history == self._history:
+            return
+        if not was_promoted(reply):
+            self._history = history
+        else:
             self._renew(history)
             log.warning("link.history_changed", link=self.name)
             self._state.tell(True)
