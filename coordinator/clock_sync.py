@@ -1,7 +1,7 @@
 """Keeps the estimate of the server's clock fresh: one TIME every few seconds.
 
-A jump of the server's clock by more than ``JUMP_S`` between two looks is reported: lifetimes
-stamped before it are off by as much.
+A jump of the server's clock by more than ``JUMP_S`` between two looks is counted and logged, once:
+leases and lifetimes stamped before it end earlier or later by as much.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from anyio.abc import TaskStatus
 from ..schemas.errors import ForebayError
 from ..schemas.replies import integer
 from .clock import Clock, ServerClock
+from .instruments import Instruments
 from .link import Commands
 
 __all__ = ["JUMP_S", "ClockSync"]
@@ -25,10 +26,17 @@ _FIRST_LOOKS = 3
 
 
 class ClockSync:
-    def __init__(self, commands: Commands, server_clock: ServerClock, clock: Clock) -> None:
+    def __init__(
+        self,
+        commands: Commands,
+        server_clock: ServerClock,
+        clock: Clock,
+        instruments: Instruments,
+    ) -> None:
         self._commands = commands
         self._server_clock = server_clock
         self._clock = clock
+        self._instruments = instruments
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Look now and then until cancelled; started when the estimate is known."""
@@ -51,4 +59,5 @@ class ClockSync:
             server_us, sent_at=sent_at, received_at=self._clock.monotonic()
         )
         if abs(moved_s) > JUMP_S:
+            self._instruments.counts["time_anomalies", "server_clock_jumped"] += 1
             log.warning("clock.jumped", by_s=round(moved_s, 3))

@@ -237,7 +237,7 @@ class Running:
         """Start the clock and the log, and become current."""
         link, doorbell, start = self.backend.link, self.backend.doorbell, self.tasks.start
         await self.load_scripts()
-        clock_sync = ClockSync(link, self.server_clock, self.clock)
+        clock_sync = ClockSync(link, self.server_clock, self.clock, self.instruments)
         await patience.until_done(partial(start, clock_sync.run))
         stack.callback(doorbell.on_message(self.bell))
         stack.callback(doorbell.on_state(self.follower.doorbell_changed))

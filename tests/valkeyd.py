@@ -60,12 +60,14 @@ class ValkeyServer:
         *,
         config: Mapping[str, Words] | None = None,
         acl: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self.flavour = flavour
         self.port = free_port()
         self.directory = Path(tempfile.mkdtemp(prefix="forebay-test-"))
         self.socket_path = str(self.directory / "s")
         self._config = dict(config or {})
+        self._environ = dict(environ or {})
         self._process: subprocess.Popen[bytes] | None = None
         if acl:
             users = self.directory / "users.acl"
@@ -159,7 +161,7 @@ class ValkeyServer:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self.directory,
-                env={},
+                env=self._environ,
                 process_group=0,
             )
 

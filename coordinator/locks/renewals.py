@@ -115,7 +115,6 @@ class Renewals:
 
     def connected(self) -> None:
         """The server may be another, or have forgotten."""
-        self._stalls.forget()
         now = self._clock.monotonic()
         for lease in self.held.values():
             lease.renew_at = now
@@ -176,13 +175,12 @@ class Renewals:
         since = replication.since if replication else 0
         sent_at = self._clock.monotonic()
         try:
-            now_us, statuses = await self._records.renew(named, timeout_ms=timeout_ms)
+            _, statuses = await self._records.renew(named, timeout_ms=timeout_ms)
         except ForebayError as error:
             self._failing.say(log, "lease.not_renewed", error, leases=len(leases))
             self._failed(leases)
             return
         self._failing.over()
-        self._stalls.heard(now_us, at=sent_at)
         unconfirmed = []
         for lease, status in zip(leases, statuses, strict=True):
             if status == 1 and lease.terms.level == "replicated":

@@ -1,7 +1,7 @@
 -- The exact arithmetic of limits, in whole numbers below 2^53; limits/gcra.py says the same.
--- A state is the theoretical arrival time, microseconds: "tat", or "tat+rest/drain" where it
--- lies between two. Debt is the time until then, in units: drain of them are paid in 1 us.
--- A state that cannot be read is none.
+-- A state is the theoretical arrival time, microseconds, and when it was written: "tat@written", or
+-- "tat+rest/drain@written" where it lies between two. Debt is the time until then, in units: drain
+-- of them are paid in 1 us. A state that cannot be read is none.
 -- With _numbers.lua.
 
 local DEBT_MAX = 4503599627370496
@@ -13,14 +13,16 @@ local function clock_us(given)
   return t[1] * 1000000 + t[2], 0
 end
 
+-- The debt, and whether the clock was set back since, so that the state is to be written anew.
 local function debt_of(state, now, drain)
-  if not state then return 0 end
-  local tat, rest, of = string.match(state, "^(%d+)%+?(%d*)/?(%d*)$")
+  if not state then return 0, false end
+  local tat, rest, of, written = string.match(state, "^(%d+)%+?(%d*)/?(%d*)@?(%d*)$")
   tat, rest = whole_number(tat), whole_number(rest) or 0
-  if not tat then return 0 end
+  if not tat then return 0, false end
+  local from = math.max(now, whole_number(written) or 0)
   if rest > 0 and tonumber(of) ~= drain then tat, rest = tat + 1, 0 end
-  if tat < now then return 0 end
-  return math.min((tat - now) * drain + rest, DEBT_MAX)
+  if tat < from then return 0, from > now end
+  return math.min((tat - from) * drain + rest, DEBT_MAX), from > now
 end
 
 local function put_debt(key, debt, now, drain, spare_ms)
@@ -29,6 +31,7 @@ local function put_debt(key, debt, now, drain, spare_ms)
   local rest = debt - whole * drain
   local state = string.format("%.0f", now + whole)
   if rest > 0 then state = state .. string.format("+%.0f/%.0f", rest, drain) end
+  state = state .. string.format("@%.0f", now)
   local ttl_ms = math.ceil((whole + 1) / 1000) + 1 + spare_ms
   redis.call("SET", key, state, "PX", string.format("%.0f", ttl_ms))
 end

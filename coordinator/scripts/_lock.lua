@@ -52,6 +52,10 @@ local function grace_of(run, now, told)
   local known = redis.call("HMGET", run, "rid", "grace", "max")
   local longest, grace = math.min(whole_number(known[3]) or CAP_US, CAP_US), whole_number(known[2]) or 0
   if grace > now + 2 * CAP_US then grace = 0 end
+  if grace > now + longest then -- the clock was set back
+    grace = now + longest
+    redis.call("HSET", run, "grace", digits(grace))
+  end
   if told and told ~= "" and known[1] == told then return grace, longest end
   local info = run_info()
   if known[1] and string.find(info, known[1], 1, true) then return grace, longest end

@@ -12,7 +12,7 @@
 --         one more ask, time until it is full (microseconds); then per key: refusals as a shadow
 --
 -- I1 An ask is granted by all limits or by none; first come, first served.
--- I2 What is refused or only looked at writes nothing.
+-- I2 What is refused or only looked at writes nothing, unless the clock was set back.
 -- I3 A shadow refuses nothing; it is charged what it would have granted, alone.
 -- I4 force charges whatever the debt is; refund never makes a debt negative.
 
@@ -24,8 +24,9 @@ for i = 1, count do
   drain[i], weight[i], burst[i] = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
   shadow[i], over[i] = ARGV[at + 3] == "1", 0
   enforced = enforced or not shadow[i]
-  debt[i] = debt_of(redis.call("GET", KEYS[i]), now, drain[i])
-  first[i] = debt[i]
+  local is_set_back
+  debt[i], is_set_back = debt_of(redis.call("GET", KEYS[i]), now, drain[i])
+  first[i] = is_set_back and -1 or debt[i]
   at = at + 4
 end
 

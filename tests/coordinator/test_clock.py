@@ -6,10 +6,12 @@ import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from forebay.coordinator.clock import ServerClock, SystemClock
 from forebay.coordinator.clock_sync import JUMP_S, ClockSync
+from forebay.coordinator.instruments import Instruments
 from forebay.coordinator.link import Arg, Reply
 from forebay.schemas.errors import Disconnected
 from links import link_to, running
@@ -136,7 +138,7 @@ async def test_it_follows_a_real_server(valkey_server: ValkeyServer) -> None:
     clock = ServerClock(ours)
     async with running(link), anyio.create_task_group() as tasks:
         between = Between(link)
-        await tasks.start(ClockSync(between, clock, ours).run)
+        await tasks.start(ClockSync(between, clock, ours, Instruments(CollectorRegistry())).run)
         assert link.statistics().calls >= 3
         margin_ms = clock._round_trip_s * 500 + 1
         for _ in range(50):
@@ -155,7 +157,8 @@ async def test_a_jump_of_the_server_s_clock_is_reported() -> None:
     ours = ManualClock()
     told = ToldTimes(ours)
     clock = ServerClock(ours)
-    sync = ClockSync(told, clock, ours)
+    instruments = Instruments(CollectorRegistry())
+    sync = ClockSync(told, clock, ours, instruments)
     with capture_logs() as logs:
         await sync.look()
         told.ahead_s += JUMP_S / 2
@@ -163,6 +166,8 @@ async def test_a_jump_of_the_server_s_clock_is_reported() -> None:
         assert logs == []
         told.ahead_s -= 60.0
         await sync.look()
+        await sync.look()
+    assert instruments.counts["time_anomalies", "server_clock_jumped"] == 1
     assert [(each["event"], each["by_s"]) for each in logs] == [("clock.jumped", -60.0)]
     assert clock.offset_s == pytest.approx(EPOCH_S + JUMP_S / 2 - 60.0, abs=0.002)
 
@@ -176,7 +181,7 @@ async def test_a_server_that_is_away_costs_no_more_than_the_look(
     told = ToldTimes(ours)
     clock = ServerClock(ours)
     async with anyio.create_task_group() as tasks:
-        await tasks.start(ClockSync(told, clock, ours).run)
+        await tasks.start(ClockSync(told, clock, ours, Instruments(CollectorRegistry())).run)
         told.away, asked = True, told.asked
         with anyio.fail_after(10):
             while told.asked < asked + 3:
@@ -196,5 +201,5 @@ async def test_it_does_not_start_without_an_estimate() -> None:
     told.away = True
     clock = ServerClock(ours)
     with pytest.raises(Disconnected):
-        await ClockSync(told, clock, ours).run()
+        await ClockSync(told, clock, ours, Instruments(CollectorRegistry())).run()
     assert not clock.known

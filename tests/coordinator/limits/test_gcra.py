@@ -121,6 +121,22 @@ def test_a_changed_limit_keeps_its_arrival_time(old: Limit, new: Limit, spent: i
     assert owed_us <= kept_us < owed_us + 1 or kept_us * after.drain == gcra.DEBT_MAX
 
 
+@given(limit=limits(), spent=st.integers(1, 40), back_us=st.integers(1, 10**11))
+def test_a_clock_set_back_closes_a_limit_for_no_longer_than_it_was(
+    limit: Limit, spent: int, back_us: int
+) -> None:
+    """G5: what is owed then is what was owed, and from then on it is paid off as ever."""
+    terms = terms_of(limit)
+    debt = spent * terms.weight
+    tat, now_us = gcra.put_debt(debt, START_US, terms), START_US - back_us
+    assert gcra.is_set_back(tat, now_us)
+    assert gcra.debt_of(tat, now_us, terms) == min(debt, gcra.DEBT_MAX)
+    again = gcra.put_debt(gcra.debt_of(tat, now_us, terms), now_us, terms)
+    assert not gcra.is_set_back(again, now_us)
+    wait_us = gcra.wait_us(debt, terms, 1)
+    assert gcra.fits(gcra.debt_of(again, now_us + wait_us, terms), terms) > 0
+
+
 @pytest.mark.parametrize("rate, per", [(7e8, 0.000_003), (0.3, 7), (1, 60 * 60 * 24 * 30)])
 def test_terms_are_whole_and_small(rate: float, per: float) -> None:
     """The numbers of a limit that is accepted are exact in a double, also when doubled."""

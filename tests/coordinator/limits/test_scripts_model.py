@@ -50,6 +50,9 @@ class Model:
         terms = [terms_of(limit) for limit in self.limits]
         debts = [gcra.debt_of(t, self.now_us, x) for t, x in zip(self.tats, terms, strict=True)]
         before, over, replies = list(debts), [0] * len(debts), []
+        for at, tat in enumerate(self.tats):
+            if gcra.is_set_back(tat, self.now_us):
+                before[at] = -1
         for mode, count, costs in runs:
             granted = count
             if mode in "tp":
@@ -98,7 +101,7 @@ def written(tat: gcra.Tat | None) -> bytes | None:
     if tat is None:
         return None
     rest = f"+{tat.rest}/{tat.drain}" if tat.rest else ""
-    return f"{tat.us}{rest}".encode()
+    return f"{tat.us}{rest}@{tat.written_us}".encode()
 
 
 RATES = st.one_of(st.integers(1, 20), st.sampled_from([0.3, 7, 33.333, 1_000_003, 2.5e6]))
@@ -195,6 +198,10 @@ class Machine(RuleBasedStateMachine):
     @rule(us=st.one_of(st.integers(0, 5), st.integers(0, 4_000_000)))
     def wait(self, us: int) -> None:
         self.model.now_us += us
+
+    @rule(us=st.one_of(st.integers(0, 5), st.integers(0, 60_000_000)))
+    def set_the_clock_back(self, us: int) -> None:
+        self.model.now_us -= us
 
     @rule(data=st.data())
     def change_a_limit(self, data: st.DataObject) -> None:

@@ -190,19 +190,10 @@ async def test_at_level_replicated_a_renewal_counts_when_replicas_have_it(make: 
 
 
 def test_time_that_passes_unevenly_is_counted() -> None:
-    """S1, S2: a late wake-up, and a clock of the server that was set; not what is usual."""
+    """S1: a late wake-up; not what is usual."""
     instruments = Instruments(CollectorRegistry())
     stalls, counts = Stalls(instruments), instruments.counts
     stalls.woke(due=10.0, now=10.04)
-    stalls.heard(5_000_000, at=10.0)
-    stalls.heard(6_050_000, at=11.0)
-    assert sum(counts["time_anomalies", kind] for kind in KINDS) == 0
+    assert counts["time_anomalies", "loop_stalled"] == 0
     stalls.woke(due=11.0, now=11.2)
-    stalls.heard(9_000_000, at=12.0)
-    assert [counts["time_anomalies", kind] for kind in KINDS] == [1, 1]
-    stalls.forget()
-    stalls.heard(1_000_000, at=13.0)
-    assert counts["time_anomalies", "server_clock_jumped"] == 1
-
-
-KINDS = ("loop_stalled", "server_clock_jumped")
+    assert counts["time_anomalies", "loop_stalled"] == 1
