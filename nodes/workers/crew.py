@@ -19,7 +19,7 @@ from ...coordinator.backend import Backend
 from ...coordinator.background import background_tasks
 from ...coordinator.link import Commands
 from ...coordinator.ownership import Ownership
-from ...coordinator.roster import Profile
+from ...coordinator.roster import Profile, published
 from ...coordinator.scripting import Scripts
 from ...schemas.errors import ForebayError
 from ...schemas.keys import EVENTS, Names
@@ -72,7 +72,7 @@ class Crew:
             clock=core.clock,
             rng=core.rng,
             instruments=core.instruments,
-            profile=_profile(parts.settings),
+            profile=_profile(parts.settings, parts.routes),
         )
         self._rejoins = bool(parts.settings.node.id)
         self.deliveries = {
@@ -127,6 +127,9 @@ class Crew:
             parts.dead_letters,
             node_id=parts.core.node_id,
             options=parts.settings.workers,
+            held_max=parts.settings.durable.dead_letters_max,
+            server_clock=parts.core.server_clock,
+            instruments=parts.core.instruments,
             invalidate=parts.core.invalidate,
         )
 
@@ -184,12 +187,13 @@ class Crew:
         return finished
 
 
-def _profile(settings: Settings) -> Profile:
+def _profile(settings: Settings, routes: Routes) -> Profile:
     from ... import __version__
 
     http = settings.http
     address = f"{http.host}:{http.port}" if http.enabled and http.port else ""
-    return Profile(label=settings.node.id, http=address, version=__version__)
+    sinks = published(route.template.text for route in routes.sinks)
+    return Profile(label=settings.node.id, http=address, version=__version__, sinks=sinks)
 
 
 @asynccontextmanager
@@ -198,6 +202,9 @@ async def crew(parts: WorkParts) -> AsyncGenerator[Crew]:
     async with AsyncExitStack() as stack:
         blocking = await stack.enter_async_context(parts.backend.blocking_link("ingress"))
         made = Crew(parts, blocking)
+        if not parts.routes.sinks:
+            fix = "run it with an application that declares sinks, if it is to bring writes to them"
+            log.warning("workers.without_sinks", work="events only", fix=fix)
         for delivery in made.deliveries.values():
             stack.push_async_callback(delivery.aclose)
         tasks = await stack.enter_async_context(background_tasks())

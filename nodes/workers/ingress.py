@@ -3,6 +3,7 @@
 G1  The checkpoint moves past an event when it was applied, is a dead letter, or is held.
 G2  After a crash a batch is applied again; marks make the repetition harmless (plan P2).
 G3  No event stops the ones behind it: what can never be applied goes to the dead letters,
+    for lack of a sink nothing is: that write is held where its shard is owned (see ``Held``);
     what a newer node can read is held and published again when one takes over (twice, if it
     dies in the midst of it). Of held events there is a bound; one more is a dead letter.
 G4  A write is refused by a full stream only as long as it is full: ingress waits, and so,
@@ -39,7 +40,7 @@ from ...schemas.errors import (
     ServerRefused,
     UnreadableRecord,
 )
-from ...schemas.events import Write, read_event
+from ...schemas.events import read_event
 from ...schemas.keys import EVENTS, Names
 from ...schemas.replies import LAST_ID, field_map, following, integer, order, stream_id
 from ...schemas.settings import Durable
@@ -264,8 +265,6 @@ class Ingress:
         if raw is None:
             raise _NO_FIELD
         event = read_event(raw, bytes_max=self._durable.event_bytes_max)
-        if isinstance(event.body, Write):
-            self._check_route(event.body)
         return Taken(entry_id, event, raw, generation, _held_as(fields))
 
     def _set_aside(
@@ -275,15 +274,6 @@ class Ingress:
         original = b" ".join(fields or ()) if raw is None else raw
         letters.append(DeadLetter(entry_id, original, error))
         self._instruments.counts["events_processed", "unknown", "dead"] += 1
-
-    def _check_route(self, body: Write) -> None:
-        if self._routes.sink_of(body.key) is None:
-            raise InvalidEvent(
-                "no_sink",
-                f"no sink takes {body.key!r}",
-                field="key",
-                fix="declare one with @node.sink, or invalidate instead",
-            )
 
     async def _hold(
         self, entry_id: str, fields: Fields, error: NewerSchema, letters: list[DeadLetter]

@@ -5,6 +5,7 @@ X1  The newest ``retain`` notices stay. A follower that is further behind sees a
 X2  Event ids are forgotten when no event can be a repetition any more: ingress has applied all
     that was published within ``dedupe_ms`` after them.
 X3  A log whose position here is doubtful is left alone.
+X4  Where no member has a sink, nobody owns the shards: then the owner of ingress does it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Trimmer:
 
     async def trim(self) -> None:
         """Cut the logs of the shards that this node owns now."""
-        owned = [each for each in self._ownership.tenures if each != EVENTS]
+        owned = self._ownership.kept_up()
         views = [self._follower.views[shard] for shard in owned]
         await self._commands.call_many(
             [
@@ -72,7 +73,7 @@ class Trimmer:
 
     async def forget(self) -> None:
         """Drop the event ids of the owned shards that ingress is long past."""
-        owned = [each for each in self._ownership.tenures if each != EVENTS]
+        owned = self._ownership.kept_up()
         streams = (self._names.part(EVENTS, "before"), self._names.events)
         first = [("XRANGE", stream, "-", "+", "COUNT", 1) for stream in streams]
         (seconds, _), *found = granted(await self._commands.call_many([("TIME",), *first]))

@@ -16,7 +16,7 @@ from forebay.nodes.sinks.base import SinkBatch
 from forebay.nodes.workers import lane as lane_module
 from forebay.nodes.workers.holdings import Holding
 from forebay.schemas.errors import FatalSinkError, Fenced, PoisonSinkError, TransientSinkError
-from forebay.schemas.jobs import Invalidates, WriteJob, write_job
+from forebay.schemas.jobs import WriteJob, write_job
 from forebay.schemas.notices import Bumped, Dropped, read_notice
 from forebay.schemas.replies import following
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
@@ -348,12 +348,10 @@ async def test_what_is_no_job_is_a_dead_letter(open_shop: OpenShop, name: str) -
 @pytest.mark.parametrize(
     "job,reason",
     [
-        (WriteJob(key="order:1", value=b"\x01"), "no_sink"),
         (WriteJob(key="flight:1", value=b"\xc1"), "undecodable"),
         (WriteJob(key="flight:1", value=b"\x91" * 50_000), "undecodable"),
         (WriteJob(key="flight:1", value=b"\xa1\xff"), "undecodable"),
         (WriteJob(key="flight:1", value=b""), "undecodable"),
-        (WriteJob(key="\x00*{x}", value=None, invalidates=Invalidates(keys=("\r",))), "no_sink"),
     ],
 )
 async def test_a_job_that_no_sink_can_take_is_a_dead_letter(
@@ -369,28 +367,6 @@ async def test_a_job_that_no_sink_can_take_is_a_dead_letter(
         (letter,) = await shop.dead(0)
         assert letter["reason"].decode() == reason
         assert table.values() == {"flight:9": "good"}
-
-
-async def test_without_any_sink_writes_become_dead_letters(open_shop: OpenShop) -> None:
-    """They are kept where they are seen, and do not fill the streams for ever."""
-    async with open_shop() as shop:
-        owner = await shop.ownership()
-        await shop.link.call("XADD", shop.names.part(0, "writes"), "*", "v", 7, "j", GOOD)
-        await sink_all(shop, owner)
-        (letter,) = await shop.dead(0)
-        assert letter["reason"] == b"no_sink"
-
-
-async def test_what_belongs_to_no_sink_is_buried_once_though_there_are_several(
-    open_shop: OpenShop,
-) -> None:
-    """B1: the first lane takes the strays."""
-    sinks = {f"{kind}:{{id}}": Table(kind) for kind in ("a", "b", "c")}
-    async with open_shop(sinks=sinks) as shop:
-        owner = await shop.ownership()
-        await shop.link.call("XADD", shop.names.part(0, "writes"), "*", "v", 7, "j", GOOD)
-        await sink_all(shop, owner)
-        assert len(await shop.dead(0)) == 1
 
 
 async def test_a_late_owner_changes_nothing(open_shop: OpenShop) -> None:
