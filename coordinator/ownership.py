@@ -33,7 +33,7 @@ from anyio.abc import TaskStatus
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..schemas.errors import ForebayError
+from ..schemas.errors import ForebayError, ServerRefused
 from ..schemas.keys import EVENTS, Names
 from ..schemas.settings import Workers
 from .clock import Clock
@@ -254,7 +254,9 @@ class Ownership:
         replies: list[Reply] = await run_many(self._commands, calls) if calls else []
         now = self._clock.monotonic()
         for (resource, claimed), reply in zip(claims, replies, strict=True):
-            if isinstance(reply, ForebayError):
+            if isinstance(reply, ServerRefused):
+                refused.append(reply.at(self._own(resource)))
+            elif isinstance(reply, ForebayError):
                 refused.append(reply)
             for change in self._succession.answer(
                 resource, claimed, reply, sent_at=sent_at, now=now

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import structlog
+
+from ...coordinator.link import Reply
 from ...coordinator.ownership import Tenure
 from ...coordinator.scripting import Call, Scripts
+from ...schemas.errors import UnreadableRecord
 from ...schemas.keys import Names
-from ...schemas.replies import following
+from ...schemas.replies import following, stream_id
+from .holdings import Holding
 from .stretches import Queued
 
-__all__ = ["checkpoint_call"]
+__all__ = ["checkpoint_call", "checkpoint_in", "trim_call"]
+
+log = structlog.get_logger(__name__)
 
 
 def checkpoint_call(
@@ -54,3 +61,22 @@ def checkpoint_call(
             *(entry.version for entry in newest.values()),
         ],
     )
+
+
+def trim_call(scripts: Scripts, names: Names, holding: Holding) -> Call:
+    """Deletes the writes that all lanes are past."""
+    return Call(
+        script=scripts["writes_trim"],
+        keys=[names.part(holding.shard, "done"), names.part(holding.shard, "writes")],
+        args=[following(holding.passed), *holding.checkpoints()],
+    )
+
+
+def checkpoint_in(reply: Reply, names: Names, shard: int, checkpoint: str) -> str:
+    """The checkpoint; the stream's beginning, if it is none: what is there is not done."""
+    try:
+        name = f"{names.part(shard, 'done')} {checkpoint}"
+        return "0-0" if reply is None else stream_id(reply, name)
+    except UnreadableRecord as error:
+        log.warning("checkpoint.unreadable", shard=shard, error=str(error))
+        return "0-0"

@@ -20,6 +20,7 @@ W9  Positions are remembered only to spare a round trip: each read asks for the 
     each commit and trim names it. Where the server has lost it, or what was read (a lost tail, a
     failover), nothing is moved or trimmed, and the lane reads from the server's checkpoint
     on. A key whose write comes a second time is invalidated: the sink may have a newer one.
+W10 A shard whose keys the server refuses waits by itself, until the next sweep (``RefusedShards``).
 
 All shards share one flush, so that a slow trickle over many shards makes few transactions. A
 bell starts a round; a sweep finds what bells missed.
@@ -38,16 +39,17 @@ from ...coordinator.instruments import Instruments
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Call, Scripts, granted, run, run_many
-from ...schemas.errors import BusySinkError, Fenced, ForebayError, UnreadableRecord
+from ...coordinator.scripting import Call, Scripts, run, run_many
+from ...schemas.errors import BusySinkError, Fenced, ForebayError, ServerRefused
 from ...schemas.keys import Names
-from ...schemas.replies import LAST_ID, following, order, stream_id
+from ...schemas.replies import LAST_ID, order
 from ...schemas.settings import Workers
 from ..sinks.base import SinkBatch
-from .commits import checkpoint_call
+from .commits import checkpoint_call, checkpoint_in, trim_call
 from .dead_letters import DeadLetters
 from .delivery import Delivery
 from .holdings import Holding, Place, latest
+from .refused_shards import RefusedShards
 from .routes import Routes
 from .stretches import Queued, Stretch, Versions, queued
 
@@ -108,6 +110,7 @@ class Lane:
         self._rounds = 0
         self._entry_bytes = _ENTRY_BYTES
         self.failing = LogOnce()
+        self.refused = RefusedShards(names, self._sink)
         self._parked: TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -160,7 +163,7 @@ class Lane:
             place.busy, place.turn = True, number
         try:
             await self._locate([each for each in held if not self._place(each).position])
-            stretches = await self._read(held)
+            stretches = await self._read([each for each in held if self._place(each).position])
             if stretches:
                 await self._flush_ours(stretches)
             self.failing.over()
@@ -187,25 +190,18 @@ class Lane:
         replies = await self._commands.call_many(
             [("HGET", self._names.part(each.shard, "done"), self.checkpoint) for each in held]
         )
-        for holding, reply in zip(held, granted(replies), strict=True):
+        for holding, reply in zip(held, replies, strict=True):
+            if self.refused.has(holding.shard, done=reply):
+                continue
             place = self._place(holding)
-            place.committed = self._position(holding, reply)
+            place.committed = checkpoint_in(reply, self._names, holding.shard, self.checkpoint)
             place.position = "0-0" if self._index == 0 else place.committed
-
-    def _position(self, holding: Holding, reply: Reply) -> str:
-        """The checkpoint; the stream's beginning, if it is none: what is there is not done."""
-        name = f"{self._names.part(holding.shard, 'done')} {self.checkpoint}"
-        try:
-            return "0-0" if reply is None else stream_id(reply, name)
-        except UnreadableRecord as error:
-            log.warning("checkpoint.unreadable", shard=holding.shard, error=str(error))
-            return "0-0"
 
     async def _read(self, held: Sequence[Holding]) -> list[Stretch]:
         rows = min(self._options.flush_rows_max, _BYTES_MAX // self._entry_bytes)
-        count = max(1, rows // len(held))
+        count = max(1, rows // max(1, len(held)))
         commands = [command for each in held for command in self._reads(each, count)]
-        replies = iter(granted(await self._commands.call_many(commands)))
+        replies = iter(await self._commands.call_many(commands))
         stretches = []
         for holding in held:
             place, older = self._place(holding), None
@@ -213,7 +209,12 @@ class Lane:
             if place.held is not None:
                 older = next(replies)
             entries = next(replies)
-            if self._position(holding, stored) != place.committed:
+            if self.refused.has(holding.shard, done=stored, held=older, writes=entries):
+                continue
+            if (
+                checkpoint_in(stored, self._names, holding.shard, self.checkpoint)
+                != place.committed
+            ):
                 self._begin_again(holding)
             elif older:
                 place.rung = True
@@ -225,6 +226,7 @@ class Lane:
                 stretches.append(Stretch(holding.tenure, found, place.committed))
             else:
                 place.held, place.emptied = None, self._rounds
+                self.refused.over(holding.shard)
         self.backlog = sum(len(stretch.entries) for stretch in stretches)
         if stretches:
             self._entry_bytes = max(64, sum(each.size for each in stretches) // self.backlog)
@@ -259,9 +261,9 @@ class Lane:
         """Flush; if that is refused as fenced (W4), or busy (W8), flush what is not."""
         try:
             await self._flush(stretches, alone=alone)
-        except BusySinkError:
+        except (BusySinkError, ServerRefused) as error:
             if len(stretches) == 1:
-                return self._park(stretches[0])
+                return self._leave(stretches[0], error)
             for stretch in stretches:
                 await self._flush_ours([stretch])
         except Fenced as error:
@@ -277,6 +279,13 @@ class Lane:
             for part in parts:
                 await self._flush_ours(part, alone=alone)
         return None
+
+    def _leave(self, stretch: Stretch, error: ForebayError) -> None:
+        """Its shard waits by itself: for a row (W8), or for its keys (W10)."""
+        if isinstance(error, BusySinkError):
+            self._park(stretch)
+        else:
+            self.refused.note(stretch.shard, self._names.part(stretch.shard, "*"), error)
 
     def _park(self, stretch: Stretch) -> None:
         """Flush this beside the rounds."""
@@ -380,8 +389,9 @@ class Lane:
         ]
         replies, moved = await run_many(self._commands, calls), []
         for stretch, reply in zip(stretches, replies, strict=True):
-            if isinstance(reply, ForebayError):
-                raise reply
+            if self.refused.has(stretch.shard, **{"*": reply}):
+                continue
+            self.refused.over(stretch.shard)
             holding = self._holdings.get(stretch.shard)
             if not reply[0]:
                 self._ownership.fenced(stretch.tenure)
@@ -455,15 +465,7 @@ class Lane:
 
     async def _trim(self, moved: Sequence[Holding]) -> None:
         """With several lanes the last of them to pass an entry trims it."""
-        part, script = self._names.part, self._scripts["writes_trim"]
-        calls = [
-            Call(
-                script=script,
-                keys=[part(each.shard, "done"), part(each.shard, "writes")],
-                args=[following(each.passed), *each.checkpoints()],
-            )
-            for each in moved
-        ]
+        calls = [trim_call(self._scripts, self._names, each) for each in moved]
         await run_many(self._commands, calls)
         for each in moved:
             if each.passed == LAST_ID:

@@ -104,6 +104,8 @@ class WriteBehind:
 
     def lost(self, tenure: Tenure) -> None:
         self._holdings.pop(tenure.resource, None)
+        for lane in self.lanes:
+            lane.refused.pop(tenure.resource, None)
 
     async def yielding(self, tenures: Sequence[Tenure]) -> None:
         """Hand out no more work of these shards, and wait for what is under way."""

@@ -689,3 +689,28 @@ async def test_many_locked_rows_are_stored_once_they_are_free(open_shop: OpenSho
             table.locked.clear()
             await shop.sunk()
         assert table.values() == dict.fromkeys(keys, 1)
+
+
+@pytest.mark.parametrize("part", ["writes", "done", "dead"])
+async def test_one_key_of_another_type_costs_its_shard_only(open_shop: OpenShop, part: str) -> None:
+    """W8: the others are sunk, the key is named, and it goes on when it is mended."""
+    table = Table()
+    table.poison = {1}  # of the shard at fault: a dead letter is to be kept
+    async with open_shop(sinks={"flight:{id}": table}) as shop:
+        owner = await shop.ownership()
+        name = shop.names.part(1, part)
+        keys = [shop.key(shard) for shard in range(SHARDS)]
+        await ingest(shop, owner, *[write(key, n) for n, key in enumerate(keys)])
+        await shop.link.call("RENAMENX", name, "aside") if part == "writes" else None
+        await shop.link.call("SET", name, "not ours")
+        worker = shop.write_behind(owner)
+        lane = worker.lanes[0]
+        async with at_work(worker):
+            await until(lambda: len(table.rows) == SHARDS - 1)
+            await until(lambda: 1 in lane.refused)
+            failing = lane.refused[1].failing
+            assert failing is not None
+            assert name in failing.error or (part == "dead" and "{" in failing.error)
+            await shop.link.call("DEL", name)
+            await until(lambda: not lane.refused)
+        assert set(table.rows) == {key for n, key in enumerate(keys) if n != 1}
