@@ -29,6 +29,7 @@ from ..schemas.errors import Disconnected, ServerRefused, StartupError, Unavaila
 from .breaker import Breaker
 from .link import LinkStatistics
 from .listeners import Listeners
+from .server_info import ASK_HISTORY
 from .shareable import BLOCKING_READS, GUARDED, check_shareable
 from .waiting import Arg, Reply
 
@@ -164,6 +165,8 @@ class FakeLink:
         if self._ended.is_set():
             raise Disconnected(f"the link {self.name} was closed")
         self._calls += 1
+        if tuple(args) == ASK_HISTORY:
+            return b"role:master\r\n"  # fakeredis has no INFO
         try:
             reply = self._client.execute_command(*args)
         except foreign.ConnectionError as error:
@@ -203,6 +206,23 @@ class FakeLink:
     @property
     def connects(self) -> int:
         return 1
+
+    @property
+    def generation(self) -> int:
+        return 1
+
+    @property
+    def history(self) -> str:
+        return "fake"
+
+    def check_primary(self, reply: bytes) -> None:
+        """There is one server, and it is in charge."""
+
+    def same_history(self, since: int) -> bool:
+        return True
+
+    def redial(self, reason: str) -> None:
+        """There is no connection."""
 
     @property
     def failure(self) -> Unavailable | ServerRefused | None:

@@ -116,6 +116,7 @@ class Running:
             staleness_ms=routes.staleness_ms(settings.cache),
             instruments=instruments,
             run_id=backend.run_id,
+            check=backend.link.check_primary,
             apply=self.apply,
             reset=self.hearing.reset,
             scripts=self.scripts,

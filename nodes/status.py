@@ -41,7 +41,7 @@ def checks(node: Node) -> Sequence[Check]:
     state = link.breaker.state
     suspect = sum(view.live_until <= now for view in parts.follower.views)
     found = [
-        _check("valkey", link.connected, "not connected", _READY),
+        _check("valkey", link.connected, _away(parts), _READY),
         _check("breaker", state == "closed", f"the breaker is {state}", _READY),
         _check("log", not suspect, f"{suspect} shards are not known to be current", _READY),
         _check("drain", not parts.draining, "draining", _READY),
@@ -53,6 +53,11 @@ def checks(node: Node) -> Sequence[Check]:
         detail = f"the newest id of {parts.names.events} is {ahead_ms / 1000:.0f} s ahead"
         found.append(_check("ingress_ids", False, detail, frozenset(), "warn"))
     return found
+
+
+def _away(parts: Running) -> str:
+    failure = parts.backend.link.failure
+    return f"not connected: {failure}" if failure else "not connected"
 
 
 def _held(held: HeldStatistics) -> Check:

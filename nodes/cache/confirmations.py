@@ -4,6 +4,8 @@ P1  ``sink`` is reached when the checkpoint of the sink's lane has passed the jo
     no dead letter and is not held; an older job counts as stored when a newer one of its key was.
 P2  Who waits for a sink is woken by the commit, and looks at least every quarter of a second.
 P3  What cannot be known in time is Unconfirmed, also while Valkey does not answer.
+P4  A server that may have lost the job (another history) confirms nothing: a checkpoint passes a
+    job that is gone, too.
 """
 
 from __future__ import annotations
@@ -61,17 +63,21 @@ class Confirmations:
             case "replicated":
                 await self._replication.confirm(since=since, timeout_ms=timeout_ms)
             case "sink":
-                await self._sunk(key, receipt, sink, timeout_ms)
+                await self._sunk(key, receipt, sink, timeout_ms, since)
         return replace(receipt, reached=until)
 
-    async def _sunk(self, key: str, receipt: Receipt, sink: str, timeout_ms: int) -> None:
+    async def _sunk(
+        self, key: str, receipt: Receipt, sink: str, timeout_ms: int, since: int
+    ) -> None:
         done, began = self._names.part(receipt.shard, "done"), self._clock.monotonic()
         while True:
             with self._checkpoints.watch(done) as moved:
-                if await self._passed(key, receipt, done, sink):
+                passed = await self._passed(key, receipt, done, sink)
+                kept = self._replication.kept(since)
+                if passed and kept:
                     return
                 waited_ms = int((self._clock.monotonic() - began) * 1000)
-                if waited_ms >= timeout_ms:
+                if waited_ms >= timeout_ms or not kept:
                     raise Unconfirmed("sink", "accepted", waited_ms)
                 with anyio.move_on_after(min(_POLL_MS, timeout_ms - waited_ms) / 1000):
                     await moved.wait()

@@ -157,7 +157,7 @@ class Crew:
             clock=core.clock,
             server_clock=core.server_clock,
         )
-        return ExternalWriters(
+        made = ExternalWriters(
             parts.backend.dialer("tracking"),
             parts.settings.valkey,
             parts.names,
@@ -166,6 +166,9 @@ class Crew:
             rng=core.rng,
             instruments=core.instruments,
         )
+        if made.tracking is not None:
+            parts.backend.beside(made.tracking.redial)
+        return made
 
     async def drain(self) -> DrainOutcome:
         """Finish what is under way and hand over the rest."""

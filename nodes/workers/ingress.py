@@ -110,6 +110,7 @@ class Ingress:
         self._clock = core.clock
         self._server_clock = core.server_clock
         self._instruments = core.instruments
+        self._follower = core.follower
         self._applier = Applier(commands, routes, core)
         self._requests = RefreshRequests(routes, core)
         self._owner = anyio.Event()
@@ -185,11 +186,14 @@ class Ingress:
         """Apply batch after batch as long as the tenure is in force."""
         await self._take_over(tenure, ())  # so that there is room behind the last id
         await self._try_to_publish_held(tenure)
-        self._newest = await self._newest_mark()
+        doubts = None
         while self._ours(tenure):
             entries = await self._read()
             if not self._ours(tenure):
                 continue
+            if doubts != self._follower.doubts:  # marks may be gone with what was lost
+                doubts = self._follower.doubts
+                self._newest = await self._newest_mark()
             self._busy = True
             try:
                 generation = await self._take_over(tenure, entries)

@@ -4,7 +4,8 @@ X1  The newest ``retain`` notices stay. A follower that is further behind sees a
     asks again for whatever it remembers of the shard: nothing goes wrong, it only costs.
 X2  Event ids are forgotten when no event can be a repetition any more: ingress has applied all
     that was published within ``dedupe_ms`` after them.
-X3  Where no member has a sink, nobody owns the shards: then the owner of ingress does it.
+X3  A log whose position here is doubtful is left alone.
+X4  Where no member has a sink, nobody owns the shards: then the owner of ingress does it.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Trimmer:
                 ("XTRIM", self._names.part(view.number, "log"), "MINID", "~",
                  f"{view.epoch}-{view.seq - self._retain}")
                 for view in views
-                if view.seq > self._retain
+                if view.seq > self._retain and view.live_until > float("-inf")
             ]
         )  # fmt: skip
 
