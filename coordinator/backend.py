@@ -34,7 +34,7 @@ from .clock import Clock, SystemClock
 from .dialer import Dialer
 from .doorbell import Doorbell
 from .embedded import EmbeddedServer
-from .fake import FakeLink, fake_run_id, shared_server, used_server
+from .fake import FakeLink, fake_run_id, shared_server, used_server, users_of
 from .fake_doorbell import FakeDoorbell
 from .introduction import Finding, ServerFacts, findings, introduce, probe, read_clock
 from .link import Link
@@ -104,6 +104,17 @@ class Backend(anyio.AsyncContextManagerMixin):
         if self.server is not None:
             return self.server.url
         return self.choice.endpoint.address_url if isinstance(self.choice, UseUrl) else ""
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether all that the server holds is lost when this node ends."""
+        match self.choice:
+            case UseFake():
+                return users_of(self._fake_name) <= 1
+            case UseEmbedded(directory=directory):
+                return not directory
+            case _:
+                return False
 
     async def run_id(self) -> str:
         """Which run of the server answers now, and of which history: asked anew each time.

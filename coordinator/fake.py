@@ -36,7 +36,7 @@ from .waiting import Arg, Reply
 if TYPE_CHECKING:
     from fakeredis import FakeServer
 
-__all__ = ["FakeLink", "fake_run_id", "shared_server", "used_server"]
+__all__ = ["FakeLink", "fake_run_id", "shared_server", "used_server", "users_of"]
 
 _LOOK_S = 0.005  # how often a read that blocks looks again
 _servers: WeakValueDictionary[str, Any] = WeakValueDictionary()
@@ -85,6 +85,11 @@ def used_server(name: str = "forebay", *, origin: str = "in code") -> Iterator[F
         if not _users[name]:
             del _users[name]
             _servers.pop(name, None)
+
+
+def users_of(name: str = "forebay") -> int:
+    """How many use the server of that name; with the last one its data go."""
+    return _users[name]
 
 
 def fake_run_id(server: FakeServer) -> str:

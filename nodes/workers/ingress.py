@@ -31,7 +31,7 @@ from anyio.abc import TaskStatus
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Scripts, run
+from ...coordinator.scripting import Scripts, granted, run
 from ...schemas.errors import (
     Fenced,
     ForebayError,
@@ -141,6 +141,28 @@ class Ingress:
             with anyio.move_on_after(_YIELD_S):
                 while self._busy:
                     await self._idle.wait()
+
+    async def empty(self) -> None:
+        """Wait until all that was published by now is applied, as long as this node is the owner.
+
+        Raises:
+            Unavailable: it is not known.
+        """
+        newest = await self._commands.call("XREVRANGE", self._names.events, "+", "-", "COUNT", 1)
+        last_id = _id(newest[0]) if newest else "-"
+        while self._ownership.in_force(EVENTS) is not None:
+            before, rest = granted(
+                await self._commands.call_many(
+                    [
+                        ("XLEN", self._before),
+                        ("XRANGE", self._names.events, "-", last_id, "COUNT", 1),
+                    ]
+                )
+            )
+            if not before and not rest:
+                return
+            with anyio.move_on_after(_LOOK_S):
+                await self._idle.wait()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Apply events, whenever this node is the owner, until cancelled."""
