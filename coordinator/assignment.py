@@ -5,7 +5,11 @@ A1  The result follows from the arguments alone, whatever their order: members t
 A2  No member is given more than its share by weight, rounded up; so a newcomer gets one. The
     share grows by what frozen members leave. Only what others decline is given beyond it.
 A3  What moves is what nobody owns, and what an owner has above its share: nothing else.
-A4  Carried out in part, and computed anew, it is the same assignment, if nothing is declined.
+A4  Carried out in part, and computed anew, it is the same assignment, if nothing is declined or
+    avoided.
+A5  Only candidates of the highest rank are given anything, and keep anything; others get what all
+    of these decline or avoid. What every candidate avoids or declines goes by rank to one that
+    only avoids it. Frozen candidates keep what they have, whatever their rank.
 
 Highest random weight as of Thaler and Ravishankar (1998), with the weights as of Schindelhauer
 and Schomaker (-w / ln h), and the bound as of Mirrokni, Thorup and Zadimoghaddam (2016); their
@@ -20,6 +24,7 @@ from functools import lru_cache
 from hashlib import blake2b
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 __all__ = ["Candidate", "assign"]
 
@@ -33,12 +38,34 @@ class Candidate(Struct, frozen=True):
     weight: float = 1.0  #: 0: is given nothing, and keeps nothing
     frozen: bool = False
     declines: frozenset[int] = frozenset()  #: what it will never own
+    avoids: frozenset[int] = frozenset()  #: what it owns only if nobody else will
+    rank: int = 0
 
 
 def assign(
     resources: Collection[int], candidates: Iterable[Candidate], owners: Mapping[int, str]
 ) -> dict[int, str]:
     """The owner that each resource should have; one that nobody can take is not in it."""
+    every = list(candidates)
+    reluctant = [replace(each, declines=each.declines | each.avoids) for each in every]
+    ranks = sorted({each.rank for each in every if each.weight and not each.frozen}, reverse=True)
+    wanted: dict[int, str] = {}
+    for willing in (reluctant, every):
+        for rank in ranks or [0]:
+            if rest := [resource for resource in resources if resource not in wanted]:
+                wanted |= _assign_among(rest, [_ranked(each, rank) for each in willing], owners)
+    return wanted
+
+
+def _ranked(candidate: Candidate, rank: int) -> Candidate:
+    """As it takes part where only candidates of one rank are given anything."""
+    takes_part = candidate.frozen or candidate.rank == rank
+    return candidate if takes_part else replace(candidate, weight=0)
+
+
+def _assign_among(
+    resources: Collection[int], candidates: Iterable[Candidate], owners: Mapping[int, str]
+) -> dict[int, str]:
     known = {each.id: each for each in candidates}
     share = _shares(resources, known, owners)
     wanted = _kept(resources, known, owners, share)

@@ -5,6 +5,9 @@ I2  What was started for the block ends with it: connections first, then a serve
 I3  Every way in which this fails is one StartupError or ConfigError.
 I4  Commands and entry reads go to ``link`` and ``reader``; without a reader endpoint these
     are the same.
+I5  All connections but the reader's lead to a primary. When the link finds another server, or a
+    server with another history, the others are dialed anew: an address that moves leaves
+    connections at the server that was demoted.
 
 What happens after the start (a lost connection, a failover) is the link's to bridge. A
 server of our own that dies is reported by ``server.died`` and not started again.
@@ -13,7 +16,7 @@ server of our own that dies is reported by ``server.died`` and not started again
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Self
@@ -31,11 +34,12 @@ from .clock import Clock, SystemClock
 from .dialer import Dialer
 from .doorbell import Doorbell
 from .embedded import EmbeddedServer
-from .fake import FakeLink, fake_run_id, shared_server, used_server
+from .fake import FakeLink, fake_run_id, shared_server, used_server, users_of
 from .fake_doorbell import FakeDoorbell
-from .introduction import Finding, ServerFacts, findings, introduce, probe, read_clock, read_info
+from .introduction import Finding, ServerFacts, findings, introduce, probe, read_clock
 from .link import Link
 from .modules import load
+from .server_info import read_info
 from .startup_faults import Target
 
 __all__ = [
@@ -88,6 +92,8 @@ class Backend(anyio.AsyncContextManagerMixin):
         binary = find_binary() if needs_binary(settings) else None
         self.choice = choose(settings, binary=binary, origins=self._origins)
         self.server: EmbeddedServer | None = None  #: one of our own, if there is one
+        self._history = ""
+        self._beside: list[Callable[[str], None]] = []
 
     def __repr__(self) -> str:
         return f"<Backend {type(self.choice).__name__}: {self.choice.why}>"
@@ -98,6 +104,17 @@ class Backend(anyio.AsyncContextManagerMixin):
         if self.server is not None:
             return self.server.url
         return self.choice.endpoint.address_url if isinstance(self.choice, UseUrl) else ""
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether all that the server holds is lost when this node ends."""
+        match self.choice:
+            case UseFake():
+                return users_of(self._fake_name) <= 1
+            case UseEmbedded(directory=directory):
+                return not directory
+            case _:
+                return False
 
     async def run_id(self) -> str:
         """Which run of the server answers now, and of which history: asked anew each time.
@@ -161,15 +178,31 @@ class Backend(anyio.AsyncContextManagerMixin):
             await tasks.start(reading.run)
             target = self._target(reader, "valkey.reader_url")
             await introduce(reading, target, clock=self._clock, primary=False)
-        dialer = Dialer(endpoint, self._settings, f"{self._client_name}-bell")
-        self.doorbell = Doorbell(dialer, self._settings, clock=self._clock, rng=self._rng)
-        await tasks.start(self.doorbell.run)
+        dialer = Dialer(endpoint, self._settings, f"{self._client_name}-bell", primary=True)
+        bell = Doorbell(dialer, self._settings, clock=self._clock, rng=self._rng)
+        self.doorbell = bell
+        self._history = link.history
+        stack.callback(link.on_state(self._follow))
+        self.beside(bell.redial)
+        await tasks.start(bell.run)
+
+    def beside(self, redial: Callable[[str], None]) -> Callable[[], None]:
+        """Have ``redial`` called when the primary is another one; returns how to end that."""
+        self._beside.append(redial)
+        return lambda: self._beside.remove(redial)
+
+    def _follow(self, connected: bool) -> None:
+        """Connections of one node lead to one server: see I5."""
+        if connected and self.link.history != self._history:
+            self._history = self.link.history
+            for redial in list(self._beside):
+                redial("another server, or another history of it, is in charge")
 
     def dialer(self, name: str) -> Dialer | None:
         """Makes connections for a purpose of its own; the fake has none."""
         if isinstance(self.choice, UseFake):
             return None
-        return Dialer(self._endpoint, self._settings, f"{self._client_name}-{name}")
+        return Dialer(self._endpoint, self._settings, f"{self._client_name}-{name}", primary=True)
 
     @asynccontextmanager
     async def blocking_link(self, name: str) -> AsyncGenerator[AnyLink]:
@@ -182,11 +215,15 @@ class Backend(anyio.AsyncContextManagerMixin):
             link = self._link(name, self._endpoint, blocking=True)
         async with background_tasks() as tasks:
             await tasks.start(link.run)
-            yield link
+            forget = self.beside(link.redial)
+            try:
+                yield link
+            finally:
+                forget()
 
     def _link(self, name: str, endpoint: Endpoint, *, blocking: bool = False) -> Link:
         return Link(
-            Dialer(endpoint, self._settings, self._client_name),
+            Dialer(endpoint, self._settings, self._client_name, primary=name != "reader"),
             self._settings,
             name=name,
             clock=self._clock,

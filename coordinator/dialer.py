@@ -9,6 +9,8 @@ I2  Every failure is an error of ours that says which it was: refused, name unkn
 I3  No byte is lost in the hand-over: ``attach`` refuses a transport on which the server
     has said something unasked, or hung up.
 I4  A connection that is not handed over is closed, also when ``dial`` is cancelled.
+I5  Where a primary is asked for, a replica is refused (READONLY): an address that moves may lead to
+    the server that was demoted.
 
 Host names in certificates are checked unless ``tls_insecure`` is set; RESP2 is spoken.
 It tries once: when to try again is the caller's.
@@ -37,6 +39,7 @@ from valkey.asyncio.connection import (
 from ..schemas.errors import Disconnected, ForebayError, ServerRefused, TimedOut, Unavailable
 from ..schemas.settings import Valkey
 from ..schemas.urls import Endpoint
+from .server_info import ASK_HISTORY, history_of
 
 __all__ = ["Dialed", "Dialer"]
 
@@ -52,9 +55,12 @@ _KEEPALIVE = {
 class Dialed:
     """A connection after its handshake, waiting for the protocol that will speak on it."""
 
-    __slots__ = ("_reader", "_writer")
+    __slots__ = ("_reader", "_writer", "history")
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, history: str = ""
+    ) -> None:
+        self.history = history  #: of the primary; empty where none was asked for
         self._reader = reader
         self._writer = writer
 
@@ -76,9 +82,13 @@ class Dialed:
 
 
 class Dialer:
-    __slots__ = ("_client_name", "_endpoint", "_options")
+    __slots__ = ("_client_name", "_endpoint", "_options", "primary")
 
-    def __init__(self, endpoint: Endpoint, options: Valkey, client_name: str) -> None:
+    def __init__(
+        self, endpoint: Endpoint, options: Valkey, client_name: str, *, primary: bool = False
+    ) -> None:
+        """``primary``: a replica that answers at the address is refused."""
+        self.primary = primary
         self._endpoint = endpoint
         self._options = options
         self._client_name = client_name
@@ -95,11 +105,12 @@ class Dialer:
         try:
             with anyio.fail_after(timeout_ms / 1000):
                 await connection.connect()  # type: ignore[no-untyped-call]
+                history = await _history(connection) if self.primary else ""
             reader, writer = connection._reader, connection._writer
             if reader is None or writer is None:
                 raise Disconnected("the server hung up during the handshake")
             connection._reader = connection._writer = None  # or it closes them when collected
-            return Dialed(reader, writer)
+            return Dialed(reader, writer, history)
         except (OSError, ssl.SSLError, foreign.ValkeyError) as error:
             raise _translated(error, self._endpoint, timeout_ms) from error
         finally:
@@ -145,6 +156,11 @@ class Dialer:
             "ssl_check_hostname": not options.tls_insecure,
             "ssl_min_version": ssl.TLSVersion.TLSv1_2,
         }
+
+
+async def _history(connection: AbstractConnection) -> str:
+    await connection.send_command(*ASK_HISTORY)
+    return history_of(bytes(await connection.read_response()))
 
 
 def _nothing(_: AbstractConnection) -> None:

@@ -189,6 +189,11 @@ class Doorbell:
             finally:
                 await self._shut()
 
+    def redial(self, reason: str) -> None:
+        """Give the connection up, if there is one, and make another."""
+        if self._wire is not None:
+            self._wire.drop(reason)
+
     async def aclose(self) -> None:
         """End ``run``."""
         if self._scope is not None:

@@ -29,13 +29,14 @@ from ..schemas.errors import Disconnected, ServerRefused, StartupError, Unavaila
 from .breaker import Breaker
 from .link import LinkStatistics
 from .listeners import Listeners
+from .server_info import ASK_HISTORY
 from .shareable import BLOCKING_READS, GUARDED, check_shareable
 from .waiting import Arg, Reply
 
 if TYPE_CHECKING:
     from fakeredis import FakeServer
 
-__all__ = ["FakeLink", "fake_run_id", "shared_server", "used_server"]
+__all__ = ["FakeLink", "fake_run_id", "shared_server", "used_server", "users_of"]
 
 _LOOK_S = 0.005  # how often a read that blocks looks again
 _servers: WeakValueDictionary[str, Any] = WeakValueDictionary()
@@ -84,6 +85,11 @@ def used_server(name: str = "forebay", *, origin: str = "in code") -> Iterator[F
         if not _users[name]:
             del _users[name]
             _servers.pop(name, None)
+
+
+def users_of(name: str = "forebay") -> int:
+    """How many use the server of that name; with the last one its data go."""
+    return _users[name]
 
 
 def fake_run_id(server: FakeServer) -> str:
@@ -159,6 +165,8 @@ class FakeLink:
         if self._ended.is_set():
             raise Disconnected(f"the link {self.name} was closed")
         self._calls += 1
+        if tuple(args) == ASK_HISTORY:
+            return b"role:master\r\n"  # fakeredis has no INFO
         try:
             reply = self._client.execute_command(*args)
         except foreign.ConnectionError as error:
@@ -198,6 +206,23 @@ class FakeLink:
     @property
     def connects(self) -> int:
         return 1
+
+    @property
+    def generation(self) -> int:
+        return 1
+
+    @property
+    def history(self) -> str:
+        return "fake"
+
+    def check_primary(self, reply: bytes) -> None:
+        """There is one server, and it is in charge."""
+
+    def same_history(self, since: int) -> bool:
+        return True
+
+    def redial(self, reason: str) -> None:
+        """There is no connection."""
 
     @property
     def failure(self) -> Unavailable | ServerRefused | None:

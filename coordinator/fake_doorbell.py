@@ -51,6 +51,9 @@ class FakeDoorbell:
         self._wanted.update(dict.fromkeys(channels))
         self._refresh()
 
+    def redial(self, reason: str) -> None:
+        """There is no connection."""
+
     def unsubscribe(self, *channels: bytes) -> None:
         for channel in channels:
             self._wanted.pop(channel, None)

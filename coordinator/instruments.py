@@ -155,6 +155,13 @@ CATALOGUE = (
     ),
     Instrument("sink_locked_rows", "Writes that wait for a row locked by others.", ("sink",)),
     Instrument("writebehind_queue_entries", "Writes that no sink has stored yet."),
+    Instrument(
+        "writebehind_held_total",
+        "Writes set aside: without a sink here, or not decodable here.",
+        (("reason", ("no_sink", "undecodable")),),
+    ),
+    Instrument("writebehind_held_entries", "Writes held in the shards that this node owns."),
+    Instrument("writebehind_held_age_seconds", "Since when the oldest of these is held."),
     Instrument("writebehind_flush_seconds", "One batch to a sink.", ("sink", "result"), COARSE_S),
     Instrument("writebehind_rows_total", "Rows given to a sink.", ("sink", "result")),
     Instrument("writes_total", "Writes through a cache, by their end.", ("cache", _WAY, _END)),

@@ -23,6 +23,7 @@ from ..schemas.replies import integer
 from .binary import FLOORS, ServerKind, new_enough
 from .clock import Clock, ServerClock
 from .link import Commands, Link
+from .server_info import read_info
 from .startup_faults import Target
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "introduce",
     "probe",
     "read_clock",
-    "read_info",
 ]
 
 Mode = Literal["standalone", "cluster", "sentinel"]
@@ -137,15 +137,8 @@ def _unfit(
     if mode == "cluster":
         return target.fault("it is a member of a cluster", "name a server that is not in one")
     if primary and info.get("role") == "slave":
-        leader = f"{info.get('master_host')}:{info.get('master_port')}"
-        fix = f"name its primary, {leader}; a replica may be valkey.reader_url"
-        return target.fault("it is a replica, and refuses writes (READONLY)", fix)
+        return target.replica(f"{info.get('master_host')}:{info.get('master_port')}")
     return None
-
-
-def read_info(reply: bytes) -> dict[str, str]:
-    pairs = (line.partition(":") for line in reply.decode(errors="replace").splitlines())
-    return {name: value.strip() for name, colon, value in pairs if colon}
 
 
 async def probe(commands: Commands) -> frozenset[str]:

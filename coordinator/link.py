@@ -11,6 +11,9 @@ I4  A connection on which nothing was heard for twice the command timeout, thoug
 I5  At most ``in_flight_max`` commands are under way; one more is refused at once.
 I6  State listeners hear False before any caller learns of the loss, and True before any command
     goes out on the new connection.
+I7  Where a primary is asked for, the connection is to one: a replica is refused when dialing, and
+    READONLY ends the connection. State listeners hear True once more when an open connection
+    shows another history: the server was demoted and promoted meanwhile.
 
 The breaker counts lost connections, failed tries to connect, and stalls (calls found late at one
 time are one); any reply is a success. Nothing is retried, decoded, or sent that must be alone.
@@ -37,6 +40,7 @@ from .clock import Clock
 from .dialer import Dialed, Dialer
 from .listeners import Listeners
 from .log_once import LogOnce
+from .server_info import history_of, was_promoted
 from .shareable import ALONE, GUARDED, check_shareable
 from .sweeper import Sweeper
 from .waiting import Arg, Batch, Due, Parked, Reply, Slot, Waiter, expire
@@ -104,6 +108,9 @@ class Link:
         self._sweeper = Sweeper(clock, self._sweep)
         self._tally = Tally()
         self._connects = 0
+        self._generation = 0
+        self._history = ""
+        self._history_since = 0  # the generation
         self._connected_at = 0.0
         self._failing = LogOnce(clock, connection=True)
         self._failure: Unavailable | ServerRefused | None = None
@@ -254,7 +261,8 @@ class Link:
     async def _connect_and_hold(self) -> None:
         try:
             self.breaker.check()
-            wire = self._attached(await self._dialer.dial())
+            dialed = await self._dialer.dial()
+            wire = self._attached(dialed)
         except BreakerOpen:
             return
         except (Unavailable, ServerRefused) as error:
@@ -267,7 +275,7 @@ class Link:
         except BaseException:
             self.breaker.abandoned()
             raise
-        self._connected(wire)
+        self._connected(wire, dialed.history)
         since = self._clock.monotonic()
         await wire.lost.wait()
         self._backoff.lasted(self._clock.monotonic() - since)
@@ -279,11 +287,13 @@ class Link:
             tally=self._tally,
             on_replies=self._answered,
             on_change=self._route,
+            primary=self._dialer.primary,
         )
 
-    def _connected(self, wire: CommandWire) -> None:
+    def _connected(self, wire: CommandWire, history: str) -> None:
         self._wire, self._failure = wire, None
         self._connects += 1
+        self._renew(history)
         self._connected_at = self._clock.monotonic()
         log.info("link.connected", link=self.name, address=self._dialer.address)
         self.breaker.succeeded()
@@ -327,6 +337,50 @@ class Link:
     def connects(self) -> int:
         """Connections made so far: another number, another connection."""
         return self._connects
+
+    @property
+    def generation(self) -> int:
+        """Goes up whenever the server may have lost what it had accepted (I7)."""
+        return self._generation
+
+    @property
+    def history(self) -> str:
+        """Of the data, as the primary names it; empty where it was not asked."""
+        return self._history
+
+    def check_primary(self, reply: bytes) -> None:
+        """Take in what ``ASK_HISTORY`` was answered in this connection (I7).
+
+        Raises:
+            ServerRefused: a replica answers by now; the connection is given up.
+        """
+        try:
+            history = history_of(reply)
+        except ServerRefused as refused:
+            self.redial(str(refused))
+            raise
+        if history == self._history:
+            return
+        if not was_promoted(reply):
+            self._history = history
+        else:
+            self._renew(history)
+            log.warning("link.history_changed", link=self.name)
+            self._state.tell(True)
+
+    def _renew(self, history: str) -> None:
+        self._generation += 1
+        if history != self._history:
+            self._history, self._history_since = history, self._generation
+
+    def same_history(self, since: int) -> bool:
+        """Whether nothing that was accepted since this generation can have been lost."""
+        return since >= self._history_since
+
+    def redial(self, reason: str) -> None:
+        """Give the connection up, if there is one, and make another."""
+        if self._wire is not None:
+            self._wire.drop(reason)
 
     @property
     def failure(self) -> Unavailable | ServerRefused | None:

@@ -12,7 +12,10 @@ I3  The doorbell only makes it fast. A bell out of order makes its shard suspect
     (``live_until`` falls), until a read that was sent after it; a lost bell costs at most
     one sweep. A bell that the next read does not confirm resets its shard.
 I4  After a reconnect nothing is believed until the server's run id was compared. Another run
-    id may have lost the end of a log and given its ids again: every shard is reset.
+    id, or history, may have lost the end of a log and given its ids again: every shard is reset.
+I5  A read proves nothing unless the server is a primary, and says so after it: a replica that is
+    cut off answers reads, too. It also says its history, so that a demotion and a promotion
+    between two reads, with the connection open all the time, is an I4.
 
 A sweep is one XREAD over all shards, several times a second; it does not block, so it can
 share the multiplexed link. Owning a position for longer than the log is kept is not needed:
@@ -40,6 +43,7 @@ from .instruments import Instruments
 from .link import Arg, Commands, Reply
 from .log_once import LogOnce
 from .scripting import Call, Scripts, granted, load_scripts, run_many
+from .server_info import ASK_HISTORY, history_of
 from .shard_view import ShardView
 
 __all__ = ["Follower", "FollowerStatistics", "ResetReason", "ShardView"]
@@ -82,6 +86,7 @@ class Follower:
         staleness_ms: int,
         instruments: Instruments,
         run_id: Callable[[], Awaitable[str]],
+        check: Callable[[bytes], None] | None = None,
         apply: Apply,
         reset: Callable[[int], None],
         scripts: Scripts | None = None,
@@ -101,6 +106,7 @@ class Follower:
         self._instruments = instruments
         self._run_id = run_id
         self._known_run_id = ""
+        self._check = check or _check_primary
         self._apply = apply
         self._reset = reset
         self._wake = anyio.Event()
@@ -121,6 +127,11 @@ class Follower:
             notices=self._notices,
             resets=self._resets,
         )
+
+    @property
+    def doubts(self) -> int:
+        """Goes up whenever the server may have lost what it had accepted."""
+        return self._connection
 
     def staleness_s(self) -> float:
         """How far back the oldest proof of being current lies."""
@@ -200,10 +211,12 @@ class Follower:
         streams = [self._logs[view.number] for view in views]
         positions = [view.ask() for view in views]
         read: list[Arg] = ["XREAD", "COUNT", page, "STREAMS", *streams, *positions]
-        replies = await self._commands.call_many([read, *(("XLEN", name) for name in streams)])
+        lengths_of = [("XLEN", name) for name in streams]
+        replies = await self._commands.call_many([read, *lengths_of, ASK_HISTORY])
+        self._check(granted(replies)[-1])  # the last: so it speaks of all that was read before
         if connection != self._connection:
             return views
-        found, *lengths = granted(replies)
+        found, *lengths, _ = replies
         unfinished = set()
         for name, entries in found or ():
             view = self._by_log[bytes(name)]
@@ -328,6 +341,10 @@ class Follower:
         view.start_over(end)
         if self._known_run_id:  # otherwise nothing is remembered yet
             self._forget(view, reason)
+
+
+def _check_primary(reply: bytes) -> None:
+    history_of(reply)
 
 
 def _end(reply: Reply) -> Position:

@@ -13,6 +13,7 @@ O5  What was given up by ``give_up`` or ``leave`` is not taken again by this nod
 O6  A node with a label (``node.id``) that goes away keeps its shards for ``rejoin_grace_ms``, be it
     planned (``leave(rejoin=True)``) or a crash: the one that comes back with the label takes
     them, and nothing moves. The ingress stream is not kept: a dead owner's is taken as others'.
+O7  A shard that is deferred goes to any other member that can have it, for ``_DEFER_S``.
 
 Resources are the shards and the ingress stream (``EVENTS``). The decisions are in
 ``succession``, ``roster`` and ``assignment``; this sends and tells. Node ids must differ between
@@ -23,7 +24,7 @@ So it is for a node that starts in the same second in which a server forgets its
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, assert_never
 
 import anyio
@@ -32,7 +33,7 @@ from anyio.abc import TaskStatus
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..schemas.errors import ForebayError
+from ..schemas.errors import ForebayError, ServerRefused
 from ..schemas.keys import EVENTS, Names
 from ..schemas.settings import Workers
 from .clock import Clock
@@ -49,6 +50,7 @@ log = structlog.get_logger(__name__)
 
 _WISH_BEATS = 3  # a wish that is not repeated for so long is forgotten
 _HASTE = 4  # so many times as often while something is on its way
+_DEFER_S = 30.0  # long enough for a hand-over, after which the shares are even again
 
 
 class OwnershipStatistics(Struct, frozen=True, kw_only=True):
@@ -82,9 +84,10 @@ class Ownership:
         instruments: Instruments,
         profile: Profile | None = None,
     ) -> None:
-        """``profile`` tells label, address, version; what is owned is filled in."""
-        token = f"{rng.getrandbits(64):016x}"
+        """``profile`` tells label, address, version, sinks; what is owned is filled in."""
+        self.token = token = f"{rng.getrandbits(64):016x}"
         profile = profile or Profile()
+        self.publishes_sinks = profile.sinks is not None
         self._grace_ms = options.rejoin_grace_ms if profile.label else 0
         self._succession = Succession(
             node_id,
@@ -110,6 +113,7 @@ class Ownership:
         self._instruments = instruments
         self.beats, self.claims, self.handovers = (LogOnce(clock) for _ in range(3))
         self._successors: list[Successor] = []
+        self._deferred: dict[int, float] = {}  # until when
         self._surplus: list[Tenure] = []  # to be handed over
         self._surplus_chosen = anyio.Event()
         self._hurry = anyio.Event()
@@ -130,6 +134,43 @@ class Ownership:
             if each.profile.weight
             and (each.state in ("active", "suspect") or each.id == self._node_id)
         )
+
+    @property
+    def sinking(self) -> tuple[str, ...]:
+        """Those of ``nodes`` that bring writes to sinks."""
+        members = self._succession.roster.members
+        return tuple(each for each in self.nodes if members[each].profile.sinks != ())
+
+    def takers(self, key: str) -> frozenset[str]:
+        """Incarnations of the other live members that may have a sink for this key."""
+        members = self._succession.roster.members.values()
+        return frozenset(
+            each.profile.incarnation
+            for each in members
+            if each.id != self._node_id
+            and each.profile.weight
+            and each.state in ("active", "suspect")
+            and each.profile.may_take(key)
+        )
+
+    def kept_up(self) -> list[int]:
+        """The shards whose upkeep is this node's: its own, and with the ingress stream those that
+        nobody is to own, since no live member has a sink.
+        """
+        owned = [each for each in self.tenures if each != EVENTS]
+        if EVENTS in self.tenures:
+            plan = self._succession.wanted()
+            owned += [each for each in range(self._names.shards) if each not in plan]
+        return owned
+
+    def defer(self, resources: Collection[int]) -> None:
+        """Have another member own these for a while, if any can."""
+        until = self._clock.monotonic() + _DEFER_S
+        if fresh := [each for each in resources if each not in self._succession.deferred]:
+            log.info("ownership.deferred", resources=sorted(fresh))
+            self._hurry.set()
+        self._deferred |= dict.fromkeys(resources, until)
+        self._succession.deferred = frozenset(self._deferred)
 
     def members(self) -> dict[State, int]:
         """How many there are, by state."""
@@ -195,6 +236,9 @@ class Ownership:
                 self._surplus_chosen.set()
 
     async def _enrol(self) -> None:
+        now = self._clock.monotonic()
+        self._deferred = {each: until for each, until in self._deferred.items() if until > now}
+        self._succession.deferred = frozenset(self._deferred)
         args = self._succession.beat(beat_ms=self._beat_ms, grace_ms=self._grace_ms)
         keys = [self._names.nodes, self._names.members]
         reply = await run(self._commands, self._scripts["roster_beat"], keys, args)
@@ -210,7 +254,9 @@ class Ownership:
         replies: list[Reply] = await run_many(self._commands, calls) if calls else []
         now = self._clock.monotonic()
         for (resource, claimed), reply in zip(claims, replies, strict=True):
-            if isinstance(reply, ForebayError):
+            if isinstance(reply, ServerRefused):
+                refused.append(reply.at(self._own(resource)))
+            elif isinstance(reply, ForebayError):
                 refused.append(reply)
             for change in self._succession.answer(
                 resource, claimed, reply, sent_at=sent_at, now=now

@@ -9,8 +9,8 @@ R1  ``confirm`` returns only if ``replicas_min`` replicas have acknowledged a ma
     primary had accepted before the marker, so also the caller's write.
 R2  A marker counts only on the connection it was written on (WAIT speaks of that client's writes
     alone), and only if the link reads it back: both speak to the same primary.
-R3  A link that was connected anew since the write confirms nothing: another primary may answer
-    now, which never had it.
+R3  A link that was connected anew since the write confirms nothing, nor does one whose server was
+    demoted and promoted meanwhile: another primary was in charge, which never had it.
 R4  All who came before a marker share it. Cancelling one costs the others nothing.
 R5  Nothing is dialed before somebody asks.
 
@@ -35,6 +35,7 @@ from ..schemas.replies import integer
 from .clock import Clock
 from .link import Commands
 from .log_once import LogOnce
+from .server_info import ASK_HISTORY
 
 __all__ = ["Confirms", "Connection", "Replication"]
 
@@ -56,6 +57,17 @@ class Connection(Commands, Protocol):
     async def ready(self) -> None: ...
 
 
+class Link(Connection, Protocol):
+    """What is needed of the link."""
+
+    @property
+    def generation(self) -> int: ...
+
+    def check_primary(self, reply: bytes) -> None: ...
+
+    def same_history(self, since: int) -> bool: ...
+
+
 class Confirms(Protocol):
     """Tells whether replicas have what the primary accepted: ``Replication`` does."""
 
@@ -70,7 +82,7 @@ class Replication:
 
     def __init__(
         self,
-        link: Connection,
+        link: Link,
         dial: Callable[[], AbstractAsyncContextManager[Connection]],
         marker: str,
         *,
@@ -102,7 +114,11 @@ class Replication:
     @property
     def since(self) -> int:
         """What to give to ``confirm``; to be taken before the write."""
-        return self._link.connects
+        return self._link.generation
+
+    def kept(self, since: int) -> bool:
+        """Whether what was accepted since then cannot have been lost with a primary."""
+        return self._link.same_history(since)
 
     async def confirm(self, *, since: int, timeout_ms: int) -> None:
         """Wait until replicas have what was accepted on the link before now.
@@ -116,7 +132,7 @@ class Replication:
         self._rung.set()
         try:
             with anyio.move_on_after(0 if self._closed else timeout_ms / 1000):
-                if await future and self._link.connects == since:
+                if await future and self._link.generation == since:
                     return
         finally:
             self._new.discard(future)
@@ -149,6 +165,7 @@ class Replication:
             acknowledged = await self._slice(own)
             if acknowledged >= self._replicas_min:
                 nonce = await self._link.call("GET", self._marker)
+                self._link.check_primary(await self._link.call(*ASK_HISTORY))
                 self._settle(confirmed=nonce == self._nonce.encode())
             self._failing.over()
         except Unavailable as error:

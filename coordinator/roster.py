@@ -5,6 +5,11 @@ R1  Members are judged by the server's clock, in the script: suspect after three
 R2  A beat that brings no news transfers no members, however many there are.
 R3  A record that cannot be read is a member without weight, and no reason to fail; a name that
     cannot be read is left out. What is told is bounded: members, resources, bytes.
+R4  A shard goes to a member that declares every sink, else to one that declares most; so does the
+    ingress stream. A member without sinks declines all shards. While a member of a release that
+    does not publish its sinks is there, sinks do not count: all compute as that release does.
+R5  A member defers a shard whose held writes another member may be able to store: any other
+    goes before it.
 
 An id is one process. A label is what is the same after its restart (``node.id``). Whoever owns
 nothing, and wants to be seen, beats with weight 0; who only reads need not beat at all.
@@ -26,7 +31,17 @@ from ..schemas.replies import integer, raw_bytes, text
 from .assignment import Candidate, assign
 from .link import Arg, Reply
 
-__all__ = ["STATES", "Member", "Profile", "Roster", "State", "pack", "unpack", "wanted"]
+__all__ = [
+    "STATES",
+    "Member",
+    "Profile",
+    "Roster",
+    "State",
+    "pack",
+    "published",
+    "unpack",
+    "wanted",
+]
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +51,9 @@ _HELD_DIGITS_MAX = 4_096  #: of 16,383 shards and the ingress stream
 State = Literal["active", "suspect", "leaving", "away", "gone"]
 _RANK: tuple[State, ...] = ("away", "suspect", "leaving", "active")  #: whose word on owning counts
 STATES: tuple[State, ...] = get_args(State)[:-1]  #: those that are in the roster
+SINKS_MAX = 256  #: that a member publishes; more do not make it more capable
+_TEMPLATE_CHARS_MAX = 512
+Template = Annotated[str, Meta(max_length=_TEMPLATE_CHARS_MAX)]
 
 
 class Profile(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -48,6 +66,16 @@ class Profile(Struct, frozen=True, kw_only=True, omit_defaults=True):
     weight: Annotated[float, Meta(ge=0, le=1000)] = 1.0
     held: str = ""  #: what it owns, or has kept for it; see ``pack``
     declines: str = ""  #: what it will not own
+    defers: str = ""  #: what it owns only if nobody else will
+    sinks: Annotated[tuple[Template, ...], Meta(max_length=SINKS_MAX)] | None = None
+    #: the key templates of its sinks; None: it is of a release that does not publish them
+
+    def may_take(self, key: str) -> bool:
+        """Whether one of its sinks may be for this key (how its template begins and ends)."""
+        return any(
+            key.startswith(template.partition("{")[0]) and key.endswith(template.rpartition("}")[2])
+            for template in self.sinks or ()
+        )
 
 
 class Member(Struct, frozen=True, kw_only=True):
@@ -56,6 +84,13 @@ class Member(Struct, frozen=True, kw_only=True):
     profile: Profile
     held: frozenset[int]
     declines: frozenset[int]
+    defers: frozenset[int] = frozenset()
+
+
+def published(templates: Iterable[str]) -> tuple[str, ...]:
+    """What a member publishes of the templates of its sinks."""
+    short = {each for each in templates if len(each) <= _TEMPLATE_CHARS_MAX}
+    return tuple(sorted(short)[:SINKS_MAX])
 
 
 def pack(resources: Iterable[int]) -> str:
@@ -122,10 +157,11 @@ def _read(id: str, record: bytes) -> Member:
         _, state, _, _, body = record.split(b" ", 4)
         profile = msgspec.json.decode(body, type=Profile)
         held, declines = unpack(profile.held), unpack(profile.declines)
+        defers = unpack(profile.defers)
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:
         log.warning("roster.unreadable", member=id, error=str(error)[:200])
         state, profile = b"active", Profile(weight=0)
-        held = declines = frozenset()
+        held = declines = defers = frozenset()
     known = state.decode(errors="replace")
     return Member(
         id=id,
@@ -133,6 +169,7 @@ def _read(id: str, record: bytes) -> Member:
         profile=profile,
         held=held,
         declines=declines,
+        defers=defers,
     )
 
 
@@ -145,12 +182,15 @@ def wanted(members: Mapping[str, Member], shards: int) -> dict[int, str]:
     heirs = _heirs(members)
     standing = [each for each in members.values() if _stands(each, heirs)]
     owners = _owners(members, heirs)
+    sinks_count = all(each.profile.sinks is not None for each in standing if each.profile.weight)
     candidates = [
         Candidate(
             each.id,
             each.profile.weight,
             frozen=each.state != "active",
             declines=each.declines,
+            avoids=each.defers if sinks_count else frozenset(),
+            rank=len(set(each.profile.sinks or ())) if sinks_count else 0,
         )
         for each in standing
     ]

@@ -64,6 +64,7 @@ _REFUSALS: dict[str, tuple[str, str, str]] = {
     "READONLY": ("url", "it is a replica", "set valkey.url to the primary"),
 }
 _WITHOUT_PASSWORD = "without any password configured"  # noqa: S105
+_REPLICA_OF = "it is a replica of "
 _NO_SUCH_DATABASE = "out of range"
 
 
@@ -88,12 +89,18 @@ class Target(Struct, frozen=True, kw_only=True):
         origin = self.origins.get(name, "default" if value == "(not set)" else "in code")
         return StartupError(setting=name, value=value, origin=origin, problem=problem, fix=fix)
 
+    def replica(self, leader: str) -> StartupError:
+        fix = f"name its primary, {leader}; a replica may be valkey.reader_url"
+        return self.fault("it is a replica, and refuses writes (READONLY)", fix)
+
     def refused(self, error: ServerRefused) -> StartupError:
         words = f"{error.code} {error.message}".strip()[:200]
         if _WITHOUT_PASSWORD in error.message:
             return self.fault("it has no password", "unset valkey.password", leaf="password")
         if _NO_SUCH_DATABASE in error.message:
             return self.fault(f"it has no database {self.endpoint.db}", "name a lower one, as /0")
+        if error.code == "READONLY" and _REPLICA_OF in error.message:
+            return self.replica(error.message.partition(_REPLICA_OF)[2])
         known = _REFUSALS.get(error.code)
         if known is None:
             return self.fault(f"it refused us: {words}", "see what the server's log says")

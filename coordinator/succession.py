@@ -12,7 +12,8 @@ S4  Who finds that the roster was lost only renews for one lease, and only what 
     other owners are not in the new roster yet.
 S5  What was released is not claimed before the server has answered, or for one lease: a claim
     that overtook the release would renew what is then given away.
-S6  What was declined, or is left, is not claimed again.
+S6  What was declined, or is left, is not claimed again. What is deferred is claimed only if the
+    assignment finds nobody else for it.
 S7  What was fenced off is released before it is claimed, so that the next epoch is larger: a
     server that lost what it had accepted last may hold an epoch that a sink has seen the end of.
 """
@@ -71,11 +72,14 @@ class Succession:
         self.roster = Roster()
         self.tenures: dict[int, Tenure] = {}
         self.declined: set[int] = set()
+        self.deferred: frozenset[int] = frozenset()
         self.yielding: set[int] = set()
         self.kept: frozenset[int] = frozenset()  #: for the one who comes back with our label
         self._shards = shards
         self._ttl_ms = ttl_ms
         self._profile = profile
+        if profile.sinks == ():
+            self.declined.update(range(shards))
         self._resting: dict[int, float] = {}  # release sent, and not answered
         self._wishes: dict[int, str] = {}  # owned here, and another waits for it
         self._asked: frozenset[int] = frozenset()  # claimed at last
@@ -201,14 +205,16 @@ class Succession:
 
     def wanted(self) -> dict[int, str]:
         """The assignment by what is known, with what is owned here as it is now."""
-        of = (self.roster.version, self.state, frozenset(self.tenures), len(self.declined))
+        tenures, declined = frozenset(self.tenures), len(self.declined)
+        of = (self.roster.version, self.state, tenures, declined, self.deferred)
         if of != self._wanted_of:
             me = Member(
                 id=self.id,
                 state=self.state,
                 profile=self._profile,
-                held=frozenset(self.tenures),
+                held=tenures,
                 declines=frozenset(self.declined),
+                defers=self.deferred,
             )
             self._wanted = wanted({**self.roster.members, self.id: me}, self._shards)
             self._wanted_of = of
@@ -224,4 +230,6 @@ class Succession:
             weight=base.weight,
             held=pack(self.kept if self.state == "away" else self.tenures),
             declines=pack(self.declined),
+            defers=pack(self.deferred),
+            sinks=base.sinks,
         )

@@ -164,6 +164,11 @@ class Tracking:
             silences=self._silences,
         )
 
+    def redial(self, reason: str) -> None:
+        """Give the connection up, if there is one, and make another."""
+        if self._wire is not None:
+            self._wire.drop(reason)
+
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Keep the connection up until cancelled, or refused (T5)."""
         task_status.started()

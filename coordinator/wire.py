@@ -8,6 +8,7 @@ I3  When the connection ends, every waiter gets Disconnected: ``outcome_unknown`
     command had been written, not if it had not.
 I4  A reply that nobody asked for, or bytes that are not RESP, end the connection: after
     that no reply could be trusted to be the right one.
+I5  READONLY on a connection to a primary ends it, when the callers have been told.
 
 A wire never connects, repeats or times anything; that is the link's and the doorbell's.
 """
@@ -107,7 +108,10 @@ class CommandWire(Wire):
         tally: Tally,
         on_replies: Callable[[], None],
         on_change: Callable[[], None],
+        primary: bool = False,
     ) -> None:
+        """``primary``: what answers READONLY is no server for us (I5)."""
+        self._primary = primary
         self.out: list[bytes] = []  #: packed commands of this tick
         self.out_bytes = 0  #: of those in ``out`` that may leave early
         self.waiting: deque[Slot] = deque()  #: one per command, those in ``out`` are the last
@@ -134,11 +138,14 @@ class CommandWire(Wire):
     def take_replies(self) -> None:
         self.heard_at = self._clock.monotonic()
         taken = dropped = 0
+        readonly = False
         gets, next_slot = self.parser.gets, self.waiting.popleft
         try:
             while (reply := gets()) is not MORE:
                 waiter, _, command = next_slot()
                 taken += 1
+                if type(reply) is ServerRefused and reply.code == "READONLY":
+                    readonly = True
                 if waiter.done():
                     dropped += 1
                 elif type(reply) is ServerRefused:
@@ -149,6 +156,8 @@ class CommandWire(Wire):
             self.drop("the server sent a reply that nobody asked for")
         self._tally.replies += taken
         self._tally.dropped_replies += dropped
+        if readonly and self._primary:
+            self.drop("the server is a replica by now (READONLY)")
         self._on_replies()
 
     def pause_writing(self) -> None:

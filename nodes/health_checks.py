@@ -24,6 +24,7 @@ __all__ = ["sink_state", "work_checks", "work_gauges"]
 
 _READY: frozenset[Gate] = frozenset(("ready",))
 _NONE: frozenset[Gate] = frozenset()
+_SHARDS_SHOWN = 5
 
 
 def work_checks(parts: Running) -> Iterator[Check]:
@@ -58,7 +59,12 @@ def _checks_of(crew: Crew, refreshes: str, now: float) -> Iterator[Check]:
         _failing(f"writes to {lane.name} are not read", lane.failing.failing, now)
         for lane in crew.writes.lanes
     ]
-    yield _warning("writes", late("writes"), *lanes)
+    refused = [
+        _failing(f"shard {shard} is refused", once.failing, now)
+        for lane in crew.writes.lanes
+        for shard, once in list(lane.refused.items())[:_SHARDS_SHOWN]
+    ]
+    yield _warning("writes", late("writes"), *lanes, *refused)
     yield _warning("refreshes", late("refreshes"), refreshes)
 
 

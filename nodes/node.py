@@ -84,7 +84,7 @@ class Node(Declarations, Locking):
         self.registry = CollectorRegistry()
         self.instruments = Instruments(self.registry)
         self.instruments.add_source(lambda: status.gauges(self))
-        self.drained: bool | None = None  #: whether the last drain was finished in time
+        self.drained: bool | None = None  #: whether the last drain left nothing undone
 
     def __repr__(self) -> str:
         settings = self._running.settings if self._running else self._in_code.settings
@@ -176,8 +176,9 @@ class Node(Declarations, Locking):
     async def drain(self) -> bool:
         """Take no new work, finish what is under way, hand over the rest; before stopping.
 
-        It is not cut short by cancellation. Returns false if ``workers.drain_ms`` was not
-        enough: others do what was left.
+        It is not cut short by cancellation. Returns false if accepted events or writes are left
+        that no other worker does, or ``workers.drain_ms`` was not enough; ``node.undrained`` in
+        the log counts them, and says whether they are lost with the server.
         """
         return await self.parts.drain()
 

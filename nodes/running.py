@@ -6,7 +6,8 @@ Starting: the server, the namespace's facts, the clock, the log (``running``); t
 U1  Inside the block every shard was live once, so the first read is already right.
 U2  Notices reach every cache of this node, in order, before the next one is looked at.
 U3  A drain takes no new work, finishes what is under way, hands over what is owned, and takes
-    at most ``drain_ms``; the last worker of a namespace also empties the queues. There is one
+    at most ``drain_ms``; the last worker of a namespace also empties the queues (see ``Crew``).
+    It is finished if nothing that was accepted is left undone (see ``leftovers``). There is one
     drain, however often it is asked for, and cancelling whoever asked does not cut it short;
     there is none where a worker has failed.
 U4  After the drain every ``on_stop`` hook runs, whatever happened before (see ``hooks``).
@@ -54,6 +55,7 @@ from .cache.waits import KeyWaits
 from .explain.node_part import NodePart
 from .hearing import Hearing
 from .hooks import Hook, run_hook, run_in_the_end
+from .leftovers import DrainOutcome, count_leftovers, left_of, tell
 from .locking import locks_of
 from .pacing import Pacing
 from .workers.crew import Crew, WorkParts, crew
@@ -65,6 +67,8 @@ from .writing import Writing
 __all__ = ["Running", "running"]
 
 log = structlog.get_logger(__name__)
+
+_NO_WORKERS = DrainOutcome(finished=True, events_done=True, writes_done=True, held_done=True)
 
 _PAUSE_S = 0.05  #: between two tries of a step of the start
 
@@ -112,6 +116,7 @@ class Running:
             staleness_ms=routes.staleness_ms(settings.cache),
             instruments=instruments,
             run_id=backend.run_id,
+            check=backend.link.check_primary,
             apply=self.apply,
             reset=self.hearing.reset,
             scripts=self.scripts,
@@ -309,8 +314,23 @@ class Running:
         with anyio.CancelScope(shield=True):  # the crew's own limit bounds it
             async with self._drain_once:
                 if self.drained is None:
-                    self.drained = self.crew is None or await self.crew.drain()
+                    self.drained = await self._drain()
         return bool(self.drained)
+
+    async def _drain(self) -> bool:
+        is_temporary = self.backend.is_temporary
+        outcome = _NO_WORKERS if self.crew is None else await self.crew.drain()
+        if outcome == _NO_WORKERS and not is_temporary:
+            return True
+        try:
+            found = await count_leftovers(self.backend.link, self.names)
+        except ForebayError as error:
+            log.warning("drain.not_counted", error=str(error))
+            return outcome.finished
+        left = left_of(found, outcome, is_temporary=is_temporary)
+        if left.count:
+            tell(left, is_temporary=is_temporary)
+        return outcome.finished and not left.count
 
 
 @asynccontextmanager

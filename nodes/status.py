@@ -20,6 +20,7 @@ from ..schemas.keys import EVENTS
 from .health_checks import sink_state, work_checks, work_gauges
 from .running import Running
 from .web.face import Check, Gate
+from .workers.held import HeldStatistics
 
 if TYPE_CHECKING:
     from .node import Node
@@ -40,16 +41,31 @@ def checks(node: Node) -> Sequence[Check]:
     state = link.breaker.state
     suspect = sum(view.live_until <= now for view in parts.follower.views)
     found = [
-        _check("valkey", link.connected, "not connected", _READY),
+        _check("valkey", link.connected, _away(parts), _READY),
         _check("breaker", state == "closed", f"the breaker is {state}", _READY),
         _check("log", not suspect, f"{suspect} shards are not known to be current", _READY),
         _check("drain", not parts.draining, "draining", _READY),
     ]
     found += work_checks(parts)
+    if parts.crew is not None:
+        found.append(_held(parts.crew.writes.held.statistics))
     if parts.crew is not None and (ahead_ms := parts.crew.ingress.ahead_ms):
         detail = f"the newest id of {parts.names.events} is {ahead_ms / 1000:.0f} s ahead"
         found.append(_check("ingress_ids", False, detail, frozenset(), "warn"))
     return found
+
+
+def _away(parts: Running) -> str:
+    failure = parts.backend.link.failure
+    return f"not connected: {failure}" if failure else "not connected"
+
+
+def _held(held: HeldStatistics) -> Check:
+    detail = (
+        f"{held.writes} writes are held, the oldest ({held.example}) for {held.oldest_age_s:.0f} s:"
+        " start a worker that declares their sink"
+    )
+    return _check("held writes", not held.writes, detail, frozenset(), "warn")
 
 
 def _check(
@@ -88,6 +104,9 @@ def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
         for state, count in parts.crew.ownership.members().items():
             yield "members", (state,), float(count)
         yield "writebehind_queue_entries", (), float(parts.crew.writes.backlog)
+        held = parts.crew.writes.held.statistics
+        yield "writebehind_held_entries", (), float(held.writes)
+        yield "writebehind_held_age_seconds", (), held.oldest_age_s
         yield from work_gauges(parts.crew, parts.clock.monotonic())
         yield from parts.crew.chores.gauges()
     yield from parts.limiter.gauges()
@@ -140,6 +159,7 @@ async def stats(node: Node) -> dict[str, object]:
             **msgspec.to_builtins(crew.ownership.statistics()),
             "leading": crew.chores.leading,
             "dead_letters": parts.dead_letters.buried,
+            "held": msgspec.to_builtins(crew.writes.held.statistics),
             "sinks": {
                 name: sink_state(each, parts.clock.monotonic()) or "ok"
                 for name, each in crew.deliveries.items()

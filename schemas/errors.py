@@ -160,6 +160,15 @@ class ServerRefused(ForebayError):
         self.message = message
         self.command = command
 
+    @property
+    def of_keys(self) -> bool:
+        """Whether the keys of the command are at fault, and not the server as a whole."""
+        return self.code in ("WRONGTYPE", "ERR")
+
+    def at(self, key: str) -> ServerRefused:
+        """The same, with the key named."""
+        return ServerRefused(self.code, f"{self.message}, at {key}", self.command)
+
 
 class Backpressure(ForebayError):
     """Raised when a stream is at its bound and the deadline for waiting has passed."""

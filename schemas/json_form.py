@@ -37,7 +37,7 @@ def not_finite(simple: object) -> str:
     """Which number in builtins is no number in JSON, and where; empty if there is none."""
     for path, number in _numbers_of(simple):
         if not math.isfinite(number):
-            return f"{path or 'it'} is {number}, which is no number in JSON"
+            return f"{number} is no number in JSON, at {path or 'the top'}"
     return ""
 
 

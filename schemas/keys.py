@@ -9,6 +9,8 @@
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
     {shop:07}:dead      stream  dead letters of the shard's writes
+    {shop:07}:held      stream  jobs that wait for a member with their sink
+    {shop:07}:tried     hash    id in held -> tokens of the members that could not decode it
     {shop:07}:k:NAME    hash    a lock and its holders     :kq:NAME, :kw:NAME  who waits for it
     {shop:07}:locks     zset    locks in use lately        :era  hash  run of the server meant
     {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT

@@ -157,6 +157,9 @@ class Workers(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     flush_rows_max: Annotated[int, Meta(ge=1, le=100_000)] = 1_000
     flush_delay_ms: Annotated[int, Meta(ge=0, le=60_000)] = 20
     attempts_max: Annotated[int, Meta(ge=1, le=100)] = 5
+    hold_ms: Annotated[int, Meta(ge=100, le=2_592_000_000)] = (
+        3_600_000  #: for a worker with the sink
+    )
     drain_ms: Millis = 20_000
 
 

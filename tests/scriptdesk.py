@@ -268,6 +268,18 @@ class Desk:
         keys = [self.part("done"), self.part("writes")]
         return int(await self.run("writes_trim", keys, following, *checkpoints))
 
+    async def hold(
+        self,
+        owner: str,
+        epoch: int,
+        *ids: str,
+        source: str = "writes",
+        held_max: int = 10,
+        token: str = "",
+    ) -> list[Reply]:
+        keys = [self.part(name) for name in ("own", source, "held", "tried")]
+        return list(await self.run("writes_hold", keys, owner, epoch, held_max, token, *ids))
+
     async def beat(
         self,
         member: str,

@@ -9,6 +9,8 @@ Z2  No two members hand out work of one resource at the same time, on real time.
 Z3  What is released was drained before.
 Z4  When the faults are over, every resource is owned soon, by a member that is alive.
 Z5  Then a change moves what the dead had, and what is above the share; nothing else.
+Z6  Then a shard is owned by a member with most sinks, unless one of an old release is there; where
+    no member has sinks, nobody owns any.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ BEAT_MS, TTL_MS, FORCED_MS, GRACE_MS = 1_000, 4_000, 8_000, 10_000
 FRESH_MS = 3 * BEAT_MS
 KEEP_GONE_MS = 60_000
 SETTLES_S = 45.0  #: the longest of: drain by force, grace, dead; and some beats
+
+
+Sinks = tuple[str, ...] | None
 
 
 class Broken(AssertionError):
@@ -134,11 +139,13 @@ def _judged(record: list[Any], for_ms: int) -> bytes | None:
 class Node:
     """One process: its clock runs a little fast or slow, and it does what Ownership does."""
 
-    def __init__(self, id: str, label: str, shards: int, rng: random.Random) -> None:
-        self.id, self.label = id, label
+    def __init__(
+        self, id: str, label: str, shards: int, rng: random.Random, sinks: Sinks = None
+    ) -> None:
+        self.id, self.label, self.sinks = id, label, sinks
         self.rate = rng.uniform(0.99, 1.01)
         self.core = Succession(
-            id, shards, ttl_ms=TTL_MS, profile=Profile(incarnation=id, label=label)
+            id, shards, ttl_ms=TTL_MS, profile=Profile(incarnation=id, label=label, sinks=sinks)
         )
         self.grace_ms = GRACE_MS if label else 0
         self.crashed = self.left = False
@@ -153,6 +160,7 @@ class Node:
 class Cluster:
     drains = True  #: negative control: False
     margin = True  #: negative control: False
+    releases: tuple[Sinks, ...] = (None,)  #: what the members declare; None is of an old release
 
     def __init__(self, seed: int, *, server: type[Server] = Server) -> None:
         self.rng = random.Random(seed)
@@ -193,7 +201,8 @@ class Cluster:
         return False
 
     def join(self, label: str = "") -> Node:
-        node = Node(f"n{self._born}", label, self.shards, self.rng)
+        sinks = self.rng.choice(self.releases) if len(self.releases) > 1 else self.releases[0]
+        node = Node(f"n{self._born}", label, self.shards, self.rng, sinks)
         self._born += 1
         self.nodes.append(node)
         delay = max(0.0, self._remembered() - self.now)
@@ -409,7 +418,8 @@ class Cluster:
         if asleep or late or self._expected:
             return False
         owned = [resource for node in nodes for resource in node.core.tenures]
-        if sorted(owned) != list(self.resources):
+        nobody = all(node.sinks == () for node in nodes)
+        if sorted(owned) != ([EVENTS] if nobody else list(self.resources)):
             return False
         return all(self._content(node, len(nodes)) for node in nodes)
 
@@ -431,6 +441,15 @@ class Cluster:
         if not self.run(SETTLES_S, self.settled):
             held = {node.id: sorted(node.core.tenures) for node in self.alive}
             raise Broken(f"Z4: not settled by {self.now:.1f} s: {held}")
+        self._look_at_sinks()
+
+    def _look_at_sinks(self) -> None:
+        if any(node.sinks is None for node in self.alive):
+            return
+        most = max(len(node.sinks or ()) for node in self.alive)
+        for node in self.alive:
+            if len(node.sinks or ()) < most and node.core.tenures.keys() - {EVENTS}:
+                raise Broken(f"Z6: {node.id} has {node.sinks} and owns {node.core.tenures}")
 
 
 def chaos(cluster: Cluster, seconds: float) -> None:
@@ -494,4 +513,5 @@ def live(seed: int, cluster: type[Cluster] = Cluster, *, server: type[Server] = 
     made = cluster(seed, server=server)
     chaos(made, 12.0)
     made.settle()
-    change(made)
+    if len(made.releases) == 1:  # a change of another release moves more
+        change(made)

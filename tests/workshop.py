@@ -270,6 +270,9 @@ class Workshop:
             self.dead_letters(chosen),
             node_id=owner._node_id,
             options=workers,
+            held_max=parts.settings.durable.dead_letters_max,
+            server_clock=parts.core.server_clock,
+            instruments=self.node.instruments,
             invalidate=invalidate,
         )
 

@@ -35,10 +35,10 @@ from ...schemas.keys import Names, check_key
 from ...schemas.locks import LockView
 from ..clock import Clock
 from ..instruments import Instruments
-from ..introduction import read_info
 from ..link import Commands
 from ..replication import Confirms
 from ..scripting import Scripts
+from ..server_info import read_info
 from ..stalls import Stalls
 from .grants import Grants
 from .guards import Guards

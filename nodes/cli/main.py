@@ -49,7 +49,7 @@ Exit codes:
   1  a check failed, or a fault while running
   2  wrong usage, or settings that cannot be used
   3  Valkey was not reached, or cannot serve us
-  4  the drain took too long: unfinished work is left to the other nodes
+  4  accepted events or writes are left undone: to other nodes, or lost with the server
   130  interrupted before there was anything to drain
 """
 _FAULT, _INTERRUPTED = 1, 130

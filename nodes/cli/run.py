@@ -1,7 +1,7 @@
 """`forebay run --app module:attribute`: a node as a process of its own.
 
 P1  The first SIGTERM or SIGINT drains: readiness fails, what is under way is finished,
-    ownership is handed over; the exit code is 0, or 4 if time ran out.
+    ownership is handed over; the exit code is 0, or 4 if accepted work is left undone.
 P2  A second signal ends the process at once, also while the application holds the event
     loop up: 128 + its number. So does a first one before there is anything to drain.
 P3  A server of our own that dies takes the node with it: whoever started us starts both.
@@ -36,7 +36,7 @@ from .sources import errors_told, file_in_force, load, setting_options, wants_co
 
 log = structlog.get_logger(__name__)
 
-_DRAIN_TOO_LONG = 4
+_UNDRAINED = 4
 _SIGNALLED = 128
 
 
@@ -143,7 +143,7 @@ async def run_node(node: Node, watched: Path | None) -> int:
                 await stop.wait()
                 log.info("node.draining", signal=signals.name)
                 finished = await node.drain()
-        return 0 if finished else _DRAIN_TOO_LONG
+        return 0 if finished else _UNDRAINED
     return _SIGNALLED + signals.number
 
 

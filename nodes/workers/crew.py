@@ -1,9 +1,10 @@
 """The workers of one node that does the cluster's ordered work, and how they stop.
 
 K1  The workers are cancelled before what they use is closed.
-K2  A drain gives up ingress first, so that nothing new arrives; the last worker of a namespace
-    then empties the queues, any other leaves them to the rest; it takes at most ``drain_ms``,
-    and hands over also what it could not finish.
+K2  The last worker of a namespace applies the events that there are when its drain begins; the
+    last one with sinks brings the writes to them; any other leaves both to the rest. Ingress is
+    given up before the writes are brought, so that nothing new arrives. A drain takes at
+    most ``drain_ms``, and hands over also what it could not finish.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from ...coordinator.backend import Backend
 from ...coordinator.background import background_tasks
 from ...coordinator.link import Commands
 from ...coordinator.ownership import Ownership
-from ...coordinator.roster import Profile
+from ...coordinator.roster import Profile, published
 from ...coordinator.scripting import Scripts
 from ...schemas.errors import ForebayError
 from ...schemas.keys import EVENTS, Names
 from ...schemas.settings import Settings
 from ..cache.core import Core
+from ..leftovers import DrainOutcome
 from ..sinks.outlet import Outlet
 from .backlog import Backlog
 from .chores import Chores, Lockable
@@ -63,6 +65,8 @@ class Crew:
     def __init__(self, parts: WorkParts, blocking: Commands) -> None:
         core, link = parts.core, parts.backend.link
         self._drain_ms = parts.settings.workers.drain_ms
+        self._node_id = core.node_id
+        self._shards = parts.names.shards
         self.ownership = Ownership(
             link,
             parts.names,
@@ -72,7 +76,7 @@ class Crew:
             clock=core.clock,
             rng=core.rng,
             instruments=core.instruments,
-            profile=_profile(parts.settings),
+            profile=_profile(parts.settings, parts.routes),
         )
         self._rejoins = bool(parts.settings.node.id)
         self.deliveries = {
@@ -127,6 +131,9 @@ class Crew:
             parts.dead_letters,
             node_id=parts.core.node_id,
             options=parts.settings.workers,
+            held_max=parts.settings.durable.dead_letters_max,
+            server_clock=parts.core.server_clock,
+            instruments=parts.core.instruments,
             invalidate=parts.core.invalidate,
         )
 
@@ -150,7 +157,7 @@ class Crew:
             clock=core.clock,
             server_clock=core.server_clock,
         )
-        return ExternalWriters(
+        made = ExternalWriters(
             parts.backend.dialer("tracking"),
             parts.settings.valkey,
             parts.names,
@@ -159,18 +166,20 @@ class Crew:
             rng=core.rng,
             instruments=core.instruments,
         )
+        if made.tracking is not None:
+            parts.backend.beside(made.tracking.redial)
+        return made
 
-    async def drain(self) -> bool:
-        """Finish what is under way and hand over the rest; false if time ran out."""
+    async def drain(self) -> DrainOutcome:
+        """Finish what is under way and hand over the rest."""
         ownership, limit_s = self.ownership, self._drain_ms / 1000
+        me = {self._node_id}
+        others = {"events": set(ownership.nodes) - me, "writes": set(ownership.sinking) - me}
+        done = {work: bool(each) for work, each in others.items()}
         finished = False
         try:
             with anyio.move_on_after(limit_s * _FINISHING):
-                events = ownership.tenures.get(EVENTS)
-                if events is not None:
-                    await ownership.give_up([events])
-                if len(ownership.nodes) <= 1:
-                    await self.writes.empty()
+                await self._finish(done)
                 await ownership.leave(rejoin=self._rejoins)
                 finished = True
             if not finished:
@@ -178,15 +187,34 @@ class Crew:
                     await ownership.leave(patient=False, rejoin=self._rejoins)
         except ForebayError as error:
             log.warning("drain.incomplete", error=str(error))
-        return finished
+        return DrainOutcome(
+            finished=finished,
+            events_done=done["events"],
+            writes_done=done["writes"],
+            held_done=bool(others["writes"]),
+        )
+
+    async def _finish(self, done: dict[str, bool]) -> None:
+        """What no other worker does: the events, and then the writes."""
+        ownership = self.ownership
+        events = ownership.tenures.get(EVENTS)
+        if events is not None:
+            if not done["events"]:
+                await self.ingress.empty()
+                done["events"] = EVENTS in ownership.tenures
+            await ownership.give_up([events])
+        if not done["writes"] and self.deliveries:
+            await self.writes.empty()
+            done["writes"] = ownership.statistics().shards == self._shards
 
 
-def _profile(settings: Settings) -> Profile:
+def _profile(settings: Settings, routes: Routes) -> Profile:
     from ... import __version__
 
     http = settings.http
     address = f"{http.host}:{http.port}" if http.enabled and http.port else ""
-    return Profile(label=settings.node.id, http=address, version=__version__)
+    sinks = published(route.template.text for route in routes.sinks)
+    return Profile(label=settings.node.id, http=address, version=__version__, sinks=sinks)
 
 
 @asynccontextmanager
@@ -195,6 +223,9 @@ async def crew(parts: WorkParts) -> AsyncGenerator[Crew]:
     async with AsyncExitStack() as stack:
         blocking = await stack.enter_async_context(parts.backend.blocking_link("ingress"))
         made = Crew(parts, blocking)
+        if not parts.routes.sinks:
+            fix = "run it with an application that declares sinks, if it is to bring writes to them"
+            log.warning("workers.without_sinks", work="events only", fix=fix)
         for delivery in made.deliveries.values():
             stack.push_async_callback(delivery.aclose)
         tasks = await stack.enter_async_context(background_tasks())

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ...coordinator.ownership import Tenure
 from ...schemas.replies import order
 
-__all__ = ["Holding", "Place"]
+__all__ = ["Holding", "Place", "latest"]
 
 
 class Place:
     """Where one lane is in one shard's writes."""
 
-    __slots__ = ("busy", "checkpoint", "emptied", "parked", "position", "rung", "sunk", "turn")
+    __slots__ = (
+        "busy",
+        "checkpoint",
+        "committed",
+        "emptied",
+        "held",
+        "parked",
+        "position",
+        "rung",
+        "sunk",
+        "turn",
+        "undecodable",
+    )
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = checkpoint  #: its name
+        self.committed = "0-0"  #: the checkpoint as it is in Valkey
         self.sunk = "0-0"  #: the furthest position of this tenure
-        self.position = ""  #: the checkpoint as committed; empty: not asked for yet
+        self.position = ""  #: of the last entry read; empty: the checkpoint is not asked for yet
+        self.held: str | None = "0-0"  #: of the last held entry read; None: all were read
+        self.undecodable: dict[str, list[tuple[int, str]]] = {}  #: key -> version, id in held
         self.rung = True  #: there may be something to read
         self.busy = False
         self.parked = False  #: a row of it is locked; it is flushed by itself, beside the rounds
         self.turn = 0  #: the round in which it was read last
         self.emptied = 0  #: the round in which nothing was found
 
-    def moved(self, position: str) -> None:
+    def moved(self, committed: str) -> None:
         """The checkpoint was committed."""
-        self.position, self.sunk = position, max(self.sunk, position, key=order)
+        self.committed, self.sunk = committed, latest((self.sunk, committed))
+
+    def not_decoded(self, key: str, version: int, held_id: str) -> None:
+        """A write of this key was set aside; a newer one takes its place."""
+        self.undecodable.setdefault(key, []).append((version, held_id))
 
     def begin_anew(self) -> None:
         """The stream was deleted behind the last id of all: ids are small again."""
@@ -35,7 +54,7 @@ class Place:
 
     def begin_again(self) -> None:
         """What is remembered may be of another history: the checkpoint is to be asked for."""
-        self.position, self.rung = "", True
+        self.position, self.held, self.rung = "", "0-0", True
 
 
 class Holding:
@@ -68,4 +87,9 @@ class Holding:
     def checkpoints(self) -> Iterator[str]:
         """Name and position of each lane's, by turns."""
         for place in self.places:
-            yield from (place.checkpoint, place.position or "0-0")
+            yield from (place.checkpoint, place.committed)
+
+
+def latest(ids: Iterable[str]) -> str:
+    """The latest of these ids."""
+    return max(ids, key=order)

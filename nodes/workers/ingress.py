@@ -3,6 +3,7 @@
 G1  The checkpoint moves past an event when it was applied, is a dead letter, or is held.
 G2  After a crash a batch is applied again; marks make the repetition harmless (plan P2).
 G3  No event stops the ones behind it: what can never be applied goes to the dead letters,
+    for lack of a sink nothing is: that write is held where its shard is owned (see ``Held``);
     what a newer node can read is held and published again when one takes over (twice, if it
     dies in the midst of it). Of held events there is a bound; one more is a dead letter.
 G4  A write is refused by a full stream only as long as it is full: ingress waits, and so,
@@ -30,7 +31,7 @@ from anyio.abc import TaskStatus
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Scripts, run
+from ...coordinator.scripting import Scripts, granted, run
 from ...schemas.errors import (
     Fenced,
     ForebayError,
@@ -39,7 +40,7 @@ from ...schemas.errors import (
     ServerRefused,
     UnreadableRecord,
 )
-from ...schemas.events import Write, read_event
+from ...schemas.events import read_event
 from ...schemas.keys import EVENTS, Names
 from ...schemas.replies import LAST_ID, field_map, following, integer, order, stream_id
 from ...schemas.settings import Durable
@@ -109,6 +110,7 @@ class Ingress:
         self._clock = core.clock
         self._server_clock = core.server_clock
         self._instruments = core.instruments
+        self._follower = core.follower
         self._applier = Applier(commands, routes, core)
         self._requests = RefreshRequests(routes, core)
         self._owner = anyio.Event()
@@ -140,6 +142,28 @@ class Ingress:
                 while self._busy:
                     await self._idle.wait()
 
+    async def empty(self) -> None:
+        """Wait until all that was published by now is applied, as long as this node is the owner.
+
+        Raises:
+            Unavailable: it is not known.
+        """
+        newest = await self._commands.call("XREVRANGE", self._names.events, "+", "-", "COUNT", 1)
+        last_id = _id(newest[0]) if newest else "-"
+        while self._ownership.in_force(EVENTS) is not None:
+            before, rest = granted(
+                await self._commands.call_many(
+                    [
+                        ("XLEN", self._before),
+                        ("XRANGE", self._names.events, "-", last_id, "COUNT", 1),
+                    ]
+                )
+            )
+            if not before and not rest:
+                return
+            with anyio.move_on_after(_LOOK_S):
+                await self._idle.wait()
+
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Apply events, whenever this node is the owner, until cancelled."""
         task_status.started()
@@ -162,11 +186,14 @@ class Ingress:
         """Apply batch after batch as long as the tenure is in force."""
         await self._take_over(tenure, ())  # so that there is room behind the last id
         await self._try_to_publish_held(tenure)
-        self._newest = await self._newest_mark()
+        doubts = None
         while self._ours(tenure):
             entries = await self._read()
             if not self._ours(tenure):
                 continue
+            if doubts != self._follower.doubts:  # marks may be gone with what was lost
+                doubts = self._follower.doubts
+                self._newest = await self._newest_mark()
             self._busy = True
             try:
                 generation = await self._take_over(tenure, entries)
@@ -260,8 +287,6 @@ class Ingress:
         if raw is None:
             raise _NO_FIELD
         event = read_event(raw, bytes_max=self._durable.event_bytes_max)
-        if isinstance(event.body, Write):
-            self._check_route(event.body)
         return Taken(entry_id, event, raw, generation, _held_as(fields))
 
     def _set_aside(
@@ -271,15 +296,6 @@ class Ingress:
         original = b" ".join(fields or ()) if raw is None else raw
         letters.append(DeadLetter(entry_id, original, error))
         self._instruments.counts["events_processed", "unknown", "dead"] += 1
-
-    def _check_route(self, body: Write) -> None:
-        if self._routes.sink_of(body.key) is None:
-            raise InvalidEvent(
-                "no_sink",
-                f"no sink takes {body.key!r}",
-                field="key",
-                fix="declare one with @node.sink, or invalidate instead",
-            )
 
     async def _hold(
         self, entry_id: str, fields: Fields, error: NewerSchema, letters: list[DeadLetter]

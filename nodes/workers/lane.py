@@ -8,13 +8,19 @@ W3  What a write invalidates is invalidated after the sink has it, before the ch
     is a key whose write will never get there.
 W4  Work is handed out only while the tenure is in force and not yielding; commits carry its
     epoch. What a sink refuses as fenced holds up its own shard only.
-W5  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
-W6  A row that another transaction has locked holds up its own shard: the others are flushed one by
+W5  Before a shard's writes a lane reads those held of its sink, which are older. The first lane
+    holds what no sink of this node takes; so that none of them is trimmed unseen, it reads a
+    shard's writes from the first one on, whatever its checkpoint is.
+W6  A value that this node cannot decode is held for a member that has not tried (see ``Held``).
+    A newer write of the key that is stored first takes its place.
+W7  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
+W8  A row that another transaction has locked holds up its own shard: the others are flushed one by
     one, and the shard is parked, that is flushed beside the rounds until the row is stored.
-W7  Positions are remembered only to spare a round trip: each read asks for the checkpoint, too, and
+W9  Positions are remembered only to spare a round trip: each read asks for the checkpoint, too, and
     each commit and trim names it. Where the server has lost it, or what was read (a lost tail, a
     failover), nothing is moved or trimmed, and the lane reads from the server's checkpoint
     on. A key whose write comes a second time is invalidated: the sink may have a newer one.
+W10 A shard whose keys the server refuses waits by itself, until the next sweep (``RefusedShards``).
 
 All shards share one flush, so that a slow trickle over many shards makes few transactions. A
 bell starts a round; a sweep finds what bells missed.
@@ -23,23 +29,27 @@ bell starts a round; a sweep finds what bells missed.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import anyio
 import structlog
 from anyio.abc import TaskGroup
 
+from ...coordinator.instruments import Instruments
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Call, Scripts, granted, run_many
-from ...schemas.errors import BusySinkError, Fenced, ForebayError, UnreadableRecord
+from ...coordinator.scripting import Call, Scripts, run, run_many
+from ...schemas.errors import BusySinkError, Fenced, ForebayError, ServerRefused
 from ...schemas.keys import Names
-from ...schemas.replies import LAST_ID, following, order, stream_id
+from ...schemas.replies import LAST_ID, order
 from ...schemas.settings import Workers
 from ..sinks.base import SinkBatch
+from .commits import checkpoint_call, checkpoint_in, trim_call
 from .dead_letters import DeadLetters
 from .delivery import Delivery
-from .holdings import Holding, Place
+from .holdings import Holding, Place, latest
+from .refused_shards import RefusedShards
 from .routes import Routes
 from .stretches import Queued, Stretch, Versions, queued
 
@@ -70,10 +80,12 @@ class Lane:
         *,
         node_id: str,
         options: Workers,
+        held_max: int,
+        instruments: Instruments,
         invalidate: Invalidate,
         settled: Callable[[], None],
     ) -> None:
-        """``settled`` is called after every round. The first lane also takes what belongs to
+        """``settled`` is called after every round. The first lane also holds what belongs to
         none; without a delivery there is nothing else.
         """
         self.name = delivery.sink.name if delivery else "no sink"
@@ -90,12 +102,15 @@ class Lane:
         self._dead_letters = dead_letters
         self._node_id = node_id
         self._options = options
+        self._held_max = held_max
+        self._counts = instruments.counts
         self._invalidate = invalidate
         self._settled = settled
         self._wake = anyio.Event()
         self._rounds = 0
         self._entry_bytes = _ENTRY_BYTES
         self.failing = LogOnce()
+        self.refused = RefusedShards(names, self._sink)
         self._parked: TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -148,7 +163,7 @@ class Lane:
             place.busy, place.turn = True, number
         try:
             await self._locate([each for each in held if not self._place(each).position])
-            stretches = await self._read(held)
+            stretches = await self._read([each for each in held if self._place(each).position])
             if stretches:
                 await self._flush_ours(stretches)
             self.failing.over()
@@ -176,59 +191,79 @@ class Lane:
             [("HGET", self._names.part(each.shard, "done"), self.checkpoint) for each in held]
         )
         for holding, reply in zip(held, replies, strict=True):
-            if isinstance(reply, ForebayError):
-                raise reply
-            self._place(holding).position = self._position(holding, reply)
-
-    def _position(self, holding: Holding, reply: Reply) -> str:
-        """The checkpoint; the stream's beginning, if it is none: what is there is not done."""
-        name = f"{self._names.part(holding.shard, 'done')} {self.checkpoint}"
-        try:
-            return "0-0" if reply is None else stream_id(reply, name)
-        except UnreadableRecord as error:
-            log.warning("checkpoint.unreadable", shard=holding.shard, error=str(error))
-            return "0-0"
+            if self.refused.has(holding.shard, done=reply):
+                continue
+            place = self._place(holding)
+            place.committed = checkpoint_in(reply, self._names, holding.shard, self.checkpoint)
+            place.position = "0-0" if self._index == 0 else place.committed
 
     async def _read(self, held: Sequence[Holding]) -> list[Stretch]:
         rows = min(self._options.flush_rows_max, _BYTES_MAX // self._entry_bytes)
-        count = max(1, rows // len(held))
-        commands: list[Sequence[Arg]] = []
-        for holding in held:
-            place = self._place(holding)
-            place.rung = False  # before reading: a bell from now on may mean what is not read
-            done, stream = (self._names.part(holding.shard, name) for name in ("done", "writes"))
-            commands.append(("HGET", done, self.checkpoint))
-            commands.append(("XREAD", "COUNT", count, "STREAMS", stream, place.position))
+        count = max(1, rows // max(1, len(held)))
+        commands = [command for each in held for command in self._reads(each, count)]
+        replies = iter(await self._commands.call_many(commands))
         stretches = []
-        replies = granted(await self._commands.call_many(commands))
-        for holding, stored, reply in zip(held, replies[::2], replies[1::2], strict=True):
-            place = self._place(holding)
-            if self._position(holding, stored) != place.position:
+        for holding in held:
+            place, older = self._place(holding), None
+            stored = next(replies)
+            if place.held is not None:
+                older = next(replies)
+            entries = next(replies)
+            if self.refused.has(holding.shard, done=stored, held=older, writes=entries):
+                continue
+            if (
+                checkpoint_in(stored, self._names, holding.shard, self.checkpoint)
+                != place.committed
+            ):
                 self._begin_again(holding)
-            elif not reply:
-                place.emptied = self._rounds
-            else:
-                entries = [queued(*entry) for entry in reply[0][1]]
+            elif older:
+                place.rung = True
+                stretches.append(await self._held_stretch(holding, older))
+            elif entries:
+                place.held = None
                 place.rung |= len(entries) >= count
-                stretches.append(Stretch(holding.tenure, entries, place.position))
+                found = [queued(*entry) for entry in entries]
+                stretches.append(Stretch(holding.tenure, found, place.committed))
+            else:
+                place.held, place.emptied = None, self._rounds
+                self.refused.over(holding.shard)
         self.backlog = sum(len(stretch.entries) for stretch in stretches)
         if stretches:
             self._entry_bytes = max(64, sum(each.size for each in stretches) // self.backlog)
         return stretches
 
+    def _reads(self, holding: Holding, count: int) -> Iterator[Sequence[Arg]]:
+        """The checkpoint, the next of those held unless all were read, the next of the writes."""
+        place = self._place(holding)
+        place.rung = False  # before reading: a bell from now on may mean what is not read
+        yield "HGET", self._names.part(holding.shard, "done"), self.checkpoint
+        streams = [("held", place.held)] if place.held is not None else []
+        for stream, position in [*streams, ("writes", place.position)]:
+            name = self._names.part(holding.shard, stream)
+            yield "XRANGE", name, f"({position}", "+", "COUNT", count
+
+    async def _held_stretch(self, holding: Holding, entries: Sequence[Reply]) -> Stretch:
+        ids = [raw_id for raw_id, _ in entries]
+        tried = self._names.part(holding.shard, "tried")
+        tokens = await self._commands.call("HMGET", tried, *ids)
+        found = [
+            queued(raw_id, fields, by) for (raw_id, fields), by in zip(entries, tokens, strict=True)
+        ]
+        return Stretch(holding.tenure, found, self._place(holding).committed, held=True)
+
     def _begin_again(self, holding: Holding | None) -> None:
-        """The checkpoint is elsewhere, or what was read is gone: see W7."""
+        """The checkpoint is elsewhere, or what was read is gone: see W9."""
         if holding is not None:
             log.warning("writes.read_again", sink=self._sink, shard=holding.shard)
             self._place(holding).begin_again()
 
     async def _flush_ours(self, stretches: Sequence[Stretch], *, alone: bool = False) -> None:
-        """Flush; if that is refused as fenced (W4), or busy (W6), flush what is not."""
+        """Flush; if that is refused as fenced (W4), or busy (W8), flush what is not."""
         try:
             await self._flush(stretches, alone=alone)
-        except BusySinkError:
+        except (BusySinkError, ServerRefused) as error:
             if len(stretches) == 1:
-                return self._park(stretches[0])
+                return self._leave(stretches[0], error)
             for stretch in stretches:
                 await self._flush_ours([stretch])
         except Fenced as error:
@@ -244,6 +279,13 @@ class Lane:
             for part in parts:
                 await self._flush_ours(part, alone=alone)
         return None
+
+    def _leave(self, stretch: Stretch, error: ForebayError) -> None:
+        """Its shard waits by itself: for a row (W8), or for its keys (W10)."""
+        if isinstance(error, BusySinkError):
+            self._park(stretch)
+        else:
+            self.refused.note(stretch.shard, self._names.part(stretch.shard, "*"), error)
 
     def _park(self, stretch: Stretch) -> None:
         """Flush this beside the rounds."""
@@ -266,9 +308,17 @@ class Lane:
             self.wake()
 
     async def _flush(self, stretches: Sequence[Stretch], *, alone: bool) -> None:
-        versions = Versions(self._routes, self._sink, strays=self._index == 0)
+        versions = Versions(
+            self._routes,
+            self._sink,
+            strays=self._index == 0,
+            token=self._ownership.token,
+            others=self._ownership.publishes_sinks,
+        )
         versions.take(stretches)
-        versions.doubtful.update(self._repeated(stretches))
+        versions.doubtful.update(self._repeated(versions))
+        for stretch in stretches:
+            await self._hold(stretch, versions.strays, versions)
         progress = [stretch.progress for stretch in stretches]
         while (writes := versions.writes()) and self._delivery is not None:
             batch = SinkBatch(writes=writes, progress=progress)
@@ -276,83 +326,146 @@ class Lane:
                 batch, ours=lambda: self._ours(stretches), alone=alone
             )
             versions.delivered(refused)
+        for stretch in stretches:  # only now: what is before them in the stretch is stored
+            await self._hold(stretch, versions.undecodable, versions, self._ownership.token)
         for shard, letters in versions.letters.items():
             await self._dead_letters.bury(shard, letters)
-        await self._invalidate_all(*versions.after(stretches))
-        await self._commit(stretches, versions.newest)
+        await self._invalidate_all(*versions.after())
+        await self._commit(stretches, versions)
 
-    def _repeated(self, stretches: Sequence[Stretch]) -> Iterator[str]:
-        """Keys of writes that this node has sunk before; the sink may have newer ones (W7)."""
-        for stretch in stretches:
-            holding = self._holdings.get(stretch.shard)
+    async def _hold(
+        self,
+        stretch: Stretch,
+        held: Mapping[int, Sequence[Queued]],
+        versions: Versions,
+        token: str = "",
+    ) -> None:
+        """Set these writes of a stretch aside; ``token`` is of the member that has tried."""
+        part, entries = partial(self._names.part, stretch.shard), held.get(stretch.shard, ())
+        if not entries:
+            return
+        source = "held" if stretch.held else "writes"
+        reply = await run(
+            self._commands,
+            self._scripts["writes_hold"],
+            [part(name) for name in ("own", source, "held", "tried")],
+            [
+                self._node_id,
+                stretch.tenure.epoch,
+                self._held_max,
+                token,
+                *(entry.id for entry in entries),
+            ],
+        )
+        if not reply[0]:
+            raise Fenced(f"the writes of shard {stretch.shard}", stretch.tenure.epoch, 0)
+        reason = "undecodable" if token else "no_sink"
+        for entry, raw_id in zip(list(entries), reply[1:], strict=True):
+            if not raw_id:
+                self._counts["limit_reached", "held"] += 1
+                versions.no_room(stretch.shard, entry)
+            elif raw_id != b"-":
+                self._counts["writebehind_held", reason] += 1
+                if token and (holding := self._holdings.get(stretch.shard)) is not None:
+                    self._place(holding).not_decoded(entry.key, entry.version, raw_id.decode())
+
+    def _repeated(self, versions: Versions) -> Iterator[str]:
+        """Keys of writes that this node has sunk before; the sink may have newer ones (W9)."""
+        for shard, entry in versions.taken():
+            holding = self._holdings.get(shard)
             sunk = self._place(holding).sunk if holding else "0-0"
-            for entry in stretch.entries:
-                if entry.job is not None and order(entry.id) <= order(sunk):
-                    yield entry.job.key
+            if entry.job is not None and order(entry.origin) <= order(sunk):
+                yield entry.job.key
 
     async def _invalidate_all(self, keys: Sequence[str], tags: Sequence[str]) -> None:
         for start in range(0, max(len(keys), len(tags)), _NAMES_TOGETHER):
             end = start + _NAMES_TOGETHER
             await self._invalidate(keys[start:end], tags[start:end])
 
-    async def _commit(
-        self, stretches: Sequence[Stretch], newest: Mapping[int, Mapping[str, Queued]]
-    ) -> None:
-        calls = [self._commit_call(each, newest.get(each.shard, {})) for each in stretches]
+    async def _commit(self, stretches: Sequence[Stretch], versions: Versions) -> None:
+        newest = versions.newest()
+        calls = [
+            self._commit_call(each, newest.get(each.shard, {}), versions) for each in stretches
+        ]
         replies, moved = await run_many(self._commands, calls), []
         for stretch, reply in zip(stretches, replies, strict=True):
-            if isinstance(reply, ForebayError):
-                raise reply
+            if self.refused.has(stretch.shard, **{"*": reply}):
+                continue
+            self.refused.over(stretch.shard)
             holding = self._holdings.get(stretch.shard)
             if not reply[0]:
                 self._ownership.fenced(stretch.tenure)
             elif reply[0] == _LOST:
                 self._begin_again(holding)
             elif holding is not None and holding.tenure is stretch.tenure:
-                self._place(holding).moved(stretch.last_id)
-                if stretch.last_id == LAST_ID:
-                    self._begin_anew(holding)
-                moved.append(holding)
-        await self._trim([holding for holding in moved if len(holding.places) > 1])
-
-    def _commit_call(self, stretch: Stretch, newest: Mapping[str, Queued]) -> Call:
-        shard, names = stretch.shard, self._names
-        holding = self._holdings.get(shard)
-        done = stretch.last_id if holding and len(holding.places) == 1 else "0-0"
-        return Call(
-            script=self._scripts["checkpoint_commit"],
-            keys=[
-                names.part(shard, "own"),
-                names.part(shard, "done"),
-                names.part(shard, "writes"),
-                names.part(shard, "head"),
-                *(name for key in newest for name in (names.entry(key), names.lease(key))),
-            ],
-            args=[
-                self._node_id,
-                stretch.tenure.epoch,
-                self.checkpoint,
-                stretch.last_id,
-                following(done),
-                names.work,
-                shard,
-                stretch.follows,
-                stretch.last_id,
-                *(entry.version for entry in newest.values()),
-            ],
+                moved.append((holding, stretch))
+        await self._forget_held(moved, versions)
+        for holding, stretch in moved:
+            self._moved(holding, stretch, newest.get(stretch.shard, {}))
+        await self._trim(
+            [each for each, stretch in moved if len(each.places) > 1 and not stretch.held]
         )
+
+    def _moved(self, holding: Holding, stretch: Stretch, newest: Mapping[str, Queued]) -> None:
+        place = self._place(holding)
+        place.moved(self._reached(stretch, newest))
+        if stretch.held:
+            place.held = stretch.last_id
+            return
+        place.position = stretch.last_id
+        if stretch.last_id == LAST_ID:
+            self._begin_anew(holding)
+
+    def _commit_call(
+        self, stretch: Stretch, newest: Mapping[str, Queued], versions: Versions
+    ) -> Call:
+        holding = self._holdings.get(stretch.shard)
+        only = not stretch.held and holding is not None and len(holding.places) == 1
+        return checkpoint_call(
+            self._scripts,
+            self._names,
+            self._node_id,
+            stretch.tenure,
+            checkpoint=self.checkpoint,
+            follows=stretch.follows,
+            last=versions.last_left(stretch),
+            position=self._reached(stretch, newest),
+            stream="held" if stretch.held else "writes",
+            trimmed_to=stretch.last_id if only else "0-0",
+            newest=newest,
+        )
+
+    def _reached(self, stretch: Stretch, newest: Mapping[str, Queued]) -> str:
+        """The checkpoint, which never goes back; of those held, it passes the ids that they had."""
+        holding = self._holdings.get(stretch.shard)
+        ids = [each.origin for each in newest.values()] if stretch.held else [stretch.last_id]
+        return latest([self._place(holding).committed if holding else "0-0", *ids])
+
+    async def _forget_held(
+        self, moved: Sequence[tuple[Holding, Stretch]], versions: Versions
+    ) -> None:
+        """Delete what is done of those held; and those that newer writes took the place of."""
+        done: dict[int, list[str]] = {}
+        held = {stretch.shard for _, stretch in moved if stretch.held}
+        for shard, entry in versions.finished():
+            if shard in held:
+                done.setdefault(shard, []).append(entry.id)
+        for holding, _ in moved:
+            older = self._place(holding).undecodable
+            for key, newest in versions.newest().get(holding.shard, {}).items() if older else ():
+                gone = [(v, held_id) for v, held_id in older.get(key, ()) if v < newest.version]
+                done.setdefault(holding.shard, []).extend(held_id for _, held_id in gone)
+                older[key] = [each for each in older.get(key, ()) if each not in gone]
+        if done:
+            names = self._names
+            await self._commands.call_many(
+                [("XDEL", names.part(shard, "held"), *ids) for shard, ids in done.items() if ids]
+                + [("HDEL", names.part(shard, "tried"), *ids) for shard, ids in done.items() if ids]
+            )
 
     async def _trim(self, moved: Sequence[Holding]) -> None:
         """With several lanes the last of them to pass an entry trims it."""
-        part, script = self._names.part, self._scripts["writes_trim"]
-        calls = [
-            Call(
-                script=script,
-                keys=[part(each.shard, "done"), part(each.shard, "writes")],
-                args=[following(each.passed), *each.checkpoints()],
-            )
-            for each in moved
-        ]
+        calls = [trim_call(self._scripts, self._names, each) for each in moved]
         await run_many(self._commands, calls)
         for each in moved:
             if each.passed == LAST_ID:

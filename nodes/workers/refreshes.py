@@ -116,7 +116,7 @@ class Refreshes:
                 if reply.code == "NOGROUP":
                     without_group.append(shard)
                 else:
-                    refused.append(reply)
+                    refused.append(reply.at(self._streams[shard]))
             elif reply:
                 entries = reply[0][1]
                 jobs += [Taken(shard, bytes(raw_id), _job(fields)) for raw_id, fields in entries]
@@ -139,7 +139,7 @@ class Refreshes:
         refused = []
         for shard, reply in zip(shards, await self._commands.call_many(create), strict=True):
             if isinstance(reply, ServerRefused) and reply.code != "BUSYGROUP":
-                refused.append(reply)
+                refused.append(reply.at(self._streams[shard]))
             else:
                 self.bell(shard)
         return refused

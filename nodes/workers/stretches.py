@@ -4,11 +4,13 @@ T1  Whatever stands in an entry, reading it gives a ``Queued``; one without a jo
     letter.
 T2  Of a stretch the newest write of a key comes first; one that is refused for good gives way
     to the one before it, so that no write is lost for another's fault.
+T3  A write that this member has no sink for is to be held; so is one whose value it cannot decode,
+    since another member may. Neither is done, and what it invalidates waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,10 +19,11 @@ from msgspec import Struct
 from ...coordinator.ownership import Tenure
 from ...schemas.errors import InvalidEntry, InvalidEvent, UnreadableRecord
 from ...schemas.jobs import WriteJob, read_write
-from ...schemas.replies import WHOLE_MAX, field_map, integer
+from ...schemas.replies import WHOLE_MAX, field_map, integer, stream_id
 from ..sinks.base import Progress, Write
 from .dead_letters import DeadLetter
 from .delivery import Refused
+from .holdings import latest
 from .routes import Routes
 
 __all__ = ["Queued", "Stretch", "Versions", "queued"]
@@ -36,36 +39,44 @@ _UNDECODABLE = (
 
 
 class Queued(Struct, frozen=True):
-    """One entry of a writes stream."""
+    """One entry of a writes stream, or of those held."""
 
     id: str
     version: int
     raw: bytes
     job: WriteJob | None
+    origin: str  #: the id that it had in the writes stream
+    tried: frozenset[str] = frozenset()  #: tokens of the members that could not decode the value
+
+    @property
+    def key(self) -> str:
+        return self.job.key if self.job is not None else ""
 
 
-def queued(raw_id: bytes, fields: Sequence[bytes] | None) -> Queued:
+def queued(raw_id: bytes, fields: Sequence[bytes] | None, tried: bytes | None = None) -> Queued:
     found = field_map(fields)
     raw, entry_id = found.get(b"j"), bytes(raw_id).decode()
-    if raw is None:
-        return Queued(entry_id, 0, b" ".join(fields or ()), None)
     try:
-        return Queued(
-            entry_id,
-            integer(found.get(b"v"), "the version of a write", high=WHOLE_MAX),
-            raw,
-            read_write(raw),
-        )
+        origin = stream_id(found.get(b"f", raw_id), "the id of a held write")
+    except UnreadableRecord:
+        origin = entry_id
+    tokens = frozenset((tried or b"").decode(errors="replace").split())
+    if raw is None:
+        return Queued(entry_id, 0, b" ".join(fields or ()), None, origin)
+    try:
+        version = integer(found.get(b"v"), "the version of a write", high=WHOLE_MAX)
+        return Queued(entry_id, version, raw, read_write(raw), origin, tokens)
     except _UNDECODABLE:
-        return Queued(entry_id, 0, raw, None)
+        return Queued(entry_id, 0, raw, None, origin)
 
 
 class Stretch(Struct, frozen=True):
-    """A contiguous range of one shard's writes."""
+    """A contiguous range of one shard's writes, or of those held."""
 
     tenure: Tenure
     entries: Sequence[Queued]
-    follows: str = ""  #: the checkpoint from which it was read
+    follows: str = ""  #: the checkpoint as it was when this was read: the sink has its own up to it
+    held: bool = False
 
     @property
     def shard(self) -> int:
@@ -77,7 +88,8 @@ class Stretch(Struct, frozen=True):
 
     @property
     def progress(self) -> Progress:
-        return Progress(shard=self.shard, epoch=self.tenure.epoch, position=self.last_id)
+        position = "0-0" if self.held else self.last_id
+        return Progress(shard=self.shard, epoch=self.tenure.epoch, position=position)
 
     @property
     def size(self) -> int:
@@ -87,38 +99,54 @@ class Stretch(Struct, frozen=True):
 class Versions:
     """The writes of one lane in one round: by key, the newest that is not ruled out."""
 
-    def __init__(self, routes: Routes, sink: str | None, *, strays: bool) -> None:
-        """``strays``: also take what belongs to no sink."""
+    def __init__(
+        self,
+        routes: Routes,
+        sink: str | None,
+        *,
+        strays: bool,
+        token: str = "",
+        others: bool = False,
+    ) -> None:
+        """``strays``: also look for what belongs to no sink. ``token`` is this member's;
+        ``others``: there may be members that decode what this one cannot.
+        """
         self.letters: dict[int, list[DeadLetter]] = {}
-        self.newest: dict[int, dict[str, Queued]] = {}  #: by shard and key, whatever became of it
         self.doubtful: set[str] = set()  #: keys whose newest write will never reach the source
+        self.strays: dict[int, list[Queued]] = {}  #: to be held: no sink takes them here
+        self.undecodable: dict[int, list[Queued]] = {}  #: to be held: another may decode them
         self._routes = routes
         self._sink = sink
-        self._strays = strays
+        self._look_for_strays = strays
+        self._token = token
+        self._others = others
+        self._taken: list[tuple[int, Queued]] = []
         self._waiting: dict[str, list[tuple[int, Queued]]] = {}
 
     def take(self, stretches: Sequence[Stretch]) -> None:
         for stretch in stretches:
             for entry in stretch.entries:
-                self._take(stretch.shard, entry)
+                self._take(stretch, entry)
 
-    def _take(self, shard: int, entry: Queued) -> None:
+    def _take(self, stretch: Stretch, entry: Queued) -> None:
+        strays = self._look_for_strays and not stretch.held
         if entry.job is None:
-            if self._strays:
+            if strays:
                 fix = "entries are made by forebay alone"
                 fault = InvalidEvent("undecodable", "this is no write job", field="j", fix=fix)
-                self._rule_out(shard, entry, fault)
+                self._rule_out(stretch.shard, entry, fault)
             return
         found = self._routes.sink_of(entry.job.key)
-        if found is None and self._strays:
-            fix = "declare one with @node.sink"
-            problem = f"no sink takes {entry.job.key!r}"
-            self._rule_out(shard, entry, InvalidEvent("no_sink", problem, field="key", fix=fix))
-        elif found is not None and found[0].name == self._sink:
-            self._waiting.setdefault(entry.job.key, []).append((shard, entry))
-        else:
-            return
-        self.newest.setdefault(shard, {})[entry.job.key] = entry
+        if found is None:
+            if strays:
+                self.strays.setdefault(stretch.shard, []).append(entry)
+        elif (
+            found[0].name == self._sink
+            and self._token not in entry.tried
+            and (stretch.held or latest((stretch.follows or "0-0", entry.id)) != stretch.follows)
+        ):
+            self._waiting.setdefault(entry.job.key, []).append((stretch.shard, entry))
+            self._taken.append((stretch.shard, entry))
 
     def writes(self) -> list[Write[Any]]:
         """What to give to the sink next; nothing, when all is stored or ruled out."""
@@ -135,11 +163,28 @@ class Versions:
                 return Write(key=key, params=found[1], value=value, version=entry.version)
             except Exception as error:
                 # Also whatever a type of the application's raises when it is made.
-                problem = f"the job's value: {type(error).__name__}: {error}"
-                fault = InvalidEvent("undecodable", problem, field="value", fix="see the cache")
-                self._rule_out(*entries.pop(), fault)
+                self._not_decoded(*entries.pop(), error)
         del self._waiting[key]
         return None
+
+    def _not_decoded(self, shard: int, entry: Queued, error: Exception) -> None:
+        if self._others:
+            self.undecodable.setdefault(shard, []).append(entry)
+            return
+        problem = f"the job's value: {type(error).__name__}: {error}"
+        fault = InvalidEvent("undecodable", problem, field="value", fix="see the cache")
+        self._rule_out(shard, entry, fault)
+
+    def no_room(self, shard: int, entry: Queued) -> None:
+        """One that was to be held cannot be: too many are."""
+        assert entry.job is not None
+        problem = f"no sink takes {entry.job.key!r}, and too many writes are held"
+        fix = "start a worker that declares the sink"
+        self._rule_out(shard, entry, InvalidEvent("no_sink", problem, field="key", fix=fix))
+        for held in (self.strays, self.undecodable):
+            if entry in held.get(shard, ()):
+                held[shard].remove(entry)
+        self._taken.append((shard, entry))
 
     def delivered(self, refused: Sequence[Refused]) -> None:
         """The sink took all that ``writes`` gave, but these."""
@@ -152,19 +197,40 @@ class Versions:
                 self._waiting[each.write.key] = entries
 
     def _rule_out(self, shard: int, entry: Queued, fault: InvalidEvent) -> None:
-        self.letters.setdefault(shard, []).append(DeadLetter(entry.id, entry.raw, fault))
+        self.letters.setdefault(shard, []).append(DeadLetter(entry.origin, entry.raw, fault))
         if entry.job is not None:
             self.doubtful.add(entry.job.key)
 
-    def after(self, stretches: Sequence[Stretch]) -> tuple[list[str], list[str]]:
+    def taken(self) -> Iterator[tuple[int, Queued]]:
+        """Shard and entry of all that are for this sink."""
+        return iter(self._taken)
+
+    def last_left(self, stretch: Stretch) -> str:
+        """The last entry that must still be in the stream; empty if all were set aside."""
+        aside = {
+            entry.id
+            for held in (self.strays, self.undecodable)
+            for entry in held.get(stretch.shard, ())
+        }
+        left = [entry.id for entry in stretch.entries if entry.id not in aside]
+        return left[-1] if left and not stretch.held else ""
+
+    def finished(self) -> Iterator[tuple[int, Queued]]:
+        """Shard and entry of all that need not be looked at again, in their order."""
+        held = {(shard, each.id) for shard, found in self.undecodable.items() for each in found}
+        return ((shard, each) for shard, each in self._taken if (shard, each.id) not in held)
+
+    def newest(self) -> Mapping[int, Mapping[str, Queued]]:
+        """By shard and key, the newest of those that are finished, whatever became of it."""
+        found: dict[int, dict[str, Queued]] = {}
+        for shard, entry in self.finished():
+            if entry.job is not None:
+                found.setdefault(shard, {})[entry.job.key] = entry
+        return found
+
+    def after(self) -> tuple[list[str], list[str]]:
         """Keys and tags to invalidate, now that the source has what it takes."""
-        mine = {key for keys in self.newest.values() for key in keys}
-        jobs = [
-            entry.job
-            for stretch in stretches
-            for entry in stretch.entries
-            if entry.job is not None and entry.job.key in mine
-        ]
+        jobs = [entry.job for _, entry in self.finished() if entry.job is not None]
         keys = [key for job in jobs for key in job.invalidates.keys]
         tags = [tag for job in jobs for tag in job.invalidates.tags]
         return list(dict.fromkeys([*self.doubtful, *keys])), list(dict.fromkeys(tags))

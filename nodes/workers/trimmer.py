@@ -4,6 +4,8 @@ X1  The newest ``retain`` notices stay. A follower that is further behind sees a
     asks again for whatever it remembers of the shard: nothing goes wrong, it only costs.
 X2  Event ids are forgotten when no event can be a repetition any more: ingress has applied all
     that was published within ``dedupe_ms`` after them.
+X3  A log whose position here is doubtful is left alone.
+X4  Where no member has a sink, nobody owns the shards: then the owner of ingress does it.
 """
 
 from __future__ import annotations
@@ -58,20 +60,20 @@ class Trimmer:
 
     async def trim(self) -> None:
         """Cut the logs of the shards that this node owns now."""
-        owned = [each for each in self._ownership.tenures if each != EVENTS]
+        owned = self._ownership.kept_up()
         views = [self._follower.views[shard] for shard in owned]
         await self._commands.call_many(
             [
                 ("XTRIM", self._names.part(view.number, "log"), "MINID", "~",
                  f"{view.epoch}-{view.seq - self._retain}")
                 for view in views
-                if view.seq > self._retain
+                if view.seq > self._retain and view.live_until > float("-inf")
             ]
         )  # fmt: skip
 
     async def forget(self) -> None:
         """Drop the event ids of the owned shards that ingress is long past."""
-        owned = [each for each in self._ownership.tenures if each != EVENTS]
+        owned = self._ownership.kept_up()
         streams = (self._names.part(EVENTS, "before"), self._names.events)
         first = [("XRANGE", stream, "-", "+", "COUNT", 1) for stream in streams]
         (seconds, _), *found = granted(await self._commands.call_many([("TIME",), *first]))

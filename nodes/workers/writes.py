@@ -2,7 +2,8 @@
 
 B1  Each sink has a lane of its own (see ``Lane``): one that is paused or stopped holds up
     nobody else's writes, but the streams keep what it has not stored.
-B2  What is yielded is left alone first: no more work is handed out, and that under way ends,
+B2  What no sink of this node takes is held (see ``Held``).
+B3  What is yielded is left alone first: no more work is handed out, and that under way ends,
     or is given up after half a lease.
 """
 
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 import anyio
 from anyio.abc import TaskStatus
 
+from ...coordinator.clock import ServerClock
+from ...coordinator.instruments import Instruments
 from ...coordinator.link import Commands
 from ...coordinator.ownership import Ownership, Tenure
 from ...coordinator.scripting import Scripts
@@ -20,6 +23,7 @@ from ...schemas.keys import EVENTS, Names
 from ...schemas.settings import Workers
 from .dead_letters import DeadLetters
 from .delivery import Delivery
+from .held import Held
 from .holdings import Holding
 from .lane import Invalidate, Lane
 from .routes import Routes
@@ -40,8 +44,12 @@ class WriteBehind:
         *,
         node_id: str,
         options: Workers,
+        held_max: int,
+        server_clock: ServerClock,
+        instruments: Instruments,
         invalidate: Invalidate,
     ) -> None:
+        """``held_max`` is the bound of the writes held in one shard."""
         self._options = options
         self._holdings: dict[int, Holding] = {}
         self._idle = anyio.Event()
@@ -58,10 +66,25 @@ class WriteBehind:
                 dead_letters,
                 node_id=node_id,
                 options=options,
+                held_max=held_max,
+                instruments=instruments,
                 invalidate=invalidate,
                 settled=self._settled,
             )
             for index, delivery in enumerate(deliveries.values() or [None])
+        )
+        self.held = Held(
+            self._holdings,
+            commands,
+            names,
+            scripts,
+            ownership,
+            routes,
+            dead_letters,
+            node_id=node_id,
+            options=options,
+            server_clock=server_clock,
+            invalidate=invalidate,
         )
 
     def __repr__(self) -> str:
@@ -81,6 +104,8 @@ class WriteBehind:
 
     def lost(self, tenure: Tenure) -> None:
         self._holdings.pop(tenure.resource, None)
+        for lane in self.lanes:
+            lane.refused.pop(tenure.resource, None)
 
     async def yielding(self, tenures: Sequence[Tenure]) -> None:
         """Hand out no more work of these shards, and wait for what is under way."""
@@ -103,6 +128,7 @@ class WriteBehind:
         async with anyio.create_task_group() as tasks:
             for lane in self.lanes:
                 tasks.start_soon(lane.run)
+            tasks.start_soon(self.held.run)
             task_status.started()
 
     async def empty(self) -> None:

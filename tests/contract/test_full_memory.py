@@ -101,6 +101,9 @@ WORKS: dict[str, Act] = {
     "owner_claim": lambda desk: desk.claim("a"),
     "owner_release": lambda desk: of_owner(desk, lambda epoch: desk.give_up("a", epoch)),
     "checkpoint_commit": lambda desk: of_owner(desk, lambda epoch: desk.commit("a", epoch, "5-0")),
+    "writes_hold": lambda desk: of_owner(
+        desk, lambda epoch: desk.hold("a", epoch, "5-0", source="held", token="t")
+    ),
     "ingress_take": lambda desk: of_ingress(
         desk, lambda epoch: desk.take_batch("a", epoch, "5-0", "6-0")
     ),
@@ -223,10 +226,14 @@ async def test_a_change_is_refused_as_a_whole(desk: Desk, full: Full, what: str)
 async def test_whoever_empties_the_streams_is_not_held_up(desk: Desk, full: Full) -> None:
     """The lease is renewed, the checkpoint moves, the stream is trimmed, the entry makes room."""
     _, epoch, *_ = await desk.claim("a", ttl_ms=1_000)
+    *_, other_id, _ = await desk.write("older")
     _, version, _, _, job_id, _ = await desk.write("value")
     async with full():
         assert (await desk.beat("a"))[2] == {"a": "active"}
         assert (await desk.claim("a"))[:2] == [1, epoch]
+        (_, held) = await desk.hold("a", int(epoch), bytes(other_id).decode(), token="t")
+        assert held not in (b"", b"-")
+        assert await desk.length("held") == 1
         position = bytes(job_id).decode()
         assert await desk.commit("a", int(epoch), position, [("k", int(version))]) == [1]
         assert await desk.length("writes") == 0

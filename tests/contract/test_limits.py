@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import uuid
 
-import anyio
 from prometheus_client import CollectorRegistry
 
 from forebay.coordinator.backend import Backend
+from forebay.coordinator.background import background_tasks
 from forebay.coordinator.instruments import Instruments
 from forebay.coordinator.limits import gcra
 from forebay.coordinator.limits.limiter import Limiter
@@ -27,7 +27,7 @@ async def test_verdicts_are_those_of_the_model(backend_settings: Valkey, namespa
     tat: gcra.Tat | None = None
     async with (
         Backend(backend_settings, client_name="test") as backend,
-        anyio.create_task_group() as tasks,
+        background_tasks() as tasks,
     ):
         limiter = Limiter(
             backend.link,
@@ -59,4 +59,3 @@ async def test_verdicts_are_those_of_the_model(backend_settings: Valkey, namespa
         async with limiter.slots.hold(ODD, "z") as slot:
             assert slot.in_use == 1
         await limiter.aclose()
-        tasks.cancel_scope.cancel()

@@ -535,6 +535,60 @@ async def test_events_sent_twice_are_there_twice(desk: Desk) -> None:
     assert await desk.commands.call("XLEN", desk.names.events) == 2
 
 
+# writes_hold
+
+
+async def waiting(desk: Desk, count: int = 3) -> tuple[int, list[str]]:
+    """A claim and some writes that wait: the owner's epoch, and the ids of the jobs."""
+    _, epoch, *_ = await desk.claim("a")
+    replies = [await desk.write(f"value {n}", key=key) for n, key in enumerate("k" * count)]
+    return int(epoch), [bytes(reply[4]).decode() for reply in replies]
+
+
+async def test_what_is_held_is_in_one_stream_at_any_time(desk: Desk) -> None:
+    """writes_hold I1: with its job, its version and the id it had; sent twice it is the same."""
+    epoch, (first, second, third) = await waiting(desk)
+    before = dict(await desk.commands.call("XRANGE", desk.part("writes"), "-", "+"))
+    done, *held = await desk.hold("a", epoch, first, third)
+    assert done == 1
+    assert await desk.hold("a", epoch, first, third) == [1, b"-", b"-"]
+    ((left, _),) = await desk.commands.call("XRANGE", desk.part("writes"), "-", "+")
+    assert left == second.encode()
+    found = await desk.commands.call("XRANGE", desk.part("held"), "-", "+")
+    assert [raw_id for raw_id, _ in found] == held
+    for (_, fields), origin in zip(found, (first, third), strict=True):
+        assert fields == [*before[origin.encode()], b"f", origin.encode()]
+    assert await desk.commands.call("EXISTS", desk.part("tried")) == 0
+
+
+async def test_what_has_no_room_stays_where_it_is(desk: Desk) -> None:
+    """writes_hold I4: and is told of."""
+    epoch, ids = await waiting(desk)
+    done, first, *rest = await desk.hold("a", epoch, *ids, held_max=1)
+    assert (done, rest) == (1, [b"", b""])
+    assert first
+    assert await desk.length("writes") == 2
+
+
+async def test_who_could_not_decode_is_noted_once_for_each(desk: Desk) -> None:
+    """Those of the writes as they are held; those held already where they are."""
+    epoch, (first, *_) = await waiting(desk)
+    _, held = await desk.hold("a", epoch, first, token="one")
+    held_id = bytes(held).decode()
+    assert await desk.hold("a", epoch, held_id, source="held", token="two") == [1, held]
+    assert await desk.commands.call("HGET", desk.part("tried"), held_id) == b"one two"
+    assert await desk.length("held") == 1
+
+
+async def test_one_who_is_fenced_off_holds_nothing(desk: Desk) -> None:
+    """writes_hold I2."""
+    epoch, ids = await waiting(desk)
+    before = await desk.everything()
+    assert await desk.hold("a", epoch - 1, *ids, token="t") == [0, str(epoch).encode()]
+    assert await desk.hold("b", epoch, *ids) == [0, str(epoch).encode()]
+    assert await desk.everything() == before
+
+
 # What is moved to another stream, and what is fixed once
 
 

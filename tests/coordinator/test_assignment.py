@@ -15,7 +15,9 @@ GOLDEN, GOLDEN_WITH_D = "abbacabccccc", "abbacabccdcc"
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[int, list[Candidate], dict[int, str]]:
+def situations(
+    draw: st.DrawFn, *, ranked: bool = False
+) -> tuple[int, list[Candidate], dict[int, str]]:
     """Some shards, members of all kinds, and owners, of which some are not members any more."""
     shards = draw(st.integers(0, 40))
     ids = draw(st.lists(st.sampled_from(IDS[:-1]), unique=True, max_size=5))
@@ -25,6 +27,8 @@ def situations(draw: st.DrawFn) -> tuple[int, list[Candidate], dict[int, str]]:
             draw(st.sampled_from([1.0, 1.0, 2.0, 0.5])),
             frozen=draw(st.integers(0, 4)) == 0,
             declines=draw(st.frozensets(st.integers(0, 40), max_size=2)),
+            avoids=draw(st.frozensets(st.integers(0, 40), max_size=2)) if ranked else frozenset(),
+            rank=draw(st.integers(0, 2)) if ranked else 0,
         )
         for name in ids
     ]
@@ -138,3 +142,54 @@ def test_load_is_spread_by_weight() -> None:
     plan = assign(range(1_500), many, {})
     heavy = sum(load(plan, each.id) for each in many if each.weight == 2.0)
     assert abs(heavy - 1_000) < 10
+
+
+@given(situations(ranked=True), st.randoms(use_true_random=False))
+def test_with_ranks_too_the_answer_does_not_depend_on_who_asks(
+    situation: tuple[int, list[Candidate], dict[int, str]], rng: random.Random
+) -> None:
+    """A1 and A5."""
+    shards, candidates, owners = situation
+    plan = assign(range(shards), candidates, owners)
+    shuffled = rng.sample(candidates, len(candidates))
+    assert assign(rng.sample(range(shards), shards), shuffled, owners) == plan
+
+
+@given(situations(ranked=True))
+def test_who_owns_is_of_the_highest_rank_that_neither_avoids_nor_declines(
+    situation: tuple[int, list[Candidate], dict[int, str]],
+) -> None:
+    """A5: and whatever anybody can take has an owner."""
+    shards, candidates, owners = situation
+    plan = assign(range(shards), candidates, owners)
+    known = {each.id: each for each in candidates}
+    for resource in range(shards):
+        able = [c for c in candidates if not c.frozen and resource not in c.declines]
+        willing = [c for c in able if resource not in c.avoids]
+        owner = known[plan[resource]] if resource in plan else None
+        if owner is None:
+            assert not able
+        elif not owner.frozen:
+            among = willing or able
+            assert owner.rank == max(each.rank for each in among)
+            assert owner in among
+
+
+@given(situations(ranked=True), st.data())
+def test_with_ranks_too_half_of_the_way_the_end_is_the_same(
+    situation: tuple[int, list[Candidate], dict[int, str]], data: st.DataObject
+) -> None:
+    """A4: where nothing is declined or avoided."""
+    shards, candidates, owners = situation
+    candidates = [Candidate(c.id, c.weight, c.frozen, rank=c.rank) for c in candidates]
+    plan = assign(range(shards), candidates, owners)
+    done = data.draw(st.sets(st.sampled_from(sorted(plan)))) if plan else set()
+    owners = {**owners, **{resource: plan[resource] for resource in done}}
+    assert assign(range(shards), candidates, owners) == plan
+
+
+def test_what_is_avoided_by_all_stays_where_it_is() -> None:
+    """A5: nobody is left to whom it could go."""
+    shy = [Candidate(name, avoids=frozenset({1})) for name in "ab"]
+    assert assign(range(2), shy, {0: "a", 1: "b"}) == {0: "a", 1: "b"}
+    assert assign(range(2), [shy[1], Candidate("a")], {0: "a", 1: "b"})[1] == "a"

@@ -5,6 +5,7 @@ The rule for all interleavings of bells and sweeps is in test_log_interleavings.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -16,11 +17,12 @@ from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.doorbell import Doorbell
 from forebay.coordinator.link import Arg, Link
 from forebay.coordinator.log import Follower
+from forebay.coordinator.server_info import ASK_HISTORY, history_of
 from forebay.schemas.errors import ForebayError, ServerRefused
 from forebay.schemas.notices import Dropped, write_notice
 from links import doorbell_to, link_to, running
 from shardlogs import SCRIPTS, Between, Journal, ManualClock, Shelf
-from valkeyd import ValkeyServer
+from valkeyd import ValkeyServer, free_port
 
 NEVER = float("-inf")
 
@@ -484,7 +486,7 @@ async def test_a_new_connection_is_not_believed_before_it_was_verified(
 
         follower._run_id = ask_slowly
         clients = (await shelf.commands.call("CLIENT", "LIST")).decode().splitlines()
-        (ours,) = [line for line in clients if " cmd=xlen " in line]
+        (ours,) = [line for line in clients if " cmd=info " in line]
         await shelf.commands.call("CLIENT", "KILL", "ID", ours.split()[0].removeprefix("id="))
         await until(lambda: follower.live_until == NEVER)
         with anyio.fail_after(10):
@@ -543,6 +545,60 @@ async def test_a_connection_lost_while_it_is_verified_is_verified_again(scene: S
     assert scene.journal.resets == []
 
 
+async def test_a_replica_proves_nothing(make_server: MakeServer, namespace: str) -> None:
+    """I5: it answers reads, and may have been cut off from the primary long ago."""
+    server = make_server()
+    link = link_to(server.socket_url)
+    async with running(link):
+        scene = Scene(link, namespace)
+        await scene.follower.sweep()
+        live_until = scene.follower.live_until
+        server.execute("REPLICAOF", "127.0.0.1", free_port())
+        scene.clock.now += 10
+        with pytest.raises(ServerRefused, match="READONLY it is a replica of"):
+            await scene.follower.sweep()
+        assert scene.follower.live_until == live_until
+
+
+async def test_a_server_that_was_demoted_and_promoted_may_have_lost_what_was_read(
+    make_server: MakeServer, namespace: str
+) -> None:
+    """I5: the connection is the same, and the run id; ids are given to other notices again."""
+    server = make_server(config={"repl-diskless-sync-delay": "0"})
+    other = make_server(config={"repl-diskless-sync-delay": "0"})
+    link = link_to(server.socket_url)
+    async with running(link):
+        scene = Scene(link, namespace)
+        scene.follower._check = link.check_primary
+        scene.follower._run_id = lambda: history(link)
+        link.on_state(lambda _: scene.follower.connection_changed())
+        await scene.follower.sweep()
+        follow(other, server)
+        other.execute("REPLICAOF", "NO", "ONE")
+        await scene.shelf.write(0)  # this is lost
+        await scene.follower.sweep()
+        resets = len(scene.journal.resets)
+        follow(server, other)
+        server.execute("REPLICAOF", "NO", "ONE")
+        await scene.follower.sweep()
+        assert sorted(scene.journal.resets[resets:]) == [0, 1, 2]
+        assert link.statistics().connects == 1
+
+
+async def history(link: Link) -> str:
+    return history_of(await link.call(*ASK_HISTORY))
+
+
+def follow(server: ValkeyServer, leader: ValkeyServer) -> None:
+    """Return when it has all that its leader has."""
+    server.execute("REPLICAOF", "127.0.0.1", leader.port)
+    for _ in range(2_000):
+        if b"master_link_status:up" in server.execute("INFO", "replication"):
+            return
+        time.sleep(0.005)
+    raise AssertionError("the replica does not follow")
+
+
 async def test_another_run_of_the_server_resets_every_shard(
     make_server: MakeServer, namespace: str
 ) -> None:
@@ -574,7 +630,7 @@ async def test_another_run_of_the_server_resets_every_shard(
 async def test_a_namespace_may_be_joined_while_memory_is_full(
     make_server: MakeServer, namespace: str
 ) -> None:
-    """A log cannot be begun then; what comes later counts as a gap."""
+    """A log can be begun then, too, so what comes later is no gap."""
     server = make_server(config={"maxmemory": "1", "maxmemory-policy": "noeviction"})
     link = link_to(server.socket_url)
     async with running(link):
@@ -586,7 +642,7 @@ async def test_a_namespace_may_be_joined_while_memory_is_full(
         await link.call("CONFIG", "SET", "maxmemory", "0")
         await scene.shelf.write(0)
         await scene.follower.sweep()
-        assert sorted(scene.journal.resets) == [0, 1, 2]
+        assert scene.journal.resets == []
         assert scene.journal.applied == {0: [0]}
 
 

@@ -14,9 +14,10 @@ import anyio
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from forebay.coordinator import succession
-from forebay.coordinator.roster import Member
+from forebay.coordinator.roster import Member, wanted
 from forebay.schemas.keys import EVENTS
 from links import link_to, running
 from scriptdesk import Desk
@@ -37,6 +38,43 @@ def test_no_fault_makes_two_owners_or_leaves_a_resource_alone(part: int) -> None
             live(seed)
         except Broken as broken:
             pytest.fail(f"seed {seed}: {broken}")
+
+
+class Rollout(Cluster):
+    releases = ((), ("a",), ("a", "b"), ("b", "c"))
+
+
+class Upgrade(Cluster):
+    releases = (None, ("a",), ("a", "b"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Rollout, Upgrade])
+def test_members_with_other_sinks_agree_on_who_owns_what(kind: type[Cluster]) -> None:
+    """Z1 to Z4 and Z6: in a rolling deploy, also with members of a release that publishes none."""
+    for seed in range(max(200, SEEDS // 5)):
+        try:
+            live(seed, kind)
+        except Broken as broken:
+            pytest.fail(f"seed {seed}: {broken}")
+
+
+def test_a_cluster_that_gives_shards_to_whoever_has_fewer_sinks_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Negative control, Z6: sinks do not count."""
+
+    def blind(members: dict[str, Member], shards: int) -> dict[int, str]:
+        alike = {
+            each.id: replace(each, profile=replace(each.profile, sinks=None))
+            for each in members.values()
+        }
+        return wanted(alike, shards)
+
+    monkeypatch.setattr(succession, "wanted", blind)
+    with pytest.raises(Broken, match="Z6"):
+        for seed in range(300):
+            live(seed, Rollout)
 
 
 class NoEpochs(Server):

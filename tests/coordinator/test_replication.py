@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -221,6 +222,34 @@ async def test_a_link_connected_anew_confirms_nothing_of_before(pair: Pair) -> N
     await pair.confirm()
 
 
+async def test_a_primary_that_was_demoted_and_promoted_confirms_nothing_of_before(
+    pair: Pair, primary: ValkeyServer, replica: ValkeyServer
+) -> None:
+    """R3: on one open connection; what was accepted before may have been lost."""
+    await pair.confirm()
+    since, connects = pair.replication.since, pair.backend.link.connects
+    replica.execute("REPLICAOF", "NO", "ONE")
+    follow(primary, replica)
+    primary.execute("REPLICAOF", "NO", "ONE")
+    follow(replica, primary)
+    with pytest.raises(Unconfirmed):
+        await pair.replication.confirm(since=since, timeout_ms=LONG_MS)
+    assert pair.backend.link.connects == connects
+    assert not pair.replication.kept(since)
+    await pair.confirm()
+    assert pair.replication.kept(pair.replication.since)
+
+
+def follow(server: ValkeyServer, leader: ValkeyServer) -> None:
+    """Return when it has all that its leader has."""
+    server.execute("REPLICAOF", "127.0.0.1", leader.port)
+    for _ in range(2_000):
+        if b"master_link_status:up" in server.execute("INFO", "replication"):
+            return
+        time.sleep(0.005)
+    raise AssertionError("the replica does not follow")
+
+
 async def test_a_marker_that_the_link_does_not_read_confirms_nothing(pair: Pair) -> None:
     """R2: the two connections lead to different primaries."""
     call = pair.backend.link.call
@@ -309,10 +338,13 @@ class Scripted:
 class Echo:
     """A link that reads the marker back."""
 
-    connects = 1
+    generation = 1
 
     async def call(self, *args: Any, timeout_ms: int | None = None) -> bytes:
         return b"nonce"
+
+    def check_primary(self, reply: bytes) -> None:
+        """It is one."""
 
 
 @pytest.mark.parametrize("lost", ["between", "during"])

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.coordinator.roster import Member, Profile, Roster, State, pack, unpack, wanted
+from forebay.coordinator.roster import (
+    SINKS_MAX,
+    Member,
+    Profile,
+    Roster,
+    State,
+    pack,
+    published,
+    unpack,
+    wanted,
+)
 from forebay.schemas.keys import EVENTS
 
 
 def member(
-    id: str, state: State, held: Collection[int] = (), label: str = "", weight: float = 1.0
+    id: str,
+    state: State,
+    held: Collection[int] = (),
+    label: str = "",
+    weight: float = 1.0,
+    sinks: tuple[str, ...] | None = None,
+    defers: Collection[int] = (),
 ) -> Member:
     return Member(
         id=id,
         state=state,
-        profile=Profile(label=label, weight=weight),
+        profile=Profile(label=label, weight=weight, sinks=sinks),
         held=frozenset(held),
         declines=frozenset(),
+        defers=frozenset(defers),
     )
 
 
@@ -110,3 +128,75 @@ def test_news_is_taken_in_and_a_lost_roster_is_noticed() -> None:
     assert set(roster.members) == {"a"}
     assert roster.learn([b"9", 1, b"c", one])
     assert set(roster.members) == {"c"}
+
+
+def test_shards_and_ingress_go_to_who_has_most_sinks() -> None:
+    """R4: one of the new release takes over from two of the old one; a twin shares with it."""
+    olds = [
+        member("a", "active", {EVENTS, 0, 1}, sinks=("x",)),
+        member("b", "active", {2, 3}, sinks=("x",)),
+    ]
+    new = member("c", "active", sinks=("x", "y"))
+    assert set(plan_of(*olds, new).values()) == {"c"}
+    shared = plan_of(*olds, new, member("d", "active", sinks=("x", "y")))
+    assert {shared[each] for each in range(4)} == {"c", "d"}
+
+
+def test_a_sink_declared_twice_counts_once() -> None:
+    """R4: what is published is input."""
+    plan = plan_of(
+        member("a", "active", sinks=("x", "x", "x")), member("b", "active", sinks=("x", "y"))
+    )
+    assert set(plan.values()) == {"b"}
+
+
+def test_with_a_member_of_an_old_release_sinks_do_not_count() -> None:
+    """R4: all compute as it does, or they would take shards from each other for ever."""
+    members = [
+        member("a", "active"),
+        member("b", "active", sinks=("x",)),
+        member("c", "active", sinks=()),
+    ]
+    alike = [member(each.id, "active") for each in members]
+    assert plan_of(*members, shards=12) == plan_of(*alike, shards=12)
+    spoilt = member("a", "active", weight=0)
+    assert set(plan_of(spoilt, *members[1:]).values()) == {"b"}
+
+
+def test_a_shard_that_its_owner_defers_goes_to_another() -> None:
+    """R5: unless there is none, or each of them defers it."""
+    one = member("a", "active", {0, 1}, sinks=("x",), defers={0})
+    two = member("b", "active", {2, 3}, sinks=("x",))
+    assert plan_of(one, two)[0] == "b"
+    assert plan_of(one)[0] == "a"
+    both = member("b", "active", {2, 3}, sinks=("x",), defers={0})
+    assert plan_of(one, both) == {
+        EVENTS: plan_of(one, both)[EVENTS],
+        0: "a",
+        1: "a",
+        2: "b",
+        3: "b",
+    }
+
+
+def test_what_a_member_publishes_is_bounded_and_read_back() -> None:
+    """Templates sorted and each once; a list that is too long, or no list, is unreadable (R3)."""
+    sinks = published(["b:{id}", "a:{id}", "b:{id}", "x" * 513])
+    assert sinks == ("a:{id}", "b:{id}")
+    assert len(published(f"t{n}:{{id}}" for n in range(1_000))) == SINKS_MAX
+    roster = Roster()
+    bodies = [
+        msgspec.json.encode(Profile(sinks=sinks)),
+        msgspec.json.encode(Profile(sinks=())),
+        msgspec.json.encode({"sinks": ["x"] * (SINKS_MAX + 1)}),
+        msgspec.json.encode({"sinks": ["x" * 1_000]}),
+        b'{"sinks": "abc"}',
+        b"{}",
+    ]
+    reply: list[object] = [b"9", 1]
+    for number, body in enumerate(bodies):
+        reply += [f"m{number}".encode(), b"5 active 1000 0 " + body]
+    roster.learn(reply)
+    found = [roster.members[f"m{n}"].profile for n in range(len(bodies))]
+    assert [each.sinks for each in found] == [sinks, (), None, None, None, None]
+    assert [each.weight for each in found] == [1, 1, 0, 0, 0, 1]

@@ -127,6 +127,8 @@ MISPLACED: dict[str, tuple[str, Act]] = {
     "checkpoint_commit": ("done", lambda desk: desk.commit("a", 7, "99-0")),
     "checkpoint_commit with jobs": ("writes", lambda desk: desk.commit("a", 7, "99-0", last="5-0")),
     "writes_trim": ("writes", lambda desk: desk.trim("99-0")),
+    "writes_hold": ("held", lambda desk: desk.hold("a", 7, "5-0")),
+    "writes_hold tried": ("tried", lambda desk: desk.hold("a", 7, "5-0", token="t")),
 }
 
 

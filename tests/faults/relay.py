@@ -1,7 +1,8 @@
 """Addresses that stay, whoever answers behind them: what a failover looks like to a client
 that has one address.
 
-R1  A connection is to one server for as long as it lives: ``lead`` ends those to another.
+R1  A connection is to one server for as long as it lives: ``lead`` ends those to another, or, as
+    a virtual address does, leaves them where they are.
 R2  Each client has a name, and may be led elsewhere than the others.
 """
 
@@ -30,6 +31,7 @@ class Relay:
         self._ports: dict[str, int] = {}
         self._servers: list[asyncio.Server] = []
         self._connections: dict[asyncio.Task[Any], str] = {}
+        self.accepted = 0  #: connections
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -54,13 +56,14 @@ class Relay:
             self._ports[name] = self._do(self._listen(name))
         return f"valkey://127.0.0.1:{self._ports[name]}/0"
 
-    def lead(self, port: int, names: Iterable[str] | None = None) -> None:
-        """Lead these clients, or all, to another server."""
+    def lead(self, port: int, names: Iterable[str] | None = None, *, cut: bool = True) -> None:
+        """Lead these clients, or all, to another server; without ``cut``, new connections only."""
         if names is None:
             self._usual = port
         for name in list(self._targets) if names is None else names:
             self._targets[name] = port
-        self._do(self._cut(set(self._targets) if names is None else set(names)))
+        if cut:
+            self._do(self._cut(set(self._targets) if names is None else set(names)))
 
     def _do(self, work: Any) -> Any:
         future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -72,6 +75,7 @@ class Relay:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
+            self.accepted += 1
             self._connections[task] = name
             try:
                 await self._serve(name, reader, writer)

@@ -44,9 +44,9 @@ def test_what_has_a_form_comes_back_and_the_rest_is_refused(value: object) -> No
 @pytest.mark.parametrize(
     "value, place",
     [
-        (math.nan, "it is nan"),
-        ({"a": [None, {"b": -math.inf}]}, ".a[1].b is -inf"),
-        (Row("tea", [1.0, math.inf]), ".prices[1] is inf"),
+        (math.nan, "nan is no number in JSON, at the top"),
+        ({"a": [None, {"b": -math.inf}]}, "-inf is no number in JSON, at .a[1].b"),
+        (Row("tea", [1.0, math.inf]), "inf is no number in JSON, at .prices[1]"),
         ({(1, 2): 3}, "keys"),
         (object(), "object"),
     ],

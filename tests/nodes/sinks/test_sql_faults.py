@@ -385,7 +385,7 @@ async def test_terminated_backends_cost_no_error_of_others(postgres: Any, seed: 
 
     async with postgres.opened(pool_size=2) as sink, anyio.create_task_group() as tasks:
         await tasks.start(terminate)
-        for version in range(0, 200, 2):
+        for version in range(0, 100, 2):
             async with anyio.create_task_group() as both:
                 both.start_soon(write, sink, version)
                 both.start_soon(write, sink, version + 1)
@@ -396,7 +396,7 @@ async def test_terminated_backends_cost_no_error_of_others(postgres: Any, seed: 
 
 
 async def eventually_stored(sink: SqlSink, batch: SinkBatch) -> None:
-    for _ in range(4):  # each connection of the pool may be a dead one
+    for _ in range(20):  # each connection of the pool may be a dead one, and each login be slow
         try:
             return await sink.write(batch)
         except TransientSinkError:

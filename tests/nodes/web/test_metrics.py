@@ -75,6 +75,10 @@ def gauges() -> Iterator[tuple[str, tuple[str, ...], float]]:
     for stream in ("events", "writes", "refreshes"):
         yield "stream_lag_events", (stream,), 1.0
         yield "stream_oldest_undelivered_age_seconds", (stream,), 1.0
+        yield "work_oldest_age_seconds", (stream,), 1.0
+    for sink in ("products", "orders"):
+        yield "sink_paused_seconds", (sink,), 1.0
+        yield "sink_locked_rows", (sink,), 1.0
     for state in ("closed", "open", "half_open"):
         yield "breaker_state", ("link", state), 0.0
     for state in ("active", "suspect", "leaving", "away"):

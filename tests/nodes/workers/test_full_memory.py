@@ -16,12 +16,13 @@ from forebay.schemas.settings import NodeSettings, Settings, Valkey
 from noded import NodeProcess
 from noded import until as wait_for
 from valkeyd import ValkeyServer
-from workshop import Table, Workshop, at_work, invalidate, until, workshop, write
+from workshop import SHARDS, Table, Workshop, at_work, invalidate, until, workshop, write
 
 LIMIT = 6 * 1_048_576
 PADDING = "x" * 1_000  # is not compressed
 NEWER = b'{"type": "dev.forebay.cache.write.v2", "key": "flight:1"}'
-REFUSED = b'{"type": "write", "key": "nobody:1", "value": 1}'
+REFUSED = b'{"type": "explode", "keys": ["a"]}'
+STRAY = b'{"type": "write", "key": "nobody:1", "value": 1}'
 
 
 @pytest.fixture
@@ -75,17 +76,19 @@ async def test_what_was_published_until_memory_was_full_is_applied(
 async def test_events_of_every_kind_pass_when_memory_is_full(
     server: ValkeyServer, namespace: str
 ) -> None:
-    """Invalidations, refused events, events of newer versions, and poison."""
+    """Invalidations, refused events, events of newer versions, writes to no sink, and poison."""
     stream, table = f"forebay:{namespace}:events", Table()
     table.poison = {"poison"}
     async with workshop(server, namespace, sinks={"flight:{id}": table}) as shop:
-        odd = [invalidate("a"), invalidate("b", tags=["t"]), REFUSED, NEWER]
+        odd = [invalidate("a"), invalidate("b", tags=["t"]), REFUSED, STRAY, NEWER]
         await shop.publish(*odd, write("flight:poison", "poison"), invalidate("c", soft=True))
         fill(server, stream)
         owner = await shop.ownership()
         async with at_work(shop.ingress(owner), shop.write_behind(owner)):
             await drained(shop)
-        assert [each["reason"] for each in await shop.dead()] == [b"no_sink"]
+        assert [each["reason"] for each in await shop.dead()] == [b"unknown_type"]
+        held = [await shop.link.call("XLEN", shop.names.part(n, "held")) for n in range(SHARDS)]
+        assert sum(held) == 1  # the write that no sink takes
         assert len(await shop.entries(EVENTS, "held")) == 1
         assert len(await shop.dead(shop.names.shard("flight:poison"))) == 1
 

@@ -60,7 +60,6 @@ BAD: dict[str, tuple[bytes, str]] = {
     "glob": (invalidate("*"), "wrong_field"),
     "oversized": (invalidate("a" * 70_000), "oversized"),
     "deep": (b'{"type":"invalidate","keys":' + b"[" * 30_000, "undecodable"),
-    "no sink": (write("order:1", 1), "no_sink"),
     "ttl": (write("flight:1", 1, ttl=-1), "wrong_field"),
     "surrogate": (b'{"type":"write","key":"flight:1","value":"\\ud800"}', "undecodable"),
     # These pass for events, but their values cannot be read:

@@ -7,19 +7,20 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from types import SimpleNamespace
 
 import anyio
 import pytest
 
-from forebay.nodes.status import checks
+import forebay
+from forebay.nodes.status import checks, gauges
 from forebay.nodes.workers.ingress import read_mark
 from forebay.nodes.workers.plan import mark_of
 from forebay.schemas.entry import read_entry
 from forebay.schemas.errors import Backpressure, ServerRefused
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.replies import LAST_ID
-from forebay.schemas.settings import Durable
+from forebay.schemas.settings import Durable, NodeSettings, Settings, Valkey, Workers
+from valkeyd import ValkeyServer
 from workshop import Cut, Table, Workshop, at_work, invalidate, until, write
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
@@ -201,30 +202,42 @@ async def test_the_last_id_is_never_given_to_an_accepted_event(open_shop: OpenSh
 
 
 async def test_an_id_ahead_is_reported_until_the_stream_is_drained(
-    open_shop: OpenShop, monkeypatch: pytest.MonkeyPatch
+    valkey_server: ValkeyServer, namespace: str
 ) -> None:
-    """G7: a warning in health that fails nothing, and a gauge."""
-    async with open_shop(sinks=SINKS) as shop:
-        ingress = shop.ingress(await shop.ownership())
+    """G7: a warning in health that fails nothing, and a gauge, while the events wait for room."""
+    table = Table()
+    table.hang_at = 1
+    node = forebay.Node(
+        settings=Settings(
+            node=NodeSettings(namespace=namespace, shards=1),
+            valkey=Valkey(url=valkey_server.socket_url),
+            workers=Workers(enabled=True, flush_delay_ms=0),
+            durable=Durable(writes_max=1),
+        )
+    )
+    node.sink("flight:{id}", table)
 
-        crew = SimpleNamespace(deliveries={}, ingress=ingress)
-        monkeypatch.setattr(shop.parts, "crew", crew)
+    def warned() -> list[str]:
+        return [each.detail for each in checks(node) if each.name == "ingress_ids"]
 
-        def warned() -> list[str]:
-            return [each.detail for each in checks(shop.node) if each.state == "warn"]
+    def gauge() -> float:
+        return next(n for name, _, n in gauges(node) if name == "ingress_id_ahead_seconds")
 
-        assert warned() == []
-        await add(shop, await hour_ahead(shop), writes([0])[0])
-        tenure = ingress._ownership.in_force(EVENTS)
-        assert tenure is not None
-        entries = await ingress._read()
-        await ingress._take_over(tenure, entries)
-        assert 3_500_000 < ingress.ahead_ms <= HOUR_MS
+    async with node:
+        link, names = node.parts.backend.link, node.parts.names
+        assert (warned(), gauge()) == ([], 0)
+        await node.publish(writes([0]))
+        await table.hanging.wait()
+        seconds, _ = await link.call("TIME")
+        at = f"{int(seconds) * 1_000 + HOUR_MS}-0"
+        await link.call("XADD", names.events, at, "event", writes([1])[0])
+        await until(lambda: gauge() > 3_500)
         (detail,) = warned()
-        assert shop.names.events in detail
-        monkeypatch.undo()
-        async with at_work(ingress):
-            await until(lambda: ingress.ahead_ms == 0)
+        assert names.events in detail
+        assert next(each for each in checks(node) if each.name == "ingress_ids").state == "warn"
+        table.go_on.set()
+        await until(lambda: gauge() == 0)
+        assert warned() == []
 
 
 async def test_a_restored_shard_with_newer_marks_discards_nothing(open_shop: OpenShop) -> None:

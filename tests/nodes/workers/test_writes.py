@@ -16,7 +16,7 @@ from forebay.nodes.sinks.base import SinkBatch
 from forebay.nodes.workers import lane as lane_module
 from forebay.nodes.workers.holdings import Holding
 from forebay.schemas.errors import FatalSinkError, Fenced, PoisonSinkError, TransientSinkError
-from forebay.schemas.jobs import Invalidates, WriteJob, write_job
+from forebay.schemas.jobs import WriteJob, write_job
 from forebay.schemas.notices import Bumped, Dropped, read_notice
 from forebay.schemas.replies import following
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
@@ -348,12 +348,10 @@ async def test_what_is_no_job_is_a_dead_letter(open_shop: OpenShop, name: str) -
 @pytest.mark.parametrize(
     "job,reason",
     [
-        (WriteJob(key="order:1", value=b"\x01"), "no_sink"),
         (WriteJob(key="flight:1", value=b"\xc1"), "undecodable"),
         (WriteJob(key="flight:1", value=b"\x91" * 50_000), "undecodable"),
         (WriteJob(key="flight:1", value=b"\xa1\xff"), "undecodable"),
         (WriteJob(key="flight:1", value=b""), "undecodable"),
-        (WriteJob(key="\x00*{x}", value=None, invalidates=Invalidates(keys=("\r",))), "no_sink"),
     ],
 )
 async def test_a_job_that_no_sink_can_take_is_a_dead_letter(
@@ -369,28 +367,6 @@ async def test_a_job_that_no_sink_can_take_is_a_dead_letter(
         (letter,) = await shop.dead(0)
         assert letter["reason"].decode() == reason
         assert table.values() == {"flight:9": "good"}
-
-
-async def test_without_any_sink_writes_become_dead_letters(open_shop: OpenShop) -> None:
-    """They are kept where they are seen, and do not fill the streams for ever."""
-    async with open_shop() as shop:
-        owner = await shop.ownership()
-        await shop.link.call("XADD", shop.names.part(0, "writes"), "*", "v", 7, "j", GOOD)
-        await sink_all(shop, owner)
-        (letter,) = await shop.dead(0)
-        assert letter["reason"] == b"no_sink"
-
-
-async def test_what_belongs_to_no_sink_is_buried_once_though_there_are_several(
-    open_shop: OpenShop,
-) -> None:
-    """B1: the first lane takes the strays."""
-    sinks = {f"{kind}:{{id}}": Table(kind) for kind in ("a", "b", "c")}
-    async with open_shop(sinks=sinks) as shop:
-        owner = await shop.ownership()
-        await shop.link.call("XADD", shop.names.part(0, "writes"), "*", "v", 7, "j", GOOD)
-        await sink_all(shop, owner)
-        assert len(await shop.dead(0)) == 1
 
 
 async def test_a_late_owner_changes_nothing(open_shop: OpenShop) -> None:
@@ -713,3 +689,28 @@ async def test_many_locked_rows_are_stored_once_they_are_free(open_shop: OpenSho
             table.locked.clear()
             await shop.sunk()
         assert table.values() == dict.fromkeys(keys, 1)
+
+
+@pytest.mark.parametrize("part", ["writes", "done", "dead"])
+async def test_one_key_of_another_type_costs_its_shard_only(open_shop: OpenShop, part: str) -> None:
+    """W8: the others are sunk, the key is named, and it goes on when it is mended."""
+    table = Table()
+    table.poison = {1}  # of the shard at fault: a dead letter is to be kept
+    async with open_shop(sinks={"flight:{id}": table}) as shop:
+        owner = await shop.ownership()
+        name = shop.names.part(1, part)
+        keys = [shop.key(shard) for shard in range(SHARDS)]
+        await ingest(shop, owner, *[write(key, n) for n, key in enumerate(keys)])
+        await shop.link.call("RENAMENX", name, "aside") if part == "writes" else None
+        await shop.link.call("SET", name, "not ours")
+        worker = shop.write_behind(owner)
+        lane = worker.lanes[0]
+        async with at_work(worker):
+            await until(lambda: len(table.rows) == SHARDS - 1)
+            await until(lambda: 1 in lane.refused)
+            failing = lane.refused[1].failing
+            assert failing is not None
+            assert name in failing.error or (part == "dead" and "{" in failing.error)
+            await shop.link.call("DEL", name)
+            await until(lambda: not lane.refused)
+        assert set(table.rows) == {key for n, key in enumerate(keys) if n != 1}

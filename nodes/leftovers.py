@@ -1,0 +1,85 @@
+"""Accepted work that nobody has done when a node stops: counted, and told in one line.
+
+L1  Counted are events that were not applied, writes that no sink has, and writes that are held.
+L2  What is left is lost where the server ends with this node; elsewhere it is left to others.
+L3  Where other workers go on, or nothing is left of what there was when the drain began, nothing
+    is told. On a server that ends with this node, what came later counts, too.
+"""
+
+from __future__ import annotations
+
+import structlog
+from msgspec import Struct
+
+from ..coordinator.link import Commands
+from ..coordinator.scripting import granted
+from ..schemas.keys import EVENTS, Names
+from ..schemas.replies import integer
+
+__all__ = ["DrainOutcome", "Leftovers", "count_leftovers", "left_of", "tell"]
+
+log = structlog.get_logger(__name__)
+
+
+class DrainOutcome(Struct, frozen=True, kw_only=True):
+    """How far a drain got. Each is done, or other workers that run do it."""
+
+    finished: bool  #: in time
+    events_done: bool
+    writes_done: bool
+    held_done: bool
+
+
+class Leftovers(Struct, frozen=True, kw_only=True):
+    events: int = 0
+    writes: int = 0
+    held: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.events + self.writes + self.held
+
+
+async def count_leftovers(commands: Commands, names: Names) -> Leftovers:
+    """What is in the streams now.
+
+    Raises:
+        Unavailable, ServerRefused: it is not known.
+    """
+    streams = {
+        "events": [names.events, names.part(EVENTS, "before")],
+        "writes": [names.part(shard, "writes") for shard in range(names.shards)],
+        "held": [names.part(shard, "held") for shard in range(names.shards)],
+    }
+    found = {}
+    for kind, each in streams.items():
+        lengths = granted(await commands.call_many([("XLEN", name) for name in each]))
+        found[kind] = sum(integer(length, "the length of a stream") for length in lengths)
+    return Leftovers(**found)
+
+
+def left_of(found: Leftovers, outcome: DrainOutcome, *, is_temporary: bool) -> Leftovers:
+    """What is left undone of what is in the streams (L3)."""
+    if is_temporary:
+        return found
+    return Leftovers(
+        events=0 if outcome.events_done else found.events,
+        writes=0 if outcome.writes_done else found.writes,
+        held=0 if outcome.held_done else found.held,
+    )
+
+
+def tell(left: Leftovers, *, is_temporary: bool) -> None:
+    fixes = {
+        True: "use a server that outlives the node: set valkey.url, or valkey.embedded_dir",
+        False: "start a worker that declares the sinks; see workers.drain_ms",
+    }
+    log.error(
+        "node.undrained",
+        count=left.count,
+        outcome="lost" if is_temporary else "left to others",
+        events=left.events,
+        writes=left.writes,
+        held=left.held,
+        fix=fixes[is_temporary],
+    )
