@@ -5,11 +5,11 @@ A1  The result follows from the arguments alone, whatever their order: members t
 A2  No member is given more than its share by weight, rounded up; so a newcomer gets one. The
     share grows by what frozen members leave. Only what others decline is given beyond it.
 A3  What moves is what nobody owns, and what an owner has above its share: nothing else.
-A4  Carried out in part, and computed anew, it is the same assignment, if nothing is declined or
+A4  Carried out in part, and computed again, it is the same assignment, if nothing is declined or
     avoided.
-A5  Only candidates of the highest rank are given anything, and keep anything; others get what all
-    of these decline or avoid. What every candidate avoids or declines goes by rank to one that
-    only avoids it. Frozen candidates keep what they have, whatever their rank.
+A5  Only candidates of the highest rank are given shards, and keep shards; others get the shards
+    that all of these decline or avoid. A shard that every candidate avoids or declines goes by
+    rank to one that only avoids it. Frozen candidates keep their shards at any rank.
 
 Highest random weight as of Thaler and Ravishankar (1998), with the weights as of Schindelhauer
 and Schomaker (-w / ln h), and the bound as of Mirrokni, Thorup and Zadimoghaddam (2016); their
@@ -38,7 +38,7 @@ class Candidate(Struct, frozen=True):
     weight: float = 1.0  #: 0: is given nothing, and keeps nothing
     frozen: bool = False
     declines: frozenset[int] = frozenset()  #: what it will never own
-    avoids: frozenset[int] = frozenset()  #: what it owns only if nobody else will
+    avoids: frozenset[int] = frozenset()  #: shards it owns only if nobody else will
     rank: int = 0
 
 

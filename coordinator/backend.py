@@ -6,7 +6,7 @@ I3  Every way in which this fails is one StartupError or ConfigError.
 I4  Commands and entry reads go to ``link`` and ``reader``; without a reader endpoint these
     are the same.
 I5  All connections but the reader's lead to a primary. When the link finds another server, or a
-    server with another history, the others are dialed anew: an address that moves leaves
+    server with another history, the others are dialed again: an address that moves leaves
     connections at the server that was demoted.
 
 What happens after the start (a lost connection, a failover) is the link's to bridge. A

@@ -5,8 +5,8 @@ I2  A background task that fails cancels the body, and comes out in a group: tha
     of ours, not an outcome that callers handle.
 I3  When the body ends, however it ends, the tasks are cancelled and waited for.
 I4  A task can be started from a task and from a callback of the loop, under every way to run
-    a loop. What a callback starts begins one turn of the loop later, in the callback's context.
-I5  Once the tasks are being ended, a further start raises Unavailable; what was accepted before
+    a loop. A task started by a callback begins one loop turn later, in the callback's context.
+I5  Once the tasks are being ended, a further start raises Unavailable; a task accepted before
     runs at least to its first await, so that it can tell those who wait for it.
 I6  A task that is cancelled although nobody ends the tasks has failed (I2): it never ends the
     body without an error.
@@ -82,13 +82,13 @@ class BackgroundTasks:
         self._wake.set()
 
     async def start(self, function: Callable[..., Awaitable[object]], *args: Any) -> Any:
-        """Run it, and return when it calls ``task_status.started``; with what it gave that."""
+        """Run it until it calls ``task_status.started``; returns the argument of that call."""
         return await self._group.start(
             _failing_if_cancelled, function, args, name=getattr(function, "__qualname__", None)
         )
 
     async def run(self) -> None:
-        """Start what callbacks hand over, until cancelled; then nothing can be started."""
+        """Start the functions that callbacks hand over, until cancelled; then refuse them."""
         try:
             while True:
                 await self._wake.wait()

@@ -222,7 +222,7 @@ class FakeLink:
         return True
 
     def redial(self, reason: str) -> None:
-        """There is no connection."""
+        """The fake has no connection."""
 
     @property
     def failure(self) -> Unavailable | ServerRefused | None:

@@ -52,7 +52,7 @@ class FakeDoorbell:
         self._refresh()
 
     def redial(self, reason: str) -> None:
-        """There is no connection."""
+        """The fake has no connection."""
 
     def unsubscribe(self, *channels: bytes) -> None:
         for channel in channels:

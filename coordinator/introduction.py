@@ -51,7 +51,7 @@ class ServerFacts(Struct, frozen=True, kw_only=True):
     maxmemory_policy: str
     has: frozenset[str]  #: those of ``PROBED`` that it knows
     clock: ServerClock
-    persistence: Persistence = "unknown"  #: what a loss of power takes
+    persistence: Persistence = "unknown"  #: how much a power failure loses
 
 
 class Finding(Struct, frozen=True, kw_only=True):
@@ -114,7 +114,7 @@ async def _facts(link: Link, target: Target, *, clock: Clock, primary: bool) -> 
 
 
 async def _persistence(commands: Commands, info: dict[str, str]) -> Persistence:
-    """How soon what is accepted is on the disk; unknown, if the user may not ask."""
+    """How soon accepted writes are on the disk; unknown, if the user may not ask."""
     if info.get("aof_enabled") == "0":
         return "none"
     try:
@@ -167,7 +167,7 @@ _LOSSES: dict[Persistence, str] = {
 
 
 def findings(facts: ServerFacts, *, tls_insecure: bool, ours: bool = False) -> tuple[Finding, ...]:
-    """``ours``: the server is embedded, and says itself what it keeps."""
+    """``ours``: the server is embedded, and reports its persistence itself."""
     found = []
     if not ours and (problem := _LOSSES.get(facts.persistence, "")):
         fix = "set appendonly yes and appendfsync always; or change CACHE_VER after such a loss"

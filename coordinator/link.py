@@ -340,7 +340,7 @@ class Link:
 
     @property
     def generation(self) -> int:
-        """Goes up whenever the server may have lost what it had accepted (I7)."""
+        """Goes up whenever the server may have lost accepted writes (I7)."""
         return self._generation
 
     @property
@@ -349,7 +349,7 @@ class Link:
         return self._history
 
     def check_primary(self, reply: bytes) -> None:
-        """Take in what ``ASK_HISTORY`` was answered in this connection (I7).
+        """Take in the answer to ``ASK_HISTORY`` in this connection (I7).
 
         Raises:
             ServerRefused: a replica answers by now; the connection is given up.

@@ -7,7 +7,7 @@ I2  Notices of a shard are applied in the order of their ids, each once. The nex
     seq + 1 of the same epoch; after anything else, a later epoch too, the shard is reset:
     its ``generation`` goes up, so that whatever was remembered of it is asked for again.
     So it is after a notice that cannot be read, or whose application failed. A log whose ids no
-    epoch is past is begun anew by ``log_begin``.
+    epoch is past is started over by ``log_begin``.
 I3  The doorbell only makes it fast. A bell out of order makes its shard suspect at once
     (``live_until`` falls), until a read that was sent after it; a lost bell costs at most
     one sweep. A bell that the next read does not confirm resets its shard.
@@ -115,7 +115,7 @@ class Follower:
         self._verified = -1
         self._doorbell_live = False
         self._failing = LogOnce(clock)
-        self._quiet_until = float("-inf")  # for what is unreadable
+        self._quiet_until = float("-inf")  # for warnings about unreadable notices
         self._reads = self._sweeps = self._notices = self._resets = 0
 
     def statistics(self) -> FollowerStatistics:
@@ -130,7 +130,7 @@ class Follower:
 
     @property
     def doubts(self) -> int:
-        """Goes up whenever the server may have lost what it had accepted."""
+        """Goes up whenever the server may have lost accepted writes."""
         return self._connection
 
     def staleness_s(self) -> float:
@@ -279,7 +279,7 @@ class Follower:
         self._notices += 1
         notice = read_notice(raw)
         if notice is None:
-            # A newer node wrote it, or none: what it changed is not known, so all is doubtful.
+            # A newer node wrote it, or none did: its effect is unknown, so the shard is suspect.
             self._unread(view, f"the notice {view.position} of {len(raw)} bytes")
             self._forget(view, "newer")
             return
@@ -292,7 +292,7 @@ class Follower:
             self._forget(view, "failed")
 
     def _unread(self, view: ShardView, what: str) -> None:
-        """Name what cannot be read, a few times a minute at most."""
+        """Name the unreadable notice, a few times a minute at most."""
         now = self._clock.monotonic()
         if now >= self._quiet_until:
             self._quiet_until = now + _QUIET_S

@@ -5,7 +5,7 @@ F1  The first failure of a kind is a warning. While it goes on, the kind is a wa
 F2  A kind is an event and a class of error. All that says that the server cannot be reached is one
     kind; each code with which the server refuses is another.
 F3  ``over`` ends all failures: the next one of any kind is a warning at once.
-F4  A loop whose failure is only that there is no connection, or that the breaker is open, says so
+F4  A loop that fails only for lack of a connection, or because the breaker is open, says so
     once: the connection (``connection=True``) repeats it for all.
 F5  At most ``_KINDS_MAX`` kinds are remembered; one more replaces the oldest.
 

@@ -84,7 +84,7 @@ class Ownership:
         instruments: Instruments,
         profile: Profile | None = None,
     ) -> None:
-        """``profile`` tells label, address, version, sinks; what is owned is filled in."""
+        """``profile`` tells label, address, version, sinks; the owned shards are filled in."""
         self.token = token = f"{rng.getrandbits(64):016x}"
         profile = profile or Profile()
         self.publishes_sinks = profile.sinks is not None

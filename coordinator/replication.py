@@ -9,7 +9,7 @@ R1  ``confirm`` returns only if ``replicas_min`` replicas have acknowledged a ma
     primary had accepted before the marker, so also the caller's write.
 R2  A marker counts only on the connection it was written on (WAIT speaks of that client's writes
     alone), and only if the link reads it back: both speak to the same primary.
-R3  A link that was connected anew since the write confirms nothing, nor does one whose server was
+R3  A link that reconnected since the write confirms nothing, nor does one whose server was
     demoted and promoted meanwhile: another primary was in charge, which never had it.
 R4  All who came before a marker share it. Cancelling one costs the others nothing.
 R5  Nothing is dialed before somebody asks.
@@ -58,7 +58,7 @@ class Connection(Commands, Protocol):
 
 
 class Link(Connection, Protocol):
-    """What is needed of the link."""
+    """The parts of the link that replication uses."""
 
     @property
     def generation(self) -> int: ...
@@ -117,7 +117,7 @@ class Replication:
         return self._link.generation
 
     def kept(self, since: int) -> bool:
-        """Whether what was accepted since then cannot have been lost with a primary."""
+        """Whether no write accepted since then can have been lost with a primary."""
         return self._link.same_history(since)
 
     async def confirm(self, *, since: int, timeout_ms: int) -> None:

@@ -4,7 +4,7 @@ R1  Members are judged by the server's clock, in the script: suspect after three
     after five gone; or away, as long as the place of a member with a label is kept.
 R2  A beat that brings no news transfers no members, however many there are.
 R3  A record that cannot be read is a member without weight, and no reason to fail; a name that
-    cannot be read is left out. What is told is bounded: members, resources, bytes.
+    cannot be read is left out. Members, resources and bytes of a report are bounded.
 R4  A shard goes to a member that declares every sink, else to one that declares most; so does the
     ingress stream. A member without sinks declines all shards. While a member of a release that
     does not publish its sinks is there, sinks do not count: all compute as that release does.
@@ -66,7 +66,7 @@ class Profile(Struct, frozen=True, kw_only=True, omit_defaults=True):
     weight: Annotated[float, Meta(ge=0, le=1000)] = 1.0
     held: str = ""  #: what it owns, or has kept for it; see ``pack``
     declines: str = ""  #: what it will not own
-    defers: str = ""  #: what it owns only if nobody else will
+    defers: str = ""  #: shards it owns only if nobody else will
     sinks: Annotated[tuple[Template, ...], Meta(max_length=SINKS_MAX)] | None = None
     #: the key templates of its sinks; None: it is of a release that does not publish them
 
@@ -88,7 +88,7 @@ class Member(Struct, frozen=True, kw_only=True):
 
 
 def published(templates: Iterable[str]) -> tuple[str, ...]:
-    """What a member publishes of the templates of its sinks."""
+    """The templates of its sinks that a member publishes."""
     short = {each for each in templates if len(each) <= _TEMPLATE_CHARS_MAX}
     return tuple(sorted(short)[:SINKS_MAX])
 

@@ -5,7 +5,7 @@ I1  A script is one file, ``scripts/<noun_verb>.lua``. What several share stands
     where they say ``-- Here _name.lua.``
 I2  A script that the server does not know is sent in full and so made known. Repeating
     is safe: a server that answers NOSCRIPT has run nothing.
-I3  What the server refuses is raised under the name of the script, which says what was asked for.
+I3  A refusal of the server is raised with the name of the script, which names the operation.
 I4  Of several scripts sent at once, those that had to be repeated run after the others,
     among themselves in order. Whoever needs an order across them sends them one by one.
 

@@ -1,4 +1,4 @@
-"""What INFO says: whether a primary answers, and which history its data have.
+"""Parse INFO: whether a primary answers, and which history its data have.
 
 I1  A server that says it is a replica is refused as READONLY, and its primary is named.
 I2  The history is the replication id. It is another one after each restart and each promotion, also

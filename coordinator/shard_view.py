@@ -43,7 +43,7 @@ class ShardView:
         self.generation = 0  #: goes up with every reset
         self._read_seq = 0  # what lies between this and ``seq`` was told by bells
         self._told: dict[bytes, bytes] = {}  # id -> version
-        self.spoilt = False  #: a read found an id that no epoch is past: the log is to begin anew
+        self.spoilt = False  #: a read found an id that no epoch is past: the log must start over
         self._asked = 0
         self._doubted = 0
 

@@ -12,10 +12,10 @@ S4  Who finds that the roster was lost only renews for one lease, and only what 
     other owners are not in the new roster yet.
 S5  What was released is not claimed before the server has answered, or for one lease: a claim
     that overtook the release would renew what is then given away.
-S6  What was declined, or is left, is not claimed again. What is deferred is claimed only if the
-    assignment finds nobody else for it.
-S7  What was fenced off is released before it is claimed, so that the next epoch is larger: a
-    server that lost what it had accepted last may hold an epoch that a sink has seen the end of.
+S6  A shard that was declined, or is left, is not claimed again. A deferred shard is claimed only if
+    the assignment finds nobody else for it.
+S7  A shard that was fenced off is released before it is claimed, so that the next epoch is larger:
+    a server that lost its last accepted writes may hold an epoch that a sink has seen the end of.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class CommandWire(Wire):
         on_change: Callable[[], None],
         primary: bool = False,
     ) -> None:
-        """``primary``: what answers READONLY is no server for us (I5)."""
+        """``primary``: a server that answers READONLY is disconnected (I5)."""
         self._primary = primary
         self.out: list[bytes] = []  #: packed commands of this tick
         self.out_bytes = 0  #: of those in ``out`` that may leave early

@@ -3,8 +3,8 @@
 C1  The question is a ``SET`` that may only replace a key, of a name that never exists: the server
     refuses it as it refuses all writes (``MISCONF``, ``OOM``, ``READONLY``, ``NOREPLICAS``), and
     otherwise does nothing.
-C2  However often health is asked for, the server is asked once in ``every_s``; whoever wants to
-    know reads ``refusal``.
+C2  The server is asked once in ``every_s``, regardless of the number of health requests; these
+    read ``refusal``.
 C3  A server that does not answer changes nothing: that is the link's to tell.
 """
 

@@ -1,9 +1,11 @@
 """Code of the application, run so that a cancellation from inside it is its own failure.
 
-C1  ``run_apart`` runs a call in a task of its own. If that task cancels itself, or awaits what
-    somebody else has cancelled, CancelledInside is raised; the caller's task is not cancelled.
+C1  ``run_apart`` runs a call in a task of its own. If that task cancels itself, or awaits a
+    task that somebody else has cancelled, CancelledInside is raised; the caller's task is not
+    cancelled.
 C2  A cancellation of the caller cancels the call, which may clean up, and stays a cancellation.
-C3  What the call raises comes out as it is, in no group. It runs in a copy of the context.
+C3  An exception of the call is raised as it is, not in a group. The call runs in a copy of the
+    context.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ T = TypeVar("T")
 
 
 async def run_apart(what: str, function: Callable[..., Awaitable[T]], *args: Any) -> T:
-    """What ``function(*args)`` returns; ``what`` names it in the error.
+    """The result of ``function(*args)``; the first argument names the call in the error.
 
     Raises:
-        CancelledInside: see C1. Whatever it raises.
+        CancelledInside: see C1. Any exception of the call.
     """
     results: list[T] = []
     errors: list[BaseException] = []

@@ -1,6 +1,6 @@
 """The checks of health on a node's work: each tells whether its part stands still, and why.
 
-W1  What stands still is a warning: the work goes to other nodes, or waits; it fails no probe.
+W1  Stalled work is a warning: the work goes to other nodes, or waits; it fails no probe.
     Only a server that refuses all writes fails readiness.
 W2  A check names the oldest work that this node is responsible for, and the failure that goes on:
     for how long, how often, and the last error.
@@ -69,7 +69,7 @@ def _checks_of(crew: Crew, refreshes: str, now: float) -> Iterator[Check]:
 
 
 def sink_state(delivery: Delivery, now: float) -> str:
-    """What keeps a sink from taking all writes; empty if nothing does."""
+    """The reason why a sink does not take all writes; empty if it takes them."""
     found = []
     if (outage := delivery.paused) is not None:
         state = "stopped" if delivery.stopped else "paused"

@@ -5,7 +5,7 @@ H2  A stop hook is cancelled after ``LIMIT_S``.
 H3  What was raised before comes out as it is, and errors of stop hooks are logged; if there
     was nothing, the first of these comes out, and the others are logged.
 H4  A hook that is cancelled from inside has failed. All hooks run in one task and its context, so
-    that what a start hook binds there is there for the workers and the stop hooks.
+    that context variables set by a start hook are visible to the workers and the stop hooks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ async def run_hook(what: str, hook: Hook, cancelled: Callable[[], bool]) -> None
     """``cancelled`` tells whether the task of the hooks is cancelled from outside.
 
     Raises:
-        CancelledInside: see H4. Whatever the hook raises.
+        CancelledInside: see H4. Any exception of the hook.
     """
     task = asyncio.current_task()
     assert task is not None

@@ -1,9 +1,9 @@
 """Accepted work that nobody has done when a node stops: counted, and told in one line.
 
 L1  Counted are events that were not applied, writes that no sink has, and writes that are held.
-L2  What is left is lost where the server ends with this node; elsewhere it is left to others.
-L3  Where other workers go on, or nothing is left of what there was when the drain began, nothing
-    is told. On a server that ends with this node, what came later counts, too.
+L2  The work left is lost if the server ends with this node; otherwise it is left to others.
+L3  Nothing is reported if other workers go on, or if all work that existed when the drain began
+    is done. On a server that ends with this node, later work counts, too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Leftovers(Struct, frozen=True, kw_only=True):
 
 
 async def count_leftovers(commands: Commands, names: Names) -> Leftovers:
-    """What is in the streams now.
+    """Count the entries of the streams now.
 
     Raises:
         Unavailable, ServerRefused: it is not known.
@@ -59,7 +59,7 @@ async def count_leftovers(commands: Commands, names: Names) -> Leftovers:
 
 
 def left_of(found: Leftovers, outcome: DrainOutcome, *, is_temporary: bool) -> Leftovers:
-    """What is left undone of what is in the streams (L3)."""
+    """The part of the streams' entries that is left undone (L3)."""
     if is_temporary:
         return found
     return Leftovers(

@@ -5,8 +5,8 @@ L1  Cancelling the block, by a scope around it or as a task, cancels nothing in 
     it is being left, the context is cancelled too.
 L2  The context is entered and left in the same task, whichever tasks begin and end it.
 L3  If the context fails while a block runs, the block is cancelled, and the failure comes
-    out in its place. Where there is no block, or its task has ended, the failure is logged at
-    once, and whoever ends the context gets it.
+    out in its place. Without a block, or if its task has ended, the failure is logged at once,
+    and raised where the context is ended.
 L4  What the block raised comes out as it is; a failure of the context is then logged.
 L5  A context whose task is cancelled though nobody ended it has failed.
 L6  It can be ended by several tasks: the first gets the failure, all of them wait for the end.

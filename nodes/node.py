@@ -111,8 +111,8 @@ class Node(Declarations, Locking):
         await self._end(exc)
 
     async def enter(self, *, workers: bool | None = None) -> Self:
-        """What ``async with`` does first: start, and have the current task cancelled should the
-        node fail, until ``__aexit__``.
+        """The first half of ``async with``: start, and cancel the current task if the node fails,
+        until ``__aexit__``.
         """
         await self.start(workers=workers)
         assert self._life is not None
@@ -125,7 +125,7 @@ class Node(Declarations, Locking):
 
         Raises:
             ForebayError: it runs in another event loop, or is asked by a hook of its own.
-            Whatever a stop hook raised, or the node failed with.
+            Any exception of a stop hook, or the failure of the node.
         """
         await self._end(None)
 

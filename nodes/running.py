@@ -400,7 +400,7 @@ def _target(backend: Backend, settings: Settings, origins: Mapping[str, str]) ->
 
 @contextmanager
 def _faults_of(target: Target) -> Iterator[None]:
-    """Makes a StartupError of what the server refuses, or does not answer, at the start."""
+    """Raises StartupError for a refusal or missing answer of the server at the start."""
     try:
         yield
     except ServerRefused as error:

@@ -3,8 +3,8 @@
 S1  Checks and gauges read memory only.
 S2  ``stats`` has the same keys at all times. It asks the server too; while that does not
     answer, what only the server knows is null, and ``unavailable`` says why.
-S3  What stands still, and why, is told by ``health_checks``; it only warns.
-S4  A running node has started: what happens to Valkey afterwards fails readiness alone.
+S3  ``health_checks`` tells which work is stalled, and why; it only warns.
+S4  A running node has started: a later failure of Valkey fails readiness alone.
 """
 
 from __future__ import annotations

@@ -264,7 +264,7 @@ class NewerSchema(ForebayError):
 
 
 class UnreadableRecord(ForebayError):
-    """Raised for what Valkey holds, and what is not what it should be: nobody of us wrote it."""
+    """Raised for a malformed record in Valkey, which Forebay did not write."""
 
     def __init__(self, name: str, found: object, problem: str) -> None:
         shown = ascii(found[:40] if isinstance(found, bytes | str) else type(found).__name__)

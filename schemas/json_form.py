@@ -21,7 +21,7 @@ def json_form(value: object) -> bytes:
     """The JSON of a value.
 
     Raises:
-        ValueError: it has none; it says why, and of what.
+        ValueError: it has none; the message names the value and the reason.
     """
     try:
         raw = msgspec.json.encode(value)
@@ -34,7 +34,7 @@ def json_form(value: object) -> bytes:
 
 
 def not_finite(simple: object) -> str:
-    """Which number in builtins is no number in JSON, and where; empty if there is none."""
+    """The first number that JSON cannot hold, and its path; empty if all can be held."""
     for path, number in _numbers_of(simple):
         if not math.isfinite(number):
             return f"{number} is no number in JSON, at {path or 'the top'}"

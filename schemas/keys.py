@@ -17,7 +17,7 @@
     {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
     {shop:07}:rs:LIMIT:SUBJECT   zset    slots in use: nonce -> until
     forebay:shop:events stream  ingress; {forebay:shop:events}:own, :done, :dead, :held beside it;
-                                :before  what was published up to an exhausted id
+                                :before  events published up to an exhausted id
     forebay:shop:meta   hash    facts fixed at birth       forebay:shop:nodes  zset  last beats
     {forebay:shop:nodes}:members  hash  the roster
     forebay:shop:wake:PROCESS   channel  a lock is yours, or is so no more
@@ -107,7 +107,7 @@ def depended_on(tag: str) -> str | None:
 
 
 def shard_of(key: str, shards: int) -> int:
-    """The shard of a key or of a tag; the tag of what depends on a key lies in the key's shard."""
+    """The shard of a key or of a tag; the tag of a key's dependents lies in the key's shard."""
     return crc32(key.removeprefix(_DEPENDENTS).encode()) % shards
 
 

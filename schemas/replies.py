@@ -1,9 +1,9 @@
-"""Checked parsers of what comes from Valkey, where anybody may have written anything.
+"""Checked parsers of replies from Valkey, where anybody may have written anything.
 
-V1  Each parser checks type and size before it decodes, in linear time; what is no such value
-    raises ``UnreadableRecord``, and nothing else.
-V2  The error names the record and shows a part of it; the caller decides what it costs: one
-    record, where there are others, or the whole reply.
+V1  Each parser checks type and size before it decodes, in linear time; any other value raises
+    ``UnreadableRecord``, and no other exception.
+V2  The error names the record and shows a part of it; the caller decides whether to skip one
+    record among others or the whole reply.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def stream_id(reply: Any, name: str) -> str:
 
 
 def order(entry_id: str | bytes) -> tuple[int, int]:
-    """What ids are compared by: milliseconds and number."""
+    """The sort key of an id: milliseconds and number."""
     ms, _, seq = stream_id(entry_id, "the id").partition("-")
     return int(ms), int(seq)
 

@@ -23,7 +23,7 @@ MakeServer = Callable[..., ValkeyServer]
 
 _numbers = itertools.count(1)
 
-# A busy machine is no reason to fail: how long an example takes is not what these tests are about.
+# A busy machine must not fail a test: these tests do not measure how long an example takes.
 settings.register_profile("forebay", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("forebay")
 

@@ -160,7 +160,7 @@ class Node:
 class Cluster:
     drains = True  #: negative control: False
     margin = True  #: negative control: False
-    releases: tuple[Sinks, ...] = (None,)  #: what the members declare; None is of an old release
+    releases: tuple[Sinks, ...] = (None,)  #: sinks that the members declare; None: an old release
 
     def __init__(self, seed: int, *, server: type[Server] = Server) -> None:
         self.rng = random.Random(seed)

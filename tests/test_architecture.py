@@ -242,7 +242,7 @@ def forbidden_names(file: Source) -> Iterator[str]:
 
 
 def broad_catches(file: Source) -> Iterator[str]:
-    """RuntimeError is what libraries raise for anything: caught, it hides what has happened."""
+    """Libraries raise RuntimeError for anything: catching it hides the actual fault."""
     broad = re.compile(r"\bRuntimeError\b")
     for node in ast.walk(file.tree):
         caught = node.type if isinstance(node, ast.ExceptHandler) else None

@@ -1,4 +1,4 @@
-"""What a user's type checker says of a file that uses Forebay: every fault, and nothing else."""
+"""A type checker finds every fault in a file that uses Forebay, and nothing else."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ G1  In any window of w microseconds at most ``burst + w * rate`` tokens are gran
 G2  An ask is refused for exactly as long as ``wait_us`` says, if nobody asks in between.
 G3  A refusal changes nothing, unless the clock was set back (G5).
 G4  A changed limit keeps its TAT, to a microsecond and at most that much later.
-G5  Where the clock was set back, the TAT is set back, too: what was owed when it was written is
-    owed now. So a limit is closed for no longer than it was then, ``burst / rate`` at most, and
-    what was charged by force.
+G5  Where the clock was set back, the TAT is set back, too: the debt when it was written is the debt
+    now. So a limit is closed for no longer than it was then, ``burst / rate`` at most, plus the
+    charges made by force.
 
 Algorithm: ITU-T I.371, the virtual scheduling form.
 """
@@ -48,7 +48,7 @@ def debt_of(tat: Tat | None, now_us: int, terms: Terms) -> int:
 
 
 def is_set_back(tat: Tat | None, now_us: int) -> bool:
-    """Whether the clock was set back since it was written, so that it is to be written anew."""
+    """Whether the clock was set back since it was written, so that it must be written again."""
     return tat is not None and now_us < tat.written_us
 
 

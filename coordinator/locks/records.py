@@ -260,7 +260,7 @@ class LockRecords:
 
 
 def _text(raw: bytes) -> str:
-    """Names and nonces: of ours they are ASCII, of others whatever they are."""
+    """Names and nonces: ASCII from Forebay, any bytes from others."""
     return raw.decode(errors="replace")
 
 
@@ -269,7 +269,7 @@ def _kind(raw: bytes) -> str:
 
 
 def _ticket(raw: bytes) -> int:
-    """A score, which may be any float; 0 for what is no time."""
+    """A score, which may be any float; 0 if it is not a valid time."""
     number = float(raw)
     return int(number) if 0 <= number <= WHOLE_MAX else 0
 

@@ -3,21 +3,21 @@
 --
 -- C1 A version is never given twice in a shard: max(previous + 1, server clock in microseconds).
 -- C2 Log ids are dense, <epoch>-0, -1, -2 ...; a log that was lost starts a later epoch. A
---    head that was lost is made anew from the end of the log. An id in the log that is ahead of the
+--    head that was lost is made again from the end of the log. An id in the log that is ahead of the
 --    epoch, or the last of all, starts a later epoch, too.
 -- C3 The append to the log is the first write of a change: where it is refused (out of memory),
 --    nothing happened; where it is not, the server refuses none of the writes that follow.
 -- C4 A tag's value is its version; after a soft bump "<version> <hard version>": what carries
 --    less than the hard version is invalid, what carries less than the version is stale.
---    What is no such value is as good as lost.
+--    Any other value is treated as lost.
 -- C5 The head (c) names each cache version of which the shard stores entries, so a script that
 --    outdates a key reaches its entries of all versions. Their names are the only ones that
 --    scripts make: of a declared entry, in its slot.
 -- C6 A shard keeps the newest ingress mark that took effect (i in its head). A mark is text of one
---    length, "<generation>-<ms>-<seq>-<place>"; one that is not later is a repetition. What is
---    no mark repeats nothing.
+--    length, "<generation>-<ms>-<seq>-<place>"; one that is not later is a repetition. Any other
+--    text repeats nothing.
 -- C7 A change that must work when memory is full (at_full) first cuts the log to its newest 100
---    notices, so what it adds is bounded. Followers that are further behind read the shard anew.
+--    notices, so its growth is bounded. Followers that are further behind read the shard again.
 --
 -- An entry begins: magic 3, state 1, version 16, soft_at 13, hard_at 13, pending 16 (digits).
 
@@ -51,7 +51,7 @@ local function last_id(log)
 end
 
 -- The epoch to go on with where the log refused the change for the id: one that is past any id of
--- an entry that was not made by these scripts. A log that no epoch is past begins anew.
+-- an entry that was not made by these scripts. A log whose ids no epoch can exceed starts over.
 local function epoch_past(change, log, refused)
   local for_the_id = string.find(refused, "smaller", 1, true) or string.find(refused, "exhausted", 1, true)
   if not for_the_id then return change.epoch end
@@ -149,7 +149,7 @@ local function know_label(change, head, entry_key)
   redis.call("HSET", head, "c", change.labels)
 end
 
--- Whether a write of the key waits for its sink, in whatever cache version it was written.
+-- Whether a write of the key, in any cache version, waits for its sink.
 local function is_write_pending(labels, entry_key)
   if pending_of(numbers_of(entry_key)) > 0 then return true end
   for _, label in ipairs((other_labels(labels, entry_key))) do

@@ -13,7 +13,7 @@ local function clock_us(given)
   return t[1] * 1000000 + t[2], 0
 end
 
--- The debt, and whether the clock was set back since, so that the state is to be written anew.
+-- The debt, and whether the clock was set back since, so that the state must be written again.
 local function debt_of(state, now, drain)
   if not state then return 0, false end
   local tat, rest, of, written = string.match(state, "^(%d+)%+?(%d*)/?(%d*)@?(%d*)$")

@@ -1,9 +1,9 @@
--- What the scripts of ingress share: ids of streams, and generations of the ingress stream.
+-- Shared by the scripts of ingress: ids of streams, and generations of the ingress stream.
 --
 -- N1 Two ids compare as their texts do after ``padded``; no id is larger than LAST_ID, and a
 --    stream that has given it refuses every further entry.
 -- N2 A generation is a whole number below 2^52, larger than all before: at least the server's
---    clock in microseconds when it began. 0: none, or something that is no generation.
+--    clock in microseconds when it began. 0: none, or a value that is not a generation.
 
 local LAST_ID = "18446744073709551615-18446744073709551615"
 local GENERATION_MAX = 2 ^ 52

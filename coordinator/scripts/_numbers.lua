@@ -1,7 +1,7 @@
 -- How scripts read numbers that are stored: anybody may have written anything there.
 --
 -- U1 A whole number has at most 16 digits and is below 2^53, so that it is exact and can be
---    written again. What is no such number is as good as not there.
+--    written again. Any other value is treated as absent.
 
 local WHOLE_MAX = 9007199254740991
 
@@ -11,7 +11,7 @@ local function whole_number(text)
   return number < WHOLE_MAX and number or nil
 end
 
--- A checkpoint as it is stored; the beginning of the stream, where it is no id of a stream.
+-- A checkpoint as it is stored; the beginning of the stream, if it is not a stream id.
 local function stored_id(text)
   local ms, seq = string.match(text or "", "^(%d+)-(%d+)$")
   for _, part in ipairs({ ms or "", seq or "" }) do

@@ -11,22 +11,22 @@
 -- ARGV[3] name      of the stream
 -- ARGV[4] position  id of the last entry done
 -- ARGV[5] next      id after it: entries before are trimmed; empty: there is none, and the
---   stream begins anew
+--   stream starts over
 -- ARGV[6] work      channel of jobs; empty: nobody waits for this checkpoint
 -- ARGV[7] shard     number of the shard
 -- ARGV[8] from      checkpoint that the caller went on from; empty: it is not compared
 -- ARGV[9] last      id of the last entry read, which must still be there; empty: it is not looked for
 -- ARGV[10..] the version that was sunk, of each key
--- Returns {1}; {2} the checkpoint stays: the stream is not what was read; {0, epoch} fenced off
+-- Returns {1}; {2} the checkpoint stays: the stream is not the one that was read; {0, epoch} fenced off
 --
 -- I1 Nothing is written for anyone but the owner of this epoch.
 -- I2 An entry with a newer write pending stays as it is.
--- I3 It works when memory is full: this is what empties the streams. Entries that were sunk are
---    then deleted, as if they had expired: the source has what they hold.
+-- I3 It works when memory is full, because it empties the streams. Entries that were sunk are
+--    then deleted, as if they had expired: the source has their values.
 -- I4 Whoever hears of it on the channel finds the checkpoint moved.
--- I5 The entry is found in whatever cache version it was written. An older write of the key in
+-- I5 The entry is found in any cache version. An older write of the key in
 --    another version was sunk with it, and its entry is gone.
--- I6 A server that lost what was accepted last (its log's tail, a failover) loses nothing more by it:
+-- I6 A server that lost the last accepted writes (its log's tail, a failover) loses no more by it:
 --    a checkpoint that went back is not moved on by one who read further, and nothing is trimmed.
 -- I7 A load that began before the write was sunk cannot fill any more: of another cache version,
 --    or of an entry that was lost meanwhile.

@@ -30,7 +30,7 @@
 -- I1 A mark that is not later than the newest one, or an event id seen, changes nothing. Whether
 --    it was seen lately is told by when both were published, however late they are applied.
 -- I2 A full stream refuses, and one that has given its last id; neither is trimmed to make room.
--- I3 What depends on the key is outdated, and so are entries of other cache versions.
+-- I3 Dependents of the key are outdated, and so are entries of other cache versions.
 -- I4 Lifetimes count from when it was published.
 -- I5 When memory is full it is refused as a whole, unless at_full.
 
@@ -47,7 +47,7 @@ if length >= tonumber(ARGV[8]) then return { 0, length } end
 local change = next_change(KEYS[3], KEYS[4])
 local soft_at, hard_at = lifetimes(published_ms * 1000, tonumber(ARGV[1]), tonumber(ARGV[2]))
 local version = string.format("%.0f", change.version)
-redis.call("XLEN", KEYS[4])  -- what is no log is refused before anything is written
+redis.call("XLEN", KEYS[4])  -- fails here, before anything is written, if it is not a stream
 local id = redis.pcall("XADD", KEYS[5], "*", "v", version, "j", ARGV[7])
 local added = type(id) == "string"
 -- A stream that has given its last id has no room until it is drained.

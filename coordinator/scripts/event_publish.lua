@@ -5,11 +5,11 @@
 -- KEYS[2] before  stream   ingress up to an exhausted id; drained first
 -- ARGV[1] bound   of both together
 -- ARGV[2..] events, JSON
--- Returns the ids; {0, length} as one integer pair when there is no room
+-- Returns the ids; {0, length} as one integer pair when the stream is full
 --
 -- I1 A full stream refuses; it is never trimmed to make room.
 -- I2 A stream that has no further id is set aside, and the events go into a new one; while
---    there is one set aside already, there is no room. No event gets the last id.
+--    one is set aside already, the stream counts as full. No event gets the last id.
 
 local length = redis.call("XLEN", KEYS[1]) + redis.call("XLEN", KEYS[2])
 if length + #ARGV - 1 > tonumber(ARGV[1]) then return { 0, length } end

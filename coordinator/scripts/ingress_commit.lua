@@ -1,4 +1,4 @@
--- Move the checkpoint of ingress, if the caller is still the owner, and delete what was applied.
+-- Move the checkpoint of ingress, if the caller is still the owner, and delete the applied events.
 -- With _ingress.lua.
 --
 -- KEYS[1] own       hash     o owner, e epoch
@@ -13,8 +13,8 @@
 --
 -- I1 Nothing is written for anyone but the owner of this epoch.
 -- I2 When an exhausted stream is drained, or one whose ids are ahead of the server's clock, it
---    begins anew: stream, checkpoint and generation at once (why: "drained").
--- I3 It works when memory is full: this is what empties the stream.
+--    starts over: stream, checkpoint and generation at once (why: "drained").
+-- I3 It works when memory is full, because it empties the stream.
 
 local known = redis.call("HMGET", KEYS[1], "o", "e")
 if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return { 0, known[2] or "0" } end
@@ -25,7 +25,7 @@ redis.call("HDEL", KEYS[2], "b")
 local set_aside = redis.call("EXISTS", KEYS[4]) == 1
 local ahead = set_aside or ms_of(ARGV[3]) > server_ms()
 
--- Whether the stream is gone: what was applied is, and with it a stream that is to begin anew.
+-- Delete the applied events, and with them a stream that is to start over; whether it is gone.
 local function shorten(stream)
   if ARGV[4] ~= "" then
     redis.call("XTRIM", stream, "MINID", ARGV[4])

@@ -12,7 +12,7 @@
 --         one more ask, time until it is full (microseconds); then per key: refusals as a shadow
 --
 -- I1 An ask is granted by all limits or by none; first come, first served.
--- I2 What is refused or only looked at writes nothing, unless the clock was set back.
+-- I2 A refusal or a mere look writes nothing, unless the clock was set back.
 -- I3 A shadow refuses nothing; it is charged what it would have granted, alone.
 -- I4 force charges whatever the debt is; refund never makes a debt negative.
 

@@ -11,7 +11,7 @@
 -- I1 A follower that began here knows an epoch, so that the loss of the log cannot escape it;
 --    nor, of a log that was trimmed to its end, that it had not read all.
 -- I2 A log that has notices is not written to, unless its last id is one that no epoch is past: it
---    begins anew.
+--    starts over.
 -- I3 It works when memory is full: a node that starts needs it.
 
 local last = redis.call("XREVRANGE", KEYS[2], "+", "-", "COUNT", 1)[1]

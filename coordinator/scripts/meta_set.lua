@@ -2,7 +2,7 @@
 --
 -- KEYS[1] meta   hash   facts of the namespace
 -- ARGV[1] field  the fact's name
--- ARGV[2] value  what this node would have it be
+-- ARGV[2] value  the value that this node proposes
 -- Returns the value that is in force
 --
 -- I1 The first that says so decides; nobody changes it afterwards.

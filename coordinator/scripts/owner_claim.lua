@@ -18,7 +18,7 @@
 -- I3 It works when memory is full: the owners are those who empty the streams.
 -- I4 A lease that was granted is kept to its end, whoever wishes for it.
 -- I5 What is free, and wished for, goes to nobody but the one whose wish is fresh.
--- I6 What is stored and cannot be, is not there: a number that is none, a lease or a wish that
+-- I6 An impossible record is treated as absent: text instead of a number, a lease or a wish that
 --    ends later than any that is granted.
 
 local t = redis.call("TIME")

@@ -19,7 +19,7 @@ local numbers = numbers_of(KEYS[1])
 if version_of(numbers) > tonumber(ARGV[3]) or pending_of(numbers) > 0 then return 0 end
 if redis.call("EXISTS", KEYS[2]) == 1 then return 0 end
 if redis.call("XLEN", KEYS[3]) >= tonumber(ARGV[5]) then return -1 end
--- A stream that has given its last id begins anew: readers publish what was lost again.
+-- A stream that has given its last id starts over: readers publish the lost refreshes again.
 local added = redis.pcall("XADD", KEYS[3], "*", "j", ARGV[4])
 if type(added) ~= "string" then
   if string.find(tostring(added.err), "exhausted", 1, true) then redis.call("DEL", KEYS[3]) end

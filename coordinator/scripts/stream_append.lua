@@ -1,4 +1,4 @@
--- Keep what another stream is relieved of: a dead letter, or an event to be applied later.
+-- Keep an entry that leaves another stream: a dead letter, or an event to be applied later.
 --
 -- KEYS[1] stream  stream
 -- ARGV[1] id      of the entry, or *
@@ -6,7 +6,7 @@
 -- ARGV[3..] fields and values, by turns
 -- Returns {1, entries dropped}; {0} the stream has an entry of that id
 --
--- I1 It works when memory is full: what is kept here is deleted there.
+-- I1 It works when memory is full: an entry kept here is deleted there.
 -- I2 An id that is not larger than those before it is replaced by one that is.
 
 if ARGV[1] ~= "*" and #redis.call("XRANGE", KEYS[1], ARGV[1], ARGV[1]) > 0 then return { 0 } end

@@ -8,7 +8,7 @@
 --         version of the newest change in the shard that outdated anything, or 1; 0 otherwise
 --
 -- I1 A tag that was lost never gets a version that an entry may carry already.
--- I2 It works when memory is full: what is written behind carries tags, too.
+-- I2 It works when memory is full: write-behind entries carry tags, too.
 
 local found, drawn = {}, nil
 for i = 2, #KEYS do

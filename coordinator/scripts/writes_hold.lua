@@ -9,17 +9,17 @@
 -- ARGV[3] held_max  bound of the stream of those held
 -- ARGV[4] token     of the member that could not decode the value; empty: none has tried
 -- ARGV[5..] ids in the stream
--- Returns {1, id in held, ...}, one for each id: "" if there is no room, "-" if it is not in the
+-- Returns {1, id in held, ...}, one for each id: "" if held is full, "-" if it is not in the
 -- stream; {0, epoch} fenced off: another owns it since
 --
 -- I1 A write is in one of the two streams, and never in both or in neither.
 -- I2 Nothing is written for anyone but the owner of this epoch.
--- I3 It works when memory is full: what is held is taken out of the stream that it was in.
--- I4 What has no room stays where it is.
+-- I3 It works when memory is full: a held write is removed from its former stream.
+-- I4 A write without room stays in its stream.
 
 local known = redis.call("HMGET", KEYS[1], "o", "e")
 if known[1] ~= ARGV[1] or known[2] ~= ARGV[2] then return { 0, known[2] or "0" } end
-if ARGV[4] ~= "" then redis.call("HLEN", KEYS[4]) end -- refused here if it is no hash
+if ARGV[4] ~= "" then redis.call("HLEN", KEYS[4]) end -- fails here if it is not a hash
 local reply, room = { 1 }, ARGV[3] - redis.call("XLEN", KEYS[3])
 -- A first write that memory limits never refuse; none after it is refused either (I3).
 redis.call("PERSIST", KEYS[1])

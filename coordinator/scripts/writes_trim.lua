@@ -4,7 +4,7 @@
 -- KEYS[1] done    hash     checkpoints, by name
 -- KEYS[2] writes  stream   jobs
 -- ARGV[1] next    id after the last entry that all are past; empty: there is none, and the stream
---   begins anew
+--   starts over
 -- ARGV[2..] name and position of each checkpoint, by turns
 -- Returns 1; 0 a checkpoint is elsewhere: nothing is trimmed
 --

@@ -8,10 +8,10 @@
     subclasses of int and str                     as their base
 
 A1  A type without such a text is refused where the cache is declared: background refreshes call
-    the loader with what the key alone gives back.
+    the loader with arguments parsed from the key alone.
 A2  An argument must be of the declared type. An int is taken for a float, an instance of a
-    subclass for its base. Nothing else is converted: a str is no int, a bool is no int, a
-    datetime is no date.
+    subclass for its base. Nothing else is converted: not a str to an int, a bool to an int,
+    or a datetime to a date.
 A3  Equal arguments have one text, except datetimes and times of different UTC offsets.
 A4  A text that is the text of no argument raises an exception, or gives an argument with
     another text.

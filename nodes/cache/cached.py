@@ -301,7 +301,7 @@ class Cached(Writable[T], Generic[P, T]):
         return self.keying.labels(self.keying.fields(key))
 
     def _call_of(self, key: str, member: Member | None = None) -> LoadCall[T]:
-        """The call that loads a key, with what the key gives back; raises InvalidKey."""
+        """The call that loads a key, with arguments parsed from it; raises InvalidKey."""
         keying = self.keying
         values = keying.arguments(key)
         labels = self._labels_of(keying.fields(key)) if keying.labelled else ()

@@ -3,7 +3,7 @@
 J1  Of a ``mutable`` cache only bytes are kept and shared: near cache, flights and request scopes
     hold the msgpack, and every caller decodes a value of its own.
 J2  Other caches pay nothing for it.
-J3  What is kept is what other nodes decode, so that all callers get the same (see ``values``).
+J3  The near copy is the value that other nodes decode, so all callers get the same (``values``).
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Y1  Every parameter of the loader is a field of the key template, and the other way round:
     otherwise two different calls would share an entry.
 Y2  From a key, the loader gets arguments of the types that it declares, or there is InvalidKey.
-Y3  Whatever a key could not give back is refused: a parameter without a type that has a text (see
-    ``arguments``) where the cache is declared, an argument of another type at the call.
-Y4  A loader gets what the key gives back, also in the load that a caller waits for.
-Y5  One tuple of arguments has one key: another spelling of it is no key of this cache.
+Y3  An argument that a key could not give back is refused: a parameter without a type that has a
+    text (see ``arguments``) where the cache is declared, an argument of another type at the call.
+Y4  A loader gets the arguments parsed from the key, also in the load that a caller waits for.
+Y5  One tuple of arguments has one key: the cache refuses any other spelling of it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Keying:
         return bool(self._tags or self._behind)
 
     def arguments(self, key: str) -> Mapping[str, Any]:
-        """What the loader is called with for this key.
+        """The arguments of the loader for this key.
 
         Raises:
             InvalidKey: it is no key of the template, or not of the declared types.
@@ -161,7 +161,7 @@ class Keying:
 
 
 def _key_of_int(template: KeyTemplate, otherwise: Callable[..., str]) -> Callable[..., str]:
-    """For the only parameter; what is checked here is paid for by every hit."""
+    """For a template with one parameter; every hit pays for the checks here."""
     head, tail = template.ends
 
     def key(*args: Any, **kwargs: Any) -> str:

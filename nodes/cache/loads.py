@@ -12,8 +12,8 @@ L5  A value that is there already, byte for byte, only has its life extended.
 L6  Where a tag that the loader named was bumped since the load began, it is loaded once more.
 L7  An absence that is not to be remembered takes the old value away all the same, if the lease
     is still there: otherwise what is stored now is newer.
-L8  What callers get is what was made of the loader's value to be stored, also where it is not
-    stored: the same as a later hit gives.
+L8  Callers get the loader's value in its decoded form, also where it is not stored: the same as
+    from a later hit.
 """
 
 from __future__ import annotations

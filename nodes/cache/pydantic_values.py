@@ -9,7 +9,7 @@ P1  Pydantic is not imported for a type that has nothing of it, nor before the a
 P2  What cannot come back is refused when the type is declared: a secret, which its JSON form
     masks, a field that is left out of it, a msgspec Struct beside a model.
 P3  A serializer and a validator that do not fit are an error of the load, and not a miss at each
-    read: whoever encodes a value decodes it, too (see ``values``).
+    read: a value is decoded right after it is encoded (see ``values``).
 P4  No error text shows a value.
 """
 
@@ -87,7 +87,7 @@ class PydanticForm:
         return self._dump(value, mode="json", round_trip=True, by_alias=True)
 
     def to_json(self, value: Any) -> bytes:
-        """What ``simple`` gives, as JSON."""
+        """The result of ``simple``, as JSON."""
         return msgspec.json.encode(self.simple(value))
 
     def decode(self, payload: bytes) -> Any:

@@ -39,7 +39,7 @@ __all__ = [
     "unmade_in",
 ]
 
-_DECODED = (dict, list, str, bytes, int, float, datetime)  #: what is made of bytes of no known type
+_DECODED = (dict, list, str, bytes, int, float, datetime)  #: decoded forms without a declared type
 _NOT_ITS_BASE = (bool, datetime)  #: instances of int and of date that are not meant by these
 
 
@@ -125,7 +125,7 @@ def _is_base(kind: type) -> bool:
 
 
 def layers(of: Any) -> Iterator[Any]:
-    """The type, and what is inside each name and annotation: NewType, Annotated, aliases, ..."""
+    """The type, and the types inside its wrappers: NewType, Annotated, aliases, ..."""
     while True:
         yield of
         if get_origin(of) in (Annotated, Required, Final):

@@ -8,10 +8,11 @@ V3  A value that is not of the declared type is refused when it is encoded: by i
 V4  All forms of compression are read, whichever is written.
 V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for each caller, and
     what it has packed itself can be decoded.
-V6  What was decoded so is what is kept and returned, from the first call on: a datetime in UTC, a
-    float where the loader returned an int, the declared class where it returned a subclass.
+V6  The decoded value is kept and returned, from the first call on: a datetime in UTC, a float
+    where the loader returned an int, the declared class where it returned a subclass.
 V7  A type of which nothing could be stored is refused where it is declared.
-V8  ``json`` gives what JSON can hold of a value, or InvalidEntry: no NaN becomes a null.
+V8  ``json`` encodes a value, or raises InvalidEntry if JSON cannot hold it: NaN never becomes
+    null.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ T = TypeVar("T")
 class Made(Struct, Generic[T], frozen=True):
     """A value that was encoded, and decoded again."""
 
-    kept: T  #: for the near cache and whoever waits
+    kept: T  #: for the near cache and the waiting callers
     payload: bytes  #: the msgpack of it
 
 
@@ -64,7 +65,7 @@ class ValueCodec(Generic[T]):
         self._compressor = compressor(compression)
         try:
             self._classes = classes_of(of)
-            # What pydantic cannot make again of a model is of the declared type all the same.
+            # A model that pydantic cannot decode again is of the declared type all the same.
             unmade: EntryFault = "bad_value" if of is Any or has_pydantic(of) else "wrong_type"
             self._unmade = unmade
             self._form = _form_of(of)
@@ -206,13 +207,13 @@ class ValueCodec(Generic[T]):
 
 
 class PackedCodec(ValueCodec[bytes], Generic[T]):
-    """For values that callers may change: what is kept and shared is the msgpack of a value.
+    """For values that callers may change: the msgpack of a value is kept and shared.
 
-    ``made`` makes it of what a loader returned, ``own`` decodes it for one caller.
+    ``made`` encodes a loader's result, ``own`` decodes it for one caller.
     """
 
     def made(self, value: Any) -> Made[bytes]:
-        """As of any codec, but what is kept is the msgpack.
+        """As for any codec, but the msgpack is kept.
 
         Raises:
             InvalidEntry: it is of another type, or no value that can be encoded and decoded.
@@ -254,7 +255,7 @@ class _Form(Struct, frozen=True):
     stored: _Decoder  #: of msgpack
     published: _Decoder  #: of JSON
     to_json: Callable[[Any], bytes]
-    simple: Callable[[Any], Any]  #: what ``to_json`` makes JSON of: dicts, lists and the like
+    simple: Callable[[Any], Any]  #: the input of ``to_json``: dicts, lists and the like
 
 
 def _form_of(of: Any) -> _Form:

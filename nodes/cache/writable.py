@@ -42,8 +42,9 @@ _INVALIDATES_MAX = 1_000  #: what a write job may carry
 _TIMEOUT_S = 5.0
 
 
-# What a type checker compares a cached function with, to know what its writers take. A loader of
-# more than three parameters has writers that take anything; they are checked when they are called.
+# A type checker compares a cached function with these, to know the arguments of its writers. A
+# loader of more than three parameters has writers that take anything; they are checked when they
+# are called.
 
 
 class Takes0(Protocol[T_co]):

@@ -18,7 +18,7 @@ X4  A sink that fails has changed nothing here, and its error is raised as it is
 X5  No lease stays: it is used, deleted or given back. What takes longer than its lease is given
     up as a transient failure with unknown outcome.
 X6  A value that no entry can hold is refused before anything is written.
-X7  A sink gets what readers get: the value as it was decoded from what is stored.
+X7  A sink gets the same value as readers: the one decoded from the stored form.
 
 Not covered: a process that dies between the sink and the entry leaves the old entry until it
 expires, or is written again; so may a sink that stores a row after it was cancelled. B has no

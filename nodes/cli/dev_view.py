@@ -50,7 +50,7 @@ class View(Protocol):
 
 
 def prepare() -> None:
-    """Load what the view needs, before the event loop runs: it would stand still meanwhile."""
+    """Import the view's modules before the event loop runs: they would block it."""
     if _has_table():
         import_module("rich.live")
 

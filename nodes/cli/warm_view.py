@@ -32,7 +32,7 @@ class View(Protocol):
 
 
 def prepare() -> None:
-    """Load what the view needs, before the event loop runs: it would stand still meanwhile."""
+    """Import the view's modules before the event loop runs: they would block it."""
     if _has_bar():
         import_module("rich.progress")
 

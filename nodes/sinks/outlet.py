@@ -1,6 +1,6 @@
 """The one way to a sink in this process, for all who write to it.
 
-O1  The sink gets one batch at a time, whoever sends it; a sink with ``concurrency`` n gets one of
+O1  The sink gets one batch at a time, from all senders; a sink with ``concurrency`` n gets one of
     ``write`` and n - 1 of ``write_beside``. So a batch that waits for a locked row (a
     write-through, or one shard's writes) does not hold up the writes of other shards.
 O2  It is opened before its first batch, once, and closed once; a batch after that opens it anew.

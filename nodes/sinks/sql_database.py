@@ -159,7 +159,7 @@ class Database:
             raise translated(error, self.address) from error
 
     async def _give_back(self, connection: AsyncConnection) -> None:
-        """Roll back what is not committed, and let the pool have the connection. Never raises."""
+        """Roll back an open transaction, and return the connection to the pool. Never raises."""
         fault: SinkError = TransientSinkError(f"no answer within {self._timeout_s:g} s")
         with anyio.move_on_after(self._timeout_s, shield=True):
             try:

@@ -2,7 +2,7 @@
 
     200  the value as JSON, with X-Forebay-Tier, -Age-Ms, -Stale and -Version
     404  no_cache: no cache of this node declares the key;  absent: the source has no such value
-    406  no_json: the value is more than JSON can hold: NaN, or keys that are no text
+    406  no_json: the value is more than JSON can hold: NaN, or keys that are not strings
     400  the key is not valid    504  its loader failed    503  Valkey is needed and away
 
 The key stands in the path percent-encoded once, so ``a%3Ab`` inside a key is ``a%253Ab`` here.

@@ -11,8 +11,8 @@ A4  What can never be applied (a value of the wrong type, a shard whose names ho
     a whole are raised.
 A5  When the server's memory is full, writes are applied beyond its limit, since their events are
     deleted only then; at most ``_BYTES_AT_FULL`` of events at a time, and only while the
-    server is beyond the limit by less than ``allowance``. What it adds the sinks' commits
-    free again. Otherwise writes wait, as by A3.
+    server is beyond the limit by less than ``allowance``. The sinks' commits free
+    the added memory again. Otherwise writes wait, as by A3.
 """
 
 from __future__ import annotations

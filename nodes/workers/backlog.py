@@ -1,11 +1,11 @@
 """How old the oldest work is that this node is responsible for.
 
-L1  The server is asked, not the workers: what they have forgotten, or believe to be done, counts.
+L1  The server is asked, not the workers: work that they forgot, or believe to be done, counts.
 L2  An entry is as old as its id says, and at least as old as the time since it was first seen
     here. An id that a publisher made up (years old, or ahead of time) counts only as the latter.
 L3  Looking costs one read for each stream of the shards owned here, every ``every_s``; health and
-    metrics read memory. A look that fails leaves what was known, which grows older.
-L4  What is older than ``late_s`` is logged, once a minute for each kind.
+    metrics read memory. If a look fails, the last known ages stay and grow.
+L4  Work older than ``late_s`` is logged, once a minute for each kind.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Backlog:
         now, heads, oldest = self._clock.monotonic(), dict[str, _Head](), dict[Work, Oldest]()
         for (kind, name), reply in zip(streams, replies, strict=True):
             if isinstance(reply, ForebayError) or not reply:
-                continue  # a key of another type is told by whoever works on it
+                continue  # a key of another type is reported by its worker
             entry_id = bytes(reply[0][0])
             known = self._heads.get(name)
             head = known if known and known.entry_id == entry_id else _Head(entry_id, now)

@@ -73,7 +73,7 @@ def trim_call(scripts: Scripts, names: Names, holding: Holding) -> Call:
 
 
 def checkpoint_in(reply: Reply, names: Names, shard: int, checkpoint: str) -> str:
-    """The checkpoint; the stream's beginning, if it is none: what is there is not done."""
+    """The checkpoint; if it is invalid, the stream's beginning: its entries are not done."""
     try:
         name = f"{names.part(shard, 'done')} {checkpoint}"
         return "0-0" if reply is None else stream_id(reply, name)

@@ -4,7 +4,7 @@ K1  The workers are cancelled before what they use is closed.
 K2  The last worker of a namespace applies the events that there are when its drain begins; the
     last one with sinks brings the writes to them; any other leaves both to the rest. Ingress is
     given up before the writes are brought, so that nothing new arrives. A drain takes at
-    most ``drain_ms``, and hands over also what it could not finish.
+    most ``drain_ms``, and also hands over unfinished work.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Crew:
         return made
 
     async def drain(self) -> DrainOutcome:
-        """Finish what is under way and hand over the rest."""
+        """Finish the work under way and hand over the rest."""
         ownership, limit_s = self.ownership, self._drain_ms / 1000
         me = {self._node_id}
         others = {"events": set(ownership.nodes) - me, "writes": set(ownership.sinking) - me}
@@ -195,7 +195,7 @@ class Crew:
         )
 
     async def _finish(self, done: dict[str, bool]) -> None:
-        """What no other worker does: the events, and then the writes."""
+        """Do the work that no other worker does: the events, and then the writes."""
         ownership = self.ownership
         events = ownership.tenures.get(EVENTS)
         if events is not None:

@@ -8,7 +8,7 @@ D1  ``bury`` returns when the server has all of them; else it raises, and nothin
 D2  A crash between burying and the checkpoint buries again: of several with the same
     ``from`` one is meant.
 D3  About the newest ``entries_max`` are kept in each stream; what is dropped is counted.
-D4  They are kept also when the server's memory is full: what they stood for is deleted after.
+D4  They are kept also when the server's memory is full: the original entry is deleted after.
 D5  A stream that has given its last id is set aside as ``<name>:before``, loudly.
 """
 
@@ -99,7 +99,7 @@ class DeadLetters:
             log.error("dead_letters.dropped", count=dropped, stream=name)
 
     async def _set_aside(self, name: str) -> None:
-        """Begin the stream anew: somebody gave it the last id, after which there is none."""
+        """Start the stream over: it has the largest possible id, and takes no further entry."""
         log.error("dead_letters.set_aside", stream=name, kept_in=f"{name}:before")
         await self._commands.call("RENAME", name, f"{name}:before")
 

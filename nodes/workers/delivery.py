@@ -96,7 +96,7 @@ class Delivery:
         """``beside``: where a batch of one shard goes that must not hold up the others."""
         self.sink = sink
         self.stopped = ""  #: why, while the failure is fatal
-        self.paused: Outage | None = None  #: while no try succeeds, be it transient or fatal
+        self.paused: Outage | None = None  #: while no try succeeds; transient or fatal
         self.locked: dict[str, Outage] = {}  #: by key, the writes that wait for a locked row
         self._beside = beside or sink.write
         self._namespace = namespace
@@ -164,7 +164,7 @@ class Delivery:
         ours: Ours,
         alone: bool,
     ) -> list[_Suspect]:
-        """Store what can be stored of a batch that failed; returns what is at fault."""
+        """Store the good writes of a batch that failed; returns the suspects."""
         if len(writes) == 1:
             self._look_at(writes[0], error, fence)
             return [_Suspect(writes[0], error, int(isinstance(error, PoisonSinkError)))]

@@ -100,7 +100,7 @@ class Held:
             await anyio.sleep(_LOOK_S)
 
     async def round(self) -> None:
-        """Look at what is held in the shards that this node owns.
+        """Look at the held writes of the shards that this node owns.
 
         Raises:
             Unavailable, ServerRefused: some shards were not looked at.
@@ -187,7 +187,7 @@ class Held:
         return InvalidEvent("no_sink", problem, field="key", fix=fix)
 
     async def _forget(self, tenure: Tenure, gone: Sequence[Queued]) -> None:
-        """They are dead letters: whoever reads their keys asks the source from now on."""
+        """They are dead letters: reads of their keys ask the source from now on."""
         newest = {entry.job.key: entry for entry in gone if entry.job is not None}
         if newest:
             await self._invalidate(list(newest), ())

@@ -53,7 +53,7 @@ class Place:
         self.position, self.sunk, self.rung = "", "0-0", True
 
     def begin_again(self) -> None:
-        """What is remembered may be of another history: the checkpoint is to be asked for."""
+        """The remembered position may be of another history: ask for the checkpoint."""
         self.position, self.held, self.rung = "", "0-0", True
 
 

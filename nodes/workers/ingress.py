@@ -10,9 +10,9 @@ G4  A write is refused by a full stream only as long as it is full: ingress wait
     by the bound of its own stream, do the publishers.
 G5  Refreshes are hints: they are applied last, and dropped where anything stands against it.
 G6  No event is discarded for its id. Ids grow within a generation of the stream; where they went
-    back, a new one begins (``ingress_take``). What is read is the stream's beginning, since what
-    was applied is deleted with the checkpoint. Only the last id of all is a dead letter: it
-    is set aside with what stands before it, so that publishers can continue.
+    back, a new one begins (``ingress_take``). Reads begin at the stream's start, since applied
+    events are deleted with the checkpoint. Only the largest possible id is a dead letter: it is
+    set aside with the events before it, so that publishers can continue.
 G7  An id ahead of the server's clock is reported, and forgotten when the stream is drained.
 
 Reading blocks, so it has a connection of its own.
@@ -119,7 +119,7 @@ class Ingress:
         self._yielding = False
         self.failing = LogOnce(core.clock)
         self._before = names.part(EVENTS, "before")
-        self._newest = _NO_MARK  # of what is known to be applied
+        self._newest = _NO_MARK  # of the events known to be applied
         self.ahead_ms = 0  #: how far the newest id is ahead of the server's clock, if far
 
     def __repr__(self) -> str:
@@ -191,7 +191,7 @@ class Ingress:
             entries = await self._read()
             if not self._ours(tenure):
                 continue
-            if doubts != self._follower.doubts:  # marks may be gone with what was lost
+            if doubts != self._follower.doubts:  # marks may be lost, too
                 doubts = self._follower.doubts
                 self._newest = await self._newest_mark()
             self._busy = True
@@ -206,7 +206,7 @@ class Ingress:
                 self._idle = anyio.Event()
 
     async def _read(self) -> Sequence[Sequence[Reply]]:
-        """The first entries; of what was set aside, if there is any."""
+        """The first entries; of the stream set aside, if it exists."""
         reply = await self._blocking.call(
             "XREAD", "COUNT", _BATCH, "BLOCK", self._block_ms,
             "STREAMS", self._before, self._names.events, "0-0", "0-0",
@@ -320,7 +320,7 @@ class Ingress:
         return None
 
     async def _try_to_publish_held(self, tenure: Tenure) -> None:
-        """What the server refuses, stays held: events that come must not wait for it."""
+        """Events that the server refuses stay held: new events must not wait for them."""
         try:
             await self._publish_held(tenure)
         except ServerRefused as error:
@@ -412,7 +412,7 @@ def _digest(entries: Sequence[Sequence[Reply]]) -> str:
 
 
 def read_mark(raw: bytes) -> Mark:
-    """What a shard's mark says; the oldest of all for what is no mark."""
+    """The parsed mark of a shard; the oldest possible mark if it cannot be parsed."""
     found = _MARK.fullmatch(raw)
     mark = _NO_MARK if found is None else (int(found[1]), (int(found[2]), int(found[3])))
     return mark if mark[0] < _GENERATION_MAX else _NO_MARK

@@ -9,17 +9,18 @@ W3  What a write invalidates is invalidated after the sink has it, before the ch
 W4  Work is handed out only while the tenure is in force and not yielding; commits carry its
     epoch. What a sink refuses as fenced holds up its own shard only.
 W5  Before a shard's writes a lane reads those held of its sink, which are older. The first lane
-    holds what no sink of this node takes; so that none of them is trimmed unseen, it reads a
-    shard's writes from the first one on, whatever its checkpoint is.
+    holds the writes that no sink of this node takes. It reads a shard's writes from the first
+    one on, regardless of its checkpoint, so that none of them is trimmed unseen.
 W6  A value that this node cannot decode is held for a member that has not tried (see ``Held``).
     A newer write of the key that is stored first takes its place.
 W7  A round reads at most ``flush_rows_max`` entries, of about ``_BYTES_MAX`` bytes.
 W8  A row that another transaction has locked holds up its own shard: the others are flushed one by
     one, and the shard is parked, that is flushed beside the rounds until the row is stored.
 W9  Positions are remembered only to spare a round trip: each read asks for the checkpoint, too, and
-    each commit and trim names it. Where the server has lost it, or what was read (a lost tail, a
-    failover), nothing is moved or trimmed, and the lane reads from the server's checkpoint
-    on. A key whose write comes a second time is invalidated: the sink may have a newer one.
+    each commit and trim names it. If the server has lost the checkpoint or the writes that were
+    read (a lost tail, a failover), nothing is moved or trimmed, and the lane reads from the
+    server's checkpoint on. A key whose write comes a second time is invalidated: the sink may
+    have a newer one.
 W10 A shard whose keys the server refuses waits by itself, until the next sweep (``RefusedShards``).
 
 All shards share one flush, so that a slow trickle over many shards makes few transactions. A
@@ -62,7 +63,7 @@ _SWEEP_S = 0.25
 _BYTES_MAX = 16_777_216
 _ENTRY_BYTES = 4_096  # until some were seen
 _NAMES_TOGETHER = 1_000
-_LOST = 2  #: what checkpoint_commit says where the stream is not what was read
+_LOST = 2  #: checkpoint_commit's reply if the stream differs from the one that was read
 
 
 class Lane:
@@ -85,8 +86,8 @@ class Lane:
         invalidate: Invalidate,
         settled: Callable[[], None],
     ) -> None:
-        """``settled`` is called after every round. The first lane also holds what belongs to
-        none; without a delivery there is nothing else.
+        """``settled`` is called after every round. The first lane also holds the writes without a
+        sink; without a delivery it holds only those.
         """
         self.name = delivery.sink.name if delivery else "no sink"
         self.backlog = 0  #: entries read in the last round
@@ -235,7 +236,7 @@ class Lane:
     def _reads(self, holding: Holding, count: int) -> Iterator[Sequence[Arg]]:
         """The checkpoint, the next of those held unless all were read, the next of the writes."""
         place = self._place(holding)
-        place.rung = False  # before reading: a bell from now on may mean what is not read
+        place.rung = False  # before reading: a later bell may mean a write that was not read
         yield "HGET", self._names.part(holding.shard, "done"), self.checkpoint
         streams = [("held", place.held)] if place.held is not None else []
         for stream, position in [*streams, ("writes", place.position)]:
@@ -252,13 +253,13 @@ class Lane:
         return Stretch(holding.tenure, found, self._place(holding).committed, held=True)
 
     def _begin_again(self, holding: Holding | None) -> None:
-        """The checkpoint is elsewhere, or what was read is gone: see W9."""
+        """The checkpoint has moved, or the writes that were read are gone: see W9."""
         if holding is not None:
             log.warning("writes.read_again", sink=self._sink, shard=holding.shard)
             self._place(holding).begin_again()
 
     async def _flush_ours(self, stretches: Sequence[Stretch], *, alone: bool = False) -> None:
-        """Flush; if that is refused as fenced (W4), or busy (W8), flush what is not."""
+        """Flush; if shards are refused as fenced (W4) or busy (W8), flush the others."""
         try:
             await self._flush(stretches, alone=alone)
         except (BusySinkError, ServerRefused) as error:
@@ -326,7 +327,7 @@ class Lane:
                 batch, ours=lambda: self._ours(stretches), alone=alone
             )
             versions.delivered(refused)
-        for stretch in stretches:  # only now: what is before them in the stretch is stored
+        for stretch in stretches:  # only now: the writes before them are stored
             await self._hold(stretch, versions.undecodable, versions, self._ownership.token)
         for shard, letters in versions.letters.items():
             await self._dead_letters.bury(shard, letters)
@@ -444,7 +445,7 @@ class Lane:
     async def _forget_held(
         self, moved: Sequence[tuple[Holding, Stretch]], versions: Versions
     ) -> None:
-        """Delete what is done of those held; and those that newer writes took the place of."""
+        """Delete held writes that are done or were replaced by newer writes."""
         done: dict[int, list[str]] = {}
         held = {stretch.shard for _, stretch in moved if stretch.held}
         for shard, entry in versions.finished():

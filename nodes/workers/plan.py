@@ -34,7 +34,7 @@ class Taken(Struct, frozen=True):
     id: str
     event: Event
     raw: bytes  #: as it was published
-    generation: int = 0  #: of the stream; ids of a later one are later, whatever they are
+    generation: int = 0  #: of the stream; all ids of a later generation are later
 
     held_as: str = ""  #: the id that it had before it was held
 

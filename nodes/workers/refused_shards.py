@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 
 class RefusedShards(dict[int, LogOnce]):
-    """By shard, what is refused there."""
+    """The refusals, by shard."""
 
     def __init__(self, names: Names, sink: str | None) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ T1  Whatever stands in an entry, reading it gives a ``Queued``; one without a jo
 T2  Of a stretch the newest write of a key comes first; one that is refused for good gives way
     to the one before it, so that no write is lost for another's fault.
 T3  A write that this member has no sink for is to be held; so is one whose value it cannot decode,
-    since another member may. Neither is done, and what it invalidates waits for it.
+    since another member may. Neither is done, and its invalidations wait for it.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Versions:
         token: str = "",
         others: bool = False,
     ) -> None:
-        """``strays``: also look for what belongs to no sink. ``token`` is this member's;
-        ``others``: there may be members that decode what this one cannot.
+        """``strays``: also look for writes without a sink. ``token`` is this member's;
+        ``others``: other members may decode values that this one cannot.
         """
         self.letters: dict[int, list[DeadLetter]] = {}
         self.doubtful: set[str] = set()  #: keys whose newest write will never reach the source
@@ -221,7 +221,7 @@ class Versions:
         return ((shard, each) for shard, each in self._taken if (shard, each.id) not in held)
 
     def newest(self) -> Mapping[int, Mapping[str, Queued]]:
-        """By shard and key, the newest of those that are finished, whatever became of it."""
+        """By shard and key, the newest of those that are finished, with any outcome."""
         found: dict[int, dict[str, Queued]] = {}
         for shard, entry in self.finished():
             if entry.job is not None:

@@ -1,4 +1,4 @@
-"""Keeps short what shards remember: the owner of a shard cuts off what is old.
+"""Bounds the records of shards: the owner of a shard trims the old ones.
 
 X1  The newest ``retain`` notices stay. A follower that is further behind sees a gap, and
     asks again for whatever it remembers of the shard: nothing goes wrong, it only costs.

@@ -2,8 +2,8 @@
 
 B1  Each sink has a lane of its own (see ``Lane``): one that is paused or stopped holds up
     nobody else's writes, but the streams keep what it has not stored.
-B2  What no sink of this node takes is held (see ``Held``).
-B3  What is yielded is left alone first: no more work is handed out, and that under way ends,
+B2  A write that no sink of this node takes is held (see ``Held``).
+B3  A yielded shard is left alone first: no more work is handed out, and work under way ends,
     or is given up after half a lease.
 """
 

@@ -60,7 +60,7 @@ async def test_what_outdates_a_key_outdates_it_in_every_version(
 
 
 async def test_a_fill_leaves_the_entry_of_another_version(desks: tuple[Desk, Desk]) -> None:
-    """A load says nothing of what other versions hold: else they would undo each other's work."""
+    """A load leaves entries of other versions: else they would undo each other's work."""
     old, new = desks
     await fill(new, "of v2-b")
     await fill(old, "of 1")
@@ -121,7 +121,7 @@ async def test_an_older_write_of_another_version_ends_with_the_newer(
 async def test_nothing_is_filled_while_a_write_of_another_version_waits(
     desks: tuple[Desk, Desk],
 ) -> None:
-    """entry_fill I3, write_begin I4: the source is older than what was accepted."""
+    """entry_fill I3, write_begin I4: the source is older than the accepted write."""
     old, new = desks
     epoch, version, job_id = await sunk(old, old)
     await new.begin("t")

@@ -577,7 +577,7 @@ async def test_event_ids_are_remembered_up_to_a_bound(desk: Desk) -> None:
 
 
 async def test_lifetimes_of_a_write_count_from_its_publication(desk: Desk) -> None:
-    """entry_write I4: what was applied a minute late is a minute older."""
+    """entry_write I4: a write applied a minute late is a minute older."""
     published_ms = await desk.now_us() // 1_000 - MINUTE_MS
     reply = await desk.write(published_ms=published_ms, soft_ms=10, hard_ms=MINUTE_MS + 20)
     assert (int(reply[2]), int(reply[3])) == (published_ms + 10, published_ms + MINUTE_MS + 20)

@@ -1,8 +1,9 @@
 """When the server's memory is full (maxmemory, noeviction): nothing half done.
 
 The server refuses only a script's first write, and only if it is one that may need memory.
-So a change is refused as a whole; and what frees memory, keeps the order of those who do, or lets a
-node start, begins with a write that is never refused. Every script is in one of the tables here.
+So a change is refused as a whole. A script that frees memory, keeps the order of those that do, or
+lets a node start, begins with a write that is never refused. Every script is in one of the tables
+here.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ async def reclaim(desk: Desk, name: str, nonce: str) -> None:
 
 
 def test_every_script_is_tried_when_memory_is_full() -> None:
-    """Whoever adds a script decides what becomes of it then."""
+    """A new script must be added to one of the two tables."""
     tried = {name.split(" ")[0] for name in (*REFUSED, *WORKS)}
     assert tried == set(SCRIPTS) - {"lock_show"}  # that one never writes
 

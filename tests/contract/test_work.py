@@ -255,14 +255,14 @@ async def test_a_commit_moves_the_checkpoint_and_trims(desk: Desk) -> None:
     [
         ("0-0", "job", False),
         ("0-0", "", False),
-        ("1-0", "job", True),  # the checkpoint is no longer where the owner left it
-        ("0-0", "9-9", True),  # what it read is gone
+        ("1-0", "job", True),  # the checkpoint has moved since the owner wrote it
+        ("0-0", "9-9", True),  # the entries that it read are gone
     ],
 )
 async def test_a_commit_of_what_the_server_lost_moves_nothing(
     desk: Desk, follows: str, last: str, lost: bool
 ) -> None:
-    """checkpoint_commit I6: but what is known to be sunk may expire."""
+    """checkpoint_commit I6: but an entry known to be sunk may expire."""
     epoch, version, job_id = await sunk(desk)
     last = job_id if last == "job" else last
     reply = await desk.commit("a", epoch, job_id, [("k", version)], follows=follows, last=last)
@@ -284,7 +284,7 @@ async def test_a_second_checkpoint_is_compared_too(desk: Desk) -> None:
 
 
 async def test_writes_are_trimmed_where_the_checkpoints_are_as_known(desk: Desk) -> None:
-    """writes_trim I1: one that went back keeps what it has to read again."""
+    """writes_trim I1: a checkpoint that went back keeps the entries it has to read again."""
     epoch, _, _ = await sunk(desk)
     await desk.commit("a", epoch, "0-1", last="")
     await desk.write("next")
@@ -589,7 +589,7 @@ async def test_one_who_is_fenced_off_holds_nothing(desk: Desk) -> None:
     assert await desk.everything() == before
 
 
-# What is moved to another stream, and what is fixed once
+# Entries moved to another stream, and facts fixed once
 
 
 async def test_an_entry_is_moved_once_under_its_id(desk: Desk) -> None:
@@ -604,7 +604,7 @@ async def test_an_entry_is_moved_once_under_its_id(desk: Desk) -> None:
 
 
 async def test_of_what_is_moved_the_newest_stay(desk: Desk) -> None:
-    """The bound may be exceeded by part of a node of the stream, and what is dropped is told."""
+    """The bound may be exceeded by part of a stream node; the reply counts dropped entries."""
     replies = [await desk.append("dead", "n", str(number), bound=10) for number in range(300)]
     kept = await desk.commands.call("XRANGE", desk.part("dead"), "-", "+")
     assert 10 <= len(kept) < 300
@@ -613,6 +613,6 @@ async def test_of_what_is_moved_the_newest_stay(desk: Desk) -> None:
 
 
 async def test_a_fact_of_the_namespace_is_fixed_by_the_first(desk: Desk) -> None:
-    """Whoever comes later is told what it is."""
+    """Later callers get the fixed value."""
     for value in ("64", "16"):
         assert await desk.run("meta_set", [desk.names.meta], "shards", value) == b"64"

@@ -159,7 +159,7 @@ def test_with_ranks_too_the_answer_does_not_depend_on_who_asks(
 def test_who_owns_is_of_the_highest_rank_that_neither_avoids_nor_declines(
     situation: tuple[int, list[Candidate], dict[int, str]],
 ) -> None:
-    """A5: and whatever anybody can take has an owner."""
+    """A5: and a shard that anybody can take has an owner."""
     shards, candidates, owners = situation
     plan = assign(range(shards), candidates, owners)
     known = {each.id: each for each in candidates}

@@ -282,7 +282,7 @@ async def test_evicting_streams_is_warned_of(
 async def test_what_a_loss_of_power_takes_is_warned_of(
     make_server: MakeServer, config: dict[str, str], loses: str
 ) -> None:
-    """Accepted is more than the disk has, unless every write is synced; and what helps then."""
+    """Accepted writes may not be on disk, unless each is synced; the finding has a remedy."""
     async with backend_at(make_server(config=config).url) as backend:
         found = [each for each in backend.findings if each.name == "persistence"]
         assert [loses in each.problem for each in found] == ([True] if loses else [])

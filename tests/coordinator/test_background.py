@@ -35,7 +35,7 @@ def way(request: pytest.FixtureRequest) -> Start:
 
 
 async def test_a_task_starts_from_wherever_it_is_asked_for(way: Start) -> None:
-    """I4: and it runs in the context of whoever asked."""
+    """I4: and it runs in the context of the caller."""
     seen: list[str] = []
     told = asyncio.Event()
 
@@ -131,7 +131,7 @@ async def test_a_task_cancelled_from_inside_has_failed(work: Callable[[], Awaita
 
 
 async def test_a_cancelled_body_cancels_its_tasks() -> None:
-    """I3: by a scope around it; that is no failure of theirs."""
+    """I3: by a scope around it; that does not count as a failure of the tasks."""
     ended: list[str] = []
 
     async def work(task_status: anyio.abc.TaskStatus[str]) -> None:

@@ -1,4 +1,4 @@
-"""The server's clock is set, by a minute, forward and back: what stays right, and what is bounded.
+"""The server's clock is set forward and back by a minute: results stay right, or off by a bound.
 
 The server runs under libfaketime, which reads the clock's offset from a file. It looks at its clock
 now and then only, so ``set_clock`` waits until the server tells the new time.
@@ -43,7 +43,7 @@ class Clocked:
                 await anyio.sleep(0.005)
 
     async def take(self, count: int = 1) -> list[int]:
-        """Granted, the limit that binds, what remains, wait and reset (microseconds)."""
+        """Granted, the limit that binds, remaining tokens, wait and reset (microseconds)."""
         keys = [f"{{{self.desk.names.namespace}}}:limit"]
         reply = await self.desk.run("limit_take", keys, *LIMIT, "t", count, 1)
         return [int(each) for each in reply]
@@ -140,7 +140,7 @@ async def test_no_member_is_taken_for_gone_after_a_jump(clocked: Clocked, by_s: 
 @pytest.mark.parametrize("by_s", [JUMP_S, -JUMP_S])
 async def test_of_two_owners_the_older_one_is_fenced_off(clocked: Clocked, by_s: int) -> None:
     """Set forward, a lease ends early, and the next epoch is larger; set back, it lasts longer by
-    that much, and whoever has it renews it.
+    that much, and its owner renews it.
     """
     desk = clocked.desk
     epoch = int((await desk.claim("a", ttl_ms=10_000))[1])
@@ -170,7 +170,7 @@ async def test_tokens_of_locks_grow_over_a_jump(clocked: Clocked, by_s: int) -> 
 
 
 async def test_an_event_id_counts_once_when_the_clock_was_set_back(clocked: Clocked) -> None:
-    """It is remembered for longer, by what the clock was set back."""
+    """The id is remembered for longer, by the size of the jump."""
     assert (await clocked.desk.write(event_id="e1", seen_ms=5_000))[0] == 1
     await clocked.set_clock(-JUMP_S)
     assert await clocked.desk.write(event_id="e1", seen_ms=5_000) == [2]

@@ -122,7 +122,7 @@ async def test_bells_and_sweeps_together_apply_each_notice_once(
 
 
 async def test_sweeps_at_the_same_time_apply_each_notice_once(scene: Scene) -> None:
-    """I2: the second does not take what the first has read for notices of another server."""
+    """I2: the second does not mistake the first one's notices for those of another server."""
     for _ in range(3):
         await scene.shelf.write(0)
     async with anyio.create_task_group() as tasks:
@@ -630,7 +630,7 @@ async def test_another_run_of_the_server_resets_every_shard(
 async def test_a_namespace_may_be_joined_while_memory_is_full(
     make_server: MakeServer, namespace: str
 ) -> None:
-    """A log can be begun then, too, so what comes later is no gap."""
+    """A log can be begun then, too, so later notices do not look like a gap."""
     server = make_server(config={"maxmemory": "1", "maxmemory-policy": "noeviction"})
     link = link_to(server.socket_url)
     async with running(link):

@@ -225,7 +225,7 @@ async def test_a_link_connected_anew_confirms_nothing_of_before(pair: Pair) -> N
 async def test_a_primary_that_was_demoted_and_promoted_confirms_nothing_of_before(
     pair: Pair, primary: ValkeyServer, replica: ValkeyServer
 ) -> None:
-    """R3: on one open connection; what was accepted before may have been lost."""
+    """R3: on one open connection; writes accepted before may have been lost."""
     await pair.confirm()
     since, connects = pair.replication.since, pair.backend.link.connects
     replica.execute("REPLICAOF", "NO", "ONE")

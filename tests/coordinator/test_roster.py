@@ -143,7 +143,7 @@ def test_shards_and_ingress_go_to_who_has_most_sinks() -> None:
 
 
 def test_a_sink_declared_twice_counts_once() -> None:
-    """R4: what is published is input."""
+    """R4: published records are input."""
     plan = plan_of(
         member("a", "active", sinks=("x", "x", "x")), member("b", "active", sinks=("x", "y"))
     )

@@ -103,7 +103,7 @@ def key_expressions(text: str) -> list[str]:
 
 
 def sources_of(expression: str, text: str) -> tuple[list[str], bool]:
-    """What the locals and parameters of this name are given; whether one is of a function that
+    """The values of locals and parameters of this name; whether one is of a function that
     is shared, and not called in this script."""
     sources, unused = [], False
     for names, values in LOCAL.findall(text):

@@ -82,7 +82,7 @@ async def service(
 
 
 async def accepted(price: Any, id: int, value: int) -> None:
-    """Put until it is accepted: what is refused as READONLY was not carried out."""
+    """Put until it is accepted: a put refused as READONLY was not carried out."""
 
     async def put() -> bool:
         try:
@@ -131,7 +131,7 @@ def forebay_event(key: str, value: int) -> Any:
 
 
 async def test_near_hits_are_suspect_while_a_replica_answers(pair: Pair, namespace: str) -> None:
-    """A replica that is cut off answers reads: what it says is no proof of being current."""
+    """A replica that is cut off answers reads, but its answers do not prove currency."""
     async with service(pair.relay.url("one"), namespace, Table()) as (node, price):
         await price.put(1, 1)
         assert await price(1) == 1
@@ -161,7 +161,7 @@ async def test_a_replica_at_the_address_is_not_dialed_all_the_time(
 
 
 async def test_a_failover_to_a_replica_that_lags_pins_nothing(pair: Pair, namespace: str) -> None:
-    """As a lost tail: what the sink has already is not served as older, nor stranded."""
+    """As for a lost tail: rows already in the sink are not served as older, nor stranded."""
     table = Table()
     async with service(pair.relay.url("one"), namespace, table) as (node, price):
         await price.write_behind(1, 0)

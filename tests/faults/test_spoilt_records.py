@@ -1,7 +1,7 @@
-"""Whatever anybody plants in Valkey: nodes live, the loop does not stall, other keys work.
+"""With any planted record in Valkey, nodes live, the loop does not stall, other keys work.
 
 Two whole nodes run while seeded records of every kind, spoilt in every way, are planted in two of
-the four shards, and in what the whole namespace shares. Keys of the other shards are read,
+the four shards, and in the records shared by the namespace. Keys of the other shards are read,
 invalidated and written through a sink meanwhile.
 """
 

@@ -165,7 +165,7 @@ async def test_hook(make_node: MakeNode, fault: Fault, when: str) -> None:
 
 
 async def test_hooks_share_a_task_and_its_context(make_node: MakeNode) -> None:
-    """H4: what a start hook binds is there for the stop hook."""
+    """H4: the stop hook sees a context variable set by the start hook."""
     node = make_node()
     bound = ContextVar("bound", default="nothing")
     seen: list[object] = []
@@ -250,7 +250,7 @@ def test_process_goes_on(process: NodeProcess) -> None:
 
 
 def test_process_never_ends_unasked_without_an_error(process: NodeProcess) -> None:
-    """`forebay run`: whatever cancels the node, there is a line that says so, and exit code 1."""
+    """`forebay run`: any cancellation of the node is logged, and the exit code is 1."""
     with process as node:
         with suppress(OSError, http.client.HTTPException):
             node.get("/v1/cache/a:2")

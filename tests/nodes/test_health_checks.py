@@ -123,7 +123,7 @@ async def test_a_paused_sink_says_for_how_long_which_attempt_and_why(
 async def test_work_that_nobody_does_is_late(
     valkey_server: ValkeyServer, namespace: str, sink: Faulty, kind: Any
 ) -> None:
-    """L1, L4: what lies in a stream is seen there, whatever the workers believe."""
+    """L1, L4: an entry in a stream is seen there, even if the workers believe it done."""
     async with shop(valkey_server, namespace, sink) as node:
         parts, crew = node.parts, node.parts.crew
         names, link = parts.names, parts.backend.link
@@ -197,7 +197,7 @@ async def test_a_node_without_its_server_says_what_stands_still(
 
 
 async def test_a_key_of_a_wrong_type_is_seen_in_ownership(node: forebay.Node) -> None:
-    """W2: a claim that the server refuses is told, with what it says."""
+    """W2: a claim that the server refuses is reported, with its error."""
     own, link = node.parts.names.part(1, "own"), node.parts.backend.link
     await link.call("SET", own, "x")
     await until(warns(node, "ownership", "WRONGTYPE"))

@@ -1,4 +1,4 @@
-"""What a node leaves undone when it stops, and how it says so: nodes/leftovers.py, Crew K2."""
+"""Work that a node leaves undone when it stops, and its report: nodes/leftovers.py, Crew K2."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Logged = Callable[[], Sequence[Any]]
 
 @pytest.fixture
 def logged() -> Iterator[Logged]:
-    """Lines that say what was left."""
+    """Log lines that report leftovers."""
     with capture_logs() as lines:
         yield lambda: [each for each in lines if each["event"] == "node.undrained"]
 
@@ -151,7 +151,7 @@ def left(node: NodeProcess) -> dict[str, Any]:
 def test_the_last_worker_applies_all_events_before_it_ends(
     valkey_server: ValkeyServer, shop: Shop
 ) -> None:
-    """K2: what was published before the signal is in the sink, and the exit code is 0."""
+    """K2: events published before the signal are in the sink, and the exit code is 0."""
     node = shop.node().start()
     fill(valkey_server, shop, 3_000)
     assert node.stop() == 0
@@ -174,7 +174,7 @@ def test_events_that_are_left_unapplied_are_counted_and_exit_4(
 
 
 def test_what_counts_as_left_undone() -> None:
-    """L3: what others do, or came after the drain began, unless the server ends with the node."""
+    """L3: not the work of others, nor later work, unless the server ends with the node."""
     found = Leftovers(events=1, writes=2, held=4)
     done = DrainOutcome(finished=True, events_done=True, writes_done=True, held_done=True)
     assert left_of(found, done, is_temporary=False).count == 0

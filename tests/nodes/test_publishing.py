@@ -1,4 +1,4 @@
-"""What an application gives to ``node.publish`` becomes JSON as it is, or is refused."""
+"""An object given to ``node.publish`` becomes JSON as it is, or is refused."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ async def _fail() -> None:
 
 
 async def test_failure_of_a_started_node_is_told(declared: Declared) -> None:
-    """L3: there is no block to cancel: the log has it, uses are errors, ``stop`` raises it."""
+    """L3: without a block to cancel, the log has it, uses are errors, ``stop`` raises it."""
     node, cached = declared
     await in_a_task(node.start)
     with capture_logs() as lines:
@@ -184,7 +184,7 @@ async def test_failure_of_a_started_node_is_told(declared: Declared) -> None:
 
 
 async def test_failed_node_may_be_started_without_a_stop(declared: Declared) -> None:
-    """What it was is over."""
+    """A new start clears the old failure."""
     node, cached = declared
     await node.start()
     node.parts.tasks.start_soon(_fail)
@@ -215,7 +215,7 @@ def test_loop_that_ends_without_a_stop(declared: Declared) -> None:
 
 @pytest.fixture
 async def elsewhere() -> AsyncIterator[Callable[[Callable[[], Awaitable[object]]], Any]]:
-    """Runs a call in the loop of another thread; what it raises comes out."""
+    """Runs a call in the loop of another thread, and raises its exceptions here."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -235,7 +235,7 @@ async def elsewhere() -> AsyncIterator[Callable[[Callable[[], Awaitable[object]]
 async def test_use_from_another_loop_is_one_clear_error(
     make_node: MakeNode, elsewhere: Callable[..., Any]
 ) -> None:
-    """Whatever is asked for; and nothing of it harms those in the node's own loop."""
+    """Every call raises; and calls in the node's own loop still work."""
     node = make_node()
     cached = node.cached("a:{id}", ttl=60)(squared)
 

@@ -90,7 +90,7 @@ def node_at(port: int, namespace: str, *, startup_timeout_ms: int) -> forebay.No
 async def test_a_server_that_is_silent_for_a_while_is_waited_for(
     valkey_server: ValkeyServer, namespace: str, at: int
 ) -> None:
-    """U5: at whatever request it falls silent, the node starts when it answers again."""
+    """U5: at any request the server may fall silent; the node starts when it answers again."""
     async with silence(valkey_server, at=at, seconds=0.3) as (between, port):
         node = node_at(port, namespace, startup_timeout_ms=20_000)
         async with node:

@@ -1,9 +1,9 @@
-"""What a service does with a node, to be run by every way to run a loop.
+"""A service that uses a node, to be run by every way to run a loop.
 
 Two nodes on the server of STORY_URL, in a namespace that begins with STORY_NAMESPACE: batch
 loads, a refresh in the background, an explanation by both, a connection that is lost, a write to
-a sink, a limit, and locks over HTTP. ``tell`` returns what came of each;
-``EXPECTED`` is what should.
+a sink, a limit, and locks over HTTP. ``tell`` returns the result of each;
+``EXPECTED`` has the expected results.
 
 As a module it is an application for uvicorn (``story:app``) and for aiohttp (``story:make_app``).
 """

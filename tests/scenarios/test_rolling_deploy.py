@@ -147,7 +147,7 @@ def test_a_worker_without_sinks_says_so_and_owns_no_shard(rollout: Rollout) -> N
 
 
 def test_values_that_one_release_cannot_decode_go_to_the_other(rollout: Rollout) -> None:
-    """The sink is there, and its cache has another type: what v3 writes, v3 stores."""
+    """The sink is there, and its cache has another type: v3 stores the writes of v3."""
     old = rollout.start("v2")
     rollout.start("v3")
     rollout.start("v3", writes=WRITES)

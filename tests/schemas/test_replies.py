@@ -1,4 +1,4 @@
-"""The checked parsers: whatever comes from Valkey is a value, or UnreadableRecord; V1, V2."""
+"""The checked parsers: any reply of Valkey is a value, or UnreadableRecord; V1, V2."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ NOT_WHOLE = [
 @pytest.mark.parametrize("name", PARSERS)
 @given(reply=replies)
 def test_any_reply_is_a_value_or_unreadable(name: str, reply: Any) -> None:
-    """V1: no other exception, whatever it is."""
+    """V1: no other exception, for any reply."""
     refused: list[str] = []
     try:
         PARSERS[name](reply, "a record")
@@ -74,7 +74,7 @@ def test_the_fields_of_any_entry_are_bytes(reply: Any) -> None:
 
 @pytest.mark.parametrize("raw", NOT_WHOLE)
 def test_what_is_no_whole_number_is_refused(raw: Any) -> None:
-    """V1: also what int() would take, or what makes it raise another error."""
+    """V1: also text that int() would take, or for which it raises another error."""
     with pytest.raises(UnreadableRecord):
         integer(raw, "it")
     if isinstance(raw, bytes):

@@ -125,7 +125,7 @@ def test_a_changed_limit_keeps_its_arrival_time(old: Limit, new: Limit, spent: i
 def test_a_clock_set_back_closes_a_limit_for_no_longer_than_it_was(
     limit: Limit, spent: int, back_us: int
 ) -> None:
-    """G5: what is owed then is what was owed, and from then on it is paid off as ever."""
+    """G5: the debt stays the same, and from then on it is paid off as before."""
     terms = terms_of(limit)
     debt = spent * terms.weight
     tat, now_us = gcra.put_debt(debt, START_US, terms), START_US - back_us

@@ -190,7 +190,7 @@ async def test_at_level_replicated_a_renewal_counts_when_replicas_have_it(make: 
 
 
 def test_time_that_passes_unevenly_is_counted() -> None:
-    """S1: a late wake-up; not what is usual."""
+    """S1: a late wake-up; a punctual one does not count."""
     instruments = Instruments(CollectorRegistry())
     stalls, counts = Stalls(instruments), instruments.counts
     stalls.woke(due=10.0, now=10.04)

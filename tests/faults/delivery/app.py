@@ -1,4 +1,4 @@
-"""What the workers run: ``forebay run --app faults.delivery.app:node``."""
+"""The application of the workers: ``forebay run --app faults.delivery.app:node``."""
 
 from __future__ import annotations
 

@@ -1,22 +1,22 @@
 """Did every accepted event arrive, once, in order? Decided afterwards, from the history alone.
 
-D1 lost          An accepted event that is no poison reaches the sink, or a later event of its key
+D1 lost          An accepted event, unless a poison, reaches the sink, or a later event of its key
                  does; and at the end the row is not older than the newest of them.
 D2 order         The effects of a key at the sink never go back, neither in the order in which the
                  events were published nor in the version that they were given.
 D3 once          An event has one effect at most, however often it was published.
 D4 dead letters  The dead letters are exactly the accepted poisons, and no poison is in the sink.
-D5 stale         At the end an answer that is not flagged is what the row says.
-D6 conservation  Nothing waits at the end; what is in the sink or among the dead letters was
-                 published just so; each accepted event is sunk, overtaken, dead or lost with a
+D5 stale         At the end an answer that is not flagged equals the row.
+D6 conservation  Nothing waits at the end; each event in the sink or among the dead letters was
+                 published in this form; each accepted event is sunk, overtaken, dead or lost with a
                  tail, and only one of these.
 D7 liveness      After each fault every shard gets on within the bound.
 
-A server that is killed and whose AOF loses its tail has lost what it had acknowledged at level
-``accepted``. So an event whose acceptance was in a tail, and that was not accepted again after it,
-need not arrive (D1, D4), and a key of which something was lost may be read old as long as no later
-event of it was accepted (D5). An event that was sent before may be applied again after it, as its
-checkpoint may be gone: that is the one excuse for D2 and D3. All of it is counted.
+A server that is killed and whose AOF loses its tail has lost events that it had acknowledged at
+level ``accepted``. So an event whose acceptance was in a tail, and that was not accepted again
+after it, need not arrive (D1, D4), and a key that lost a record may be read old as long as no
+later event of it was accepted (D5). An event that was sent before may be applied again after it,
+as its checkpoint may be gone: this is the only exception to D2 and D3. All cases are counted.
 
 A pure function: no clock, no files, no server.
 """
@@ -100,7 +100,7 @@ class _Event:
 
 
 class _Run:
-    """The history, by what the rules ask for."""
+    """The history, indexed for the rules."""
 
     def __init__(self, lines: Iterable[Line]) -> None:
         by: dict[type, list] = defaultdict(list)
@@ -157,7 +157,7 @@ class _Run:
 
 
 def check(lines: Iterable[Line], *, recovery_bound_s: float = 30.0) -> Findings:
-    """What is to be said of a run."""
+    """The findings about a run."""
     run = _Run(lines)
     tally: Counter[str] = Counter()
     found = [
@@ -234,7 +234,7 @@ def _backwards(run: _Run, tally: Counter[str]) -> Iterator[Violation]:
                 else:
                     problem = f"{effect.event} was {effect.seq}, after {newest}"
                     yield Violation(rule="D2", subject=key, problem=problem)
-            # What was applied again counts from here on: after it the order holds again.
+            # An event applied again counts from here on: after it the order holds again.
             newest = effect.seq if run.applied_again(effect) else max(newest, effect.seq)
             version = max(version, effect.version)
 

@@ -1,9 +1,9 @@
-"""PostgreSQL behind the sinks, and what it saw: every row that changed, in one order.
+"""PostgreSQL behind the sinks, with a log of every row that changed, in one order.
 
 P1  Each insert and update of a row is logged by a trigger, in the row's own transaction. Writers of
     one row wait for each other, so the log has the effects of a key in the order in which they
     came about.
-P2  A row that is refused keeps its transaction open for a while first: the time for whoever ends
+P2  A row that is refused keeps its transaction open for a while first, so that the nemesis can end
     backends in the middle of a poisoned batch.
 
 Everything here is synchronous: the other side is another process.

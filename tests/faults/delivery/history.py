@@ -1,10 +1,10 @@
-"""What happened in a run, as publishers, nemesis and database saw it: files of JSON lines.
+"""The history of a run, as publishers, nemesis and database saw it: files of JSON lines.
 
 H1  Times are CLOCK_MONOTONIC in nanoseconds, one clock for all processes of this machine.
 H2  ``sent`` is written before an attempt is made, ``answered`` after it: an attempt without an
     answer has an unknown outcome.
 H3  ``effect`` and ``mark`` have places in one order, that in which the database made them: a mark
-    lies between what was stored before a server lost the tail of its AOF, and what came after.
+    lies between the rows stored before a server lost the tail of its AOF, and the later ones.
 H4  A last line may be cut short; any other damage is an error.
 """
 
@@ -64,7 +64,7 @@ class Acted(msgspec.Struct, frozen=True, kw_only=True, tag="acted"):
 
 
 class Cut(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
-    """The server died at ``t_ns``, and lost what its AOF held of these."""
+    """The server died at ``t_ns``, and lost these records of its AOF."""
 
     t_ns: int
     number: int
@@ -111,7 +111,7 @@ class Dead(msgspec.Struct, frozen=True, kw_only=True, tag="dead"):
 
 
 class Read(msgspec.Struct, frozen=True, kw_only=True, tag="read"):
-    """An answer of a node at the end; without an event: there is no such value."""
+    """An answer of a node at the end; without an event: the value does not exist."""
 
     node: str
     key: str
@@ -120,7 +120,7 @@ class Read(msgspec.Struct, frozen=True, kw_only=True, tag="read"):
 
 
 class Left(msgspec.Struct, frozen=True, kw_only=True, tag="left"):
-    """What still waits at the end, when nothing moved any more."""
+    """The work that still waits at the end, when nothing moved any more."""
 
     events: int
     writes: int

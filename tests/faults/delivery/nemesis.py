@@ -1,16 +1,16 @@
-"""What goes wrong in a run, planned from a seed and done at steps: at so many accepted events.
+"""The faults of a run, planned from a seed and injected at steps: at so many accepted events.
 
 ``kill workers``        all workers at once, by SIGKILL; then all start again
 ``lose tail``           Valkey by SIGKILL, and so many bytes of its AOF are cut off
 ``lose both``           workers and Valkey at once, with the tail of the AOF
 ``terminate backends``  backends of PostgreSQL, first of all those in a poisoned transaction
 ``fill memory``         the workers end, Valkey has no memory left, and the workers start again
-``deploy``              a service of the next version publishes what no worker has a sink for; then
-                        one worker after the other is replaced
+``deploy``              a service of the next version publishes events without a sink in any
+                        worker; then one worker after the other is replaced
 
 N1  The same arguments give the same plan; ``deploy`` comes once in it, if at all.
 N2  After each fault, all that was stopped runs again, and one event for each shard is published:
-    how long these take to reach the sink is written down, and so is what does not.
+    the time until each reaches the sink is recorded, and so are those that do not.
 """
 
 from __future__ import annotations

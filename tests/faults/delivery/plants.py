@@ -9,7 +9,7 @@
 ``invents``   D6  something is stored that nobody published
 ``stuck``     D7  a write is never stored, and its sink waits for it (D6: it is left)
 
-What is hit follows from the key alone, so it is known beforehand: see ``hit``.
+The key alone decides whether an event is hit, so it is known beforehand: see ``hit``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def invented(key: str) -> tuple[str, str]:
 
 
 def plant(faults: Sequence[Plant]) -> None:
-    """Do in this process what no sink can."""
+    """Plant the faults of this process that a sink cannot cause."""
     if "deaf" in faults:
         assert callable(Running.invalidate)  # it is still called so
         Running.invalidate = _invalidate_nothing  # type: ignore[method-assign, assignment]
@@ -73,7 +73,7 @@ async def _invalidate_nothing(running: Running, *names: object, **how: object) -
 
 
 def planted(sink: Sink, faults: Sequence[Plant], events: Mapping[tuple[str, int], str]) -> Sink:
-    """``events``: by key and number, what was published."""
+    """``events``: the ids of published events, by key and number."""
     return _FaultySink(sink, faults, events)
 
 

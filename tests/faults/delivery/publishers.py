@@ -2,7 +2,7 @@
 
     python -m faults.delivery.publishers NAME EVENTS RATE    with DELIVERY in the environment
 
-``python``   XADD by valkey-py; repeats what was not accepted, with the same id
+``python``   XADD by valkey-py; repeats events that were not accepted, with the same id
 ``service``  a node without workers that calls write_behind; such a call has no event id, so one of
              unknown outcome is not repeated
 ``gates``    the same as version 2 of the application, whose events go both ways
@@ -35,7 +35,7 @@ __all__ = ["read_events", "settings_of", "write_events"]
 GIVE_UP_S = 180.0
 _BATCH = 16
 _PAUSE_S = 0.05
-_BEHIND_S_MAX = 1.0  #: what a publisher that was held up catches up with
+_BEHIND_S_MAX = 1.0  #: the most that a delayed publisher catches up with
 
 
 def write_events(path: Path, events: Sequence[Published]) -> None:

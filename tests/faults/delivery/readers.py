@@ -21,7 +21,7 @@ _PAUSE_S = 0.02
 
 
 class Progress:
-    """How far the publishers have got, by what they have written down."""
+    """The progress of the publishers, read from their histories."""
 
     def __init__(self, directory: Path) -> None:
         self.recent: deque[str] = deque(maxlen=_RECENT)  #: keys that were published lately

@@ -1,4 +1,4 @@
-"""Does every accepted event arrive, once, in order, whatever goes wrong? A run, and its figures.
+"""Does every accepted event arrive, once, in order, under every fault? A run, and its figures.
 
 usage: cd tests && python -m faults.delivery [--events 50000] [--faults 18] [--seed 1]
 
@@ -71,7 +71,7 @@ _TOGETHER = 200
 
 
 class WorkerProcesses:
-    """``forebay run``, three times; whoever takes the place of "one" is "one-2"."""
+    """``forebay run``, three times; the process that replaces "one" is "one-2"."""
 
     def __init__(self, setup: DeliverySetup) -> None:
         self.running: list[NodeProcess] = []
@@ -252,7 +252,7 @@ def delivery_run(
     keep: Path | None = None,
 ) -> Outcome:
     """A whole run. ``bound_s``: within which every shard must get on after a fault; ``calm_s``: how
-    long nothing may move before what waits is called left; ``keep``: where histories and logs are
+    long nothing may move before waiting work counts as left; ``keep``: where histories and logs are
     copied to. Workers with a planted fault are killed at the end: they might not drain."""
     began = time.monotonic()
     with _cluster(setup) as made:
@@ -312,7 +312,7 @@ def _come_to_rest(made: _Run, calm_s: float) -> None:
 
 
 def _take_down(made: _Run, near: Sequence[str]) -> None:
-    """Write down what there is: what waits, rows, effects, dead letters, and what nodes answer."""
+    """Record the final state: waiting work, rows, effects, dead letters, and answers of nodes."""
     events, writes, held = _waiting(made)
     rows = made.database.rows()
     made.history.write(Left(events=events, writes=writes, held=held))
@@ -346,7 +346,7 @@ def _answer_of(node: NodeProcess, key: str) -> Read:
 
 
 async def _shared_answers(setup: DeliverySetup, keys: Sequence[str]) -> list[Read]:
-    """What a node answers for each key that has not seen any of it: the shared tier."""
+    """The answers of a fresh node for each key: the shared tier."""
     setup = msgspec.structs.replace(setup, application=2, planted=())
     application, found = Application(setup, settings_of(setup)), []
 

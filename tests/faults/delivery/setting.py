@@ -1,4 +1,4 @@
-"""What all processes of a run have to agree on; it travels as JSON in DELIVERY."""
+"""Settings shared by all processes of a run; passed as JSON in DELIVERY."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENVIRON = "DELIVERY"
 
 
 class DeliverySetup(msgspec.Struct, frozen=True, kw_only=True):
-    directory: str = ""  #: and the addresses: of what was started
+    directory: str = ""  #: this and the addresses are those of the started servers
     url: str = ""
     port: int = 0
     database: str = ""

@@ -1,4 +1,4 @@
-"""The checker of delivery, on histories of which it is known what is wrong with them."""
+"""The checker of delivery, on histories with known faults."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def found(*lines: Line) -> Findings:
 
 
 def test_good_history_is_sound() -> None:
-    """What arrived, was overtaken by a later event of its key, or is a poison, is accounted for."""
+    """Each event arrived, was overtaken by a later event of its key, or is a poison."""
     findings = found(*GOOD)
     assert findings.sound
     assert (findings.accepted, findings.sunk, findings.overtaken, findings.dead) == (5, 3, 1, 1)
@@ -136,7 +136,7 @@ BAD: dict[str, tuple[str, list[Line]]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_history_breaks_its_rule(name: str) -> None:
-    """Negative control: each rule finds what breaks it."""
+    """Negative control: each rule finds its violation."""
     rule, lines = BAD[name]
     assert rule in found(*lines).broken
 
@@ -147,12 +147,12 @@ def test_every_rule_has_a_bad_history() -> None:
 
 
 def test_poison_in_the_sink_breaks_two_rules() -> None:
-    """What is sunk is no dead letter: of the two there is one."""
+    """An event is either in the sink or a dead letter, not both."""
     assert found(*GOOD, effect(9, "p1", "p", 1)).broken == {"D4": 1, "D6": 1}
 
 
 def test_event_without_an_ack_obliges_nobody() -> None:
-    """Whoever was not answered may find the event or not, and may repeat it."""
+    """Without an answer the event may be there or not, and the publisher may repeat it."""
     assert found(*GOOD, *event("c1", "c", 1, at_s=9, ok_s=-1)).sound
     came = [*event("c1", "c", 1, at_s=9, ok_s=-1), effect(9, "c1", "c", 1), row("c1", "c", 1)]
     assert found(*GOOD, *came).sound
@@ -169,7 +169,7 @@ def test_flagged_answer_may_be_old() -> None:
 
 
 def test_event_whose_acceptance_a_cut_took_may_be_lost() -> None:
-    """A server that has lost what it had acknowledged is not held against the workers."""
+    """The workers are not blamed for acknowledged events that the server lost."""
     lost = event("c1", "c", 1, at_s=9)
     findings = found(*GOOD, *lost, cut(11, accepted=("c1",)), Mark(place=5, number=1))
     assert findings.sound
@@ -178,7 +178,7 @@ def test_event_whose_acceptance_a_cut_took_may_be_lost() -> None:
 
 
 def test_event_that_is_accepted_again_after_a_cut_must_arrive() -> None:
-    """Whoever repeats an event after a restart may rely on it again."""
+    """An event that is repeated and accepted after a restart must arrive."""
     again = [*event("c1", "c", 1, at_s=9), *event("c1", "c", 1, at_s=12)]
     assert found(*GOOD, *again, cut(11, accepted=("c1",))).broken == {"D1": 1}
 
@@ -194,20 +194,20 @@ AGAIN = [effect(10, "a1", "a", 1), effect(11, "a2", "a", 2)]
 
 
 def test_events_may_be_applied_again_after_a_cut() -> None:
-    """D2 and D3: their checkpoint may be gone, with what remembered their ids."""
+    """D2 and D3: their checkpoint may be gone, and with it the record of their ids."""
     findings = found(*GOOD, cut(6), Mark(place=9, number=1), *AGAIN)
     assert findings.sound
     assert (findings.repeated_after_cut, findings.backwards_after_cut) == (2, 1)
 
 
 def test_cut_excuses_nothing_that_came_before_it() -> None:
-    """Negative control: what is repeated before the mark has no excuse."""
+    """Negative control: a repetition before the mark is not excused."""
     findings = found(*GOOD, cut(6), Mark(place=20, number=1), *AGAIN)
     assert findings.broken == {"D2": 1, "D3": 2}
 
 
 def test_cut_excuses_no_event_that_was_sent_after_it() -> None:
-    """Negative control: what was first published after the restart is applied once."""
+    """Negative control: an event first published after the restart is applied once."""
     findings = found(*GOOD, cut(0), Mark(place=0, number=1), *AGAIN)
     assert findings.broken == {"D2": 1, "D3": 2}
 

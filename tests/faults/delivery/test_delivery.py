@@ -71,7 +71,7 @@ def hits_event(fault: Plant, event: Published) -> bool:
 
 
 def test_planted_standstill_is_found() -> None:
-    """Negative control: a sink that waits for ever is found by what is left, and by the probes."""
+    """Negative control: leftovers and probes reveal a sink that waits for ever."""
     setup = DeliverySetup(events=200, workers=1, planted=("stuck",))
     findings = delivery_run(setup, bound_s=2.0, calm_s=1.0).findings
     assert {"D6", "D7"} <= set(findings.broken)

@@ -1,4 +1,4 @@
-"""What a run of delivery is made of: events, the plan, and what a lost tail held."""
+"""The parts of a delivery run: events, the plan, and the contents of a lost tail."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_days_two_to_seven_are_published_and_again_under_fresh_keys() -> None:
 
 
 def test_poison_has_a_key_of_its_own_and_every_kind_comes() -> None:
-    """W3: what overtakes it would hide it."""
+    """W3: a later event of its key would hide it."""
     events = [event for each in workload(1, 2_000).values() for event in each]
     of_key = Counter(event.key for event in events)
     poison = [event for event in events if event.poison]
@@ -75,7 +75,7 @@ def test_plan_deploys_once_and_spreads_the_faults() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_six_faults_are_one_of_each_kind(seed: int) -> None:
-    """N1: whatever the seed."""
+    """N1: for every seed."""
     assert {fault.kind for fault in plan(seed, 6_000, 6)} == set(KINDS)
 
 
@@ -127,7 +127,7 @@ def test_what_calls_accept_is_told_from_what_the_stream_accepts() -> None:
 
 @pytest.mark.parametrize("cut_bytes", [150, 1_000, 1_003, 1_050])
 def test_server_that_lost_its_tail_has_the_rest(cut_bytes: int) -> None:
-    """T1: what is in the server and what was lost are together what was added, and nothing else."""
+    """T1: the entries in the server and the lost ones together are exactly the added ones."""
     script = "redis.call('XADD', KEYS[1], '*', 'event', ARGV[1]) return redis.call('INCR', 'n')"
     with ValkeyServer(config={"appendonly": "yes", "auto-aof-rewrite-percentage": "0"}) as server:
         events = [f"node-{number:07}" for number in range(30)]

@@ -1,4 +1,4 @@
-"""What is published in a run: days 2 to 7 of the flights, again and again under fresh keys.
+"""The events published in a run: days 2 to 7 of the flights, repeatedly under fresh keys.
 
 A flight is a key of its own: ``delayed`` at its scheduled minute if it left late, then ``departed``
 or ``cancelled``. The latest departure of each airport is a hot key. Now and then there is an event
@@ -7,7 +7,7 @@ that can never be sunk, under a key of its own: a poison.
 W1  The same seed and size give the same events, in the same order.
 W2  All events of a key have one publisher, and rise in ``seq`` from 1 on.
 W3  A poison says so in ``poison``: the table refuses its row (``row``), the cache's type its value
-    (``type``), or it is no JSON (``json``).
+    (``type``), or it is invalid JSON (``json``).
 W4  The bytes of each event contain its id, once at least; no other bytes look like an id.
 """
 
@@ -99,7 +99,7 @@ def by_call(event: str) -> bool:
 
 
 def gates(events: int) -> Sequence[Published]:
-    """What the new version of the application publishes: it has another cache and sink."""
+    """The events of the application's new version, which has another cache and sink."""
     publisher = _Publisher("gates")
     for number in range(events):
         publisher.add(f"gate:{number // 2}", {"gate": f"B{number % 40}"})
@@ -128,7 +128,7 @@ def _add_poison(
     rng: random.Random, publisher: _Publisher, key: str, value: Mapping[str, Any]
 ) -> None:
     kind: Poison = "row"
-    if publisher.name != "service":  # what it is given is typed
+    if publisher.name != "service":  # the service takes typed events only
         kind = rng.choice(("row", "row", "type", "json"))
     wrong: Mapping[Poison, Mapping[str, Any]] = {
         "row": {"dep_delay": _TOO_LATE},
@@ -138,7 +138,7 @@ def _add_poison(
 
 
 def _days() -> Iterator[tuple[int, str, str, Mapping[str, Any]]]:
-    """Day, flight, airport and what became of it, in the order of time."""
+    """Day, flight, airport and outcome, in the order of time."""
     with gzip.open(DATA, "rt", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     found = []

@@ -308,7 +308,7 @@ Instants = st.datetimes(timezones=st.none() | st.just(UTC) | st.timezones())
 
 @given(Instants, Instants)
 def test_instants_come_back_with_their_offset(one, other) -> None:
-    """A3: a date of day is what the caller's clock shows, in a refresh, too."""
+    """A3: a date is that of the caller's clock, in a refresh, too."""
     made = keying_of(datetime)
     found = made.arguments(made.key(one))["x"]
     assert found.replace(tzinfo=None) == one.replace(tzinfo=None)
@@ -387,7 +387,7 @@ async def test_a_write_of_the_wrong_number_of_arguments_says_what_it_takes(
 
 
 async def test_a_value_of_another_type_names_cache_key_and_types(make_node) -> None:
-    """What types do not say is said when it is written."""
+    """Faults that a type checker cannot see are reported at the write."""
     node = make_node()
 
     @node.cached("row:{id}", ttl=60)

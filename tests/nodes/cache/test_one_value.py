@@ -1,4 +1,4 @@
-"""One version of a key has one value, whoever is the first to get it, and by whatever way."""
+"""One version of a key has one value, for every caller and every way to get it."""
 
 from __future__ import annotations
 

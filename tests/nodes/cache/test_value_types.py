@@ -297,6 +297,6 @@ def test_a_type_that_no_bytes_become_is_refused_when_declared(of: Any, named: st
     [(object, 1), (Iterable[int], [1]), (Hashable, "a"), (Lacking, Lacking()), (Box[Any], Box(1))],
 )
 def test_a_type_that_some_value_is_of_may_be_declared(of: Any, value: Any) -> None:
-    """T2: a base of what is decoded; a field that may be left out; a type that refers to itself."""
+    """T2: a base of a decoded type; an optional field; a type that refers to itself."""
     codec = codec_of(of)
     assert codec.unpack(codec.pack(value)) == value

@@ -168,7 +168,7 @@ def test_namespace_born_with_other_shards_exits_2(shop: Shop) -> None:
 def test_a_full_server_does_not_keep_a_node_from_starting(
     make_server: MakeServer, tmp_path: Path
 ) -> None:
-    """Its workers are what empties the streams; and it ends in order."""
+    """Its workers empty the streams; and it ends in order."""
     server = make_server(config={"maxmemory": "1"})
     node = NodeProcess(tmp_path, valkey__url=server.url).spawn()
     try:

@@ -114,7 +114,7 @@ async def test_cancelled_while_waiting_nothing_is_written(sink: Gated, outlet: O
 
 
 async def test_a_sink_that_takes_several_gets_them_beside_each_other(sink: Gated) -> None:
-    """O1: what waits beside holds up nobody but its like; closing waits for all."""
+    """O1: a batch that waits beside holds up only other such batches; closing waits for all."""
     sink.concurrency = 3  # type: ignore[attr-defined]
     outlet = Outlet(sink, namespace="shop")
     async with anyio.create_task_group() as tasks:

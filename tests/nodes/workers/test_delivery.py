@@ -341,7 +341,7 @@ async def test_closing_never_raises_and_skips_what_was_never_open() -> None:
 
 
 async def test_a_locked_row_of_several_shards_is_given_back_at_once(table: Table) -> None:
-    """V2: whoever holds the batch splits it by shard; nothing is waited for."""
+    """V2: the holder of the batch splits it by shard, and does not wait."""
     clock = ManualClock()
     table.locked = {"k:2"}
     with pytest.raises(BusySinkError):
@@ -380,7 +380,7 @@ async def test_a_locked_row_is_named_and_waits_while_the_others_are_stored(table
 
 
 async def test_a_row_that_was_locked_and_then_is_poison_has_all_its_attempts(table: Table) -> None:
-    """V2: waiting for a lock is no attempt."""
+    """V2: waiting for a lock does not count as an attempt."""
     delivery = delivery_to(table, ManualClock(), attempts_max=3)
     table.faults = [BusySinkError("locked")] * 9
     table.poison = {1}

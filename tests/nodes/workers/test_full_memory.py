@@ -107,7 +107,7 @@ async def test_what_is_added_beyond_the_limit_is_bounded(
             await until(lambda: shop.counts["limit_reached", "memory"] > refused + 20)
             length = await shop.link.call("XLEN", shop.names.events)
             assert 0 < length <= count
-            # What is under way at once, and connections, come on top.
+            # Work under way at once, and connections, come on top.
             assert 0 < beyond_limit(server) < allowance(LIMIT) + 2 * 1_048_576
             table.go_on.set()
             await drained(shop)
@@ -115,7 +115,7 @@ async def test_what_is_added_beyond_the_limit_is_bounded(
 
 
 async def test_what_is_refused_is_named(server: ValkeyServer, namespace: str) -> None:
-    """The operation, why it was refused, and what to do; an invalidation is not refused."""
+    """With the operation, the reason and the remedy; an invalidation is not refused."""
     settings = Settings(
         node=NodeSettings(namespace=namespace), valkey=Valkey(url=server.socket_url)
     )

@@ -26,7 +26,7 @@ ORDER, INVOICE = "order:{id}", "invoice:{id}"
 
 
 async def member(shop: Workshop, name: str, *templates: str) -> Ownership:
-    """One that publishes these sinks, whatever the node of the workshop has."""
+    """A member that publishes these sinks, independent of the workshop's node."""
     made = Ownership(
         shop.link,
         shop.names,
@@ -193,7 +193,7 @@ async def test_the_entry_of_a_held_write_waits_for_it(open_shop: OpenShop) -> No
 
 
 async def test_after_hold_ms_a_held_write_is_a_dead_letter(open_shop: OpenShop) -> None:
-    """H2: with the id that it had, its key is invalidated, and its entry is no longer pinned."""
+    """H2: it keeps its id, its key is invalidated, and its entry is not pinned any more."""
     async with open_shop(sinks={ORDER: Table()}) as shop:
         owner = await shop.ownership()
         ids = await shop.publish(write("invoice:1", 5))
@@ -215,7 +215,7 @@ async def test_after_hold_ms_a_held_write_is_a_dead_letter(open_shop: OpenShop) 
 
 
 async def test_a_paused_sink_loses_nothing_that_was_held(open_shop: OpenShop) -> None:
-    """H2: the owner has the sink, so it is no longer a question of time."""
+    """H2: the owner has the sink, so the time limit does not apply."""
     invoices = Table("invoices")
     invoices.hang_at = 1
     async with open_shop(sinks={ORDER: Table()}) as shop:
@@ -235,7 +235,7 @@ async def test_a_paused_sink_loses_nothing_that_was_held(open_shop: OpenShop) ->
 
 
 async def test_too_many_held_are_dead_letters_and_counted(open_shop: OpenShop) -> None:
-    """The bound of what is held is not that of the stream."""
+    """Held writes have a bound of their own, other than the stream's."""
     async with open_shop(sinks={ORDER: Table()}) as shop:
         owner = await shop.ownership()
         keys = [shop.key(0, "invoice:", number) for number in range(5)]
@@ -304,7 +304,7 @@ def declares(type_: Any) -> Callable[[forebay.Node], None]:
 async def test_what_this_member_cannot_decode_is_held_for_one_that_may(
     open_shop: OpenShop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W6, H1: the shard is deferred; whoever decodes it stores it."""
+    """W6, H1: the shard is deferred; the member that decodes the write stores it."""
     mine = Table()
     async with open_shop(sinks={INVOICE: mine}, declare=declares(Strict)) as shop:
         old = await member(shop, "old", INVOICE)
@@ -351,7 +351,7 @@ async def test_what_no_live_member_can_decode_is_a_dead_letter(
 
 
 async def test_a_newer_write_takes_the_place_of_one_that_is_held(open_shop: OpenShop) -> None:
-    """W6: whoever could decode the older one is not asked any more."""
+    """W6: no member is asked to decode the older write any more."""
     table = Table()
     async with open_shop(sinks={INVOICE: table}, declare=declares(Strict)) as shop:
         owner = await member(shop, "one", INVOICE)
@@ -371,7 +371,7 @@ async def test_a_newer_write_takes_the_place_of_one_that_is_held(open_shop: Open
 
 
 def test_templates_that_may_take_a_key() -> None:
-    """By what they begin and end with; a key of no template is nobody's."""
+    """Templates match by prefix and suffix; a key without a template has no taker."""
     profile = Profile(sinks=("invoice:{id}", "a:{x}:b"))
     found: Sequence[str] = ["invoice:1", "invoices", "a:1:b", "a:1:c", "order:1"]
     assert [profile.may_take(key) for key in found] == [True, False, True, False, False]

@@ -95,7 +95,7 @@ async def test_all_events_after_such_an_id_are_applied_once_also_after_a_del(
 async def test_an_owner_killed_between_applying_and_committing_an_id_ahead(
     open_shop: OpenShop,
 ) -> None:
-    """G6: marks of an id that was never committed do not discard what comes after a DEL."""
+    """G6: marks of an id that was never committed do not discard events after a DEL."""
     at = 0
     while True:
         at += 1
@@ -241,7 +241,7 @@ async def test_an_id_ahead_is_reported_until_the_stream_is_drained(
 
 
 async def test_a_restored_shard_with_newer_marks_discards_nothing(open_shop: OpenShop) -> None:
-    """G6: the stream's own state is lost, or older than what the shards know."""
+    """G6: the stream's own state is lost, or older than the shards' marks."""
     async with open_shop(sinks=SINKS) as shop:
         async with at_work(shop.ingress(await shop.ownership("one"))):
             await shop.publish(*writes(range(20)))
@@ -333,7 +333,7 @@ async def _drained(shop: Workshop, cut: Cut) -> None:
 
 
 async def test_the_last_id_in_the_dead_letters_does_not_stop_ingress(open_shop: OpenShop) -> None:
-    """Dead letters D5: what was there is kept beside, and one more can be buried."""
+    """Dead letters D5: the old letters are kept in another stream, and one more can be added."""
     async with open_shop(sinks=SINKS) as shop:
         dead = shop.names.part(EVENTS, "dead")
         await shop.link.call("XADD", dead, LAST_ID, "reason", "planted")
@@ -349,7 +349,7 @@ async def test_the_last_id_in_the_dead_letters_does_not_stop_ingress(open_shop: 
 async def test_an_event_is_held_behind_one_whose_id_is_ahead(
     open_shop: OpenShop, which: str
 ) -> None:
-    """G3: it keeps its id as a field; where there is no room, it is a dead letter."""
+    """G3: it keeps its id as a field; without room it becomes a dead letter."""
     newer = b'{"type":"dev.forebay.cache.x.v2"}'
     async with open_shop(sinks=SINKS) as shop:
         held = shop.names.part(EVENTS, "held")
@@ -371,7 +371,7 @@ async def test_an_event_is_held_behind_one_whose_id_is_ahead(
 async def test_the_last_id_in_a_stream_of_writes_stops_no_write(
     open_shop: OpenShop, sinks: int
 ) -> None:
-    """A write waits as for a full stream until the workers have drained it, and begun it anew."""
+    """A write waits as for a full stream until the workers have drained and restarted it."""
     table, other = Table(), Table("other")
     declared = {"flight:{id}": table} | ({"crew:{id}": other} if sinks == 2 else {})
     async with open_shop(sinks=declared) as shop:
@@ -431,7 +431,7 @@ async def test_the_same_id_after_the_window_counts_though_both_are_applied_at_on
 
 
 async def test_a_held_event_keeps_the_time_of_its_publication(open_shop: OpenShop) -> None:
-    """G3: when it is published again for a newer node, it is no younger than before."""
+    """G3: when it is published again for a newer node, its age stays the same."""
     async with open_shop(sinks=SINKS, durable=Durable(dedupe_ms=6_000)) as shop:
         start = await now_ms(shop) - 60_000
         held = shop.names.part(EVENTS, "held")

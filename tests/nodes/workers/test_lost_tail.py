@@ -1,4 +1,4 @@
-"""A server that comes back without the newest of what it had accepted: a lost tail, a failover."""
+"""A server that comes back without its last accepted writes: a lost tail, a failover."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def log_of(server: ValkeyServer) -> Path:
 
 
 def lose_tail(server: ValkeyServer, size: int) -> None:
-    """What a power loss does that takes all that was written after the file had this size."""
+    """Simulate a power loss that takes all writes after the file had this size."""
     server.kill9()
     with log_of(server).open("r+b") as log:
         log.truncate(size)
@@ -83,7 +83,7 @@ async def ends(node: forebay.Node, key: str) -> bool:
 async def test_a_lost_tail_pins_nothing(
     make_server: MakeServer, namespace: str, sinks: int
 ) -> None:
-    """The worker follows the checkpoint back; what the sink has already is not served as older."""
+    """The worker follows the checkpoint back; rows in the sink are not served as older."""
     server = make_server(config=PERSISTENT)
     table, other = Table("p"), Table("q")
     async with service(server.url, namespace, *(table, other)[:sinks]) as (node, price):
