@@ -11,9 +11,9 @@ I5  Once the tasks are being ended, a further start raises Unavailable; a task a
 I6  A task that is cancelled although nobody ends the tasks has failed (I2): it never ends the
     body without an error.
 
-anyio finds out which library runs the loop by the current task, unless ``anyio.run`` said so:
-in a callback of a loop that ``asyncio.run`` or a web server runs there is none, and a task group
-refuses to start a task there. So a callback hands over to a task of the group.
+anyio detects the library of the loop by the current task, unless ``anyio.run`` has set it. In a
+callback of a loop that ``asyncio.run`` or a web server runs, no task is current, and a task group
+refuses to start a task. So a callback hands over to a task of the group.
 """
 
 from __future__ import annotations

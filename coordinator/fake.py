@@ -88,7 +88,7 @@ def used_server(name: str = "forebay", *, origin: str = "in code") -> Iterator[F
 
 
 def users_of(name: str = "forebay") -> int:
-    """How many use the server of that name; with the last one its data go."""
+    """The number of users of the server of that name; its data are deleted with the last one."""
     return _users[name]
 
 

@@ -6,8 +6,8 @@ I1  ``live_until`` is a promise on the node's own clock: up to then, every chang
 I2  Notices of a shard are applied in the order of their ids, each once. The next id is
     seq + 1 of the same epoch; after anything else, a later epoch too, the shard is reset:
     its ``generation`` goes up, so that whatever was remembered of it is asked for again.
-    So it is after a notice that cannot be read, or whose application failed. A log whose ids no
-    epoch is past is started over by ``log_begin``.
+    A notice that cannot be read, or whose application failed, has the same effect. ``log_begin``
+    starts a log over if no epoch can exceed its ids.
 I3  The doorbell only makes it fast. A bell out of order makes its shard suspect at once
     (``live_until`` falls), until a read that was sent after it; a lost bell costs at most
     one sweep. A bell that the next read does not confirm resets its shard.
@@ -188,7 +188,7 @@ class Follower:
     async def sweep(self) -> None:
         """Read every log from our position; when it returns, all shards are live.
 
-        One at a time: of two that read the same notices, the second would take them for others.
+        One at a time: the second of two sweeps would mistake the same notices for new ones.
 
         Raises:
             Unavailable, ServerRefused: nothing was proved.
@@ -213,7 +213,7 @@ class Follower:
         read: list[Arg] = ["XREAD", "COUNT", page, "STREAMS", *streams, *positions]
         lengths_of = [("XLEN", name) for name in streams]
         replies = await self._commands.call_many([read, *lengths_of, ASK_HISTORY])
-        self._check(granted(replies)[-1])  # the last: so it speaks of all that was read before
+        self._check(granted(replies)[-1])  # the last reply: it covers all reads before it
         if connection != self._connection:
             return views
         found, *lengths, _ = replies

@@ -2,8 +2,8 @@
 
 F1  The first failure of a kind is a warning. While it goes on, the kind is a warning again every
     ``EVERY_S``, with ``left_out``, the number of lines in between; those are at level debug.
-F2  A kind is an event and a class of error. All that says that the server cannot be reached is one
-    kind; each code with which the server refuses is another.
+F2  A kind is an event and a class of error. All errors of an unreachable server are one kind; each
+    code with which the server refuses is another.
 F3  ``over`` ends all failures: the next one of any kind is a warning at once.
 F4  A loop that fails only for lack of a connection, or because the breaker is open, says so
     once: the connection (``connection=True``) repeats it for all.

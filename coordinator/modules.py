@@ -1,8 +1,7 @@
-"""Loading modules beside an event loop that runs.
+"""Importing modules while an event loop runs.
 
-M1  A module that is not loaded yet is imported in a thread: to import a web server or a database
-    driver takes a few hundred milliseconds, and a loop that stands still as long misses its
-    promises.
+M1  A module that is not loaded yet is imported in a thread: importing a web server or a database
+    driver takes a few hundred milliseconds, and a loop blocked for so long misses its deadlines.
 """
 
 from __future__ import annotations

@@ -154,8 +154,8 @@ class Ownership:
         )
 
     def kept_up(self) -> list[int]:
-        """The shards whose upkeep is this node's: its own, and with the ingress stream those that
-        nobody is to own, since no live member has a sink.
+        """The shards that this node maintains: its own, and, for the owner of the ingress stream,
+        those without an owner, since no live member has a sink.
         """
         owned = [each for each in self.tenures if each != EVENTS]
         if EVENTS in self.tenures:

@@ -137,7 +137,7 @@ class Roster:
         return whole and known > 0
 
     def _member(self, name: Reply, record: Reply) -> Member | None:
-        """None for one that no node can be, and for one too many."""
+        """None for an impossible record, and for one too many."""
         try:
             member_id = text(name, "a member of the roster", bytes_max=_ID_BYTES_MAX)
         except UnreadableRecord as error:

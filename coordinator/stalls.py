@@ -3,7 +3,7 @@
 S1  A wake-up that comes later than ``STALL_S`` after it was due means that the event loop, the
     process or the machine stood still: counted, and told with how long it was.
 
-Looking is left to those who wake up anyway. Jumps of the server's clock are ``ClockSync``'s.
+Tasks that wake up anyway do the check. ``ClockSync`` detects jumps of the server's clock.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class Target(Struct, frozen=True, kw_only=True):
         return self._mistaken(spoken) or self._secured_badly(error)
 
     def may_pass(self, error: ForebayError) -> bool:
-        """Whether waiting may cure it, of a server that was reached before."""
+        """Whether waiting may help, for a server that was reached before."""
         if isinstance(error, ServerRefused):
             return error.code in _WAIT_CODES
         return isinstance(error, Unavailable)

@@ -5,7 +5,7 @@ C1  The question is a ``SET`` that may only replace a key, of a name that never 
     otherwise does nothing.
 C2  The server is asked once in ``every_s``, regardless of the number of health requests; these
     read ``refusal``.
-C3  A server that does not answer changes nothing: that is the link's to tell.
+C3  A server that does not answer does not change the result: the link reports it.
 """
 
 from __future__ import annotations

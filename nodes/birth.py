@@ -19,7 +19,7 @@ async def check_birth(
     """The first node decides for all.
 
     Raises:
-        ConfigError: this node was given another number. UnreadableRecord: there is none.
+        ConfigError: this node was given another number. UnreadableRecord: it cannot be read.
     """
     reply = await run(link, scripts["meta_set"], [names.meta], ["shards", names.shards])
     born_with = integer(reply, f"the field shards of {names.meta}", low=1, high=SHARDS_MAX)

@@ -1,10 +1,10 @@
-"""The checks of health on a node's work: each tells whether its part stands still, and why.
+"""The health checks of a node's work: each tells whether its part is stalled, and why.
 
 W1  Stalled work is a warning: the work goes to other nodes, or waits; it fails no probe.
     Only a server that refuses all writes fails readiness.
 W2  A check names the oldest work that this node is responsible for, and the failure that goes on:
     for how long, how often, and the last error.
-W3  All of it is read from memory.
+W3  The checks read memory only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Accepted work that nobody has done when a node stops: counted, and told in one line.
+"""Counts the accepted work that is left undone when a node stops, and logs it in one line.
 
 L1  Counted are events that were not applied, writes that no sink has, and writes that are held.
 L2  The work left is lost if the server ends with this node; otherwise it is left to others.

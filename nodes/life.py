@@ -139,7 +139,7 @@ class Life:
             log.error("node.failed", exc_info=failure)
 
     async def _left(self, task: asyncio.Task[None], *, cancelling: bool) -> None:
-        """Wait for the end of the task; cancelled, cancel it if ``cancelling``, and wait on."""
+        """Wait for the end of the task; if cancelled, and ``cancelling``, cancel it and wait on."""
         cancelled: asyncio.CancelledError | None = None
         with anyio.CancelScope(shield=True):
             while not task.done():

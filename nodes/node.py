@@ -120,8 +120,8 @@ class Node(Declarations, Locking):
         return self
 
     async def stop(self) -> None:
-        """Drain and stop, from any task of the loop; nothing if it does not run. Everybody who
-        asks returns when it has stopped.
+        """Drain and stop, from any task of the loop; does nothing if the node does not run. Every
+        caller returns when it has stopped.
 
         Raises:
             ForebayError: it runs in another event loop, or is asked by a hook of its own.
@@ -160,7 +160,7 @@ class Node(Declarations, Locking):
         if not settings.http.enabled:
             yield ""
             return
-        await load(f"{__package__}.web.server")  # a node that is only embedded does without it
+        await load(f"{__package__}.web.server")  # not needed by an embedded node
         from .web.server import serve
 
         async with serve(
@@ -185,8 +185,8 @@ class Node(Declarations, Locking):
     async def start(self, *, workers: bool | None = None) -> Self:
         """Connect, become current, and start; ``workers`` where the settings do not say.
 
-        Whichever task of the loop starts the node, any may ``stop`` it. Should it fail in
-        between, the log says so, and ``stop`` raises the failure.
+        Any task of the loop may ``stop`` the node, not only the one that started it. If it fails
+        in between, the failure is logged, and ``stop`` raises it.
 
         Raises:
             StartupError: the server cannot be reached or used. ConfigError: a setting, or the

@@ -300,7 +300,7 @@ class InvalidValue(ForebayError):
 
 
 class NoJsonForm(ForebayError):
-    """Raised for a value that was asked for as JSON, and is more than JSON can hold."""
+    """Raised when a value is requested as JSON, and JSON cannot hold it."""
 
     def __init__(self, cache: str, key: str, problem: str) -> None:
         super().__init__(f"JSON cannot hold the value of {key!r} in {cache}: {problem}")

@@ -42,7 +42,7 @@ def not_finite(simple: object) -> str:
 
 
 def _numbers_of(value: object) -> Iterator[tuple[str, float]]:
-    """The floats in builtins, with where they stand: ".prices[2]"."""
+    """The floats in builtins, with their paths: ".prices[2]"."""
     left: list[tuple[str, object]] = [("", value)]
     while left:
         path, each = left.pop()

@@ -49,10 +49,10 @@ def logs_as_they_come() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def loops_as_asyncio_runs_them() -> Iterator[None]:
-    """anyio is to find the library of a loop as it does under ``asyncio.run`` and web servers.
+    """Let anyio detect the library of a loop as it does under ``asyncio.run`` and web servers.
 
-    ``anyio.run`` and the plugin for pytest tell it beforehand: then much works in callbacks of
-    the loop that fails in a service.
+    ``anyio.run`` and the plugin for pytest set it beforehand: then calls in callbacks of the loop
+    work that fail in a service.
     """
     assert sniffio.current_async_library_cvar.get() is None
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Two releases of one application, for node processes that run side by side in a rolling deploy.
+"""Releases of one application, for node processes that run side by side in a rolling deploy.
 
 ``v1`` has the cache and sink ``order:{id}``; ``v2`` adds ``invoice:{id}``; ``v3`` gives that
 another type. A process of v2 or v3 writes ``ROLLOUT_WRITES`` invoices when it starts. ``bare``

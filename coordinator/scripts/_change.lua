@@ -165,7 +165,7 @@ local function outdate_entry(entry_key, soft)
   if pending_of(numbers) > 0 then
     redis.call("SETRANGE", entry_key, 3, "x")
   elseif soft and string.sub(numbers, 1, 3) == "\251E1" then
-    -- Stale since ever: the readers' idea of the time now may be a little behind.
+    -- Stale from the start of time: the readers' clock may be a little behind.
     redis.call("SETRANGE", entry_key, 20, string.rep("0", 13))
   else
     redis.call("UNLINK", entry_key)

@@ -19,7 +19,7 @@
 -- L5 While a new era is in its grace, nothing is granted that was not held before.
 -- L6 Whatever is held is in the index. What is there may be idle: it goes a minute or two after
 --    its last use, so that taking and releasing need not touch the index each time.
--- L8 A line that cannot be read holds nothing, and waits for nothing; a number is as if not there.
+-- L8 An unreadable line neither holds nor waits for a lock; an unreadable number counts as absent.
 -- L7 What f says is so but for time: its holder may have ended.
 
 local CAP_US = 30000000 -- the longest lease that there can be

@@ -13,7 +13,7 @@
 -- I1 No entry of this cache version is changed: a value that others wrote is there to be read.
 -- I2 A load under way cannot fill any more, except of a key whose entry is ours: a script of
 --    ours stored it, and told so. The notice may name that key all the same.
--- I3 Entries of other cache versions are outdated where the entry is not ours.
+-- I3 Entries of other cache versions are outdated if the entry is not ours.
 -- I4 It works when memory is full.
 
 local foreign = {}

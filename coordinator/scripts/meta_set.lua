@@ -5,7 +5,7 @@
 -- ARGV[2] value  the value that this node proposes
 -- Returns the value that is in force
 --
--- I1 The first that says so decides; nobody changes it afterwards.
+-- I1 The first value is kept; it never changes afterwards.
 -- I2 It works when memory is full: a node that starts needs it.
 
 local known = redis.call("HGET", KEYS[1], ARGV[1])

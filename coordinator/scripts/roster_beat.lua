@@ -19,7 +19,7 @@
 -- I3 Nobody is judged by a time in which nobody beat at all, be it that the server was away or
 --    that its clock was set: each has two beats to be heard again.
 -- I4 It works when memory is full.
--- I5 A record that cannot be read is told to nobody, and goes when its member is silent.
+-- I5 An unreadable record is not returned to members, and is deleted when its member is silent.
 
 local KEEP_GONE_MS, BEAT_MAX = 60000, 600000
 local t = redis.call("TIME")

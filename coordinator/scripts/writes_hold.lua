@@ -1,4 +1,4 @@
--- Set writes aside that their owner cannot bring to a sink, out of the way of those that it can.
+-- Set aside the writes that their owner cannot bring to a sink, so that they do not block others.
 --
 -- KEYS[1] own       hash     o owner, e epoch
 -- KEYS[2] stream    stream   where they are: the shard's writes, or those held already

@@ -150,7 +150,7 @@ class Database:
 
     @contextmanager
     def _translating(self) -> Iterator[None]:
-        """The border: no error of others passes it."""
+        """Translates the errors of others: none of them leaves this block."""
         try:
             yield
         except ForebayError:
@@ -171,7 +171,7 @@ class Database:
             try:
                 if not connection.closed:
                     await connection.invalidate()
-            except Exception as error:  # it is as good as gone
+            except Exception as error:  # treat it as lost
                 log.debug("sink.connection_not_dropped", error=summary_of(error))
 
     async def _connect(self, session: Session) -> None:

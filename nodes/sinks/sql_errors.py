@@ -7,7 +7,8 @@ I2  What is not recognised is transient: a paused sink loses nothing, while a ba
 I3  The sentence holds the driver's first line only: no SQL, no parameters, no password.
 I4  A statement that ran out of time, or a lock that another transaction holds, is busy: other
     rows may well be stored. Deadlocks, serialization failures and too many connections are
-    transient: the whole batch is tried again soon. So is a busy SQLite, which locks all of a file.
+    transient: the whole batch is tried again soon. A busy SQLite, which locks a whole file, is
+    transient, too.
 
 Pure: nothing here talks to a database.
 """

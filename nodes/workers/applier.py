@@ -60,12 +60,12 @@ class _MemoryFull(ServerRefused):
 
 
 def allowance(maxmemory: int) -> int:
-    """How many bytes beyond its limit the server may be used while its streams are emptied."""
+    """The bytes that the server may use beyond its limit while its streams are emptied."""
     return max(4 * 1_048_576, min(maxmemory // 16, 64 * 1_048_576))
 
 
 def _first(queues: Sequence[deque[Step]], bytes_max: int) -> Sequence[deque[Step]]:
-    """The first queues, at least one, whose next steps come of no more than these bytes."""
+    """The first queues, at least one, whose next steps have at most this many bytes of events."""
     total = 0
     for count, queue in enumerate(queues):
         total += sum(len(taken.raw) for taken in queue[0].events())

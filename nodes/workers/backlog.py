@@ -1,4 +1,4 @@
-"""How old the oldest work is that this node is responsible for.
+"""The age of the oldest work that this node is responsible for.
 
 L1  The server is asked, not the workers: work that they forgot, or believe to be done, counts.
 L2  An entry is as old as its id says, and at least as old as the time since it was first seen
@@ -89,7 +89,7 @@ class Backlog:
             yield kind, 0.0 if oldest is None else max(0.0, now - oldest.began_at)
 
     def late(self, kind: Work) -> str:
-        """Which work of the kind is late, in words; empty if none is."""
+        """A description of the late work of this kind; empty if none is late."""
         oldest = self._oldest.get(kind)
         if oldest is None:
             return ""

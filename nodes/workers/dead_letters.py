@@ -9,7 +9,7 @@ D2  A crash between burying and the checkpoint buries again: of several with the
     ``from`` one is meant.
 D3  About the newest ``entries_max`` are kept in each stream; what is dropped is counted.
 D4  They are kept also when the server's memory is full: the original entry is deleted after.
-D5  A stream that has given its last id is set aside as ``<name>:before``, loudly.
+D5  A stream that has given its last id is set aside as ``<name>:before``, and an error is logged.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ V1  A transient failure is tried again for ever, with full jitter, as long as th
     ``ours`` is asked before every try, and while waiting for it.
 V2  A batch that is poison is halved down to the writes at fault, and the others are stored
     before anything else. A write at fault is tried ``attempts_max`` times, then handed back.
-    A row that is locked is found in the same way, if the batch is ``alone``, that is of one shard;
-    its write is tried until it is stored, and never handed back. Of several shards the batch is
-    given back with ``BusySinkError``, so that only the shard at fault waits.
+    A locked row is found in the same way, if the batch is ``alone``, that is of one shard; its
+    write is tried until it is stored, and never handed back. A batch of several shards is given
+    back with ``BusySinkError``, so that only the shard at fault waits.
 V3  Progress is stored only with, or after, the last write it covers. Parts of a halved batch
     carry the epochs without a position, so that the sink can refuse those of a late owner.
 V4  A fatal failure stops the sink loudly; it is tried again every ten seconds. A sink that
@@ -70,7 +70,7 @@ class _Suspect(Struct, frozen=True):
 
 
 class Outage(Struct, frozen=True):
-    """A sink that takes nothing, or a row that is locked, at the moment."""
+    """A sink that takes no writes now, or a row that is locked now."""
 
     since: float  #: of the monotonic clock
     attempt: int
@@ -93,7 +93,7 @@ class Delivery:
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         beside: Callable[[SinkBatch], Awaitable[None]] | None = None,
     ) -> None:
-        """``beside``: where a batch of one shard goes that must not hold up the others."""
+        """``beside`` takes a batch of one shard that must not hold up the others."""
         self.sink = sink
         self.stopped = ""  #: why, while the failure is fatal
         self.paused: Outage | None = None  #: while no try succeeds; transient or fatal

@@ -4,14 +4,14 @@ They lie in a stream beside the shard's writes, so that they neither stop others
 stream's bound; an owner that has their sink stores them first (see ``Lane``).
 
 H1  A held write of a sink that another live member has makes this member defer the shard; as long
-    as there is a member that has not tried, it does not become a dead letter but by H2.
+    as some member has not tried, it becomes a dead letter only by H2.
 H2  It becomes a dead letter when it was held for ``hold_ms`` and its sink is not here; or when
     no live member that may have its sink could decode its value, ``_NEWS_MS`` after it was held:
     by then a member that has just started is known.
 H3  A round looks at the oldest ``_PAGE`` writes held of each shard, and at as many further ones; it
-    goes through all of them by and by.
-H4  How many are held, and since when the oldest, is known after the first round; it is told when
-    the first is held, every ``_TELL_S`` from then on, and when none is left.
+    goes through all of them over time.
+H4  The number of held writes and the age of the oldest are known after the first round. They are
+    logged when the first is held, every ``_TELL_S`` from then on, and when none is left.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 G1  The checkpoint moves past an event when it was applied, is a dead letter, or is held.
 G2  After a crash a batch is applied again; marks make the repetition harmless (plan P2).
-G3  No event stops the ones behind it: what can never be applied goes to the dead letters,
-    for lack of a sink nothing is: that write is held where its shard is owned (see ``Held``);
+G3  No event stops the ones behind it: what can never be applied goes to the dead letters.
+    A write without a sink does not: the owner of its shard holds it (see ``Held``);
     what a newer node can read is held and published again when one takes over (twice, if it
     dies in the midst of it). Of held events there is a bound; one more is a dead letter.
 G4  A write is refused by a full stream only as long as it is full: ingress waits, and so,
@@ -347,7 +347,7 @@ class Ingress:
         await self._commands.call("XDEL", held, raw_id)
 
     async def _append(self, stream: str, entry_id: str, *fields: Arg) -> bool:
-        """Move an event there, also when memory is full; false: one of that id is there."""
+        """Move an event there, also when memory is full; false if that id exists already."""
         script = self._scripts["stream_append"]
         reply = await run(self._commands, script, [stream], [entry_id, 0, *fields])
         return bool(reply[0])

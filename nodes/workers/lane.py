@@ -8,8 +8,8 @@ W3  What a write invalidates is invalidated after the sink has it, before the ch
     is a key whose write will never get there.
 W4  Work is handed out only while the tenure is in force and not yielding; commits carry its
     epoch. What a sink refuses as fenced holds up its own shard only.
-W5  Before a shard's writes a lane reads those held of its sink, which are older. The first lane
-    holds the writes that no sink of this node takes. It reads a shard's writes from the first
+W5  Before a shard's writes a lane reads the held writes of its sink, which are older. The first
+    lane holds the writes that no sink of this node takes. It reads a shard's writes from the first
     one on, regardless of its checkpoint, so that none of them is trimmed unseen.
 W6  A value that this node cannot decode is held for a member that has not tried (see ``Held``).
     A newer write of the key that is stored first takes its place.
@@ -437,7 +437,7 @@ class Lane:
         )
 
     def _reached(self, stretch: Stretch, newest: Mapping[str, Queued]) -> str:
-        """The checkpoint, which never goes back; of those held, it passes the ids that they had."""
+        """The checkpoint, which never goes back; for held writes it counts their former ids."""
         holding = self._holdings.get(stretch.shard)
         ids = [each.origin for each in newest.values()] if stretch.held else [stretch.last_id]
         return latest([self._place(holding).committed if holding else "0-0", *ids])
@@ -495,5 +495,5 @@ class Lane:
 
     @property
     def checkpoint(self) -> str:
-        """Its name."""
+        """The name of the sink."""
         return f"writes:{self._sink}" if self._sink else "writes"

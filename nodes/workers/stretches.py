@@ -4,8 +4,8 @@ T1  Whatever stands in an entry, reading it gives a ``Queued``; one without a jo
     letter.
 T2  Of a stretch the newest write of a key comes first; one that is refused for good gives way
     to the one before it, so that no write is lost for another's fault.
-T3  A write that this member has no sink for is to be held; so is one whose value it cannot decode,
-    since another member may. Neither is done, and its invalidations wait for it.
+T3  A write without a sink here must be held, and so must one whose value this member cannot
+    decode, since another member may. Neither is done, and its invalidations wait for it.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Versions:
         self._rule_out(shard, entry, fault)
 
     def no_room(self, shard: int, entry: Queued) -> None:
-        """One that was to be held cannot be: too many are."""
+        """Called for a write that cannot be held, since too many are."""
         assert entry.job is not None
         problem = f"no sink takes {entry.job.key!r}, and too many writes are held"
         fix = "start a worker that declares the sink"

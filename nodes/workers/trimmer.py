@@ -5,7 +5,7 @@ X1  The newest ``retain`` notices stay. A follower that is further behind sees a
 X2  Event ids are forgotten when no event can be a repetition any more: ingress has applied all
     that was published within ``dedupe_ms`` after them.
 X3  A log whose position here is doubtful is left alone.
-X4  Where no member has a sink, nobody owns the shards: then the owner of ingress does it.
+X4  If no member has a sink, the shards have no owner: then the owner of ingress trims them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Trimmer:
         )  # fmt: skip
 
     async def forget(self) -> None:
-        """Drop the event ids of the owned shards that ingress is long past."""
+        """Drop the old event ids of the owned shards, which ingress has passed."""
         owned = self._ownership.kept_up()
         streams = (self._names.part(EVENTS, "before"), self._names.events)
         first = [("XRANGE", stream, "-", "+", "COUNT", 1) for stream in streams]

@@ -78,7 +78,7 @@ async def test_a_soft_invalidation_leaves_stale_entries_in_every_version(
 
 
 async def test_a_value_of_others_touches_the_other_version(desks: tuple[Desk, Desk]) -> None:
-    """entry_touch I3: who writes past the scripts changes the truth for every version."""
+    """entry_touch I3: a write past the scripts changes the value for every version."""
     old, new = desks
     await fill(new, "of v2-b")
     await old.commands.call("SET", old.names.entry("k"), "7")

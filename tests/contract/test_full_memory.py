@@ -86,7 +86,7 @@ REFUSED: dict[str, Act] = {
     "guard_set": lambda desk: desk.run("guard_set", own(desk, "value", "fence"), 7, "value", 0),
 }
 
-#: These work: they free memory, keep the order of those who do, or let a node start.
+#: These work: they free memory, keep the order of those that do, or let a node start.
 WORKS: dict[str, Act] = {
     "entries_invalidate": lambda desk: desk.invalidate(mark="005"),
     "entries_invalidate softly": lambda desk: desk.invalidate(soft=True),

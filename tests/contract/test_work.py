@@ -562,7 +562,7 @@ async def test_what_is_held_is_in_one_stream_at_any_time(desk: Desk) -> None:
 
 
 async def test_what_has_no_room_stays_where_it_is(desk: Desk) -> None:
-    """writes_hold I4: and is told of."""
+    """writes_hold I4: and the reply says so."""
     epoch, ids = await waiting(desk)
     done, first, *rest = await desk.hold("a", epoch, *ids, held_max=1)
     assert (done, rest) == (1, [b"", b""])
@@ -571,7 +571,7 @@ async def test_what_has_no_room_stays_where_it_is(desk: Desk) -> None:
 
 
 async def test_who_could_not_decode_is_noted_once_for_each(desk: Desk) -> None:
-    """Those of the writes as they are held; those held already where they are."""
+    """The ids of the writes as held; writes that are held already keep theirs."""
     epoch, (first, *_) = await waiting(desk)
     _, held = await desk.hold("a", epoch, first, token="one")
     held_id = bytes(held).decode()

@@ -189,7 +189,7 @@ def test_with_ranks_too_half_of_the_way_the_end_is_the_same(
 
 
 def test_what_is_avoided_by_all_stays_where_it_is() -> None:
-    """A5: nobody is left to whom it could go."""
+    """A5: it moves only to a candidate that does not avoid it."""
     shy = [Candidate(name, avoids=frozenset({1})) for name in "ab"]
     assert assign(range(2), shy, {0: "a", 1: "b"}) == {0: "a", 1: "b"}
     assert assign(range(2), [shy[1], Candidate("a")], {0: "a", 1: "b"})[1] == "a"

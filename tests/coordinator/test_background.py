@@ -53,7 +53,7 @@ async def test_a_task_starts_from_wherever_it_is_asked_for(way: Start) -> None:
 
 
 async def test_a_task_that_was_accepted_runs_to_its_first_await(way: Start) -> None:
-    """I5: also if the tasks are ended before it began; it can tell those who wait for it."""
+    """I5: also if the tasks are ended before it began; it can notify its waiters."""
     told: list[str] = []
 
     async def work() -> None:
@@ -95,7 +95,7 @@ async def test_nothing_is_started_when_the_tasks_are_being_ended(way: Start) -> 
 
 
 async def test_a_task_that_fails_ends_the_body(way: Start) -> None:
-    """I2: its error is in the group that comes out."""
+    """I2: its error is in the group that is raised."""
 
     async def fail() -> None:
         raise Oops
@@ -150,7 +150,7 @@ async def test_a_cancelled_body_cancels_its_tasks() -> None:
 
 
 async def test_the_body_raises_its_own_error() -> None:
-    """I1: in no group."""
+    """I1: not in a group."""
     with pytest.raises(Oops):
         async with background_tasks():
             raise Oops

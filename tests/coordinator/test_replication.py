@@ -344,7 +344,7 @@ class Echo:
         return b"nonce"
 
     def check_primary(self, reply: bytes) -> None:
-        """It is one."""
+        """The answer of a primary."""
 
 
 @pytest.mark.parametrize("lost", ["between", "during"])

@@ -215,7 +215,7 @@ async def test_a_key_of_a_wrong_type_is_seen_in_ownership(node: forebay.Node) ->
 async def test_a_server_that_refuses_all_writes_fails_readiness(
     make_server: Any, namespace: str, sink: Faulty, refuse: Any, accept: Any, code: str
 ) -> None:
-    """W1, C1: until it accepts them again; liveness is not its business."""
+    """W1, C1: until it accepts them again; liveness is not affected."""
     server = make_server(config={"maxmemory-policy": "noeviction"})
     async with shop(server, namespace, sink) as node:
         server.execute("CONFIG", "SET", *refuse)

@@ -84,7 +84,7 @@ async def test_writes_that_end_with_an_embedded_server_are_told_as_lost(
 async def test_a_node_without_workers_tells_what_is_lost_with_its_server(
     namespace: str, logged: Logged
 ) -> None:
-    """Nobody brings its writes to the sink; on a server of others that is their business."""
+    """No worker brings its writes to the sink; on an external server others may."""
     node, flight = failing(namespace, away(), Valkey(), enabled=False)
     await write_all(node, flight)
     assert node.drained is False

@@ -143,7 +143,7 @@ async def test_state_tells_of_a_drain(declared: Declared) -> None:
 
 
 async def test_hook_cannot_stop_its_node(declared: Declared) -> None:
-    """It would wait for itself: that is an error of the hook."""
+    """The hook would wait for itself, so it gets an error."""
     node, _ = declared
     node.on_start(node.stop)
     with anyio.fail_after(20), pytest.raises(forebay.ForebayError, match="a hook of the node"):
@@ -152,7 +152,7 @@ async def test_hook_cannot_stop_its_node(declared: Declared) -> None:
 
 
 class Oops(Exception):
-    """A fault of ours."""
+    """A failure inside the node."""
 
 
 async def _fail() -> None:

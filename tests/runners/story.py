@@ -159,7 +159,7 @@ class Story:
 
 
 def _nonces_of_one_bucket() -> tuple[str, str]:
-    """One node is then told of the hand-over between them by a word of its own."""
+    """One node then gets a message about the hand-over between them."""
     nonces: dict[int, str] = {}
     for number in range(1_000):
         nonce = f"nonce-of-a-client-{number}"

@@ -160,7 +160,7 @@ def test_values_that_one_release_cannot_decode_go_to_the_other(rollout: Rollout)
 
 
 def test_values_that_no_release_can_decode_are_dead_letters(rollout: Rollout) -> None:
-    """When the process that could has gone, and without waiting for workers.hold_ms."""
+    """After the process that could decode them is gone, without waiting for workers.hold_ms."""
     rollout.start("v2", writes=0)
     job = msgspec.msgpack.encode({"type": "w", "key": "invoice:1", "value": b"\xa4text"})
     shard = shard_of("invoice:1", SHARDS)

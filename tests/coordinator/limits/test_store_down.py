@@ -165,7 +165,7 @@ async def test_peeks_at_the_same_time_do_not_count_each_other(house: House) -> N
 async def test_one_spoilt_state_is_no_outage(
     house: House, spoil: tuple[str, str], source: str
 ) -> None:
-    """O2: the server has answered; only that subject is decided here. Text is as no state."""
+    """O2: the server has answered; only that subject is decided here. Text counts as no state."""
     api = house.limiter(limit("local")).of("local")
     await api.peek("other")
     command, value = spoil

@@ -257,8 +257,8 @@ class Nemesis:
         return False
 
     def _unready(self) -> int:
-        """How many workers have not started, within the bound: ready they are not, since writes
-        are refused to all."""
+        """The number of workers not started within the bound. They are not ready, since the server
+        refuses all writes."""
         give_up_at = time.monotonic() + RECOVERY_BOUND_S
         waiting = list(self._workers.running)
         while waiting and time.monotonic() < give_up_at:

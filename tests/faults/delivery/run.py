@@ -4,8 +4,8 @@ usage: cd tests && python -m faults.delivery [--events 50000] [--faults 18] [--s
 
 Three `forebay run` processes bring writes to PostgreSQL. Programs in Node.js and Python publish
 them, into the stream and by write_behind, each with a history of its own. Readers fill the near
-caches meanwhile. After the last fault everything must come to rest by itself; then all that there
-is is written down, and judged by ``checker``. The plan is printed first, and depends on the
+caches meanwhile. After the last fault all work must finish by itself; then the final state is
+recorded, and judged by ``checker``. The plan is printed first, and depends on the
 arguments only.
 """
 
@@ -303,7 +303,7 @@ def _waiting(made: _Run) -> tuple[int, int, int]:
 
 
 def _come_to_rest(made: _Run, calm_s: float) -> None:
-    """Wait until nothing waits, as long as there is less and less of it."""
+    """Wait until no work waits, as long as the amount shrinks."""
     least, since = sum(_waiting(made)), time.monotonic()
     while least and time.monotonic() < since + calm_s:
         time.sleep(0.02)

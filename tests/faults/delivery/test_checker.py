@@ -142,7 +142,7 @@ def test_bad_history_breaks_its_rule(name: str) -> None:
 
 
 def test_every_rule_has_a_bad_history() -> None:
-    """No rule is there that nothing can break."""
+    """Every rule can be broken by some history."""
     assert {rule for rule, _ in BAD.values()} == set(RULES)
 
 

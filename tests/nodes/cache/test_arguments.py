@@ -281,7 +281,7 @@ def test_what_is_bound_already_is_no_parameter(function) -> None:
 
 
 def test_a_number_of_too_many_digits_is_refused() -> None:
-    """Python would not even write it."""
+    """Python refuses to convert it to text."""
     with pytest.raises(InvalidKey, match=r"x of the cache, .\.\.\.. has too many digits"):
         keying_of(int).key(10**5000)
 

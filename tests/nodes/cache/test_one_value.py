@@ -40,7 +40,7 @@ class Level(enum.IntEnum):
 
 @dataclasses.dataclass
 class Growing:
-    """Each time that it is made it is another."""
+    """A value that differs each time it is made."""
 
     number: int
 
@@ -104,7 +104,7 @@ def seen(value: Any) -> str:
 @pytest.mark.parametrize("mutable", [False, True])
 @pytest.mark.parametrize("case", CASES)
 async def test_every_reader_gets_the_same(make_node: Any, case: str, mutable: bool) -> None:
-    """V6, L8: the one who has it loaded, those who wait, and later ones, on every tier and node."""
+    """V6, L8: the caller that loads it, waiters, and later callers, on every tier and node."""
     one, two = (make_node(value_bytes_max=200_000) for _ in range(2))
     first, second = (declare(node, case, mutable=mutable) for node in (one, two))
     found: list[Any] = []

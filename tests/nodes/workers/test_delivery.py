@@ -390,7 +390,7 @@ async def test_a_row_that_was_locked_and_then_is_poison_has_all_its_attempts(tab
 
 
 async def test_a_locked_row_is_given_up_when_the_work_is_not_ours_any_more(table: Table) -> None:
-    """V1: soon, and nothing says any more that it waits here."""
+    """V1: soon, and health does not list it as waiting here any more."""
     clock = ManualClock()
     delivery = delivery_to(table, clock)
     table.locked = {"k:1"}

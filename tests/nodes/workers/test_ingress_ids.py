@@ -446,7 +446,7 @@ async def test_a_held_event_keeps_the_time_of_its_publication(open_shop: OpenSho
 async def test_an_id_that_tells_no_time_counts_as_published_now(
     open_shop: OpenShop, entry_id: str
 ) -> None:
-    """plan: a publisher's own numbers make nothing old, nor young for ever."""
+    """plan: ids made up by a publisher make an event neither old nor young for ever."""
     async with open_shop(sinks=SINKS) as shop:
         at = await hour_ahead(shop) if entry_id == "an hour ahead" else entry_id
         before = await now_ms(shop)
