@@ -9,7 +9,7 @@ I2  Every failure is an error of ours that says which it was: refused, name unkn
 I3  No byte is lost in the hand-over: ``attach`` refuses a transport on which the server
     has said something unasked, or hung up.
 I4  A connection that is not handed over is closed, also when ``dial`` is cancelled.
-I5  Where a primary is asked for, a replica is refused (READONLY): an address that moves may lead to
+I5  If a primary is required, a replica is refused (READONLY): an address that moves may lead to
     the server that was demoted.
 
 Host names in certificates are checked unless ``tls_insecure`` is set; RESP2 is spoken.

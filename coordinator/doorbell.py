@@ -190,7 +190,7 @@ class Doorbell:
                 await self._shut()
 
     def redial(self, reason: str) -> None:
-        """Give the connection up, if there is one, and make another."""
+        """Close the connection, if open, and make another."""
         if self._wire is not None:
             self._wire.drop(reason)
 

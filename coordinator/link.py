@@ -11,9 +11,9 @@ I4  A connection on which nothing was heard for twice the command timeout, thoug
 I5  At most ``in_flight_max`` commands are under way; one more is refused at once.
 I6  State listeners hear False before any caller learns of the loss, and True before any command
     goes out on the new connection.
-I7  Where a primary is asked for, the connection is to one: a replica is refused when dialing, and
-    READONLY ends the connection. State listeners hear True once more when an open connection
-    shows another history: the server was demoted and promoted meanwhile.
+I7  If a primary is required, the connection is to one: a replica is refused when dialing, and
+    READONLY ends the connection. State listeners get True once more when an open connection
+    shows another history: the server was demoted and promoted in between.
 
 The breaker counts lost connections, failed tries to connect, and stalls (calls found late at one
 time are one); any reply is a success. Nothing is retried, decoded, or sent that must be alone.
@@ -378,7 +378,7 @@ class Link:
         return since >= self._history_since
 
     def redial(self, reason: str) -> None:
-        """Give the connection up, if there is one, and make another."""
+        """Close the connection, if open, and make another."""
         if self._wire is not None:
             self._wire.drop(reason)
 

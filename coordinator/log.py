@@ -13,9 +13,9 @@ I3  The doorbell only makes it fast. A bell out of order makes its shard suspect
     one sweep. A bell that the next read does not confirm resets its shard.
 I4  After a reconnect nothing is believed until the server's run id was compared. Another run
     id, or history, may have lost the end of a log and given its ids again: every shard is reset.
-I5  A read proves nothing unless the server is a primary, and says so after it: a replica that is
-    cut off answers reads, too. It also says its history, so that a demotion and a promotion
-    between two reads, with the connection open all the time, is an I4.
+I5  A read counts as current only if the server reports after it that it is a primary: a replica
+    that is cut off answers reads, too. It also reports its history, so that a demotion and a
+    promotion between two reads, with the connection open all the time, is an I4.
 
 A sweep is one XREAD over all shards, several times a second; it does not block, so it can
 share the multiplexed link. Owning a position for longer than the log is kept is not needed:

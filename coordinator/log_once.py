@@ -1,4 +1,4 @@
-"""Logs a failure that goes on once a minute, however often it happens.
+"""Logs a lasting failure once a minute, however often it occurs.
 
 F1  The first failure of a kind is a warning. While it goes on, the kind is a warning again every
     ``EVERY_S``, with ``left_out``, the number of lines in between; those are at level debug.
@@ -28,7 +28,7 @@ _KINDS_MAX = 100
 
 
 class Failing(Struct, frozen=True):
-    """A failure that goes on."""
+    """A lasting failure."""
 
     since: float  #: of the monotonic clock
     times: int

@@ -9,8 +9,8 @@ R1  ``confirm`` returns only if ``replicas_min`` replicas have acknowledged a ma
     primary had accepted before the marker, so also the caller's write.
 R2  A marker counts only on the connection it was written on (WAIT speaks of that client's writes
     alone), and only if the link reads it back: both speak to the same primary.
-R3  A link that reconnected since the write confirms nothing, nor does one whose server was
-    demoted and promoted meanwhile: another primary, which never had the write, was in charge.
+R3  A link that reconnected since the write does not confirm it, nor does one whose server was
+    demoted and promoted in between: another primary, which never had the write, was in charge.
 R4  All who came before a marker share it. Cancelling one costs the others nothing.
 R5  Nothing is dialed before somebody asks.
 

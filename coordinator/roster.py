@@ -5,8 +5,8 @@ R1  Members are judged by the server's clock, in the script: suspect after three
 R2  A beat that brings no news transfers no members, however many there are.
 R3  A record that cannot be read is a member without weight, and no reason to fail; a name that
     cannot be read is left out. Members, resources and bytes of a report are bounded.
-R4  A shard goes to a member that declares every sink, else to one that declares most; so does the
-    ingress stream. A member without sinks declines all shards. While a member of a release that
+R4  A shard, and the ingress stream, goes to a member that declares every sink, else to one that
+    declares most. A member without sinks declines all shards. While a member of a release that
     does not publish its sinks is there, sinks do not count: all compute as that release does.
 R5  A member defers a shard whose held writes another member may be able to store: any other
     goes before it.

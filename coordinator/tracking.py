@@ -165,7 +165,7 @@ class Tracking:
         )
 
     def redial(self, reason: str) -> None:
-        """Give the connection up, if there is one, and make another."""
+        """Close the connection, if open, and make another."""
         if self._wire is not None:
             self._wire.drop(reason)
 

@@ -41,7 +41,7 @@ class WriteCheck:
 
     @property
     def refusal(self) -> Failing | None:
-        """Why no write is accepted, and since when; None if they are, as far as is known."""
+        """The reason and start of a refusal of writes; None if no refusal is known."""
         return self._refused.failing
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:

@@ -2,8 +2,8 @@
 
 W1  Stalled work is a warning: the work goes to other nodes, or waits; it fails no probe.
     Only a server that refuses all writes fails readiness.
-W2  A check names the oldest work that this node is responsible for, and the failure that goes on:
-    for how long, how often, and the last error.
+W2  A check names the oldest work that this node is responsible for, and the current failure: for
+    how long, how often, and the last error.
 W3  The checks read memory only.
 """
 

@@ -8,7 +8,7 @@ L3  If the context fails while a block runs, the block is cancelled, and the fai
     out in its place. Without a block, or if its task has ended, the failure is logged at once,
     and raised where the context is ended.
 L4  What the block raised comes out as it is; a failure of the context is then logged.
-L5  A context whose task is cancelled though nobody ended it has failed.
+L5  A context has failed if its task is cancelled although no caller ended it.
 L6  It can be ended by several tasks: the first gets the failure, all of them wait for the end.
 """
 

@@ -7,7 +7,7 @@ U1  Inside the block every shard was live once, so the first read is already rig
 U2  Notices reach every cache of this node, in order, before the next one is looked at.
 U3  A drain takes no new work, finishes what is under way, hands over what is owned, and takes
     at most ``drain_ms``; the last worker of a namespace also empties the queues (see ``Crew``).
-    It is finished if nothing that was accepted is left undone (see ``leftovers``). There is one
+    It is finished if all accepted work is done (see ``leftovers``). There is one
     drain, however often it is asked for, and cancelling whoever asked does not cut it short;
     there is none where a worker has failed.
 U4  After the drain every ``on_stop`` hook runs, whatever happened before (see ``hooks``).

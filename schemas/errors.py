@@ -96,7 +96,7 @@ class StartupError(ConfigError):
 
 
 class CancelledInside(ForebayError):
-    """Raised when code of the application was cancelled, though nobody cancelled its call."""
+    """Raised when code of the application was cancelled although its call was not."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what} was cancelled from inside")

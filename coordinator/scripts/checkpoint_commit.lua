@@ -27,7 +27,7 @@
 -- I5 The entry is found in any cache version. An older write of the key in
 --    another version was sunk with it, and its entry is gone.
 -- I6 A server that lost the last accepted writes (its log's tail, a failover) loses no more by it:
---    a checkpoint that went back is not moved on by one who read further, and nothing is trimmed.
+--    a checkpoint that went back is not moved by a caller that read further, and nothing is trimmed.
 -- I7 A load that began before the write was sunk cannot fill any more: of another cache version,
 --    or of an entry that was lost meanwhile.
 

@@ -28,7 +28,7 @@
 --   were forgotten for lack of room, if any; {0, length} full; {2} a repetition
 --
 -- I1 A mark that is not later than the newest one, or an event id seen, changes nothing. Whether
---    it was seen lately is told by when both were published, however late they are applied.
+--    it was seen lately depends on the times of publication, however late both are applied.
 -- I2 A full stream refuses, and one that has given its last id; neither is trimmed to make room.
 -- I3 Dependents of the key are outdated, and so are entries of other cache versions.
 -- I4 Lifetimes count from when it was published.

@@ -1,7 +1,7 @@
 """What a declared type says without a value: its classes, and the types it is made of.
 
-T1  Nothing is imported, and no value is made: an unfamiliar type says nothing of its values.
-T2  A class of which msgpack can give back no instance is named by ``unmade_in``.
+T1  No module is imported, and no value is made: an unfamiliar type is not checked further.
+T2  ``unmade_in`` names a class whose instances msgpack cannot give back.
 """
 
 from __future__ import annotations

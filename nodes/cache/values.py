@@ -10,7 +10,7 @@ V5  What a ``PackedCodec`` hands out cannot be changed: ``own`` makes a copy for
     what it has packed itself can be decoded.
 V6  The decoded value is kept and returned, from the first call on: a datetime in UTC, a float
     where the loader returned an int, the declared class where it returned a subclass.
-V7  A type of which nothing could be stored is refused where it is declared.
+V7  A type whose values could never be stored is refused where it is declared.
 V8  ``json`` encodes a value, or raises InvalidEntry if JSON cannot hold it: NaN never becomes
     null.
 """

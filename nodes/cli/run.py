@@ -65,7 +65,7 @@ def command(
         node.configure(resolved, lambda: load(config, given))
         found = file_in_force(config)
         watched = found[0] if found else None
-        # Before the event loop runs, which would stand still meanwhile.
+        # Before the event loop runs: this would block it.
         importlib.import_module("..web.server", __package__)
         code: int = anyio.run(run_node, node, watched, backend_options=_fast_loop())
         return code

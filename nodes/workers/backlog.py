@@ -114,7 +114,7 @@ class Backlog:
         """Ask for the first entries once.
 
         Raises:
-            Unavailable: nothing was learnt.
+            Unavailable: the server did not answer; the known ages stay.
         """
         streams = list(self._responsible_for())
         replies = await self._commands.call_many(

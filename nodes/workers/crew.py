@@ -1,8 +1,8 @@
 """The workers of one node that does the cluster's ordered work, and how they stop.
 
 K1  The workers are cancelled before what they use is closed.
-K2  The last worker of a namespace applies the events that there are when its drain begins; the
-    last one with sinks brings the writes to them; any other leaves both to the rest. Ingress is
+K2  The last worker of a namespace applies the events that exist when its drain begins; the last
+    one with sinks brings the writes to them; any other leaves both to the rest. Ingress is
     given up before the writes are brought, so that nothing new arrives. A drain takes at
     most ``drain_ms``, and also hands over unfinished work.
 """

@@ -405,7 +405,7 @@ def _held_as(fields: Fields) -> str:
 
 
 def _digest(entries: Sequence[Sequence[Reply]]) -> str:
-    """Of the first: tells it from another that was given the same id."""
+    """A digest of the first entry: distinguishes it from another entry with the same id."""
     fields = field_map(entries[0][1]) if entries else {}
     parts = [part for pair in fields.items() for part in pair]
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()

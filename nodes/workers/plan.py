@@ -40,7 +40,7 @@ class Taken(Struct, frozen=True):
 
     @property
     def published_ms(self) -> int:
-        """When, on the server's clock; 0 for an id that tells no time."""
+        """The publication time on the server's clock; 0 if the id is not a valid time."""
         ms = int((self.held_as or self.id).partition("-")[0])
         return ms if _FIRST_MS <= ms <= _LAST_MS else 0
 

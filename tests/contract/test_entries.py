@@ -544,7 +544,7 @@ async def test_an_event_id_is_taken_once(desk: Desk) -> None:
 
 
 async def test_whether_an_event_id_was_seen_lately_is_told_by_publication(desk: Desk) -> None:
-    """entry_write I1: however late it is applied; an id of the future was published now."""
+    """entry_write I1: however late it is applied; an id ahead of the clock counts from now."""
     now_ms = await desk.now_us() // 1_000
     first = now_ms - 50_000
 
@@ -563,7 +563,7 @@ async def test_whether_an_event_id_was_seen_lately_is_told_by_publication(desk: 
 
 
 async def test_event_ids_are_remembered_up_to_a_bound(desk: Desk) -> None:
-    """entry_write: the oldest goes, and is counted; so do those that are past."""
+    """entry_write: the oldest id is dropped and counted; expired ids are dropped, too."""
     now_ms = await desk.now_us() // 1_000
     replies = [
         await desk.write(event_id=f"e{n}", published_ms=now_ms - 100 + n, seen_max=3)

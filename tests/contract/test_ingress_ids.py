@@ -126,7 +126,7 @@ async def test_publishing_goes_on_behind_the_last_id(desk: Desk) -> None:
 
 
 async def test_an_empty_stream_that_was_ahead_is_renewed_while_idle(desk: Desk) -> None:
-    """ingress_take: somebody deleted the entry; nothing else would ever come."""
+    """ingress_take: the entry was deleted by hand; without renewal the stream stays exhausted."""
     epoch = await desk.claim_ingress("a")
     assert (await desk.take_batch("a", epoch))[3] == b""
     await add(desk, LAST_ID)

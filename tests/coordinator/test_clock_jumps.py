@@ -1,7 +1,7 @@
 """The server's clock is set forward and back by a minute: results stay right, or off by a bound.
 
 The server runs under libfaketime, which reads the clock's offset from a file. It looks at its clock
-now and then only, so ``set_clock`` waits until the server tells the new time.
+only at intervals, so ``set_clock`` waits until the server returns the new time.
 """
 
 from __future__ import annotations

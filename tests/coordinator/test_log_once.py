@@ -1,4 +1,4 @@
-"""A failure that goes on is logged once a minute: F1-F5."""
+"""A lasting failure is logged once a minute: F1-F5."""
 
 from __future__ import annotations
 

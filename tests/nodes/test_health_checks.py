@@ -1,4 +1,4 @@
-"""Health tells which work stands still, and why: W1-W3, L1-L4, C1-C3."""
+"""Health names stalled work and its cause: W1-W3, L1-L4, C1-C3."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORK = ("ingress", "ownership", "writes", "refreshes")
 
 
 class Faulty:
-    """A sink that fails as it is told."""
+    """A sink that fails on request."""
 
     def __init__(self) -> None:
         self.fault: Exception | None = None
@@ -228,7 +228,7 @@ async def test_a_server_that_refuses_all_writes_fails_readiness(
 
 
 class Counting:
-    """Commands that are counted, and refused as told."""
+    """Commands that are counted, and refused on request."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -241,7 +241,7 @@ class Counting:
 
 
 async def test_health_is_asked_often_and_the_server_seldom(node: forebay.Node) -> None:
-    """C2: a thousand probes ask for nothing."""
+    """C2: a thousand probes send no command."""
     counting = Counting()
     asked = WriteCheck(counting, "none", clock=SystemClock())  # type: ignore[arg-type]
     node.parts.write_check = asked
@@ -253,7 +253,7 @@ async def test_health_is_asked_often_and_the_server_seldom(node: forebay.Node) -
 
 @pytest.mark.parametrize("code", ["MISCONF", "OOM", "READONLY", "NOREPLICAS", "NOPERM"])
 async def test_what_is_refused_to_all_and_what_is_not(code: str) -> None:
-    """C1: a user without the right to write that name says nothing of other writes."""
+    """C1: a user without the right to write that name proves nothing about other writes."""
     counting = Counting()
     asked = WriteCheck(counting, "none", clock=SystemClock())  # type: ignore[arg-type]
     counting.code = code

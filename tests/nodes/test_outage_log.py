@@ -1,4 +1,4 @@
-"""How much a node logs while it has no server."""
+"""The number of log lines of a node without a server."""
 
 from __future__ import annotations
 

@@ -59,10 +59,10 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     published: int
     attempts: int
     accepted: int
-    unknown: int  #: attempts, without an answer or with one that says nothing
+    unknown: int  #: attempts with no answer, or with an ambiguous one
     refused: int  #: attempts
     sunk: int  #: accepted events with an effect
-    overtaken: int  #: accepted events of which a later one of the key has an effect
+    overtaken: int  #: accepted events whose key has an effect of a later event
     dead: int  #: accepted events among the dead letters
     lost_with_tail: int  #: accepted events that a cut took, and that are nowhere else
     poison: int  #: accepted ones

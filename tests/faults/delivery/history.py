@@ -71,7 +71,7 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
     bytes: int
     accepted: Sequence[str]  #: events whose acceptance was lost
     dead: Sequence[str]  #: events whose dead letter was lost
-    keys: Sequence[str]  #: keys of which something was lost
+    keys: Sequence[str]  #: keys that lost a record
 
 
 class Recovered(msgspec.Struct, frozen=True, kw_only=True, tag="recovered"):

@@ -59,7 +59,7 @@ class _Running(Protocol):
 
 
 class Reader(Thread):
-    """Asks some worker for some key that was published lately, until it is told to end."""
+    """Asks some worker for some key that was published lately, until ``end`` is set."""
 
     def __init__(self, progress: Progress, workers: _Running, seed: int = 1) -> None:
         super().__init__(daemon=True)

@@ -1,10 +1,10 @@
 """A server that is killed, and whose AOF loses its tail: as by a loss of power.
 
-T1  ``lost`` are the commands that the server had carried out and knows nothing of when it is back:
-    it drops a command cut short, and a transaction as a whole.
+T1  ``lost`` are the commands that the server had carried out and has lost when it is back: it
+    drops a command cut short, and a transaction as a whole.
 T2  The loss is read from the bytes themselves, by the commands that they hold: which events
     were accepted (in the ingress stream, or as a job of a write_behind), which were dead letters,
-    and of which keys there was anything.
+    and the keys of all lost records.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ that can never be sunk, under a key of its own: a poison.
 
 W1  The same seed and size give the same events, in the same order.
 W2  All events of a key have one publisher, and rise in ``seq`` from 1 on.
-W3  A poison says so in ``poison``: the table refuses its row (``row``), the cache's type its value
-    (``type``), or it is invalid JSON (``json``).
+W3  The field ``poison`` marks a poison: the table refuses its row (``row``), the cache's type its
+    value (``type``), or it is invalid JSON (``json``).
 W4  The bytes of each event contain its id, once at least; no other bytes look like an id.
 """
 

@@ -358,7 +358,7 @@ POISON = "a gate that is longer than its column"
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_terminated_backends_cost_no_error_of_others(postgres: Any, seed: int) -> None:
-    """I2 of the database: every failure is transient, or the poison; nothing else comes out."""
+    """I2 of the database: every failure is transient, or the poison; no other error is raised."""
     rng = random.Random(seed)
     kill = text(f"SELECT pg_terminate_backend(pid) {OURS}")
     ends: Counter[str] = Counter()
@@ -418,7 +418,7 @@ OF_OTHERS = (
 async def test_failing_to_give_a_connection_back_hides_nothing(
     database: Any, monkeypatch: pytest.MonkeyPatch, real: str
 ) -> None:
-    """I2 of the database: the error of the batch comes out; the other one is logged."""
+    """I2 of the database: the error of the batch is raised; the other one is logged."""
     close, faults = AsyncConnection.close, list(OF_OTHERS)
 
     async def fail_after(self: AsyncConnection) -> None:

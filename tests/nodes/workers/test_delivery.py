@@ -401,7 +401,7 @@ async def test_a_locked_row_is_given_up_when_the_work_is_not_ours_any_more(table
 
 
 async def test_a_day_without_the_database_is_a_line_a_minute(table: Table) -> None:
-    """V1: since when, which attempt and why are there at any time; the log says them seldom."""
+    """V1: start, attempt and error are available at any time; the log has them once a minute."""
     clock = ManualClock()
     delivery = delivery_to(table, clock, rng=random.Random(3))
     table.faults = [TransientSinkError("connection refused")] * 400

@@ -96,7 +96,7 @@ async def test_events_of_every_kind_pass_when_memory_is_full(
 async def test_what_is_added_beyond_the_limit_is_bounded(
     server: ValkeyServer, namespace: str
 ) -> None:
-    """While the sink hangs, ingress stands still at the allowance; then it goes on."""
+    """While the sink hangs, ingress pauses at the allowance; then it continues."""
     count, table = fill(server, f"forebay:{namespace}:events"), Table()
     table.hang_at = 1
     async with workshop(server, namespace, sinks={"flight:{id}": table}) as shop:

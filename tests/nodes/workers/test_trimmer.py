@@ -83,7 +83,7 @@ async def test_an_empty_log_stays_empty(open_shop: OpenShop) -> None:
 
 
 async def test_event_ids_are_forgotten_when_ingress_is_past_them(open_shop: OpenShop) -> None:
-    """X2: not while an event waits that may be a repetition."""
+    """X2: ids are kept while an event waits that may be a repetition."""
     async with open_shop() as shop:
         trimmer = await trimmer_of(shop, 1)
         seen = [shop.names.part(shard, "seen") for shard in range(SHARDS)]

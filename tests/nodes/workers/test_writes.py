@@ -693,7 +693,7 @@ async def test_many_locked_rows_are_stored_once_they_are_free(open_shop: OpenSho
 
 @pytest.mark.parametrize("part", ["writes", "done", "dead"])
 async def test_one_key_of_another_type_costs_its_shard_only(open_shop: OpenShop, part: str) -> None:
-    """W8: the others are sunk, the key is named, and it goes on when it is mended."""
+    """W8: the others are sunk, the key is named, and the shard continues after the repair."""
     table = Table()
     table.poison = {1}  # of the shard at fault: a dead letter is to be kept
     async with open_shop(sinks={"flight:{id}": table}) as shop:
