@@ -16,6 +16,9 @@ I4  After a reconnect nothing is believed until the server's run id was compared
 I5  A read counts as current only if the server reports after it that it is a primary: a replica
     that is cut off answers reads, too. It also reports its history, so that a demotion and a
     promotion between two reads, with the connection open all the time, is an I4.
+I6  A log that the server refuses to read, since its key is of another type, costs its own shard
+    only: the other shards stay live. Each sweep resets the refused shard, so its near copies are
+    never older than the promise.
 
 A sweep is one XREAD over all shards, several times a second; it does not block, so it can
 share the multiplexed link. Owning a position for longer than the log is kept is not needed:
@@ -50,7 +53,7 @@ __all__ = ["Follower", "FollowerStatistics", "ResetReason", "ShardView"]
 
 log = structlog.get_logger(__name__)
 
-ResetReason = Literal["trimmed", "epoch", "run_id", "false_bell", "newer", "failed"]
+ResetReason = Literal["trimmed", "epoch", "run_id", "false_bell", "newer", "failed", "refused"]
 Apply = Callable[[int, int, Notice], None]
 _TOGETHER = 4_096  # notices in one reply, over all shards: some 30 ms of the loop's time
 _PAGE_MIN = 16
@@ -115,6 +118,7 @@ class Follower:
         self._verified = -1
         self._doorbell_live = False
         self._failing = LogOnce(clock)
+        self._refused = LogOnce(clock)
         self._quiet_until = float("-inf")  # for warnings about unreadable notices
         self._reads = self._sweeps = self._notices = self._resets = 0
 
@@ -213,6 +217,8 @@ class Follower:
         read: list[Arg] = ["XREAD", "COUNT", page, "STREAMS", *streams, *positions]
         lengths_of = [("XLEN", name) for name in streams]
         replies = await self._commands.call_many([read, *lengths_of, ASK_HISTORY])
+        if readable := self._without_refused(views, replies[1:-1]):
+            return readable
         self._check(granted(replies)[-1])  # the last reply: it covers all reads before it
         if connection != self._connection:
             return views
@@ -228,6 +234,22 @@ class Follower:
         if (strayed or empty) and await self._find_ends(strayed, empty):
             return views
         return self._prove(views, unfinished, number, sent_at)
+
+    def _without_refused(
+        self, views: Sequence[ShardView], lengths: Sequence[Reply]
+    ) -> Sequence[ShardView]:
+        """The views to read again, if the server refuses others; else none."""
+        readable = []
+        for view, length in zip(views, lengths, strict=True):
+            if isinstance(length, ServerRefused) and length.code == "WRONGTYPE":
+                refused = length.at(self._logs[view.number])
+                view.doubt(self._reads)
+                view.refused = str(refused)
+                self._forget(view, "refused")
+                self._refused.say(log, "log.refused", refused, shard=view.number)
+            else:
+                readable.append(view)
+        return readable if len(readable) < len(views) else ()
 
     async def _find_ends(self, strayed: Sequence[ShardView], empty: Sequence[ShardView]) -> bool:
         """Where logs end that do not say so themselves; true if they are to be read again.
@@ -255,7 +277,7 @@ class Follower:
             for view in views
             if view.number in unfinished or not view.prove(number, sent_at, until)
         ]
-        self.live_until = min(view.live_until for view in self.views)
+        self.live_until = min(view.live_until for view in self.views if not view.refused)
         return unproved
 
     def _take_page(self, view: ShardView, entries: Sequence[Any]) -> None:
@@ -348,7 +370,9 @@ def _check_primary(reply: bytes) -> None:
 
 
 def _end(reply: Reply) -> Position:
-    if isinstance(reply, ServerRefused) and reply.code == "OOM":
+    if isinstance(reply, ServerRefused) and (
+        reply.code == "OOM" or "WRONGTYPE" in f"{reply.code} {reply.message}"
+    ):
         return _UNKNOWN
     if isinstance(reply, ForebayError):
         raise reply

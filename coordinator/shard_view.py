@@ -30,12 +30,14 @@ class ShardView:
         "live_until",
         "number",
         "proved_at",
+        "refused",
         "seq",
         "spoilt",
     )
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.refused = ""  #: why the server does not let us read the log; empty if it does
         self.epoch = 0
         self.seq = 0
         self.live_until = _NEVER  #: monotonic seconds; what the node promises of this shard
@@ -100,5 +102,6 @@ class ShardView:
         """Renew the promise, if this read can."""
         if read <= self._doubted:
             return False
+        self.refused = ""
         self.live_until, self.proved_at = live_until, sent_at
         return True

@@ -39,13 +39,16 @@ def checks(node: Node) -> Sequence[Check]:
     parts = node.parts
     link, now = parts.backend.link, parts.clock.monotonic()
     state = link.breaker.state
-    suspect = sum(view.live_until <= now for view in parts.follower.views)
+    views = parts.follower.views
+    suspect = sum(view.live_until <= now and not view.refused for view in views)
     found = [
         _check("valkey", link.connected, _away(parts), _READY),
         _check("breaker", state == "closed", f"the breaker is {state}", _READY),
         _check("log", not suspect, f"{suspect} shards are not known to be current", _READY),
         _check("drain", not parts.draining, "draining", _READY),
     ]
+    if refused := [view.refused for view in views if view.refused]:
+        found.append(_check("logs", False, "; ".join(refused[:3]), frozenset(), "warn"))
     found += work_checks(parts)
     if parts.crew is not None:
         found.append(_held(parts.crew.writes.held.statistics))

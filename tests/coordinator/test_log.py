@@ -430,9 +430,10 @@ async def test_the_promise_counts_from_sending(scene: Scene) -> None:
 
 async def test_a_read_that_failed_proves_nothing(scene: Scene) -> None:
     """I1: an error reply is no reply; sweeps say so to whoever asked."""
-    log_name = scene.shelf.names.part(1, "log")
-    await scene.link.call("DEL", log_name)
-    await scene.link.call("SET", log_name, "no stream")
+    for number in range(3):
+        log_name = scene.shelf.names.part(number, "log")
+        await scene.link.call("DEL", log_name)
+        await scene.link.call("SET", log_name, "no stream")
     live_until = scene.follower.live_until
     scene.clock.now += 1.0
     with pytest.raises(ServerRefused) as caught:
@@ -644,6 +645,35 @@ async def test_a_namespace_may_be_joined_while_memory_is_full(
         await scene.follower.sweep()
         assert scene.journal.resets == []
         assert scene.journal.applied == {0: [0]}
+
+
+@pytest.mark.parametrize("joined", [False, True])
+async def test_a_log_of_another_type_costs_its_shard_only(
+    valkey_server: ValkeyServer, namespace: str, joined: bool
+) -> None:
+    """I6: the others are followed and stay live; the shard is reset until its log is one again."""
+    link = link_to(valkey_server.socket_url)
+    async with running(link):
+        scene = Scene(link, namespace)
+        if joined:
+            await scene.follower.sweep()
+        name = scene.shelf.names.part(1, "log")
+        await link.call("SET", name, "text")
+        await scene.shelf.write(0)
+        for _ in range(2):
+            scene.clock.now += 0.2
+            await scene.follower.sweep()
+            assert scene.follower.live_until == scene.clock.now + 0.5
+        assert scene.journal.applied[0][-1:] == ([0] if joined else [])
+        assert set(scene.journal.resets) == {1}
+        assert name in scene.follower.views[1].refused
+        await link.call("DEL", name)
+        await scene.follower.sweep()
+        await scene.shelf.write(1)
+        await scene.follower.sweep()
+        assert not scene.follower.views[1].refused
+        assert scene.follower.statistics().suspect == 0
+        assert scene.journal.applied[1] == [0]
 
 
 async def test_it_starts_only_once_it_is_current(scene: Scene) -> None:
