@@ -231,16 +231,25 @@ class Nemesis:
             self._server.execute("CONFIG", "SET", "maxmemory", used)
         waiting = self._server.execute("XLEN", self._names.events)
         self._workers.spawn_all()
-        unready = self._unready()
-        left = self._server.execute("XLEN", self._names.events)
+        began = time.monotonic()
+        idle, left = self._not_started(), self._drained()
+        seconds = round(time.monotonic() - began, 3)
         self._server.execute("CONFIG", "SET", "maxmemory", 0)
-        if unready:
-            self._history.write(
-                Recovered(kind="start at full memory", seconds=RECOVERY_BOUND_S, missing=unready)
-            )
+        at_work = "start and drain at full memory"
+        self._history.write(Recovered(kind=at_work, seconds=seconds, missing=idle + bool(left)))
+        if idle:
             self._workers.kill_all()
             self._workers.spawn_all()
-        return f"{unready} workers did not start; {waiting} events waited before, {left} after"
+        return f"{idle} workers did not start; of {waiting} events {left} were left"
+
+    def _drained(self) -> int:
+        """Events that are left when none waits at some moment, or the bound is over."""
+        give_up_at = time.monotonic() + self._bound_s
+        while (left := self._server.execute("XLEN", self._names.events)) and (
+            time.monotonic() < give_up_at
+        ):
+            time.sleep(0.005)
+        return int(left)
 
     def _wait_for_backlog(self) -> None:
         give_up_at = time.monotonic() + 2.0
@@ -256,14 +265,14 @@ class Nemesis:
             return str(error).startswith("OOM") or "maxmemory" in str(error)
         return False
 
-    def _unready(self) -> int:
+    def _not_started(self) -> int:
         """The number of workers not started within the bound. They are not ready, since the server
         refuses all writes."""
-        give_up_at = time.monotonic() + RECOVERY_BOUND_S
+        give_up_at = time.monotonic() + self._bound_s
         waiting = list(self._workers.running)
         while waiting and time.monotonic() < give_up_at:
             waiting = [node for node in waiting if not _has_started(node)]
-            if waiting and all(node.ended() is not None for node in waiting):
+            if any(node.ended() is not None for node in waiting):
                 break
             time.sleep(0.02)
         return len(waiting)
