@@ -31,7 +31,7 @@ __all__ = ["Answer", "NodeProcess", "Shop", "environ", "until"]
 
 T = TypeVar("T")
 TESTS = Path(__file__).parent
-PATIENCE_S = 20.0  #: for whatever has to come; not what is promised
+PATIENCE_S = 40.0  #: for whatever has to come; not what is promised
 _FOREIGN = ("FOREBAY_", "VALKEY_", "SHOP_", "CACHE_VER", "RATE_")
 
 

@@ -36,7 +36,7 @@ from valkeyd import ValkeyServer
 
 __all__ = ["Cut", "Table", "Workshop", "at_work", "invalidate", "until", "workshop", "write"]
 
-PATIENCE_S = 20.0
+PATIENCE_S = 40.0
 SHARDS = 4
 
 

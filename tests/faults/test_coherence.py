@@ -36,11 +36,12 @@ def test_no_answer_is_older_than_promised_whatever_goes_wrong() -> None:
     assert set(findings.probes_by_process) == {"one", "two", "three"}
     aimed = {aim_ms: count for aim_ms, count in findings.probes_by_aim_ms.items() if aim_ms >= 500}
     assert set(aimed) == {500, 1_000, 5_000}
-    assert min(aimed.values()) >= 4_000, aimed  # some 16,000, on a machine that is not busy
+    assert min(aimed.values()) >= 1_000, aimed  # some 16,000, on a machine that is not busy
     assert findings.flagged_share < 0.5
+    assert set(outcome.calm) == {"one", "two", "three"}
     for node, calm in outcome.calm.items():
-        assert calm["near"] > 0, node
-        assert calm["failed"] == 0, node
+        assert calm["near"] >= 40, node
+        assert calm.get("failed", 0) == 0, node
 
 
 @pytest.mark.parametrize("planted", ["gaps", "blind fill"])
