@@ -363,7 +363,7 @@ async def workshop(
 ) -> AsyncIterator[Workshop]:
     settings = Settings(
         node=NodeSettings(namespace=namespace, shards=SHARDS),
-        valkey=Valkey(url=server.socket_url),
+        valkey=Valkey(url=server.socket_url, command_timeout_ms=5_000),
         workers=Workers(enabled=False),
         durable=durable or Durable(),
     )

@@ -122,7 +122,8 @@ async def test_a_waiter_for_the_sink_is_not_told_of_a_write_that_is_held(
         held = part(receipt.shard, "held")
         await link.call("XADD", held, "*", "v", 1, "j", b"", "f", receipt.job_id)
         confirmations = node.parts.writing.parts.confirmations
-        terms: dict[str, Any] = {"since": 0, "sink": "table", "timeout_ms": 300}
+        since = confirmations.since
+        terms: dict[str, Any] = {"since": since, "sink": "table", "timeout_ms": 300}
         with pytest.raises(forebay.Unconfirmed):
             await confirmations.reached("flight:1", receipt, "sink", **terms)
         await link.call("DEL", held)

@@ -22,7 +22,7 @@ MakeNode = Callable[..., forebay.Node]
 async def until_it_owns_all(node: forebay.Node) -> None:
     """Four shards and the ingress stream: from then on a drain is about all of them."""
     assert node.parts.crew is not None
-    with anyio.fail_after(10):
+    with anyio.fail_after(30):
         while len(node.parts.crew.ownership.tenures) < 5:
             await anyio.sleep(0.005)
 
@@ -288,7 +288,12 @@ async def test_worker_that_fails_ends_the_node(
 ) -> None:
     """L3, U3: a fault of ours is not hidden, nor is there a drain without workers to do it."""
     node = make_node(workers=WorkerSettings(enabled=True, drain_ms=600_000))
-    with anyio.fail_after(20), pytest.raises(ExceptionGroup) as caught:
+
+    @node.sink("a:{id}")
+    async def save(writes: list[forebay.Write[int]]) -> None:
+        raise AssertionError("there is nothing to save")
+
+    with anyio.fail_after(40), pytest.raises(ExceptionGroup) as caught:
         async with node:
             await until_it_owns_all(node)
             assert node.parts.crew is not None

@@ -154,9 +154,10 @@ def test_interrupted_it_ends_soon(
         pattern = f"{{{namespace}:*}}:e0:product:*"
         until(lambda: valkey_server.execute("KEYS", pattern), what="the first entry")
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=45)
     finally:
         process.kill()
+        process.communicate()
 
     assert (process.returncode, out) == (130, b"")
     assert b"Traceback" not in err

@@ -524,7 +524,8 @@ async def test_another_node_takes_over(shop: Shop) -> None:
 async def test_where_tracking_is_refused_it_is_off(make_server: MakeServer, namespace: str) -> None:
     """V5: one warning, and the node works on."""
     acl = ("user default on nopass ~* &* +@all", "user app on >pw ~* &* +@all -client|tracking")
-    shop = Shop(make_server(acl=acl), namespace)
+    synced = {"appendonly": "yes", "appendfsync": "always"}  # or the start warns of it
+    shop = Shop(make_server(acl=acl, config=synced), namespace)
     with capture_logs() as lines:
         async with shop.node() as node:
             dialer = dialer_to(shop.server.socket_url, username="app", password="pw")
