@@ -149,6 +149,8 @@ def test_interrupted_it_ends_soon(
         env=environ(SHOP_DIR=str(tmp_path)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell that runs the tests in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         pattern = f"{{{namespace}:*}}:e0:product:*"
