@@ -256,6 +256,7 @@ class Running:
         await patience.until_done(locks)
         await patience.until_done(self.follower.sweep)
         await start(self.write_check.run)
+        self.tasks.start_soon(self.scripts.wrong_keys.run, link)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:

@@ -5,7 +5,8 @@
     backend, connection  which server, why that one; state of the connection, in flight
     keys, memory, backlog, dead_letters
                          what only the server knows: null while it does not answer, and
-                         ``unavailable`` says why
+                         ``unavailable`` says why; keys of another type are left out, and
+                         named there
     log                  how far the node follows the shard logs
     caches               {name: {"entries": n, "bytes": n, "evictions": n, "loading": n, ...}}
     workers              shards owned, dead letters, sinks; null on a node without workers
