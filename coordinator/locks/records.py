@@ -216,14 +216,14 @@ class LockRecords:
 
     async def begin(self, *, fresh: bool) -> float:
         """Have an era in every shard; returns how many seconds of grace are left at most."""
-        script, prefixes = self._scripts["lock_begin"], self._names.prefixes
+        script, part = self._scripts["lock_begin"], self._names.part
         calls = [
             Call(
                 script=script,
-                keys=[f"{prefix}era", f"{prefix}locks"],
+                keys=[part(shard, "era"), part(shard, "locks")],
                 args=[int(fresh), _USUAL_US],
             )
-            for prefix in prefixes
+            for shard in range(self._names.shards)
         ]
         replies = _readable(await run_many(self._commands, calls))
         return max([int(reply) for reply in replies], default=0) / 1e6
@@ -232,7 +232,7 @@ class LockRecords:
         """Names of locks that are held, and of some that were until a minute or two ago."""
         now = await self._commands.call("TIME")
         now_us = int(now[0]) * 1_000_000 + int(now[1])
-        indexes = [f"{prefix}locks" for prefix in self._names.prefixes]
+        indexes = [self._names.part(shard, "locks") for shard in range(self._names.shards)]
         replies = _readable(
             await ask_many(
                 self._commands,
