@@ -38,6 +38,7 @@ from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
 from ..coordinator.scripting import load_scripts
+from ..coordinator.sink_directory import SinkDirectory
 from ..coordinator.startup_faults import Target
 from ..coordinator.write_check import WriteCheck
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
@@ -58,6 +59,7 @@ from .hooks import Hook, run_hook, run_in_the_end
 from .leftovers import DrainOutcome, count_leftovers, left_of, tell
 from .locking import locks_of
 from .pacing import Pacing
+from .publishing import PublishCheck
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
@@ -134,6 +136,12 @@ class Running:
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
+        self.check_events = PublishCheck(
+            routes,
+            SinkDirectory(backend.link, self.names, clock=self.clock),
+            bytes_max=durable.event_bytes_max,
+            works=lambda: self.crew is not None and not self.draining,
+        )
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.crew: Crew | None = None
 
