@@ -136,14 +136,17 @@ class Running:
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
-        self.check_events = PublishCheck(
-            routes,
-            SinkDirectory(backend.link, self.names, clock=self.clock),
-            bytes_max=durable.event_bytes_max,
-            works=lambda: self.crew is not None and not self.draining,
-        )
+        self.check_events = self._publish_check()
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.crew: Crew | None = None
+
+    def _publish_check(self) -> PublishCheck:
+        return PublishCheck(
+            self.routes,
+            SinkDirectory(self.backend.link, self.names, clock=self.clock),
+            bytes_max=self.settings.durable.event_bytes_max,
+            works=lambda: self.crew is not None and not self.draining,
+        )
 
     def _dead_letters(self) -> DeadLetters:
         return DeadLetters(
