@@ -22,7 +22,7 @@ import random
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import anyio
@@ -136,11 +136,11 @@ class Running:
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
-        self.check_events = self._publish_check()
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.crew: Crew | None = None
 
-    def _publish_check(self) -> PublishCheck:
+    @cached_property
+    def check_events(self) -> PublishCheck:
         return PublishCheck(
             self.routes,
             SinkDirectory(self.backend.link, self.names, clock=self.clock),
