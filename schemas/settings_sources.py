@@ -30,6 +30,7 @@ from .settings_checks import check
 from .settings_env import (
     FILE_RANK,
     FLAG_RANK,
+    OWN_RANK,
     Found,
     ReadSecret,
     from_environment,
@@ -48,7 +49,7 @@ from .settings_names import (
 )
 from .urls import Endpoint, parse_url
 
-__all__ = ["FLAGS", "FileSource", "Resolved", "SettingRow", "describe", "resolve"]
+__all__ = ["FLAGS", "FileSource", "Resolved", "SettingRow", "describe", "resolve", "values_of"]
 
 _TEXT_CHARS_MAX = 4_096
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -139,6 +140,38 @@ def describe(resolved: Resolved) -> list[SettingRow]:
         origin = resolved.origins.get(name, "default")
         rows.append(SettingRow(name=name, value_shown=shown(name, value), origin=origin))
     return rows
+
+
+def values_of(
+    names: Iterable[str],
+    *,
+    file: FileSource | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, object],
+) -> dict[str, Any]:
+    """The values in force of these settings, whatever is wrong with all others. No secrets.
+
+    Raises:
+        ConfigError: one of them cannot be used, the file is not TOML, or a flag is no setting.
+    """
+    tables = _parsed(file, f"file {file.path}") if file else {}
+    given = {found.name: found for found in _from_flags(flags)}
+    values = {}
+    for name in names:
+        field = FIELDS[name]
+        table, text = tables.get(field.section), environ.get(field.env_name)
+        found = given.get(name)
+        if found is None and text:
+            origin = f"environment {field.env_name}"
+            found = Found(name=name, value=text, origin=origin, rank=OWN_RANK)
+        if found is None and file and isinstance(table, dict) and field.leaf in table:
+            found = _file_value(name, table[field.leaf], table, f"file {file.path}", _no_secret)
+        values[name] = field.default if found is None else _decoded(found)
+    return values
+
+
+def _no_secret(_: str) -> None:
+    return None
 
 
 def _from_file(file: FileSource, read_secret: ReadSecret) -> Iterator[Found]:

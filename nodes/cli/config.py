@@ -15,7 +15,8 @@ import msgspec
 from ...schemas.errors import ConfigError
 from ...schemas.settings_sources import Resolved, SettingRow, describe
 from ..cache.compression import compressor
-from .sources import RefusedSettings, errors_told, load, setting_options
+from .options import setting_options
+from .sources import RefusedSettings, errors_told, load
 
 __all__ = ["command"]
 

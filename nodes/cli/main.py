@@ -53,7 +53,7 @@ Exit codes:
   130  interrupted before there was anything to drain
 """
 _FAULT, _INTERRUPTED = 1, 130
-_FLAGS_OF_SOURCES = f"{__package__}.sources"  # where setting_options gathers flags; not imported
+_FLAGS = f"{__package__}.options"  # where setting_options gathers flags; not imported
 
 
 class LazyGroup(click.Group):
@@ -99,7 +99,7 @@ def root(context: click.Context, verbose: bool, quiet: bool, debug: bool) -> Non
     context.obj.debug = debug
     if verbose or quiet:
         level = "debug" if verbose else "error"
-        context.meta.setdefault(_FLAGS_OF_SOURCES, {})["log_level"] = level
+        context.meta.setdefault(_FLAGS, {})["log_level"] = level
 
 
 class Invocation:
