@@ -52,7 +52,7 @@ from .explain.document import Explanation
 from .life import Life
 from .locking import Locking
 from .logs import configure_embedded
-from .publishing import Event, as_json, name_of
+from .publishing import Event, as_json
 from .running import Running, running
 from .web.face import Check, Coordination, Read
 
@@ -309,12 +309,14 @@ class Node(Declarations, Locking):
         """Put events, as JSON or dicts, into the ingress stream, all or none; returns their ids.
 
         Raises:
-            InvalidEvent, Backpressure, Unavailable: none was stored, or it is unknown.
+            InvalidEvent: one can never be applied; none was stored. Its ``fault`` is ``no_sink``
+                for a write to a key for which no live member declares a sink.
+            Backpressure, Unavailable: none was stored, or it is unknown.
         """
         parts = self.parts
-        bound, bytes_max = parts.settings.durable.events_max, parts.settings.durable.event_bytes_max
+        bound = parts.settings.durable.events_max
         raw = as_json(events)
-        names = [name_of(event, bytes_max) for event in raw]
+        names = await parts.check_events(raw)
         script = parts.scripts["event_publish"]
         keys = [parts.names.events, parts.names.part(EVENTS, "before")]
         reply = await run(parts.backend.link, script, keys, [bound, *raw])
