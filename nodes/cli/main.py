@@ -6,6 +6,7 @@ I2  Every way to end is decided in ``main``: an error raised on purpose is one l
     and its exit code; a traceback is shown only with ``--debug``.
 I3  A reader that goes away, as in `forebay ... | head`, ends the command without a word.
 I4  What a command returns is its exit code, None is 0.
+I5  No error shows the password of a URL that was typed, nor moves a cursor.
 
 Data goes to stdout, everything else to stderr.
 """
@@ -13,6 +14,7 @@ Data goes to stdout, everything else to stderr.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -128,11 +130,22 @@ def _outcome(args: Sequence[str] | None, invocation: Invocation) -> int:
     try:
         result = root.main(args, prog_name="forebay", standalone_mode=False, obj=invocation)
     except click.ClickException as error:
-        error.show()
+        _show(error)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _show(error: click.ClickException) -> None:
+    """As click does, which repeats what was typed as it is."""
+    from ...schemas.masking import escape_controls, mask_urls_in
+
+    error.message = escape_controls(error.message)
+    with io.StringIO() as shown:
+        error.show(file=shown)
+        for line in shown.getvalue().splitlines():
+            click.echo(escape_controls(mask_urls_in(line)), err=True)
 
 
 def _without_reader() -> int:

@@ -167,7 +167,9 @@ def _is_there(path: Path) -> bool:
 
 def _file_source(path: Path, origin: str) -> FileSource:
     try:
-        return FileSource(path=plainly(str(path)), text=_read(path, _FILE_BYTES_MAX))
+        return FileSource(
+            path=plainly(str(path)), text=_read(path, _FILE_BYTES_MAX), place=str(path)
+        )
     except OSError as error:
         problem = f"it cannot be read: {error.strerror or type(error).__name__}"
     except ValueError:

@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from ...coordinator.clock import Clock
-from ...coordinator.files import read_file
+from ...coordinator.files import open_to_others, read_file
 from ...coordinator.log_once import LogOnce
 from ...schemas.errors import ConfigError, ForebayError
 from .refusals import refuse
@@ -101,6 +101,9 @@ class Bearer:
         else:
             self._failing.over()
             log.info("http.token_replaced", path=str(self._path))
+            if may := open_to_others(self._path):
+                fix = "chmod o-rw, or mount it with such a mode"
+                log.warning("http.token_exposed", path=str(self._path), may=may, fix=fix)
 
     def _stamped(self) -> tuple[int, int, int]:
         found = self._path.stat()
