@@ -141,7 +141,7 @@ def _show(error: click.ClickException) -> None:
     """As click does, which repeats what was typed as it is."""
     from ...schemas.masking import escape_controls, mask_urls_in
 
-    error.message = escape_controls(error.message)
+    error.message = escape_controls(error.message)  # type: ignore[misc]  # click shows it
     with io.StringIO() as shown:
         error.show(file=shown)
         for line in shown.getvalue().splitlines():
