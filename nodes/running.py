@@ -37,6 +37,7 @@ from ..coordinator.limits.headcount import Headcount
 from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
+from ..coordinator.rights import RightsCheck
 from ..coordinator.scripting import load_scripts
 from ..coordinator.startup_faults import Target
 from ..coordinator.write_check import WriteCheck
@@ -135,7 +136,17 @@ class Running:
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
+        self.rights = self._rights()
         self.crew: Crew | None = None
+
+    def _rights(self) -> RightsCheck:
+        choice, unused = self.backend.choice, set[str]()
+        if not (isinstance(choice, UseUrl) and choice.endpoint.db):
+            unused.add("select")
+        if not self.settings.cache.external_writers:
+            unused |= {"client|id", "client|tracking"}
+        link, user = self.backend.link, self.backend.user
+        return RightsCheck(link, self.names, self.scripts, user=user, unused=unused)
 
     def _dead_letters(self) -> DeadLetters:
         return DeadLetters(
@@ -256,6 +267,7 @@ class Running:
         await patience.until_done(locks)
         await patience.until_done(self.follower.sweep)
         await start(self.write_check.run)
+        self.tasks.start_soon(self.rights.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
@@ -353,6 +365,9 @@ async def running(
         stack.push_async_callback(self.writing.aclose)
         patience = Patience(_target(backend, settings, origins), self.clock, give_up_at)
         with _faults_of(patience.target):
+            await patience.until_done(self.rights.look)
+            if (missing := self.rights.missing) and not missing.is_partial:
+                raise patience.target.fault(missing.problem, missing.fix, leaf="username")
             birth = partial(check_birth, backend.link, self.names, self.scripts, origins)
             await patience.until_done(birth)
             await self.follow(stack, patience)
