@@ -77,7 +77,6 @@ PARTLY: Mapping[str, str] = {
     "pubsub|numsub": "the number of processes that share a limit, other than workers",
     "rename": "the recovery of a stream whose largest possible id was used",
     "script|load": "one round trip, the first time that a script is used",
-    "select": "databases other than 0",
     "strlen": _EXPLAIN,
     "wait": 'until="replicated" of writes and locks',
     "xack": _REFRESHES,

@@ -110,18 +110,7 @@ class Running:
         self.hearing = Hearing(
             self.tags, self.waits, self.clock, self.server_clock, shards=node.shards
         )
-        self.follower = Follower(
-            backend.link,
-            self.names,
-            clock=self.clock,
-            staleness_ms=routes.staleness_ms(settings.cache),
-            instruments=instruments,
-            run_id=backend.run_id,
-            check=backend.link.check_primary,
-            apply=self.apply,
-            reset=self.hearing.reset,
-            scripts=self.scripts,
-        )
+        self.follower = self._follower()
         self.headcount = Headcount(backend.link, self.names)
         self.limiter = self._limiter()
         self.core = self._core()
@@ -138,6 +127,21 @@ class Running:
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.rights = self._rights()
         self.crew: Crew | None = None
+
+    def _follower(self) -> Follower:
+        link = self.backend.link
+        return Follower(
+            link,
+            self.names,
+            clock=self.clock,
+            staleness_ms=self.routes.staleness_ms(self.settings.cache),
+            instruments=self.instruments,
+            run_id=self.backend.run_id,
+            check=link.check_primary,
+            apply=self.apply,
+            reset=self.hearing.reset,
+            scripts=self.scripts,
+        )
 
     def _rights(self) -> RightsCheck:
         choice, unused = self.backend.choice, set[str]()

@@ -20,13 +20,12 @@ from forebay.coordinator.rights import Missing, RightsCheck, commands_of, needed
 from forebay.coordinator.scripting import Script, load_scripts
 from forebay.schemas.errors import ServerRefused, Unavailable
 from forebay.schemas.keys import Names
-from forebay.schemas.settings import Secret, Valkey
+from users import SHIPPED, as_node, restore, shipped_users
 from valkeyd import Flavour, ValkeyServer
 
 pytestmark = pytest.mark.anyio
 
 ROOT = Path(forebay.__file__).parent
-SHIPPED = ROOT / "deploy/valkey/users.acl"
 NAMES = Names("shop", 64)
 #: Sent by valkey-py in the handshake; AUTH needs no right.
 BY_THE_LIBRARY = {"client|setname", "client|setinfo", "select"}
@@ -108,20 +107,9 @@ def test_partial_rights_are_needed_rights() -> None:
     assert set(rights.PARTLY) - {rights.TRACKING} <= needed(load_scripts())
 
 
-def shipped_users(flavour: Flavour = "valkey") -> list[str]:
-    """The file, with the users switched on; Redis 7.0 does not know CLIENT SETINFO."""
-    unknown = " +client|setinfo" if flavour == "redis7" else ""
-    lines = SHIPPED.read_text().replace(unknown, "").splitlines()
-    return [
-        "user default on nopass ~* &* +@all",
-        *(line.replace(" off ", " on >pw ", 1) for line in lines),
-    ]
-
-
 @asynccontextmanager
 async def checked(server: ValkeyServer) -> AsyncIterator[RightsCheck]:
-    settings = Valkey(url=server.socket_url, username="shop-node", password=Secret("pw"))
-    async with Backend(settings, client_name="test") as backend:
+    async with Backend(as_node(server), client_name="test") as backend:
         yield RightsCheck(backend.link, NAMES, load_scripts(), user=backend.user)
 
 
@@ -133,15 +121,9 @@ def with_users(request: pytest.FixtureRequest) -> Iterator[ValkeyServer]:
         yield server
 
 
-def user_of(server: ValkeyServer, *rules: str) -> None:
-    """Give the node's user its rights as shipped, but for these rules."""
-    (line,) = [each for each in shipped_users(server.flavour) if "shop-node" in each]
-    server.execute("ACL", "SETUSER", "shop-node", "reset", *line.split()[2:], *rules)
-
-
 async def test_shipped_file_lacks_nothing(with_users: ValkeyServer) -> None:
     """Valkey and Redis load the file, and the check finds every right in it."""
-    user_of(with_users)
+    restore(with_users)
     async with checked(with_users) as check:
         await check.look()
 
@@ -181,14 +163,14 @@ async def test_missing_right_is_named(
     rules: str, problem: str, fix: str, partial: bool, with_users: ValkeyServer
 ) -> None:
     """The user, commands, patterns and the remedy are named; what follows from it is decided."""
-    user_of(with_users)
+    restore(with_users)
     async with checked(with_users) as check:
         with capture_logs() as lines:
-            user_of(with_users, *rules.split())
+            restore(with_users, *rules.split())
             await check.look()
             await check.look()
             missing = check.missing
-            user_of(with_users)
+            restore(with_users)
             await check.look()
 
     assert f"the user shop-node {problem}" in missing.problem
@@ -202,9 +184,9 @@ async def test_missing_right_is_named(
 
 async def test_remedy_helps(with_users: ValkeyServer) -> None:
     """The command in ``fix`` gives back all that was missing."""
-    user_of(with_users)
+    restore(with_users)
     async with checked(with_users) as check:
-        user_of(with_users, "-xadd", "-wait", "resetkeys", "~{shop:*", "resetchannels")
+        restore(with_users, "-xadd", "-wait", "resetkeys", "~{shop:*", "resetchannels")
         await check.look()
         command = check.missing.fix.removeprefix("run ").partition(";")[0]
         with_users.execute(*command.split())
@@ -230,9 +212,8 @@ async def test_no_answer_changes_nothing() -> None:
 
 async def test_refusal_inside_a_script_is_noperm(with_users: ValkeyServer) -> None:
     """A command that the ACL does not allow to a script is told like one outside of it."""
-    user_of(with_users)
-    settings = Valkey(url=with_users.socket_url, username="shop-node", password=Secret("pw"))
-    async with Backend(settings, client_name="test") as backend:
+    restore(with_users)
+    async with Backend(as_node(with_users), client_name="test") as backend:
         for text in ("return redis.call('LPUSH', KEYS[1], 1)", "return redis.call('GET', 'x')"):
             with pytest.raises(ServerRefused) as caught:
                 await backend.link.call("EVAL", text, 1, NAMES.meta)
