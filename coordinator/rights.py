@@ -1,6 +1,6 @@
 """What the user of a node must be allowed in Valkey, and whether it is.
 
-R1  ``needed`` are the commands of the scripts and those that Python sends (``SENT``). A test
+R1  ``needed`` are the commands of the scripts, and those that only Python sends (``SENT``). A test
     compares ``SENT`` with the source, and ``deploy/valkey/users.acl`` with ``users_file``.
 R2  The server is asked by one script, which runs none of the commands and writes nothing. The
     user needs no right to read ACLs.
@@ -49,14 +49,12 @@ _EVERY_S_MISSING = 1.0
 _CALL = re.compile(r'redis\.p?call\(\s*"([A-Z]+)"(?:,\s*"([A-Z]+)")?')
 _CONTAINERS = frozenset(("client", "command", "config", "pubsub", "script", "xgroup", "xinfo"))
 
-#: What Python sends, beside the scripts; SELECT and two of CLIENT by valkey-py.
+#: What Python sends and no script; SELECT and two of CLIENT are sent by valkey-py.
 SENT = frozenset(
     (
-        "client|id client|setinfo client|setname client|tracking command|info config|get dbsize"
-        " echo eval evalsha exists get getrange hdel hget hmget info mget ping pttl publish"
-        " pubsub|numsub rename script|load select set strlen subscribe time unsubscribe wait xack"
-        " xautoclaim xdel xgroup|create xlen xrange xread xreadgroup xrevrange xtrim"
-        " zrangebyscore zrem zremrangebyscore"
+        "client|id client|setinfo client|setname client|tracking command|info config|get"
+        " dbsize echo eval evalsha mget ping pubsub|numsub script|load select strlen subscribe"
+        " unsubscribe wait xack xautoclaim xgroup|create xread xreadgroup"
     ).split()
 )
 TRACKING = "&__redis__:invalidate"
