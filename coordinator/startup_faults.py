@@ -72,7 +72,7 @@ class Target(Struct, frozen=True, kw_only=True):
     """The server that is being connected to, as the settings name it."""
 
     endpoint: Endpoint
-    setting: str  #: valkey.url or valkey.reader_url
+    setting: str  #: valkey.url
     options: Valkey
     origins: Mapping[str, str]
 
@@ -90,7 +90,7 @@ class Target(Struct, frozen=True, kw_only=True):
         return StartupError(setting=name, value=value, origin=origin, problem=problem, fix=fix)
 
     def replica(self, leader: str) -> StartupError:
-        fix = f"name its primary, {leader}; a replica may be valkey.reader_url"
+        fix = f"name its primary, {leader}"
         return self.fault("it is a replica, and refuses writes (READONLY)", fix)
 
     def refused(self, error: ServerRefused) -> StartupError:

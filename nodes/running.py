@@ -22,7 +22,7 @@ import random
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import anyio
@@ -38,6 +38,7 @@ from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
 from ..coordinator.scripting import load_scripts
+from ..coordinator.sink_directory import SinkDirectory
 from ..coordinator.startup_faults import Target
 from ..coordinator.write_check import WriteCheck
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
@@ -59,6 +60,7 @@ from .hooks import Hook, run_hook, run_in_the_end
 from .leftovers import DrainOutcome, count_leftovers, left_of, tell
 from .locking import locks_of
 from .pacing import Pacing
+from .publishing import PublishCheck
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
@@ -137,6 +139,15 @@ class Running:
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.crew: Crew | None = None
+
+    @cached_property
+    def check_events(self) -> PublishCheck:
+        return PublishCheck(
+            self.routes,
+            SinkDirectory(self.backend.link, self.names, clock=self.clock),
+            bytes_max=self.settings.durable.event_bytes_max,
+            works=lambda: self.crew is not None and not self.draining,
+        )
 
     def _dead_letters(self) -> DeadLetters:
         return DeadLetters(
