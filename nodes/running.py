@@ -28,7 +28,7 @@ from typing import Any
 import anyio
 import structlog
 
-from ..coordinator.backend import Backend, UseUrl
+from ..coordinator.backend import Backend, UseFake, UseUrl
 from ..coordinator.background import BackgroundTasks, background_tasks
 from ..coordinator.clock import Clock, ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
@@ -37,6 +37,7 @@ from ..coordinator.limits.headcount import Headcount
 from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
+from ..coordinator.private_server import PrivateServer
 from ..coordinator.scripting import load_scripts
 from ..coordinator.sink_directory import SinkDirectory
 from ..coordinator.startup_faults import Target
@@ -137,6 +138,7 @@ class Running:
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
+        self.private_server = _private_server(backend, node.namespace)
         self.crew: Crew | None = None
 
     @cached_property
@@ -267,6 +269,8 @@ class Running:
         await patience.until_done(locks)
         await patience.until_done(self.follower.sweep)
         await start(self.write_check.run)
+        if self.private_server is not None:
+            await start(self.private_server.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
@@ -369,6 +373,13 @@ async def running(
             await self.follow(stack, patience)
         stack.push_async_callback(self.limiter.aclose)
         yield self
+
+
+def _private_server(backend: Backend, namespace: str) -> PrivateServer | None:
+    if isinstance(backend.choice, UseUrl):
+        return None
+    kind = "fake server" if isinstance(backend.choice, UseFake) else "embedded server"
+    return PrivateServer(namespace, kind=kind)
 
 
 def _unbind(routes: Routes) -> None:
