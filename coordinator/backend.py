@@ -103,6 +103,12 @@ class Backend(anyio.AsyncContextManagerMixin):
         return self.choice.endpoint.address_url if isinstance(self.choice, UseUrl) else ""
 
     @property
+    def user(self) -> str:
+        """The user of the server whose rights the connections have."""
+        named = self.choice.endpoint.username if isinstance(self.choice, UseUrl) else ""
+        return named or "default"
+
+    @property
     def is_temporary(self) -> bool:
         """Whether all that the server holds is lost when this node ends."""
         match self.choice:

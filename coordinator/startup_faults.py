@@ -19,7 +19,14 @@ from typing import Literal
 import anyio
 from msgspec import Struct
 
-from ..schemas.errors import ForebayError, ServerRefused, StartupError, TimedOut, Unavailable
+from ..schemas.errors import (
+    RIGHTS,
+    ForebayError,
+    ServerRefused,
+    StartupError,
+    TimedOut,
+    Unavailable,
+)
 from ..schemas.settings import Valkey
 from ..schemas.urls import Endpoint
 
@@ -47,7 +54,7 @@ _REFUSALS: dict[str, tuple[str, str, str]] = {
     "NOPERM": (
         "username",
         "this user lacks a right",
-        "give it the commands and keys that the documentation lists",
+        f"give it what `forebay config acl` prints; {RIGHTS} explains it",
     ),
     "MISCONF": (
         "url",

@@ -38,6 +38,7 @@ from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
 from ..coordinator.private_server import PrivateServer
+from ..coordinator.rights import RightsCheck
 from ..coordinator.scripting import load_scripts
 from ..coordinator.sink_directory import SinkDirectory
 from ..coordinator.startup_faults import Target
@@ -112,18 +113,7 @@ class Running:
         self.hearing = Hearing(
             self.tags, self.waits, self.clock, self.server_clock, shards=node.shards
         )
-        self.follower = Follower(
-            backend.link,
-            self.names,
-            clock=self.clock,
-            staleness_ms=routes.staleness_ms(settings.cache),
-            instruments=instruments,
-            run_id=backend.run_id,
-            check=backend.link.check_primary,
-            apply=self.apply,
-            reset=self.hearing.reset,
-            scripts=self.scripts,
-        )
+        self.follower = self._follower()
         self.headcount = Headcount(backend.link, self.names)
         self.limiter = self._limiter()
         self.core = self._core()
@@ -139,7 +129,32 @@ class Running:
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.private_server = _private_server(backend, node.namespace)
+        self.rights = self._rights()
         self.crew: Crew | None = None
+
+    def _follower(self) -> Follower:
+        link = self.backend.link
+        return Follower(
+            link,
+            self.names,
+            clock=self.clock,
+            staleness_ms=self.routes.staleness_ms(self.settings.cache),
+            instruments=self.instruments,
+            run_id=self.backend.run_id,
+            check=link.check_primary,
+            apply=self.apply,
+            reset=self.hearing.reset,
+            scripts=self.scripts,
+        )
+
+    def _rights(self) -> RightsCheck:
+        choice, unused = self.backend.choice, set[str]()
+        if not (isinstance(choice, UseUrl) and choice.endpoint.db):
+            unused.add("select")
+        if not self.settings.cache.external_writers:
+            unused |= {"client|id", "client|tracking"}
+        link, user = self.backend.link, self.backend.user
+        return RightsCheck(link, self.names, self.scripts, user=user, unused=unused)
 
     @cached_property
     def check_events(self) -> PublishCheck:
@@ -271,6 +286,7 @@ class Running:
         await start(self.write_check.run)
         if self.private_server is not None:
             await start(self.private_server.run)
+        self.tasks.start_soon(self.rights.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
@@ -368,6 +384,9 @@ async def running(
         stack.push_async_callback(self.writing.aclose)
         patience = Patience(_target(backend, settings, origins), self.clock, give_up_at)
         with _faults_of(patience.target):
+            await patience.until_done(self.rights.look)
+            if (missing := self.rights.missing) and not missing.is_partial:
+                raise patience.target.fault(missing.problem, missing.fix, leaf="username")
             birth = partial(check_birth, backend.link, self.names, self.scripts, origins)
             await patience.until_done(birth)
             await self.follow(stack, patience)

@@ -1,5 +1,6 @@
 """`forebay config`: what is set, where it came from, and whether it can be used.
 
+``acl`` prints the users that a namespace needs in Valkey.
 ``check`` also refuses what could not start, and warns of what is not used: an address that another
 setting overrides, a reader, a variable with a name that resembles one that is read.
 Nothing connects anywhere; that the server answers is shown by `forebay health`.
@@ -14,7 +15,10 @@ from collections.abc import Mapping, Sequence
 import click
 import msgspec
 
+from ...coordinator.rights import users_file
+from ...coordinator.scripting import load_scripts
 from ...schemas.errors import ConfigError
+from ...schemas.keys import Names
 from ...schemas.settings_env import misspelt_names
 from ...schemas.settings_sources import Resolved, SettingRow, describe
 from ..cache.compression import compressor
@@ -25,7 +29,7 @@ __all__ = ["command"]
 
 @click.group("config")
 def command() -> None:
-    """Show the settings in force, or check them."""
+    """Show the settings in force, check them, or print the users that Valkey needs."""
 
 
 @command.command("show")
@@ -72,6 +76,15 @@ def check(
         click.echo(f"Warning: {warning}", err=True)
     counts = ", ".join(f"{count} from {kind}" for kind, count in sorted(kinds.items()))
     click.echo(f"ok: {len(rows)} settings, {counts}")
+
+
+@command.command("acl", epilog="Example:  forebay config acl --namespace shop > users.acl")
+@setting_options
+def acl(config: str | None, flags: Mapping[str, object]) -> None:
+    """Users for this namespace, as a Valkey ACL file; they are off until they get a password."""
+    with errors_told():
+        node = load(config, flags).settings.node
+    click.echo(users_file(Names(node.namespace, node.shards), load_scripts()), nl=False)
 
 
 def _check_installed(resolved: Resolved) -> None:
