@@ -2,7 +2,7 @@
 
 P1  It is for servers that end with their process, embedded or fake: processes without a URL
     share no entries, events, locks or limits.
-P2  There are two kinds of evidence. This process is a worker of a manager that runs several; or
+P2  There are two kinds of evidence. This process is a worker of a supervisor that runs several; or
     another live process of this machine has a private server for the same namespace.
 P3  A process announces itself by a locked file in the directory for temporary files. The kernel
     drops the lock when the process ends: a dead one does not count, and its file is removed.
@@ -33,7 +33,7 @@ from msgspec import Struct
 
 from .data_dir import arguments_of
 
-__all__ = ["FIX", "Manager", "PrivateServer", "announced", "manager_of", "others"]
+__all__ = ["FIX", "Supervisor", "PrivateServer", "announced", "supervisor_of", "others"]
 
 FIX = "start one Valkey for all processes and set FOREBAY_URL to it, or run a single process"
 _PREFIX = "forebay-node-"
@@ -48,7 +48,7 @@ _PYTHON_OPTIONS_WITH_VALUE = frozenset({"-X", "-W", "--check-hash-based-pycs"})
 log = structlog.get_logger(__name__)
 
 
-class Manager(Struct, frozen=True):
+class Supervisor(Struct, frozen=True):
     """A program that runs several workers of one application."""
 
     name: str
@@ -60,25 +60,25 @@ class Announcement(Struct, frozen=True, kw_only=True):
     namespace: str
 
 
-def manager_of(
+def supervisor_of(
     parent: Sequence[str], environ: Mapping[str, str], config: object = None
-) -> Manager | None:
-    """The manager of this process, if it runs several workers. ``parent`` is the command line of
-    the parent process; ``config`` is what a manager gave to a process that it spawned.
+) -> Supervisor | None:
+    """The supervisor of this process, if it runs several workers. ``parent`` is the command line of
+    the parent process; ``config`` is what a supervisor gave to a process that it spawned.
     """
     found = _by_config(config) or _by_command_line(parent, environ)
     return found if found is not None and found.workers > 1 else None
 
 
-def _by_config(config: object) -> Manager | None:
+def _by_config(config: object) -> Supervisor | None:
     workers = getattr(config, "workers", None)
     if not isinstance(workers, int):
         return None
     reloads = getattr(config, "should_reload", False) or getattr(config, "use_reloader", False)
-    return Manager(type(config).__module__.partition(".")[0], 1 if reloads else workers)
+    return Supervisor(type(config).__module__.partition(".")[0], 1 if reloads else workers)
 
 
-def _by_command_line(command: Sequence[str], environ: Mapping[str, str]) -> Manager | None:
+def _by_command_line(command: Sequence[str], environ: Mapping[str, str]) -> Supervisor | None:
     name, options = _program(command)
     if name == "uvicorn":
         if "--reload" in options:
@@ -88,7 +88,7 @@ def _by_command_line(command: Sequence[str], environ: Mapping[str, str]) -> Mana
     else:
         return None
     workers = _workers(options) or _number(environ.get("WEB_CONCURRENCY", ""))
-    return Manager(name, workers)
+    return Supervisor(name, workers)
 
 
 def _program(command: Sequence[str]) -> tuple[str, list[str]]:
@@ -134,7 +134,7 @@ def _number(text: str) -> int:
 
 
 def config_of_spawned() -> object:
-    """What a manager such as uvicorn gave to this process; None if nobody spawned it."""
+    """What a supervisor such as uvicorn gave to this process; None if nobody spawned it."""
     if multiprocessing.parent_process() is None:
         return None
     given = getattr(multiprocessing.current_process(), "_kwargs", None)
@@ -185,24 +185,24 @@ def _live(path: Path) -> Announcement | None:
 
 
 class PrivateServer:
-    """``tasks.start_soon(PrivateServer("shop", kind="embedded server").run)``"""
+    """``tasks.start_soon(PrivateServer("shop", kind="embedded server", ...).run)``"""
 
     def __init__(
         self,
         namespace: str,
         *,
         kind: str,
-        environ: Mapping[str, str] | None = None,
+        environ: Mapping[str, str],
         directory: Path | None = None,
-        manager: Manager | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
-        """``kind`` names the server in messages."""
+        """``kind`` names the server in messages; ``environ`` is the environment of the process."""
         self.problem = ""  #: empty: there is no evidence
         self._namespace = namespace
         self._kind = kind
-        self._environ = os.environ if environ is None else environ
+        self._environ = environ
         self._directory = directory or Path(tempfile.gettempdir())
-        self._manager = manager or manager_of(
+        self._supervisor = supervisor or supervisor_of(
             arguments_of(os.getppid()), self._environ, config_of_spawned()
         )
 
@@ -216,7 +216,7 @@ class PrivateServer:
         try:
             with announced(self._namespace, self._directory):
                 await self._watch(task_status)
-        except OSError as error:  # no directory to write to: the manager is all the evidence
+        except OSError as error:  # no directory to write to: the supervisor is all the evidence
             self._conclude([])
             log.debug("private_server.not_announced", error=str(error))
             task_status.started()
@@ -240,8 +240,8 @@ class PrivateServer:
 
     def _judged(self, pids: Sequence[int]) -> str:
         evidence = []
-        if self._manager is not None:
-            evidence.append(f"{self._manager.name} runs {self._manager.workers} workers")
+        if self._supervisor is not None:
+            evidence.append(f"{self._supervisor.name} runs {self._supervisor.workers} workers")
         if pids:
             shown = ", ".join(map(str, pids[:3])) + (", ..." if len(pids) > 3 else "")
             name = self._namespace

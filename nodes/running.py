@@ -397,8 +397,10 @@ async def running(
 def _private_server(backend: Backend, namespace: str) -> PrivateServer | None:
     if isinstance(backend.choice, UseUrl):
         return None
+    from .cli.sources import process_environment
+
     kind = "fake server" if isinstance(backend.choice, UseFake) else "embedded server"
-    return PrivateServer(namespace, kind=kind)
+    return PrivateServer(namespace, kind=kind, environ=process_environment())
 
 
 def _unbind(routes: Routes) -> None:

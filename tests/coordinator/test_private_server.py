@@ -18,10 +18,10 @@ from forebay.coordinator.background import background_tasks
 from forebay.coordinator.embedded import bound_to_owner
 from forebay.coordinator.private_server import (
     FIX,
-    Manager,
+    Supervisor,
     PrivateServer,
     announced,
-    manager_of,
+    supervisor_of,
     others,
 )
 from noded import environ
@@ -33,15 +33,19 @@ GUNICORN_TITLE = "gunicorn: master [shop.web:app]"
 @pytest.mark.parametrize(
     "parent, variables, expected",
     [
-        ([PYTHON, "/opt/bin/uvicorn", "a:app", "--workers", "4"], {}, Manager("uvicorn", 4)),
-        ([PYTHON, "-m", "uvicorn", "--workers=2", "a:app"], {}, Manager("uvicorn", 2)),
-        ([PYTHON, "-X", "dev", "-m", "uvicorn", "a", "--workers", "4"], {}, Manager("uvicorn", 4)),
-        (["/opt/bin/uvicorn", "a:app"], {"WEB_CONCURRENCY": "3"}, Manager("uvicorn", 3)),
-        ([PYTHON, "/opt/bin/gunicorn", "-w", "4", "a:app"], {}, Manager("gunicorn", 4)),
-        (["gunicorn", "-w4", "a:app"], {}, Manager("gunicorn", 4)),
-        (["gunicorn", "a:app"], {"GUNICORN_CMD_ARGS": "--workers 5"}, Manager("gunicorn", 5)),
-        ([GUNICORN_TITLE], {"WEB_CONCURRENCY": "2"}, Manager("gunicorn", 2)),
-        (["gunicorn", "--reload", "-w", "2", "a:app"], {}, Manager("gunicorn", 2)),
+        ([PYTHON, "/opt/bin/uvicorn", "a:app", "--workers", "4"], {}, Supervisor("uvicorn", 4)),
+        ([PYTHON, "-m", "uvicorn", "--workers=2", "a:app"], {}, Supervisor("uvicorn", 2)),
+        (
+            [PYTHON, "-X", "dev", "-m", "uvicorn", "a", "--workers", "4"],
+            {},
+            Supervisor("uvicorn", 4),
+        ),
+        (["/opt/bin/uvicorn", "a:app"], {"WEB_CONCURRENCY": "3"}, Supervisor("uvicorn", 3)),
+        ([PYTHON, "/opt/bin/gunicorn", "-w", "4", "a:app"], {}, Supervisor("gunicorn", 4)),
+        (["gunicorn", "-w4", "a:app"], {}, Supervisor("gunicorn", 4)),
+        (["gunicorn", "a:app"], {"GUNICORN_CMD_ARGS": "--workers 5"}, Supervisor("gunicorn", 5)),
+        ([GUNICORN_TITLE], {"WEB_CONCURRENCY": "2"}, Supervisor("gunicorn", 2)),
+        (["gunicorn", "--reload", "-w", "2", "a:app"], {}, Supervisor("gunicorn", 2)),
         # one worker, or a reloader
         ([PYTHON, "-m", "uvicorn", "a:app"], {}, None),
         ([PYTHON, "-m", "uvicorn", "a:app", "--workers", "1"], {"WEB_CONCURRENCY": "4"}, None),
@@ -49,7 +53,7 @@ GUNICORN_TITLE = "gunicorn: master [shop.web:app]"
         (["uvicorn", "a:app", "--reload", "--workers", "4"], {}, None),
         (["gunicorn", "a:app"], {}, None),
         (["gunicorn", "-w", "many", "a:app"], {}, None),
-        # no manager
+        # no supervisor
         (["bash", "-c", "uvicorn a:app --workers 4"], {}, None),
         ([PYTHON, "-m", "forebay.nodes.cli", "dev"], {}, None),
         ([PYTHON, "-m", "pytest", "-n", "4"], {"WEB_CONCURRENCY": "4"}, None),
@@ -60,10 +64,10 @@ GUNICORN_TITLE = "gunicorn: master [shop.web:app]"
     ],
 )
 def test_a_manager_is_known_by_its_command_line(
-    parent: list[str], variables: dict[str, str], expected: Manager | None
+    parent: list[str], variables: dict[str, str], expected: Supervisor | None
 ) -> None:
     """P2: uvicorn and gunicorn with several workers, however they were started."""
-    assert manager_of(parent, variables) == expected
+    assert supervisor_of(parent, variables) == expected
 
 
 def test_a_manager_is_known_by_what_it_gave_to_a_spawned_process() -> None:
@@ -71,10 +75,10 @@ def test_a_manager_is_known_by_what_it_gave_to_a_spawned_process() -> None:
     from uvicorn import Config
 
     script = [PYTHON, "main.py"]
-    assert manager_of(script, {}, Config("a:app", workers=4)) == Manager("uvicorn", 4)
-    assert manager_of(script, {}, Config("a:app", workers=1)) is None
-    assert manager_of(script, {}, Config("a:app", workers=4, reload=True)) is None
-    assert manager_of(script, {}, SimpleNamespace(workers="four")) is None
+    assert supervisor_of(script, {}, Config("a:app", workers=4)) == Supervisor("uvicorn", 4)
+    assert supervisor_of(script, {}, Config("a:app", workers=1)) is None
+    assert supervisor_of(script, {}, Config("a:app", workers=4, reload=True)) is None
+    assert supervisor_of(script, {}, SimpleNamespace(workers="four")) is None
 
 
 @contextmanager
@@ -145,7 +149,11 @@ async def test_a_worker_of_a_manager_warns_alone(tmp_path: Path, writable: bool)
     """P2, P5: it needs to see no other process, and no directory for temporary files."""
     directory = tmp_path if writable else tmp_path / "none"
     server = PrivateServer(
-        "shop", kind="fake server", environ={}, directory=directory, manager=Manager("uvicorn", 4)
+        "shop",
+        kind="fake server",
+        environ={},
+        directory=directory,
+        supervisor=Supervisor("uvicorn", 4),
     )
     async with background_tasks() as tasks:
         await tasks.start(server.run)
@@ -160,7 +168,7 @@ async def test_nothing_is_looked_for_under_pytest(tmp_path: Path) -> None:
         kind="embedded server",
         environ=variables,
         directory=tmp_path,
-        manager=Manager("gunicorn", 2),
+        supervisor=Supervisor("gunicorn", 2),
     )
     with process("shop", tmp_path):
         async with background_tasks() as tasks:
