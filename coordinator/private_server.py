@@ -33,7 +33,7 @@ from msgspec import Struct
 
 from .data_dir import arguments_of
 
-__all__ = ["FIX", "Supervisor", "PrivateServer", "announced", "supervisor_of", "others"]
+__all__ = ["FIX", "PrivateServer", "Supervisor", "announced", "others", "supervisor_of"]
 
 FIX = "start one Valkey for all processes and set FOREBAY_URL to it, or run a single process"
 _PREFIX = "forebay-node-"

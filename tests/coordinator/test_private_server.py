@@ -18,11 +18,11 @@ from forebay.coordinator.background import background_tasks
 from forebay.coordinator.embedded import bound_to_owner
 from forebay.coordinator.private_server import (
     FIX,
-    Supervisor,
     PrivateServer,
+    Supervisor,
     announced,
-    supervisor_of,
     others,
+    supervisor_of,
 )
 from noded import environ
 
@@ -63,14 +63,14 @@ GUNICORN_TITLE = "gunicorn: master [shop.web:app]"
         ([], {"WEB_CONCURRENCY": "4"}, None),
     ],
 )
-def test_a_manager_is_known_by_its_command_line(
+def test_a_supervisor_is_known_by_its_command_line(
     parent: list[str], variables: dict[str, str], expected: Supervisor | None
 ) -> None:
     """P2: uvicorn and gunicorn with several workers, however they were started."""
     assert supervisor_of(parent, variables) == expected
 
 
-def test_a_manager_is_known_by_what_it_gave_to_a_spawned_process() -> None:
+def test_a_supervisor_is_known_by_what_it_gave_to_a_spawned_process() -> None:
     """P2: also where a program calls uvicorn.run(..., workers=4); a reloader is none."""
     from uvicorn import Config
 
@@ -145,7 +145,7 @@ async def test_a_process_that_starts_later_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("writable", [True, False])
-async def test_a_worker_of_a_manager_warns_alone(tmp_path: Path, writable: bool) -> None:
+async def test_a_worker_of_a_supervisor_warns_alone(tmp_path: Path, writable: bool) -> None:
     """P2, P5: it needs to see no other process, and no directory for temporary files."""
     directory = tmp_path if writable else tmp_path / "none"
     server = PrivateServer(
