@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import structlog
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from ..coordinator.instruments import Instruments
 from ..coordinator.modules import load
@@ -48,6 +48,7 @@ from .code_settings import in_code, with_namespace
 from .coordinating import coordination_of
 from .declarations import Declarations
 from .explain.document import Explanation
+from .gauges import gauges
 from .life import Life
 from .locking import Locking
 from .logs import configure_embedded
@@ -83,7 +84,8 @@ class Node(Declarations, Locking):
         self._origins: Mapping[str, str] = {}
         self.registry = CollectorRegistry()
         self.instruments = Instruments(self.registry)
-        self.instruments.add_source(lambda: status.gauges(self))
+        ProcessCollector(registry=self.registry)
+        self.instruments.add_source(lambda: gauges(self))
         self.drained: bool | None = None  #: whether the last drain left nothing undone
 
     def __repr__(self) -> str:

@@ -42,7 +42,7 @@ from ..coordinator.startup_faults import Target
 from ..coordinator.write_check import WriteCheck
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
 from ..schemas.keys import Names, dependents_of
-from ..schemas.notices import Notice
+from ..schemas.notices import Extended, Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
 from .birth import check_birth
@@ -121,6 +121,7 @@ class Running:
             reset=self.hearing.reset,
             scripts=self.scripts,
         )
+        self._declare()
         self.headcount = Headcount(backend.link, self.names)
         self.limiter = self._limiter()
         self.core = self._core()
@@ -136,6 +137,13 @@ class Running:
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.crew: Crew | None = None
+
+    def _declare(self) -> None:
+        """Have the counters of all caches begin at 0."""
+        for cached in self.routes.caches.values():
+            has_sink = self.routes.sink_for(cached) is not None
+            ways = {} if has_sink else {"way": ("put",)}
+            self.instruments.declare("cache", cached.name, ways)
 
     def _dead_letters(self) -> DeadLetters:
         return DeadLetters(
@@ -208,6 +216,9 @@ class Running:
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
     ) -> None:
         """Invalidate everywhere; on this node before it returns."""
+        counts = self.instruments.counts
+        counts["invalidations", "key"] += len(keys)
+        counts["invalidations", "tag"] += len(tags)
         try:
             for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
                 self.apply(0, version, notice)
@@ -221,6 +232,9 @@ class Running:
         if self.crew is not None and self.crew.external is not None:
             self.crew.external.noticed(version, notice)
         self.hearing.apply(version, notice)
+        if not isinstance(notice, Extended) and notice.published_ms:
+            delay_ms = max(0, self.server_clock.now_ms() - notice.published_ms)
+            self.instruments.observe("event_propagation_seconds", delay_ms / 1000)
 
     def bell(self, channel: bytes, payload: bytes) -> None:
         """A doorbell message of either channel."""
