@@ -121,7 +121,6 @@ class Running:
             reset=self.hearing.reset,
             scripts=self.scripts,
         )
-        self._declare()
         self.headcount = Headcount(backend.link, self.names)
         self.limiter = self._limiter()
         self.core = self._core()
@@ -137,13 +136,6 @@ class Running:
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.crew: Crew | None = None
-
-    def _declare(self) -> None:
-        """Have the counters of all caches begin at 0."""
-        for cached in self.routes.caches.values():
-            has_sink = self.routes.sink_for(cached) is not None
-            ways = {} if has_sink else {"way": ("put",)}
-            self.instruments.declare("cache", cached.name, ways)
 
     def _dead_letters(self) -> DeadLetters:
         return DeadLetters(
@@ -193,6 +185,9 @@ class Running:
         )
         for cached in self.routes.caches.values():
             cached.bind_writes(self.core, made.parts)
+            has_sink = self.routes.sink_for(cached) is not None
+            ways = {} if has_sink else {"way": ("put",)}
+            self.instruments.declare("cache", cached.name, ways)
         return made
 
     def _refreshes(self) -> Refreshes:
