@@ -22,7 +22,7 @@ from ..schemas.errors import EntryFault, EventFault
 __all__ = ["CATALOGUE", "Instrument", "Labels", "Owner"]
 
 Labels = tuple[str, ...]
-Owner = Literal["", "cache", "sink", "limit", "route", "breaker", "version"]
+Owner = Literal["", "cache", "sink", "limit", "route", "breaker", "legacy", "version"]
 
 FINE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 COARSE_S = (0.005, 0.025, 0.1, 0.5, 2.5)
@@ -30,7 +30,8 @@ COARSE_S = (0.005, 0.025, 0.1, 0.5, 2.5)
 
 class Instrument(Struct, frozen=True):
     """One metric. If it has an ``owner``, its first label is the name of a declared cache, sink,
-    limit or route, and ``series`` lists the values of the labels that follow.
+    limit or route, and ``series`` lists the values of the labels that follow. ``legacy``: a cache
+    with a ``legacy_key``.
     """
 
     name: str  #: as exported, less the prefix
@@ -279,6 +280,13 @@ _CACHE = (
     Instrument("loads_running_max", "Loads that may be under way in a cache."),
     Instrument("load_waiters", "Callers that wait for loads, in the cache with most of them."),
     Instrument("load_waiters_max", "Callers that may wait for the loads of a cache."),
+    Instrument(
+        "legacy_entries_total",
+        "Misses that asked for a value of another service, by what came of it.",
+        ("cache", "result"),
+        _one(("used", "absent", "outdated", "unreadable", "refused", "closed")),
+        "legacy",
+    ),
     Instrument("fills_refused_total", "Fills whose lease was gone.", ("cache",), owner="cache"),
     Instrument(
         "writes_total",

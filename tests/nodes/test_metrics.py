@@ -24,14 +24,16 @@ PATIENCE_S = 40.0
 SERIES_MAX = 900
 CACHES = [f"cache{number}" for number in range(10)]
 SINKS = ["orders", "products"]  #: of the first two caches
+LEGACY = "cache9"  #: it takes over entries of another service
 LIMITS = ["api", "login"]
 Series = set[tuple[str, tuple[str, ...]]]
 
 
 def declare(node: forebay.Node) -> None:
     for name in CACHES:
+        old = f"old:{name}:{{id}}" if name == LEGACY else ""
 
-        @node.cached(name + ":{id}", ttl=60, name=name)
+        @node.cached(name + ":{id}", ttl=60, name=name, legacy_key=old)
         async def cached(id: int) -> int:
             return id
 
@@ -121,6 +123,7 @@ def can_occur(routes: Sequence[str]) -> Series:
         "limit": [*LIMITS, "default"],
         "route": [*routes, "unmatched", "malformed"],
         "breaker": breakers,
+        "legacy": [LEGACY],
         "version": [forebay.__version__],
     }
     return {

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from forebay.nodes.web.server import Address
     from tests.nodes.web.conftest import Station
 
-NAMES = {"cache": "product", "sink": "save", "limit": "api", "route": "/v1/events"}
+NAMES = {
+    "cache": "product",
+    "legacy": "product",
+    "sink": "save",
+    "limit": "api",
+    "route": "/v1/events",
+}
 
 
 def count_everything(instruments: Instruments) -> None:
