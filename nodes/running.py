@@ -45,7 +45,7 @@ from ..coordinator.startup_faults import Target
 from ..coordinator.write_check import WriteCheck
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
 from ..schemas.keys import Names, dependents_of
-from ..schemas.notices import Notice
+from ..schemas.notices import Extended, Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
 from .birth import check_birth
@@ -214,6 +214,9 @@ class Running:
         )
         for cached in self.routes.caches.values():
             cached.bind_writes(self.core, made.parts)
+            has_sink = self.routes.sink_for(cached) is not None
+            ways = {} if has_sink else {"way": ("put",)}
+            self.instruments.declare("cache", cached.name, ways)
         return made
 
     def _refreshes(self) -> Refreshes:
@@ -237,6 +240,9 @@ class Running:
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
     ) -> None:
         """Invalidate everywhere; on this node before it returns."""
+        counts = self.instruments.counts
+        counts["invalidations", "key"] += len(keys)
+        counts["invalidations", "tag"] += len(tags)
         try:
             for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
                 self.apply(0, version, notice)
@@ -250,6 +256,9 @@ class Running:
         if self.crew is not None and self.crew.external is not None:
             self.crew.external.noticed(version, notice)
         self.hearing.apply(version, notice)
+        if not isinstance(notice, Extended) and notice.published_ms:
+            delay_ms = max(0, self.server_clock.now_ms() - notice.published_ms)
+            self.instruments.observe("event_propagation_seconds", delay_ms / 1000)
 
     def bell(self, channel: bytes, payload: bytes) -> None:
         """A doorbell message of either channel."""
