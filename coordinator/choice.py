@@ -24,7 +24,6 @@ class UseUrl(Struct, frozen=True, kw_only=True):
     """A server that somebody else runs."""
 
     endpoint: Endpoint
-    reader: Endpoint | None
     why: str
 
 
@@ -64,7 +63,6 @@ def choose(
     if endpoint is not None:
         return UseUrl(
             endpoint=endpoint,
-            reader=endpoint_of(settings, reader=True),
             why=f"valkey.url is set ({origins.get('valkey.url', 'in code')})",
         )
     if settings.fake:

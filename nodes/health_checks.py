@@ -1,7 +1,8 @@
 """The health checks of a node's work: each tells whether its part is stalled, and why.
 
 W1  Stalled work is a warning: the work goes to other nodes, or waits; it fails no probe.
-    Only a server that refuses all writes fails readiness.
+    Only a server that refuses all writes fails readiness, and a user who lacks a right without
+    which no work is whole.
 W2  A check names the oldest work that this node is responsible for, and the current failure: for
     how long, how often, and the last error.
 W3  The checks read memory only.
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..coordinator.log_once import Failing
-from .web.face import Check, Gate
+from ..coordinator.rights import Missing
+from .web.face import Check, Gate, State
 from .workers.delivery import Delivery, Outage
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def work_checks(parts: Running) -> Iterator[Check]:
         detail=_failing("the server refuses writes", refusal, now),
         gates=_READY,
     )
+    yield _rights(parts.rights.missing)
     refreshes = _failing("refresh jobs are not read", parts.refreshes.failing.failing, now)
     if parts.crew is None:
         yield _warning("refreshes", refreshes)
@@ -43,6 +46,12 @@ def work_checks(parts: Running) -> Iterator[Check]:
     yield from _checks_of(parts.crew, refreshes, now)
     for name, delivery in parts.crew.deliveries.items():
         yield _warning(f"sink {name}", sink_state(delivery, now))
+
+
+def _rights(missing: Missing) -> Check:
+    state: State = "pass" if not missing else "warn" if missing.is_partial else "fail"
+    detail = f"{missing.problem}; {missing.fix}" if missing else ""
+    return Check(name="rights", state=state, detail=detail, gates=_READY)
 
 
 def _checks_of(crew: Crew, refreshes: str, now: float) -> Iterator[Check]:

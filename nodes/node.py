@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import structlog
+from msgspec import structs
 from prometheus_client import CollectorRegistry
 
 from ..coordinator.instruments import Instruments
@@ -51,7 +52,7 @@ from .explain.document import Explanation
 from .life import Life
 from .locking import Locking
 from .logs import configure_embedded
-from .publishing import Event, as_json, name_of
+from .publishing import Event, as_json
 from .running import Running, running
 from .web.face import Check, Coordination, Read
 
@@ -199,6 +200,8 @@ class Node(Declarations, Locking):
         self._id = resolved.settings.node.id or _made_up_id()
         told = [resolved.settings.valkey.password]
         configure_embedded(resolved.settings.log, instance=self._id, secrets=told)
+        for warning in resolved.warnings:
+            log.warning("setting.unused", **structs.asdict(warning))
         self._begun, self.drained, self._origins = True, None, resolved.origins
         self._life = life = Life(self._living(resolved, workers))
         try:
@@ -306,12 +309,14 @@ class Node(Declarations, Locking):
         """Put events, as JSON or dicts, into the ingress stream, all or none; returns their ids.
 
         Raises:
-            InvalidEvent, Backpressure, Unavailable: none was stored, or it is unknown.
+            InvalidEvent: one can never be applied; none was stored. Its ``fault`` is ``no_sink``
+                for a write to a key for which no live member declares a sink.
+            Backpressure, Unavailable: none was stored, or it is unknown.
         """
         parts = self.parts
-        bound, bytes_max = parts.settings.durable.events_max, parts.settings.durable.event_bytes_max
+        bound = parts.settings.durable.events_max
         raw = as_json(events)
-        names = [name_of(event, bytes_max) for event in raw]
+        names = await parts.check_events(raw)
         script = parts.scripts["event_publish"]
         keys = [parts.names.events, parts.names.part(EVENTS, "before")]
         reply = await run(parts.backend.link, script, keys, [bound, *raw])

@@ -22,7 +22,7 @@ import random
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import anyio
@@ -37,7 +37,9 @@ from ..coordinator.limits.headcount import Headcount
 from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
+from ..coordinator.rights import RightsCheck
 from ..coordinator.scripting import load_scripts
+from ..coordinator.sink_directory import SinkDirectory
 from ..coordinator.startup_faults import Target
 from ..coordinator.write_check import WriteCheck
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
@@ -58,6 +60,7 @@ from .hooks import Hook, run_hook, run_in_the_end
 from .leftovers import DrainOutcome, count_leftovers, left_of, tell
 from .locking import locks_of
 from .pacing import Pacing
+from .publishing import PublishCheck
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
@@ -109,18 +112,7 @@ class Running:
         self.hearing = Hearing(
             self.tags, self.waits, self.clock, self.server_clock, shards=node.shards
         )
-        self.follower = Follower(
-            backend.link,
-            self.names,
-            clock=self.clock,
-            staleness_ms=routes.staleness_ms(settings.cache),
-            instruments=instruments,
-            run_id=backend.run_id,
-            check=backend.link.check_primary,
-            apply=self.apply,
-            reset=self.hearing.reset,
-            scripts=self.scripts,
-        )
+        self.follower = self._follower()
         self.headcount = Headcount(backend.link, self.names)
         self.limiter = self._limiter()
         self.core = self._core()
@@ -135,7 +127,41 @@ class Running:
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
+        self.rights = self._rights()
         self.crew: Crew | None = None
+
+    def _follower(self) -> Follower:
+        link = self.backend.link
+        return Follower(
+            link,
+            self.names,
+            clock=self.clock,
+            staleness_ms=self.routes.staleness_ms(self.settings.cache),
+            instruments=self.instruments,
+            run_id=self.backend.run_id,
+            check=link.check_primary,
+            apply=self.apply,
+            reset=self.hearing.reset,
+            scripts=self.scripts,
+        )
+
+    def _rights(self) -> RightsCheck:
+        choice, unused = self.backend.choice, set[str]()
+        if not (isinstance(choice, UseUrl) and choice.endpoint.db):
+            unused.add("select")
+        if not self.settings.cache.external_writers:
+            unused |= {"client|id", "client|tracking"}
+        link, user = self.backend.link, self.backend.user
+        return RightsCheck(link, self.names, self.scripts, user=user, unused=unused)
+
+    @cached_property
+    def check_events(self) -> PublishCheck:
+        return PublishCheck(
+            self.routes,
+            SinkDirectory(self.backend.link, self.names, clock=self.clock),
+            bytes_max=self.settings.durable.event_bytes_max,
+            works=lambda: self.crew is not None and not self.draining,
+        )
 
     def _dead_letters(self) -> DeadLetters:
         return DeadLetters(
@@ -256,6 +282,7 @@ class Running:
         await patience.until_done(locks)
         await patience.until_done(self.follower.sweep)
         await start(self.write_check.run)
+        self.tasks.start_soon(self.rights.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
@@ -353,6 +380,9 @@ async def running(
         stack.push_async_callback(self.writing.aclose)
         patience = Patience(_target(backend, settings, origins), self.clock, give_up_at)
         with _faults_of(patience.target):
+            await patience.until_done(self.rights.look)
+            if (missing := self.rights.missing) and not missing.is_partial:
+                raise patience.target.fault(missing.problem, missing.fix, leaf="username")
             birth = partial(check_birth, backend.link, self.names, self.scripts, origins)
             await patience.until_done(birth)
             await self.follow(stack, patience)

@@ -288,6 +288,20 @@ class Names:
         self.limits = f"forebay:{namespace}:limits"
         self._reply = f"forebay:{namespace}:reply:"
 
+    @property
+    def key_patterns(self) -> dict[str, str]:
+        """All keys of the namespace as ACL patterns, each with a key that it allows."""
+        return {
+            f"~forebay:{self.namespace}:*": self.meta,
+            f"~{{forebay:{self.namespace}:*": self.members,
+            f"~{{{self.namespace}:*": f"{self.prefixes[0]}head",
+        }
+
+    @property
+    def channel_patterns(self) -> dict[str, str]:
+        """All channels of the namespace as ACL patterns, each with a channel that it allows."""
+        return {f"&forebay:{self.namespace}:*": self.bell}
+
     def shard(self, name: str) -> int:
         """The shard of a key or a tag."""
         return shard_of(name, self.shards)

@@ -75,7 +75,7 @@ class Valkey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the server is and how long to wait for it."""
 
     url: str = ""  #: empty: an embedded server is started
-    reader_url: str = ""  #: a replica for reads of entries only; empty: the primary
+    reader_url: str = ""  #: accepted, and not used: all reads go to the primary
     username: str = ""
     password: Secret = Secret("")
     fake: bool = False  #: fakeredis in this process, for trying out only

@@ -56,6 +56,16 @@ def _fake(settings: Settings) -> Iterator[Complaint]:
             yield "valkey.fake", f"a fake server cannot go with valkey.{leaf}", fix
 
 
+def _credentials(settings: Settings) -> Iterator[Complaint]:
+    """An embedded server has no users: whoever gives a user means another server."""
+    valkey = settings.valkey
+    if valkey.url or valkey.fake:
+        return
+    for leaf in ("username", "password"):
+        if getattr(valkey, leaf):
+            yield f"valkey.{leaf}", "nothing names its server", "set valkey.url, or unset this"
+
+
 def _reader(settings: Settings) -> Iterator[Complaint]:
     reader, primary = endpoint_of(settings.valkey, reader=True), endpoint_of(settings.valkey)
     if reader is None:
@@ -150,6 +160,7 @@ def _default_limit(settings: Settings) -> Iterator[Complaint]:
 
 _RULES: tuple[Rule, ...] = (
     _fake,
+    _credentials,
     _reader,
     _tls,
     _beats,

@@ -6,7 +6,11 @@ I2  Whatever cannot be used is a ConfigError with the setting, its masked value,
 I3  Credentials leave the URL: they end up in ``valkey.username`` and ``valkey.password``,
     so that no ``repr`` of the settings shows them. A URL that is overridden takes its
     credentials with it; they are never sent to another server.
-I4  No secret is in ``Resolved``, in its rows or in an error, except inside a ``Secret``.
+I4  No secret is in ``Resolved``, in its rows, in a warning or in an error, except inside a
+    ``Secret``.
+I5  An environment that describes a server and gives no address is a ConfigError: no other
+    server is used instead. ``valkey.fake`` of the environment, or of a flag, goes before
+    addresses by neutral names, with a warning.
 
 No file, environment or clock is touched here: text, mappings and ``read_secret`` are
 given. ``read_secret(path)`` returns the content, or None if there is no such file; it
@@ -30,6 +34,7 @@ from .settings_checks import check
 from .settings_env import (
     FILE_RANK,
     FLAG_RANK,
+    NEUTRAL_RANK,
     Found,
     ReadSecret,
     from_environment,
@@ -46,9 +51,18 @@ from .settings_names import (
     plainly,
     shown,
 )
-from .urls import Endpoint, parse_url
+from .settings_neutral import refuse_without_address
+from .urls import Endpoint, endpoint_of, parse_url
 
-__all__ = ["FLAGS", "FileSource", "Resolved", "SettingRow", "describe", "resolve"]
+__all__ = [
+    "FLAGS",
+    "FileSource",
+    "Resolved",
+    "SettingRow",
+    "SettingWarning",
+    "describe",
+    "resolve",
+]
 
 _TEXT_CHARS_MAX = 4_096
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -81,12 +95,25 @@ class FileSource(Struct, frozen=True, kw_only=True):
         return f"FileSource({self.path!r})"
 
 
+class SettingWarning(Struct, frozen=True, kw_only=True):
+    """A value that is not used, and why."""
+
+    setting: str
+    value: str  #: masked
+    origin: str
+    problem: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.setting} = {self.value} (from {self.origin}): {self.problem}; {self.fix}"
+
+
 class Resolved(Struct, frozen=True, kw_only=True):
     """The settings in force, and by dotted name where each came from."""
 
     settings: Settings
     origins: dict[str, str]
-    doubts: tuple[str, ...] = ()  #: of what is not in force, and could not be
+    warnings: tuple[SettingWarning, ...] = ()  #: in the order of the settings' definition
 
 
 class SettingRow(Struct, frozen=True, kw_only=True):
@@ -106,29 +133,86 @@ def resolve(
 ) -> Resolved:
     best: dict[str, Found] = {}
     lost: list[Found] = []
-    in_file = _from_file(file, read_secret) if file else ()
-    for found in (*in_file, *from_environment(environ, read_secret), *_from_flags(flags)):
+    in_file = list(_from_file(file, read_secret)) if file else []
+    in_flags = list(_from_flags(flags))
+    in_environment = from_environment(environ, read_secret, in_file + in_flags)
+    for found in in_file + in_environment + in_flags:
         held = best.get(found.name)
         if held is None or found.rank >= held.rank:
             best[found.name] = found
             lost += [held] if held else []
         else:
             lost.append(found)
+    not_used = _fake_before_neutral_addresses(best)
+    if not _names_server(best):
+        refuse_without_address(environ)
     _part_from_credentials(best)
     origins = {name: best[name].origin if name in best else "default" for name in FIELDS}
     settings = _build({name: _decoded(found) for name, found in best.items()})
     check(settings, origins)
-    return Resolved(settings=settings, origins=origins, doubts=tuple(_doubts(lost)))
+    warnings = (*_overridden(lost), *not_used, *_reader(settings, origins))
+    return Resolved(settings=settings, origins=origins, warnings=warnings)
 
 
-def _doubts(lost: Iterable[Found]) -> Iterator[str]:
+def _names_server(best: Mapping[str, Found]) -> bool:
+    """Whether a URL is given, or a fake server asked for."""
+    url, fake = best.get("valkey.url"), best.get("valkey.fake")
+    return bool(url and url.value) or bool(fake and _decoded(fake))
+
+
+def _fake_before_neutral_addresses(best: dict[str, Found]) -> list[SettingWarning]:
+    """Drop these addresses, in place, where a fake server is asked for by the environment or a
+    flag. One that comes from elsewhere contradicts it, see ``check``.
+    """
+    fake = best.get("valkey.fake")
+    if fake is None or fake.rank < NEUTRAL_RANK or not _decoded(fake):
+        return []
+    found = []
+    for name in ("valkey.url", "valkey.reader_url"):
+        if name in best and best[name].rank == NEUTRAL_RANK:
+            dropped = best.pop(name)
+            problem = (
+                f"it is not used, since valkey.fake is set ({fake.origin}): all data is in this"
+                " process, and lost with it"
+            )
+            fix = "unset valkey.fake to use the server"
+            found.append(_unused(dropped, problem, fix))
+    return found
+
+
+def _overridden(lost: Iterable[Found]) -> Iterator[SettingWarning]:
     """What is wrong with URLs that were overridden; they may be in force tomorrow."""
     for found in lost:
         if FIELDS[found.name].url and found.value:
             try:
                 parse_url(_text(found), setting=found.name, origin=found.origin)
             except ConfigError as error:
-                yield str(error)
+                problem = f"it is overridden, and {error.problem}"
+                yield _unused(found, problem, error.fix)
+
+
+def _reader(settings: Settings, origins: Mapping[str, str]) -> Iterator[SettingWarning]:
+    reader, primary = endpoint_of(settings.valkey, reader=True), endpoint_of(settings.valkey)
+    if reader is None or primary is None or reader.address == primary.address:
+        return
+    name = "valkey.reader_url"
+    yield SettingWarning(
+        setting=name,
+        value=shown(name, settings.valkey.reader_url),
+        origin=origins[name],
+        problem="it is not used: all reads go to valkey.url, since a replica may lag behind",
+        fix="unset it",
+    )
+
+
+def _unused(found: Found, problem: str, fix: str) -> SettingWarning:
+    return SettingWarning(
+        setting=found.name,
+        value=shown(found.name, found.value),
+        origin=found.origin,
+        problem=problem,
+        fix=fix,
+    )
 
 
 def describe(resolved: Resolved) -> list[SettingRow]:

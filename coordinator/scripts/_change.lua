@@ -109,6 +109,9 @@ end
 -- The numbers of an entry; empty if there is none, or something that is no string.
 local function numbers_of(key)
   local found = redis.pcall("GETRANGE", key, 0, 61)
+  if type(found) == "table" and not string.find(tostring(found.err), "WRONGTYPE", 1, true) then
+    redis.call("GETRANGE", key, 0, 61)  -- fails likewise
+  end
   return type(found) == "string" and found or ""
 end
 

@@ -39,7 +39,9 @@ COMMANDS = {
     "limits": Listed(".limits:command", "Show rate limits, or take of one."),
     "warm": Listed(".warm:command", "Load keys into the shared tier ahead of their readers."),
     "health": Listed(".health:command", "Ask a running node whether it is well."),
-    "config": Listed(".config:command", "Show the settings in force, or check them."),
+    "config": Listed(
+        ".config:command", "Show or check the settings in force; print the users Valkey needs."
+    ),
 }
 
 _EXIT_CODES = """

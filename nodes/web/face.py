@@ -1,8 +1,8 @@
 """What the endpoint asks of the node that it serves, and nothing more.
 
 I1  ``checks`` reads memory only: a probe is answered even while Valkey is away.
-I2  ``publish`` gets events that were read and found good; it stores all of them in their
-    order, or raises.
+I2  ``publish`` gets events that were read and found good as such; it stores all of them in their
+    order, or raises. It knows which sinks there are, and what values the caches of the node hold.
 I3  ``stats``, ``explain`` and ``read`` keep their own deadlines, and raise errors of
     schemas/errors.py.
 """
@@ -80,7 +80,7 @@ class Served(Protocol):
         Raises:
             Backpressure: the stream is full.
             Unavailable: Valkey did not answer.
-            InvalidEvent: one can never be applied.
+            InvalidEvent: one can never be applied; its field begins with ``events[N]``.
         """
         ...
 
