@@ -87,6 +87,7 @@ _STREAM = ("stream", ("events", "writes", "refreshes"))
 _KIND = ("kind", ("changed", "dropped", "bumped", "extended"))
 _TIER = ("tier", ("near", "shared", "source"))
 _OUTCOME = ("result", ("hit", "stale", "miss", "negative", "error", "refused"))
+_LEGACY = ("result", ("used", "absent", "outdated", "unreadable", "refused", "closed"))
 _WAY = ("way", ("put", "through", "around", "behind"))
 _END = ("result", ("stored", "refused", "unknown"))
 _EXTERNAL = ("kind", ("set", "deleted", "flushed", "missed", "overflow"))
@@ -142,6 +143,11 @@ CATALOGUE = (
     Instrument("cache_size_bytes", "Bytes in the near cache.", ("cache",)),
     Instrument("cache_evictions_total", "Entries dropped for space.", ("cache", "reason")),
     Instrument("cache_decode_errors_total", "Entries not readable.", ("cache", "reason")),
+    Instrument(
+        "legacy_entries_total",
+        "Misses that asked for a value of another service, by what came of it.",
+        ("cache", _LEGACY),
+    ),
     Instrument("fills_refused_total", "Fills whose lease was gone.", ("cache",)),
     Instrument("loader_seconds", "One call of a loader.", ("cache", "result"), COARSE_S),
     Instrument("refreshes_total", "Refresh jobs, by their end.", ("result",)),

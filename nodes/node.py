@@ -54,6 +54,7 @@ from .locking import Locking
 from .logs import configure_embedded
 from .publishing import Event, as_json
 from .running import Running, running
+from .secret_files import exposed_secrets
 from .web.face import Check, Coordination, Read
 
 __all__ = ["Node"]
@@ -202,6 +203,8 @@ class Node(Declarations, Locking):
         configure_embedded(resolved.settings.log, instance=self._id, secrets=told)
         for warning in resolved.warnings:
             log.warning("setting.unused", **structs.asdict(warning))
+        for warning in exposed_secrets(resolved):
+            log.warning("setting.exposed", **structs.asdict(warning))
         self._begun, self.drained, self._origins = True, None, resolved.origins
         self._life = life = Life(self._living(resolved, workers))
         try:

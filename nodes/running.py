@@ -50,6 +50,7 @@ from ..schemas.urls import Endpoint
 from .birth import check_birth
 from .cache import scope
 from .cache.core import Core
+from .cache.legacy import begin_marks
 from .cache.reads import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
@@ -288,6 +289,15 @@ class Running:
         if self.routes.caches:
             await start(self.refreshes.run)
 
+    async def begin_legacy(self) -> None:
+        """Have changes marked, where values of another service may be brought over."""
+        caches = self.routes.caches.values()
+        entries = {
+            each.template.shape: each.path.legacy for each in caches if each.path.legacy is not None
+        }
+        if entries:
+            await begin_marks(self.backend.link, self.names, self.scripts, entries)
+
     def _link_changed(self, connected: bool) -> None:
         self.follower.connection_changed()
         if connected:
@@ -385,6 +395,7 @@ async def running(
                 raise patience.target.fault(missing.problem, missing.fix, leaf="username")
             birth = partial(check_birth, backend.link, self.names, self.scripts, origins)
             await patience.until_done(birth)
+            await patience.until_done(self.begin_legacy)
             await self.follow(stack, patience)
         stack.push_async_callback(self.limiter.aclose)
         yield self

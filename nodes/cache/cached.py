@@ -270,8 +270,18 @@ class Cached(Writable[T], Generic[P, T]):
         self._own = self._copies.own if self.declared.mutable else None
         codec = self._copies.codec
         source = source_of(core, self.name, self.declared, defaults)
-        loads = LoadPath(core, self.name, policy, codec, near, source, self._copies.own)
-        self._path = ReadPath(core, loads, limits=limits)
+        old_name = self.keying.legacy_name if self.declared.legacy_key else None
+        loads = LoadPath(
+            core,
+            self.name,
+            policy,
+            codec,
+            near,
+            source,
+            self._copies.own,
+            marks=old_name is not None,
+        )
+        self._path = ReadPath(core, loads, limits=limits, legacy_name=old_name)
         if self._batch_loader is not None:
             limit_s = _BATCH_OF_LEASE * policy.lease_ms / 1000
             self._batches = Batches(self.name, self._batch_loader, core.tasks, limit_s=limit_s)

@@ -105,10 +105,8 @@ class Looks(Generic[T]):
         except InvalidEntry as error:
             self._unreadable(error)
             return None
-        version = entry.version
-        age_ms = now_ms - version // 1000 if version else 0
         # None is T's own when negatives are cached.
-        return Hit(value, "shared", version, max(0, age_ms), stale, size)  # type: ignore[arg-type]
+        return Hit(value, "shared", entry.version, entry.age_ms(now_ms), stale, size)  # type: ignore[arg-type]
 
     def _unreadable(self, error: InvalidEntry) -> None:
         self._counts["cache_decode_errors", self._loads.name, error.fault] += 1

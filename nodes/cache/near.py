@@ -39,7 +39,8 @@ class NearEntry(Linked):
     """A value and what decides on its validity. Times are the node's monotonic seconds.
 
     Until ``fresh_until`` it is served without further thought; until ``soft_until`` it is
-    fresh, but worth a refresh. ``negative``: it is known that there is no value.
+    fresh, but worth a refresh. ``negative``: it is known that there is no value. ``written_at`` is
+    None where that is not known.
     """
 
     __slots__ = (
@@ -65,7 +66,7 @@ class NearEntry(Linked):
         fresh_until: float,
         soft_until: float | None = None,
         gone_at: float,
-        written_at: float,
+        written_at: float | None,
         view: ShardView,
         tags: tuple[tuple[TagState, int], ...],
         negative: bool = False,
@@ -88,6 +89,9 @@ class NearEntry(Linked):
     @property
     def value_bytes(self) -> int:
         return self.size - len(self.key) - _OVERHEAD_BYTES
+
+    def age_ms(self, now: float) -> int | None:
+        return None if self.written_at is None else max(0, int((now - self.written_at) * 1000))
 
     def tags_hold(self) -> bool:
         for state, version in self.tags:  # noqa: SIM110  # on every hit; all() is slower

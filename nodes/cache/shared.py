@@ -107,14 +107,18 @@ class SharedTier:
         return Held(max(int(more[0]), 1), failing=bool(more[1]))
 
     async def fill(
-        self, key: str, token: str, *, soft_ms: int, hard_ms: int, tail: bytes
+        self, key: str, token: str, *, soft_ms: int, hard_ms: int, tail: bytes, mark: bool = False
     ) -> Stamp | None:
-        """Store what was loaded under the lease; None if the lease is gone."""
+        """Store what was loaded under the lease; None if the lease is gone.
+
+        ``mark``: no entry of another service shall be brought over for the key afterwards.
+        """
+        args = [token, soft_ms, hard_ms, tail, *self._announcement(key, Changed(key, self._origin))]
         reply = await run(
             self._commands,
             self._scripts["entry_fill"],
             self.entry_keys(key),
-            [token, soft_ms, hard_ms, tail, *self._announcement(key, Changed(key, self._origin))],
+            [*args, dependents_of(key) if mark else ""],
         )
         return _stamp(reply[1:]) if reply[0] else None
 
