@@ -49,7 +49,7 @@ from .code_settings import in_code, with_namespace
 from .coordinating import coordination_of
 from .declarations import Declarations
 from .explain.document import Explanation
-from .life import Life
+from .life import Life, refuse_other_loops
 from .locking import Locking
 from .logs import configure_embedded
 from .publishing import Event, as_json
@@ -191,12 +191,13 @@ class Node(Declarations, Locking):
         in between, the failure is logged, and ``stop`` raises it.
 
         Raises:
-            StartupError: the server cannot be reached or used. ConfigError: a setting, or the
-            node runs already.
+            StartupError: the server cannot be reached or used. ConfigError: a setting, the node
+            runs already, or the event loop is not asyncio's.
         """
         if self._life is not None and self._life.over:
             self._forget()  # it failed, or its loop is gone
         self._only_before_start()
+        refuse_other_loops()
         resolved = self._settings()
         self._id = resolved.settings.node.id or _made_up_id()
         told = [resolved.settings.valkey.password]

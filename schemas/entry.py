@@ -28,6 +28,7 @@ import msgspec
 from msgspec import Struct
 
 from .errors import InvalidEntry
+from .extras import pip_install
 
 __all__ = [
     "FOREVER_MS",
@@ -259,7 +260,7 @@ def _unzstd(payload: bytes, bytes_max: int) -> bytes:
     try:
         zstd = _zstd()
     except ImportError:
-        raise InvalidEntry("bad_codec", "zstd; install forebay[zstd]") from None
+        raise InvalidEntry("bad_codec", f"zstd; {pip_install('zstd')}") from None
     try:
         size = zstd.size_of(payload)
         if size > bytes_max:

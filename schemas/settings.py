@@ -152,7 +152,7 @@ class CacheDefaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_staleness_ms: Millis = 500
     on_disconnected: Literal["bypass", "stale", "fail"] = "bypass"
     value_bytes_max: Annotated[int, Meta(ge=1, le=67_108_864)] = 1_048_576
-    compression: Compression = "zlib"  #: of what is written; zstd needs forebay[zstd]
+    compression: Compression = "zlib"  #: of what is written; zstd needs the extra zstd
     compress_over_bytes: Annotated[int, Meta(ge=0, le=67_108_864)] = 1_024
     lease_ms: Annotated[int, Meta(ge=100, le=LEASE_MS_MAX)] = 10_000  #: one load takes no longer
     jitter: Annotated[float, Meta(ge=0, le=0.5)] = 0.05
