@@ -33,7 +33,7 @@ from .bearer import bearer_of
 from .bodies import Bodies
 from .context import CONTEXT, Context
 from .face import Served
-from .guards import GuardedRunner, spare_for_probes
+from .guards import GuardedRunner, count_request, spare_for_probes
 from .heartbeat import Heartbeat
 from .hosts import hosts_of
 from .refusals import SECURITY_HEADERS, Refused, answer, of_error, of_http, refuse
@@ -43,6 +43,7 @@ __all__ = ["Address", "make_app", "serve"]
 log = structlog.get_logger(__name__)
 
 STOP_MS = 5_000
+_UNMATCHED = "unmatched"
 
 
 class Address(Struct, frozen=True):
@@ -96,7 +97,7 @@ async def serve(
     )
 
     def gauges() -> Iterable[tuple[str, tuple[str, ...], float]]:
-        return [("event_loop_lag_seconds", (), heartbeat.lag_s())]
+        return [("event_loop_lag_max_seconds", (), heartbeat.lag_max_s())]
 
     served.instruments.add_source(gauges)
     # aiohttp waits this long for handlers, and as long again for their cancellation.
@@ -146,6 +147,9 @@ def make_app(context: Context, *checks: Middleware) -> web.Application:
             app.router.add_get(path, each.handler)
         else:
             app.router.add_route(each.method, path, each.handler)
+    for resource in app.router.resources():
+        context.served.instruments.declare("route", resource.canonical)
+    context.served.instruments.declare("route", _UNMATCHED, {"code": ("4xx", "5xx")})
     return app
 
 
@@ -186,10 +190,9 @@ _COORDINATION = (
 async def border(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Errors become answers here; answers are counted."""
     response = await _answered(request, handler)
-    counts = request.app[CONTEXT].served.instruments.counts
     resource = request.match_info.route.resource
-    template = resource.canonical if resource is not None else "unmatched"
-    counts["http_requests", template, str(response.status)] += 1
+    template = resource.canonical if resource is not None else _UNMATCHED
+    count_request(request.app[CONTEXT].served.instruments, template, response.status)
     return response
 
 
