@@ -28,7 +28,7 @@ from typing import Any
 import anyio
 import structlog
 
-from ..coordinator.backend import Backend, UseUrl
+from ..coordinator.backend import Backend, UseFake, UseUrl
 from ..coordinator.background import BackgroundTasks, background_tasks
 from ..coordinator.clock import Clock, ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
@@ -37,6 +37,7 @@ from ..coordinator.limits.headcount import Headcount
 from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
+from ..coordinator.private_server import PrivateServer
 from ..coordinator.rights import RightsCheck
 from ..coordinator.scripting import load_scripts
 from ..coordinator.sink_directory import SinkDirectory
@@ -128,6 +129,7 @@ class Running:
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
+        self.private_server = _private_server(backend, node.namespace)
         self.rights = self._rights()
         self.crew: Crew | None = None
 
@@ -152,6 +154,8 @@ class Running:
             unused.add("select")
         if not self.settings.cache.external_writers:
             unused |= {"client|id", "client|tracking"}
+        if not any(cached.declared.legacy_key for cached in self.routes.caches.values()):
+            unused.add("zmscore")
         link, user = self.backend.link, self.backend.user
         return RightsCheck(link, self.names, self.scripts, user=user, unused=unused)
 
@@ -292,6 +296,8 @@ class Running:
         await patience.until_done(locks)
         await patience.until_done(self.follower.sweep)
         await start(self.write_check.run)
+        if self.private_server is not None:
+            await start(self.private_server.run)
         self.tasks.start_soon(self.rights.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
@@ -408,6 +414,15 @@ async def running(
             await self.follow(stack, patience)
         stack.push_async_callback(self.limiter.aclose)
         yield self
+
+
+def _private_server(backend: Backend, namespace: str) -> PrivateServer | None:
+    if isinstance(backend.choice, UseUrl):
+        return None
+    from .cli.sources import process_environment
+
+    kind = "fake server" if isinstance(backend.choice, UseFake) else "embedded server"
+    return PrivateServer(namespace, kind=kind, environ=process_environment())
 
 
 def _unbind(routes: Routes) -> None:

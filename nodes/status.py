@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..coordinator.link import Arg, Reply
+from ..coordinator.private_server import FIX
 from ..schemas.errors import ForebayError
 from ..schemas.keys import EVENTS
 from .gauges import bring_up_to_date
@@ -50,6 +51,9 @@ def checks(node: Node) -> Sequence[Check]:
     ]
     if refused := [view.refused for view in views if view.refused]:
         found.append(_check("logs", False, "; ".join(refused[:3]), frozenset(), "warn"))
+    if parts.private_server is not None:
+        problem = parts.private_server.problem
+        found.append(_check("private_server", not problem, f"{problem}; {FIX}", _READY, "warn"))
     found += work_checks(parts)
     if parts.crew is not None:
         found.append(_held(parts.crew.writes.held.statistics))
