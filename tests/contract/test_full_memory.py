@@ -99,6 +99,7 @@ WORKS: dict[str, Act] = {
     "entry_write of ingress": lambda desk: desk.write("newer", mark="005", at_full=True),
     "log_begin": lambda desk: desk.log_begin(empty_shard(desk)),
     "lease_release": lambda desk: desk.release("mine", key="stale"),
+    "rights_check": lambda desk: desk.run("rights_check", [], 3, "SET", desk.part("head"), "x"),
     "owner_claim": lambda desk: desk.claim("a"),
     "owner_release": lambda desk: of_owner(desk, lambda epoch: desk.give_up("a", epoch)),
     "checkpoint_commit": lambda desk: of_owner(desk, lambda epoch: desk.commit("a", epoch, "5-0")),
