@@ -90,10 +90,7 @@ _DECISIONS = {
     "lease": ("allowed",),
     "local": ("allowed", "refused"),
 }
-_REFRESHES = (
-    *("published", "not_needed", "shed"),  # of a question
-    *("done", "refused", "expired", "failed", "undecodable", "unknown_cache"),  # of a job
-)
+_REFRESHES = ("done", "refused", "expired", "failed", "undecodable", "unknown_cache")
 _BOUNDS = (
     *("value_bytes", "loads", "waiters"),
     *("writes", "refreshes", "held", "dead_letters", "seen", "memory"),
@@ -296,7 +293,13 @@ _CACHE = (
         "cache",
     ),
     Instrument(
-        "refreshes_total", "Questions for a refresh, and jobs, by their end.", ("result",),
+        "refresh_requests_total",
+        "Refreshes that reads of this node asked for, by what came of it.",
+        ("result",),
+        _one(("published", "not_needed", "shed")),
+    ),
+    Instrument(
+        "refreshes_total", "Refresh jobs that this node took, by their end.", ("result",),
         _one(_REFRESHES),
     ),
 )  # fmt: skip
