@@ -34,7 +34,7 @@ from typing import Any, Literal, Self
 
 import structlog
 from msgspec import structs
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from ..coordinator.instruments import Instruments
 from ..coordinator.modules import load
@@ -49,6 +49,7 @@ from .code_settings import in_code, with_namespace
 from .coordinating import coordination_of
 from .declarations import Declarations
 from .explain.document import Explanation
+from .gauges import gauges
 from .life import Life, refuse_other_loops
 from .locking import Locking
 from .logs import configure_embedded
@@ -85,7 +86,8 @@ class Node(Declarations, Locking):
         self._origins: Mapping[str, str] = {}
         self.registry = CollectorRegistry()
         self.instruments = Instruments(self.registry)
-        self.instruments.add_source(lambda: status.gauges(self))
+        ProcessCollector(registry=self.registry)
+        self.instruments.add_source(lambda: gauges(self))
         self.drained: bool | None = None  #: whether the last drain left nothing undone
 
     def __repr__(self) -> str:

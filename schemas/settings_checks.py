@@ -142,6 +142,14 @@ def _host(settings: Settings) -> Iterator[Complaint]:
         yield "http.host", "an empty host would listen on all interfaces", fix
 
 
+def _exposed(settings: Settings) -> Iterator[Complaint]:
+    http = settings.http
+    if http.reachable and not http.token_file and not http.open:
+        problem = "other machines may reach it, and it asks nobody for a token"
+        fix = "set http.token_file; or http.open = true if only trusted clients reach it"
+        yield "http.host", problem, fix
+
+
 def _default_limit(settings: Settings) -> Iterator[Complaint]:
     try:
         default_limit(settings.limiter)
@@ -158,6 +166,7 @@ _RULES: tuple[Rule, ...] = (
     _beats,
     _flush,
     _host,
+    _exposed,
     _default_limit,
     _at_most("valkey.connect_timeout_ms", "valkey.startup_timeout_ms", "no try could end in time"),
     _at_most("valkey.reconnect_jitter_ms", "valkey.reconnect_max_ms", "it is part of that wait"),

@@ -29,7 +29,7 @@ from msgspec import Struct, structs
 
 from .errors import ConfigError
 from .limits import Limit
-from .settings import Limits, Secret, Settings
+from .settings import HostName, Limits, Secret, Settings
 from .settings_checks import check
 from .settings_env import (
     FILE_RANK,
@@ -384,8 +384,8 @@ def _same_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) 
 
 def _decoded(found: Found) -> object:
     field, value = FIELDS[found.name], found.value
-    if found.textual and found.name == "limiter.named":
-        return _limits_in_json(field, found)
+    if found.textual and found.name in _LISTS:
+        return _LISTS[found.name](field, found)
     if field.secret:
         return Secret(_text(found))
     if field.name == "cache.version" and type(value) is int:
@@ -408,6 +408,17 @@ def _limits_in_json(field: Field, found: Found) -> tuple[Limit, ...]:
     except msgspec.DecodeError:
         raise _wrong(field, found) from None
     return named_limits(tables, found.origin)
+
+
+def _hosts_in_text(field: Field, found: Found) -> tuple[str, ...]:
+    names = [part.strip() for part in _text(found).split(",") if part.strip()]
+    try:
+        return msgspec.convert(names, tuple[HostName, ...])
+    except msgspec.ValidationError:
+        raise _wrong(field, found) from None
+
+
+_LISTS = {"limiter.named": _limits_in_json, "http.hosts": _hosts_in_text}
 
 
 def _parts(field: Field) -> tuple[Any, ...]:

@@ -81,6 +81,7 @@ class LegacyEntries(Generic[T]):
         self._loads = loads
         self._refreshes = refreshes
         self._trouble = LogOnce(core.clock)
+        core.instruments.declare("legacy", loads.name)
 
     def __repr__(self) -> str:
         return f"<LegacyEntries of {self._loads.name}>"

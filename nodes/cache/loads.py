@@ -38,7 +38,7 @@ from ...schemas.errors import (
 )
 from ...schemas.keys import dependents_of
 from ..cancellation import run_apart
-from .core import Core, Hit, Lease, LoadCall, Tier
+from .core import Core, Hit, Lease, LoadCall
 from .fill_leases import FillLeases
 from .inheritance import inherited
 from .loading import NOT_MODIFIED, Loading, under_way
@@ -261,12 +261,12 @@ class LoadPath(Generic[T]):
         try:
             return await self.source.ask(key, lambda: self._run_loader(key, call, load))
         except SourceFailing:
-            self.count("source", "refused")
+            self.count("refused")
             raise
 
     async def _run_loader(self, key: str, call: LoadCall[T], load: Loading) -> Any:
         core, started = self._core, self._core.clock.monotonic()
-        result = "error"
+        result: Literal["loaded", "error", "timeout"] = "error"
         try:
             limit_s = _OF_LEASE * self.policy.lease_ms / 1000
             with outside(), under_way(load), anyio.move_on_after(limit_s):
@@ -281,10 +281,8 @@ class LoadPath(Generic[T]):
         except CancelledInside as error:
             raise LoaderError(self.name, key, "it was cancelled from inside") from error
         finally:
-            core.instruments.observe(
-                "loader_seconds", core.clock.monotonic() - started, self.name, result
-            )
-            self.count("source", "hit" if result == "loaded" else "error")
+            core.instruments.observe("loader_seconds", core.clock.monotonic() - started, self.name)
+            self.count(result)
 
     def keep(
         self,
@@ -339,8 +337,8 @@ class LoadPath(Generic[T]):
             value=cast(T, None if made is None else made.kept), tier="source", version=0, age_ms=0
         )
 
-    def count(self, tier: Tier, result: str) -> None:
-        self._core.instruments.counts["cache_requests", self.name, tier, result] += 1
+    def count(self, result: Literal["loaded", "error", "timeout", "refused"]) -> None:
+        self._core.instruments.counts["loads", self.name, result] += 1
 
     @property
     def live(self) -> bool:

@@ -109,6 +109,7 @@ class NearStatistics(Struct, frozen=True, kw_only=True):
     negatives: int  #: of these entries
     bytes: int
     hits: int
+    negative_hits: int  #: of these hits
     evictions: int  #: the next three together
     evictions_entries: int  #: of values, as there were too many
     evictions_bytes: int  #: of values, as they were too large together
@@ -135,6 +136,8 @@ class NearCache:
         self._negatives: EvictionOrder = order(
             entries_max=negatives_max, bytes_max=bytes_max // _NEGATIVES_PART
         )
+        self.entries_max = entries_max + negatives_max
+        self.bytes_max = bytes_max + bytes_max // _NEGATIVES_PART
         self._follower = follower
         self.value_bytes_max = value_bytes_max
         self._monotonic = clock.monotonic
@@ -148,6 +151,7 @@ class NearCache:
         if policy == "lru":
             self.get = self._moving(self.get)
         self.hits = 0
+        self.negative_hits = 0  #: of these hits
         self.oversized = 0
         self.refused = 0
 
@@ -177,6 +181,7 @@ class NearCache:
             negatives=len(negatives),
             bytes=values.bytes + negatives.bytes,
             hits=self.hits,
+            negative_hits=self.negative_hits,
             evictions=self.evictions,
             evictions_entries=values.evicted_for_entries,
             evictions_bytes=values.evicted_for_bytes,
@@ -208,6 +213,8 @@ class NearCache:
             ):
                 entry.visited = True  # all that SIEVE asks for, without a call
                 self.hits += 1
+                if entry.negative:
+                    self.negative_hits += 1
                 return entry
             return None
 

@@ -33,6 +33,7 @@ from .looks import Beside, Looks
 from .lookups import Wanted
 from .near import NearEntry, Reservation
 from .policy import ahead_ms
+from .read_metrics import Asked, ReadMetrics
 from .refreshing import RefreshRequests
 from .shared import Held, Newer
 
@@ -44,6 +45,8 @@ T = TypeVar("T")
 _ABSENT = -1  #: as ``seen``: there is no entry
 _AWAY = -2  #: as ``seen``: Valkey could not be asked
 _POLL_MS = 250
+_SHARED: Asked = "shared"
+_SOURCE: Asked = "source"
 
 
 class ReadPath(Generic[T]):
@@ -71,9 +74,9 @@ class ReadPath(Generic[T]):
             clock=core.clock,
             loads_max=limits.loads_max,
             waiters_max=limits.waiters_max,
-            served_late=lambda: loads.count("shared", "stale"),
             full=self._count_full,
         )
+        self.metrics = ReadMetrics(core.instruments, loads.name, core.clock)
         self.check_loop = core.tasks.check_loop
         self._core = core
         self._refused = LogOnce(core.clock)
@@ -107,8 +110,19 @@ class ReadPath(Generic[T]):
         if self.policy.refresh_ahead and (entry := self.near.ripe(key)) is not None:
             self._refreshes.ask(key, entry.version)
             return self.hit_of(entry)
-        found = await self._look(key, self._core.shared.get(key), self.near.reserve(key))
-        return await self.load(key, call(), found) if isinstance(found, Todo) else found
+        began, asked = self.metrics.now(), _SHARED
+        try:
+            found = await self._look(key, self._core.shared.get(key), self.near.reserve(key))
+            if isinstance(found, Todo):
+                asked = _SOURCE
+                found = await self.load(key, call(), found)
+        except BaseException as error:
+            self.metrics.failed(asked, error)
+            raise
+        finally:
+            self.metrics.took(began)
+        self.metrics.answered(found)
+        return found
 
     async def look_at(self, keys: Sequence[str]) -> dict[str, Hit[T] | Todo[Hit[T]] | Exception]:
         """What the shared tier has of these keys, asked for together."""
@@ -173,15 +187,12 @@ class ReadPath(Generic[T]):
     ) -> Hit[T] | Todo[Hit[T]]:
         """What the shared tier has to serve; or what will not do."""
         try:
-            found = await self._looks.look(key, await wanted, reservation, beside)
+            return await self._looks.look(key, await wanted, reservation, beside)
         except (Unavailable, ServerRefused) as error:
             hit = self._disconnected(key, error)
             return self._looks.todo(_AWAY) if hit is None else hit
         finally:
             self.near.release(reservation)
-        if isinstance(found, Todo):
-            self.loads.count("shared", "miss")
-        return found
 
     async def _load(self, key: str, call: LoadCall[T], todo: Todo[Hit[T]]) -> Hit[T]:
         """Load under the lease, or take what the one brings who has it."""
@@ -222,7 +233,7 @@ class ReadPath(Generic[T]):
                 self.loads.source.refuse(key)
             return await self._lease(key, call, todo, reservation)
         except SourceFailing as error:
-            self.loads.count("source", "refused")
+            self.loads.count("refused")
             return self._instead(todo, error)
         except (Unavailable, ServerRefused) as error:
             return self._disconnected(key, error)
@@ -231,7 +242,6 @@ class ReadPath(Generic[T]):
         """What is served if the source fails; otherwise its error is raised."""
         if todo.fallback is None:
             raise error
-        self.loads.count("shared", "stale")
         return todo.fallback
 
     async def _lease(
@@ -267,7 +277,6 @@ class ReadPath(Generic[T]):
     ) -> Hit[T] | None:
         """Wait for the one who has the lease; or serve what there is while the source fails."""
         if held.failing and todo.fallback is not None:
-            self.loads.count("shared", "stale")
             return todo.fallback
         if call.waits is not None:
             call.waits()
@@ -285,6 +294,5 @@ class ReadPath(Generic[T]):
         if self.policy.on_disconnected == "stale":
             entry = self.near.presumable(key)
             if entry is not None:
-                self.loads.count("near", "stale")
                 return self.hit_of(entry, stale=True)
         return None

@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "log_to_stderr",
     "must_be_shared",
+    "process_environment",
     "read_secret",
     "values",
     "wants_color",
@@ -77,6 +78,11 @@ def load(
     for leaf in _PATHS:
         _must_be_readable(f"valkey.{leaf}", getattr(resolved.settings.valkey, leaf), resolved)
     return resolved
+
+
+def process_environment() -> Mapping[str, str]:
+    """The environment of this process, for what is no setting."""
+    return os.environ
 
 
 def values(
