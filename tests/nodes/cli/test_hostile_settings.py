@@ -86,14 +86,15 @@ def check(*words: str, **environment: str) -> Result:
     return command("config", "check", *words, **environment)
 
 
-def refused(said: str, *words: str, file: str = "", **environment: str) -> None:
-    """Exit 2 and one line with these words, from flags, file or environment."""
+def refused(said: str, *words: str, file: str = "", **environment: str) -> str:
+    """The error: exit 2 and one line with these words, from flags, file or environment."""
     if file:
         Path("forebay.toml").write_text(file)
     ended = check(*words, **environment)
     assert (ended.exit_code, ended.stdout) == (2, ""), ended.output
     assert said in ended.stderr
     assert ended.stderr.count("\n") == 1 or ended.stderr.startswith("Usage: ")
+    return ended.stderr
 
 
 def settings(server: ValkeyServer, **sections: Any) -> Settings:
@@ -103,10 +104,10 @@ def settings(server: ValkeyServer, **sections: Any) -> Settings:
 @pytest.mark.usefixtures("alone")
 def test_64_an_unknown_key() -> None:
     """In flag, environment and file, with the nearest that exists."""
-    refused("did you mean http.port?", "--set", "http.prot=1")
-    refused("did you mean FOREBAY_HTTP__PORT?", FOREBAY_HTTP__PROT="1")
-    refused("did you mean http.port?", file="[http]\nprot = 1")
-    refused("valkey.url = (a table)", file="[valkey.url]\nx = 1")
+    assert refused("did you mean http.port?", "--set", "http.prot=1")
+    assert refused("did you mean FOREBAY_HTTP__PORT?", FOREBAY_HTTP__PROT="1")
+    assert refused("did you mean http.port?", file="[http]\nprot = 1")
+    assert refused("valkey.url = (a table)", file="[valkey.url]\nx = 1")
 
 
 @pytest.mark.usefixtures("alone")
@@ -474,6 +475,7 @@ def test_80_logs_to_a_pipe_that_nobody_reads(
     async def run() -> None:
         async with forebay.Node(namespace, settings=settings(valkey_server)) as node:
             await node.invalidate(["a:1"])
+            assert node.state == "running"
 
     with io.TextIOWrapper(os.fdopen(write, "wb", buffering=0), write_through=True) as stream:
         configure_logs(Log(level="debug"), instance="t", stream=stream)
