@@ -115,6 +115,8 @@ _PROCESS = (
         _one(("loop_stalled", "server_clock_jumped")),
     ),
     Instrument("limit_reached_total", "Times a bound was reached.", ("limit",), _one(_BOUNDS)),
+    Instrument("http_connections", "Connections of the endpoint; the spare ones left out."),
+    Instrument("http_connections_max", "Connections that the endpoint serves at a time."),
     Instrument(
         "http_requests_total",
         "Requests, by route template and class of the status code.",

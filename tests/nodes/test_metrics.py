@@ -238,7 +238,7 @@ async def test_fill_levels_have_their_bounds_beside_them(cluster: Cluster) -> No
         for name, *rest in [series]
         if name.startswith("forebay_") and name.endswith("_max")
     }
-    assert len({series[0] for series in filled}) == 9
+    assert len({series[0] for series in filled}) == 10
     assert all(0 <= level <= bound for level, bound in filled.values()), filled
     assert filled["forebay_cache_entries_max", ("cache", "cache0")][0] == 50
 
