@@ -100,7 +100,7 @@ class Running:
         self.clock = SystemClock()
         self.server_clock = ServerClock(self.clock)
         self.rng = random.Random()
-        self.names = Names(node.namespace, node.shards, settings.cache.version)
+        self.names = Names(node.namespace, node.shards, settings.cache.version, backend.database)
         self.scripts = load_scripts()
         self.started_at = self.clock.monotonic()
         self.draining = False
@@ -149,9 +149,7 @@ class Running:
         )
 
     def _rights(self) -> RightsCheck:
-        choice, unused = self.backend.choice, set[str]()
-        if not (isinstance(choice, UseUrl) and choice.endpoint.db):
-            unused.add("select")
+        unused = set[str]() if self.backend.database else {"select"}
         if not self.settings.cache.external_writers:
             unused |= {"client|id", "client|tracking"}
         if not any(cached.declared.legacy_key for cached in self.routes.caches.values()):
