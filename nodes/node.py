@@ -437,8 +437,8 @@ async def _read_all(
         return
     for key, hit in zip(keys, hits, strict=True):
         try:
-            found[key] = _read_of(cached, key, hit) if isinstance(hit, Hit) else _told(
-                cached, key, hit
+            found[key] = (
+                _read_of(cached, key, hit) if isinstance(hit, Hit) else _told(cached, key, hit)
             )
         except ForebayError as error:
             found[key] = error

@@ -24,8 +24,8 @@ from ...schemas.errors import ForebayError, InvalidKey
 from ...schemas.keys import check_key
 from .context import CONTEXT, Context
 from .face import Read
-from .refusals import answer, of_error, refuse
 from .openapi import ReadKey, ReadKeys, Refusal
+from .refusals import answer, of_error, refuse
 
 __all__ = ["BYTES_MAX", "KEYS_MAX", "MANY", "PREFIX", "key_in", "read", "read_many"]
 

@@ -109,9 +109,7 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
         status=202,
         refusals=(400, 408, 413, 415, 422, 429, 503),
     ),
-    ("GET", "/v1/cache"): Shape(
-        name="readMany", answers=ReadKeys, refusals=(400,), query=("key",)
-    ),
+    ("GET", "/v1/cache"): Shape(name="readMany", answers=ReadKeys, refusals=(400,), query=("key",)),
     ("GET", "/v1/cache/{key}"): Shape(name="read", refusals=(400, 404, 503, 504)),
     ("GET", "/v1/explain/{key}"): Shape(
         name="explain", answers=Explanation, refusals=(400, 429, 503), query=("words",)

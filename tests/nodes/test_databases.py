@@ -87,7 +87,7 @@ async def test_members_and_explanations_are_of_the_database(shops: list[Shop]) -
         await headcount.look()
         assert headcount.count == 2
         told = await shop.node.explain("item:1")
-        assert len(told.nodes) == 2
+        assert len(told.nodes.answers) == 2
 
 
 async def test_refunds_are_told_in_the_database_only(
