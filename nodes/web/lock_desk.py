@@ -199,7 +199,7 @@ class LockDesk:
 
     def _inner(self, nonce: str) -> str:
         """The nonce as it is in Valkey; no node draws one like it."""
-        return f"{self._buckets[zlib.crc32(nonce.encode()) % _BUCKETS]}.{nonce}"
+        return f"{self._buckets[_bucket_of(nonce)]}.{nonce}"
 
     def _patience_s(self, refusal: Refusal) -> float:
         beat_s = BEAT_S * self._rng.uniform(0.8, 1.0)
@@ -236,6 +236,10 @@ class LockDesk:
         if channel in self._channels:
             for place in self._places.get(payload.decode(errors="replace").partition(" ")[2], ()):
                 place.ring()
+
+
+def _bucket_of(nonce: str) -> int:
+    return zlib.crc32(nonce.encode()) % _BUCKETS
 
 
 def _check_nonce(name: str, nonce: str) -> str:
