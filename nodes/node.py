@@ -34,7 +34,7 @@ from typing import Any, Literal, Self
 
 import structlog
 from msgspec import structs
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from ..coordinator.instruments import Instruments
 from ..coordinator.modules import load
@@ -49,11 +49,13 @@ from .code_settings import in_code, with_namespace
 from .coordinating import coordination_of
 from .declarations import Declarations
 from .explain.document import Explanation
-from .life import Life
+from .gauges import gauges
+from .life import Life, refuse_other_loops
 from .locking import Locking
 from .logs import configure_embedded
 from .publishing import Event, as_json
 from .running import Running, running
+from .secret_files import exposed_secrets
 from .web.face import Check, Coordination, Read
 
 __all__ = ["Node"]
@@ -84,7 +86,8 @@ class Node(Declarations, Locking):
         self._origins: Mapping[str, str] = {}
         self.registry = CollectorRegistry()
         self.instruments = Instruments(self.registry)
-        self.instruments.add_source(lambda: status.gauges(self))
+        ProcessCollector(registry=self.registry)
+        self.instruments.add_source(lambda: gauges(self))
         self.drained: bool | None = None  #: whether the last drain left nothing undone
 
     def __repr__(self) -> str:
@@ -190,18 +193,21 @@ class Node(Declarations, Locking):
         in between, the failure is logged, and ``stop`` raises it.
 
         Raises:
-            StartupError: the server cannot be reached or used. ConfigError: a setting, or the
-            node runs already.
+            StartupError: the server cannot be reached or used. ConfigError: a setting, the node
+            runs already, or the event loop is not asyncio's.
         """
         if self._life is not None and self._life.over:
             self._forget()  # it failed, or its loop is gone
         self._only_before_start()
+        refuse_other_loops()
         resolved = self._settings()
         self._id = resolved.settings.node.id or _made_up_id()
         told = [resolved.settings.valkey.password]
         configure_embedded(resolved.settings.log, instance=self._id, secrets=told)
         for warning in resolved.warnings:
             log.warning("setting.unused", **structs.asdict(warning))
+        for warning in exposed_secrets(resolved):
+            log.warning("setting.exposed", **structs.asdict(warning))
         self._begun, self.drained, self._origins = True, None, resolved.origins
         self._life = life = Life(self._living(resolved, workers))
         try:

@@ -28,7 +28,7 @@ from typing import Any
 import anyio
 import structlog
 
-from ..coordinator.backend import Backend, UseUrl
+from ..coordinator.backend import Backend, UseFake, UseUrl
 from ..coordinator.background import BackgroundTasks, background_tasks
 from ..coordinator.clock import Clock, ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
@@ -37,6 +37,7 @@ from ..coordinator.limits.headcount import Headcount
 from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
+from ..coordinator.private_server import PrivateServer
 from ..coordinator.rights import RightsCheck
 from ..coordinator.scripting import load_scripts
 from ..coordinator.sink_directory import SinkDirectory
@@ -44,12 +45,13 @@ from ..coordinator.startup_faults import Target
 from ..coordinator.write_check import WriteCheck
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
 from ..schemas.keys import Names, dependents_of
-from ..schemas.notices import Notice
+from ..schemas.notices import Extended, Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
 from .birth import check_birth
 from .cache import scope
 from .cache.core import Core
+from .cache.legacy import begin_marks
 from .cache.reads import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
@@ -127,6 +129,7 @@ class Running:
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
+        self.private_server = _private_server(backend, node.namespace)
         self.rights = self._rights()
         self.crew: Crew | None = None
 
@@ -151,6 +154,8 @@ class Running:
             unused.add("select")
         if not self.settings.cache.external_writers:
             unused |= {"client|id", "client|tracking"}
+        if not any(cached.declared.legacy_key for cached in self.routes.caches.values()):
+            unused.add("zmscore")
         link, user = self.backend.link, self.backend.user
         return RightsCheck(link, self.names, self.scripts, user=user, unused=unused)
 
@@ -211,6 +216,9 @@ class Running:
         )
         for cached in self.routes.caches.values():
             cached.bind_writes(self.core, made.parts)
+            has_sink = self.routes.sink_for(cached) is not None
+            ways = {} if has_sink else {"way": ("put",)}
+            self.instruments.declare("cache", cached.name, ways)
         return made
 
     def _refreshes(self) -> Refreshes:
@@ -234,6 +242,9 @@ class Running:
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
     ) -> None:
         """Invalidate everywhere; on this node before it returns."""
+        counts = self.instruments.counts
+        counts["invalidations", "key"] += len(keys)
+        counts["invalidations", "tag"] += len(tags)
         try:
             for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
                 self.apply(0, version, notice)
@@ -247,6 +258,9 @@ class Running:
         if self.crew is not None and self.crew.external is not None:
             self.crew.external.noticed(version, notice)
         self.hearing.apply(version, notice)
+        if not isinstance(notice, Extended) and notice.published_ms:
+            delay_ms = max(0, self.server_clock.now_ms() - notice.published_ms)
+            self.instruments.observe("event_propagation_seconds", delay_ms / 1000)
 
     def bell(self, channel: bytes, payload: bytes) -> None:
         """A doorbell message of either channel."""
@@ -282,11 +296,22 @@ class Running:
         await patience.until_done(locks)
         await patience.until_done(self.follower.sweep)
         await start(self.write_check.run)
+        if self.private_server is not None:
+            await start(self.private_server.run)
         self.tasks.start_soon(self.rights.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
             await start(self.refreshes.run)
+
+    async def begin_legacy(self) -> None:
+        """Have changes marked, where values of another service may be brought over."""
+        caches = self.routes.caches.values()
+        entries = {
+            each.template.shape: each.path.legacy for each in caches if each.path.legacy is not None
+        }
+        if entries:
+            await begin_marks(self.backend.link, self.names, self.scripts, entries)
 
     def _link_changed(self, connected: bool) -> None:
         self.follower.connection_changed()
@@ -385,9 +410,19 @@ async def running(
                 raise patience.target.fault(missing.problem, missing.fix, leaf="username")
             birth = partial(check_birth, backend.link, self.names, self.scripts, origins)
             await patience.until_done(birth)
+            await patience.until_done(self.begin_legacy)
             await self.follow(stack, patience)
         stack.push_async_callback(self.limiter.aclose)
         yield self
+
+
+def _private_server(backend: Backend, namespace: str) -> PrivateServer | None:
+    if isinstance(backend.choice, UseUrl):
+        return None
+    from .cli.sources import process_environment
+
+    kind = "fake server" if isinstance(backend.choice, UseFake) else "embedded server"
+    return PrivateServer(namespace, kind=kind, environ=process_environment())
 
 
 def _unbind(routes: Routes) -> None:

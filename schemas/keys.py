@@ -12,6 +12,7 @@
     {shop:07}:held      stream  jobs that wait for a member with their sink
     {shop:07}:tried     hash    id in held -> tokens of the members that could not decode it
     {shop:07}:k:NAME    hash    a lock and its holders     :kq:NAME, :kw:NAME  who waits for it
+    {shop:07}:legacy    zset    keys (*KEY) and tags for which no entry of another service is used
     {shop:07}:locks     zset    locks in use lately        :era  hash  run of the server meant
     {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT
     {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
@@ -169,6 +170,13 @@ class KeyTemplate:
         if len(key) > KEY_BYTES_MAX or len(key.encode()) > KEY_BYTES_MAX:
             raise InvalidKey("key", key, f"has over {KEY_BYTES_MAX} bytes")
         return key
+
+    def plain(self, fields: Mapping[str, str]) -> str:
+        """These fields put in as they are, without escaping: a name that another program made."""
+        parts = [self._literals[0]]
+        for field, literal in zip(self.fields, self._literals[1:], strict=True):
+            parts += [fields[field], literal]
+        return "".join(parts)
 
     @property
     def ends(self) -> tuple[str, str]:

@@ -2,7 +2,9 @@
 
 I1  Every setting has exactly one default: the one in this file.
 I2  A value outside its limits never gets past decoding.
-I3  A secret is a ``Secret``: its ``repr`` and ``str`` are masked, only ``reveal()`` tells.
+I3  A secret is a ``Secret``: its ``repr`` and ``str`` are masked, only ``reveal()`` tells. A URL is
+    text, and may hold a password where settings are made in code: ``repr`` and ``str`` of the
+    settings mask it, and so does what ``rich`` shows of them.
 
 Names carry their unit. Nothing here reads the environment, a file or a clock.
 """
@@ -14,6 +16,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from .limits import Limit
+from .masking import mask_url
 
 __all__ = [
     "LEASE_MS_MAX",
@@ -89,6 +92,15 @@ class Valkey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     reconnect_max_ms: Millis = 5_000
     replicas_min: Annotated[int, Meta(ge=1, le=16)] = 1  #: that "replicated" asks for
 
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
+        return f"Valkey({fields})"
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        masked = {name: mask_url(values[name]) for name in ("url", "reader_url")}
+        return list((values | masked).items())
+
 
 class Http(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The endpoint for events, health, stats and metrics."""
@@ -123,7 +135,7 @@ class CacheDefaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_staleness_ms: Millis = 500
     on_disconnected: Literal["bypass", "stale", "fail"] = "bypass"
     value_bytes_max: Annotated[int, Meta(ge=1, le=67_108_864)] = 1_048_576
-    compression: Compression = "zlib"  #: of what is written; zstd needs forebay[zstd]
+    compression: Compression = "zlib"  #: of what is written; zstd needs the extra zstd
     compress_over_bytes: Annotated[int, Meta(ge=0, le=67_108_864)] = 1_024
     lease_ms: Annotated[int, Meta(ge=100, le=LEASE_MS_MAX)] = 10_000  #: one load takes no longer
     jitter: Annotated[float, Meta(ge=0, le=0.5)] = 0.05

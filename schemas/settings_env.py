@@ -54,9 +54,13 @@ class Found(Struct, frozen=True, kw_only=True):
     origin: str
     rank: int  #: the greater one wins
     textual: bool = True  #: it may have to be read as a number or a truth value
+    file: str = ""  #: the path of the file that it is from
 
     def __repr__(self) -> str:
         return f"Found({self.name} = {shown(self.name, self.value)} from {self.origin})"
+
+    def __rich_repr__(self) -> list[tuple[str, str]]:
+        return [(self.name, shown(self.name, self.value)), ("origin", self.origin)]
 
 
 def from_environment(
@@ -101,7 +105,7 @@ def from_secret_file(
         raise refused("the file is empty")
     if "\n" in value:
         raise refused("the file has more than one line")
-    return Found(name=name, value=value, origin=origin, rank=rank)
+    return Found(name=name, value=value, origin=origin, rank=rank, file=path)
 
 
 def _own(environ: Mapping[str, str], read_secret: ReadSecret) -> Iterator[Found]:

@@ -35,6 +35,7 @@ from .settings_env import (
     FILE_RANK,
     FLAG_RANK,
     NEUTRAL_RANK,
+    OWN_RANK,
     Found,
     ReadSecret,
     from_environment,
@@ -62,6 +63,7 @@ __all__ = [
     "SettingWarning",
     "describe",
     "resolve",
+    "values_of",
 ]
 
 _TEXT_CHARS_MAX = 4_096
@@ -90,13 +92,17 @@ class FileSource(Struct, frozen=True, kw_only=True):
 
     path: str  #: as it is shown to people
     text: str
+    place: str = ""  #: the path as the system knows it
 
     def __repr__(self) -> str:
         return f"FileSource({self.path!r})"
 
+    def __rich_repr__(self) -> list[tuple[str, str]]:
+        return [("path", self.path)]
+
 
 class SettingWarning(Struct, frozen=True, kw_only=True):
-    """A value that is not used, and why."""
+    """A value that is not used, or that others may know, and why."""
 
     setting: str
     value: str  #: masked
@@ -113,6 +119,7 @@ class Resolved(Struct, frozen=True, kw_only=True):
 
     settings: Settings
     origins: dict[str, str]
+    secret_files: dict[str, str] = {}  #: by the name of a secret, the file that it is from
     warnings: tuple[SettingWarning, ...] = ()  #: in the order of the settings' definition
 
 
@@ -151,7 +158,12 @@ def resolve(
     settings = _build({name: _decoded(found) for name, found in best.items()})
     check(settings, origins)
     warnings = (*_overridden(lost), *not_used, *_reader(settings, origins))
-    return Resolved(settings=settings, origins=origins, warnings=warnings)
+    return Resolved(
+        settings=settings,
+        origins=origins,
+        secret_files={n: f.file for n, f in best.items() if f.file and FIELDS[n].secret},
+        warnings=warnings,
+    )
 
 
 def _names_server(best: Mapping[str, Found]) -> bool:
@@ -225,6 +237,38 @@ def describe(resolved: Resolved) -> list[SettingRow]:
     return rows
 
 
+def values_of(
+    names: Iterable[str],
+    *,
+    file: FileSource | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, object],
+) -> dict[str, Any]:
+    """The values in force of these settings, whatever is wrong with all others. No secrets.
+
+    Raises:
+        ConfigError: one of them cannot be used, the file is not TOML, or a flag is no setting.
+    """
+    tables = _parsed(file, f"file {file.path}") if file else {}
+    given = {found.name: found for found in _from_flags(flags)}
+    values = {}
+    for name in names:
+        field = FIELDS[name]
+        table, text = tables.get(field.section), environ.get(field.env_name)
+        found = given.get(name)
+        if found is None and text:
+            origin = f"environment {field.env_name}"
+            found = Found(name=name, value=text, origin=origin, rank=OWN_RANK)
+        if found is None and file and isinstance(table, dict) and field.leaf in table:
+            found = _file_value(name, table[field.leaf], table, f"file {file.path}", _no_secret)
+        values[name] = field.default if found is None else _decoded(found)
+    return values
+
+
+def _no_secret(_: str) -> None:
+    return None
+
+
 def _from_file(file: FileSource, read_secret: ReadSecret) -> Iterator[Found]:
     origin = f"file {file.path}"
     for section, table in _parsed(file, origin).items():
@@ -238,7 +282,8 @@ def _from_file(file: FileSource, read_secret: ReadSecret) -> Iterator[Found]:
             table = {k: v for k, v in table.items() if k not in named}
             yield from _named_limits(named, origin)
         for leaf, value in table.items():
-            yield _file_value(f"{section}.{leaf}", value, table, origin, read_secret)
+            found = _file_value(f"{section}.{leaf}", value, table, origin, read_secret)
+            yield structs.replace(found, file=found.file or file.place)
 
 
 def _named_limits(tables: dict[str, Any], origin: str) -> Iterator[Found]:
@@ -317,7 +362,7 @@ def _take_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) 
                 name, shown(name, held.value), held.origin, problem, "take it out of the URL"
             )
         origin = f"{found.origin}, in the URL"
-        best[name] = Found(name=name, value=value, origin=origin, rank=found.rank)
+        best[name] = Found(name=name, value=value, origin=origin, rank=found.rank, file=found.file)
 
 
 def _same_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) -> None:

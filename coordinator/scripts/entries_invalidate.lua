@@ -27,7 +27,7 @@ for i = 3, #KEYS, 3 do
   outdate_entry(KEYS[i], ARGV[5] == "1")
   outdate_other_versions(change.labels, KEYS[i], ARGV[5] == "1")
   redis.call("DEL", KEYS[i + 1])
-  outdate_dependents(KEYS[1], KEYS[i + 2], version, ARGV[5] == "1", ARGV[6])
+  outdate_dependents(change, KEYS[1], KEYS[i + 2], ARGV[5] == "1", ARGV[6])
 end
 if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "i", ARGV[4]) end
 return { 1, version }

@@ -2,7 +2,8 @@
 
 ``acl`` prints the users that a namespace needs in Valkey.
 ``check`` also refuses what could not start, and warns of what is not used: an address that another
-setting overrides, a reader, a variable with a name that resembles one that is read.
+setting overrides, a reader, a variable with a name that resembles one that is read; and of files
+with a secret that other users may read.
 Nothing connects anywhere; that the server answers is shown by `forebay health`.
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import click
 import msgspec
 
+from ...coordinator.clock import SystemClock
 from ...coordinator.rights import users_file
 from ...coordinator.scripting import load_scripts
 from ...schemas.errors import ConfigError
@@ -22,7 +24,9 @@ from ...schemas.keys import Names
 from ...schemas.settings_env import misspelt_names
 from ...schemas.settings_sources import Resolved, SettingRow, describe
 from ..cache.compression import compressor
-from .sources import RefusedSettings, errors_told, load, setting_options
+from ..secret_files import exposed_secrets
+from .options import setting_options
+from .sources import RefusedSettings, errors_told, load
 
 __all__ = ["command"]
 
@@ -60,13 +64,15 @@ def check(
     try:
         resolved = load(config, flags)
         _check_installed(resolved)
+        _check_token(resolved)
     except ConfigError as error:
         if not as_json:
             raise RefusedSettings(error) from None
         click.echo(_json(_told(error)))
         context.exit(error.exit_code)
     rows = describe(resolved)
-    warnings = [*map(str, resolved.warnings), *misspelt_names(os.environ)]
+    found = [*resolved.warnings, *exposed_secrets(resolved)]
+    warnings = [*map(str, found), *misspelt_names(os.environ)]
     kinds = Counter(row.origin.partition(" ")[0] for row in rows)
     if as_json:
         told = {"ok": True, "settings": len(rows), "from": dict(sorted(kinds.items()))}
@@ -98,6 +104,14 @@ def _check_installed(resolved: Resolved) -> None:
             problem=error.problem,
             fix=error.fix,
         ) from None
+
+
+def _check_token(resolved: Resolved) -> None:
+    http = resolved.settings.http
+    if http.enabled and http.token_file:
+        from ..web.bearer import bearer_of
+
+        bearer_of(http.token_file, SystemClock(), resolved.origins["http.token_file"])
 
 
 def _plain(row: SettingRow) -> dict[str, str]:

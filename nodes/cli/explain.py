@@ -25,7 +25,8 @@ from ..explain.collect import explain, names_at
 from ..explain.document import Explanation
 from ..explain.words import words
 from .namespaces import must_be_born
-from .sources import load, log_to_stderr, must_be_shared, setting_options
+from .options import setting_options
+from .sources import load, log_to_stderr, must_be_shared
 
 __all__ = ["command"]
 

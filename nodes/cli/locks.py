@@ -28,7 +28,8 @@ from ...schemas.locks import Holder, LockView, Waiting
 from ...schemas.settings_sources import Resolved
 from ..explain.collect import names_at
 from .namespaces import must_be_born
-from .sources import load, log_to_stderr, must_be_shared, setting_options
+from .options import setting_options
+from .sources import load, log_to_stderr, must_be_shared
 
 __all__ = ["command"]
 

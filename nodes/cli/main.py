@@ -6,6 +6,7 @@ I2  Every way to end is decided in ``main``: an error raised on purpose is one l
     and its exit code; a traceback is shown only with ``--debug``.
 I3  A reader that goes away, as in `forebay ... | head`, ends the command without a word.
 I4  What a command returns is its exit code, None is 0.
+I5  No error shows the password of a URL that was typed, nor moves a cursor.
 
 Data goes to stdout, everything else to stderr.
 """
@@ -13,6 +14,7 @@ Data goes to stdout, everything else to stderr.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -55,7 +57,7 @@ Exit codes:
   130  interrupted before there was anything to drain
 """
 _FAULT, _INTERRUPTED = 1, 130
-_FLAGS_OF_SOURCES = f"{__package__}.sources"  # where setting_options gathers flags; not imported
+_FLAGS = f"{__package__}.options"  # where setting_options gathers flags; not imported
 
 
 class LazyGroup(click.Group):
@@ -101,7 +103,7 @@ def root(context: click.Context, verbose: bool, quiet: bool, debug: bool) -> Non
     context.obj.debug = debug
     if verbose or quiet:
         level = "debug" if verbose else "error"
-        context.meta.setdefault(_FLAGS_OF_SOURCES, {})["log_level"] = level
+        context.meta.setdefault(_FLAGS, {})["log_level"] = level
 
 
 class Invocation:
@@ -130,11 +132,22 @@ def _outcome(args: Sequence[str] | None, invocation: Invocation) -> int:
     try:
         result = root.main(args, prog_name="forebay", standalone_mode=False, obj=invocation)
     except click.ClickException as error:
-        error.show()
+        _show(error)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _show(error: click.ClickException) -> None:
+    """As click does, which repeats what was typed as it is."""
+    from ...schemas.masking import escape_controls, mask_urls_in
+
+    error.message = escape_controls(error.message)  # type: ignore[misc]  # click shows it
+    with io.StringIO() as shown:
+        error.show(file=shown)
+        for line in shown.getvalue().splitlines():
+            click.echo(escape_controls(mask_urls_in(line)), err=True)
 
 
 def _without_reader() -> int:

@@ -31,7 +31,8 @@ from ...schemas.settings import Settings
 from ...schemas.settings_sources import Resolved
 from ..publishing import no_sink
 from .namespaces import must_be_born
-from .sources import load, log_to_stderr, must_be_shared, setting_options
+from .options import setting_options
+from .sources import load, log_to_stderr, must_be_shared
 
 __all__ = ["command"]
 

@@ -13,7 +13,7 @@ I7  On PostgreSQL it takes ``concurrency`` batches at a time, of different rows.
 
 The table belongs to the application: it needs the key columns, unique, a BIGINT for the
 version, and a column for each field of the value. The progress table is made if missing.
-SQLAlchemy and the driver are imported by the constructor: ``pip install forebay[sql]``.
+SQLAlchemy and the driver are imported by the constructor: ``pip install 'forebay[sql]'``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import structlog
 
 from ...coordinator.modules import load
 from ...schemas.errors import BusySinkError, ConfigError, FatalSinkError, Fenced, SinkError
+from ...schemas.extras import pip_install
 from ...schemas.settings import Secret
 from .base import Progress, SinkBatch, Write
 
@@ -182,7 +183,7 @@ def _database(
             value="SqlSink",
             origin="the application",
             problem=f"the package {error.name} is not installed",
-            fix="pip install 'forebay[sql]'",
+            fix=pip_install("sql"),
         ) from error
 
 

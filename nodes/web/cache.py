@@ -49,9 +49,10 @@ def key_in(request: web.Request, prefix: str) -> str:
 
 
 def _headers(found: Read) -> dict[str, str]:
+    age = {} if found.age_ms is None else {"X-Forebay-Age-Ms": str(found.age_ms)}
     return {
         "X-Forebay-Tier": found.tier,
-        "X-Forebay-Age-Ms": str(found.age_ms),
+        **age,
         "X-Forebay-Stale": "true" if found.stale else "false",
         "X-Forebay-Version": str(found.version),
     }

@@ -40,7 +40,7 @@ class Read(Struct, frozen=True, kw_only=True):
 
     json: bytes  #: ``null`` when negative
     tier: str
-    age_ms: int
+    age_ms: int | None  #: None: unknown
     stale: bool
     version: int
     negative: bool = False  #: the source is known not to have it

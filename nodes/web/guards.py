@@ -23,17 +23,24 @@ from ...coordinator.instruments import Instruments
 from ...schemas.settings import Http
 from .refusals import SECURITY_HEADERS, refuse
 
-__all__ = ["GuardedHandler", "GuardedRunner", "GuardedServer", "client_gone"]
+__all__ = ["GuardedHandler", "GuardedRunner", "GuardedServer", "client_gone", "count_request"]
 
 log = structlog.get_logger(__name__)
 
 KEPT_IDLE_S = 60.0
+_MALFORMED = "malformed"  #: as a route: what is no HTTP
 LINGER_S = 2.0  #: how long an unread body is thrown away after the answer
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
     b"Content-Length: 0\r\nConnection: close\r\n\r\n"
 )
 _CLIENTS_FAULT = (web.RequestPayloadError, web.PayloadAccessError, OSError)
+
+
+def count_request(instruments: Instruments, route: str, status: int) -> None:
+    """Count an answer of a route, by the class of its status code."""
+    code = {4: "4xx", 5: "5xx"}.get(status // 100, "2xx")
+    instruments.counts["http_requests", route, code] += 1
 
 
 async def client_gone(request: web.Request) -> None:
@@ -108,7 +115,7 @@ class GuardedHandler(web.RequestHandler):
             response = refuse(500, "internal", "the answer could not be made")
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun, there is no room for an error")
-        self._guard.count(f"{status}")
+        self._guard.count(response.status)
         response.headers.update(SECURITY_HEADERS)
         response.force_close()
         return response
@@ -163,6 +170,7 @@ class GuardedServer(web.Server):
         self.waiting: dict[GuardedHandler, None] = {}  # the oldest first
         self._connections_max = http.connections_max
         self._instruments = instruments
+        instruments.declare("route", _MALFORMED, {"code": ("4xx", "5xx")})
 
     def __call__(self) -> GuardedHandler:
         return GuardedHandler(
@@ -187,8 +195,8 @@ class GuardedServer(web.Server):
     def reached(self, limit: str) -> None:
         self._instruments.counts["limit_reached", limit] += 1
 
-    def count(self, code: str) -> None:
-        self._instruments.counts["http_requests", "malformed", code] += 1
+    def count(self, status: int) -> None:
+        count_request(self._instruments, _MALFORMED, status)
 
 
 class GuardedRunner(web.AppRunner):

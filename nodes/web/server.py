@@ -31,7 +31,7 @@ from .bearer import bearer_of
 from .bodies import Bodies
 from .context import CONTEXT, Context
 from .face import Served
-from .guards import GuardedRunner
+from .guards import GuardedRunner, count_request
 from .heartbeat import Heartbeat
 from .refusals import SECURITY_HEADERS, Refused, answer, of_error, of_http, refuse
 
@@ -40,6 +40,7 @@ __all__ = ["Address", "make_app", "serve"]
 log = structlog.get_logger(__name__)
 
 STOP_MS = 5_000
+_UNMATCHED = "unmatched"
 
 
 class Address(Struct, frozen=True):
@@ -93,7 +94,7 @@ async def serve(
     )
 
     def gauges() -> Iterable[tuple[str, tuple[str, ...], float]]:
-        return [("event_loop_lag_seconds", (), heartbeat.lag_s())]
+        return [("event_loop_lag_max_seconds", (), heartbeat.lag_max_s())]
 
     served.instruments.add_source(gauges)
     # aiohttp waits this long for handlers, and as long again for their cancellation.
@@ -138,6 +139,9 @@ def make_app(context: Context, bearer: Middleware) -> web.Application:
             app.router.add_get(path, each.handler)
         else:
             app.router.add_route(each.method, path, each.handler)
+    for resource in app.router.resources():
+        context.served.instruments.declare("route", resource.canonical)
+    context.served.instruments.declare("route", _UNMATCHED, {"code": ("4xx", "5xx")})
     return app
 
 
@@ -178,10 +182,9 @@ _COORDINATION = (
 async def border(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Errors become answers here; answers are counted."""
     response = await _answered(request, handler)
-    counts = request.app[CONTEXT].served.instruments.counts
     resource = request.match_info.route.resource
-    template = resource.canonical if resource is not None else "unmatched"
-    counts["http_requests", template, str(response.status)] += 1
+    template = resource.canonical if resource is not None else _UNMATCHED
+    count_request(request.app[CONTEXT].served.instruments, template, response.status)
     return response
 
 

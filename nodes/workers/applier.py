@@ -175,10 +175,10 @@ class Applier:
     async def _call_of(self, step: Step, letters: list[DeadLetter], at_full: bool) -> Call | None:
         """The script of a step; None if there can be none."""
         if isinstance(step, Invalidation):
-            if step.kind == "tags":
-                calls = self._shared.bump_calls(step.names, soft=step.soft, mark=step.mark)
-            else:
-                calls = self._shared.invalidate_calls(step.names, soft=step.soft, mark=step.mark)
+            calls_of = {"tags": self._shared.bump_calls, "keys": self._shared.invalidate_calls}
+            calls = calls_of[step.kind](
+                step.names, soft=step.soft, mark=step.mark, published_ms=step.published_ms
+            )
             return calls[step.shard][0]
         try:
             return await self._write_call(step, at_full)

@@ -380,9 +380,10 @@ class Ingress:
             name = taken.event.name
             if name == "invalidate":
                 instruments.counts["events_processed", name, "applied"] += 1
-            delay_ms = now_ms - int(taken.id.partition("-")[0])
-            instruments.observe("event_delay_seconds", max(0, delay_ms) / 1000, name)
-            instruments.observe("event_processing_seconds", took_s, name)
+            if published_ms := taken.published_ms:
+                delay_ms = max(0, now_ms - published_ms)
+                instruments.observe("event_delay_seconds", delay_ms / 1000, name)
+            instruments.observe("event_processing_seconds", took_s)
 
 
 def _event_in(fields: Fields) -> bytes | None:

