@@ -174,7 +174,7 @@ def counted(node: forebay.Node, kind: str) -> int:
     return node.instruments.counts["external_changes", kind]
 
 
-async def told_all(node: forebay.Node, *, set: int = 0, deleted: int = 0) -> None:
+async def assert_told(node: forebay.Node, *, set: int = 0, deleted: int = 0) -> None:
     """So many changes are told of; they are counted once their notices are out."""
     await until(
         lambda: (counted(node, "set"), counted(node, "deleted")) == (set, deleted),
@@ -238,7 +238,7 @@ async def test_what_others_set_is_read_by_every_node(shop: Shop) -> None:
                 with anyio.fail_after(PATIENCE_S):
                     while await read() != value:
                         await anyio.sleep(0.005)
-        await told_all(elected, set=2)
+        await assert_told(elected, set=2)
         assert shop.told(elected) == ["product:7"] * 2
     assert shop.loads == [7]
 
@@ -283,7 +283,7 @@ async def test_a_value_of_another_type_is_told(shop: Shop) -> None:
             "EVAL", "redis.call('DEL', KEYS[1]) redis.call('LPUSH', KEYS[1], 1)", 1, name
         )
         await until(lambda: shop.told(node) == ["product:7"])
-        await told_all(node, set=1)
+        await assert_told(node, set=1)
 
 
 async def test_our_own_changes_make_no_notice(shop: Shop) -> None:
@@ -305,7 +305,7 @@ async def test_our_own_changes_make_no_notice(shop: Shop) -> None:
         await node.invalidate(tags=["catalog"])
         await dealt_with(shop, node)
         assert [key for key in shop.told(node) if not key.startswith("mark:")] == []
-        await told_all(node, set=1)
+        await assert_told(node, set=1)
         own = 50 * 2 + 50 + SHARDS * 2 + 20 + 1
         assert len(shop.notices(node)) - before == own + 1
 
@@ -346,7 +346,7 @@ async def test_an_unknown_entry_that_ends_is_told(shop: Shop) -> None:
             # Looked at, it ends at once; among many keys the server may take long to come by.
             await until(lambda: not shop.server.execute("EXISTS", name))
             await until(lambda: "brief:1" in shop.told(node))
-            await told_all(node, deleted=1)
+            await assert_told(node, deleted=1)
 
 
 async def test_a_deletion_right_after_our_own_put_is_told(shop: Shop) -> None:
@@ -358,7 +358,7 @@ async def test_a_deletion_right_after_our_own_put_is_told(shop: Shop) -> None:
             await put(node, Product(n, 5))
             shop.server.execute("DEL", shop.entry(node, f"product:{n}"))
             await until(lambda n=n: f"product:{n}" in shop.told(node))
-        await told_all(node, deleted=30)
+        await assert_told(node, deleted=30)
 
 
 async def test_a_load_under_way_cannot_fill_over_what_others_set(shop: Shop) -> None:
@@ -389,7 +389,8 @@ async def test_names_that_are_no_entries_are_passed_over(shop: Shop) -> None:
         for name in (*foreign, f"{right}e0:".encode() + b"\xff"):
             shop.server.execute("SET", name, "1")
         await dealt_with(shop, node)
-        await told_all(node, set=1)
+        await assert_told(node, set=1)
+        assert all(key.startswith("mark:") for key in shop.told(node))
 
 
 async def test_a_newer_format_is_ours(shop: Shop) -> None:
@@ -398,7 +399,8 @@ async def test_a_newer_format_is_ours(shop: Shop) -> None:
         await at_work(node)
         shop.server.execute("SET", shop.entry(node, "product:7"), b"\xfbE2" + b"x" * 90)
         await dealt_with(shop, node)
-        await told_all(node, set=1)
+        await assert_told(node, set=1)
+        assert all(key.startswith("mark:") for key in shop.told(node))
 
 
 async def test_a_flush_resets_every_shard(make_server: MakeServer, namespace: str) -> None:
