@@ -54,7 +54,7 @@ SENT = frozenset(
     (
         "client|id client|setinfo client|setname client|tracking command|info config|get"
         " dbsize echo eval evalsha mget ping pubsub|numsub script|load select strlen subscribe"
-        " unsubscribe wait xack xautoclaim xgroup|create xread xreadgroup"
+        " unsubscribe wait xack xautoclaim xgroup|create xread xreadgroup zmscore"
     ).split()
 )
 TRACKING = "&__redis__:invalidate"
@@ -82,6 +82,7 @@ PARTLY: Mapping[str, str] = {
     "xgroup|create": _REFRESHES,
     "xreadgroup": _REFRESHES,
     "zcard": _LOCKS,
+    "zmscore": "values that another service has stored (legacy_key)",
     "zrevrange": "locks and semaphores",
     TRACKING: _EXTERNAL,
 }

@@ -154,6 +154,8 @@ class Running:
             unused.add("select")
         if not self.settings.cache.external_writers:
             unused |= {"client|id", "client|tracking"}
+        if not any(cached.declared.legacy_key for cached in self.routes.caches.values()):
+            unused.add("zmscore")
         link, user = self.backend.link, self.backend.user
         return RightsCheck(link, self.names, self.scripts, user=user, unused=unused)
 

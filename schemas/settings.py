@@ -11,6 +11,7 @@ Names carry their unit. Nothing here reads the environment, a file or a clock.
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -23,6 +24,7 @@ __all__ = [
     "CacheDefaults",
     "Compression",
     "Durable",
+    "HostName",
     "Http",
     "Limiter",
     "Limits",
@@ -41,6 +43,9 @@ Count = Annotated[int, Meta(ge=1, le=100_000_000)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,16}$")]
 Compression = Literal["zlib", "zstd", "none"]
+HostName = Annotated[
+    str, Meta(pattern=r"^(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?$")
+]
 
 
 class Secret:
@@ -114,7 +119,19 @@ class Http(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     connections_max: Annotated[int, Meta(ge=1, le=65_536)] = 1_024
     batch_events_max: Annotated[int, Meta(ge=1, le=10_000)] = 100
     coordinator: bool | None = None  #: serve locks and limits; unset: where workers run
-    token_file: str = ""  #: whoever changes anything then needs this bearer token
+    token_file: str = ""  #: every request below /v1 then needs this bearer token
+    open: bool = False  #: whether other machines may reach it without a token
+    hosts: tuple[HostName, ...] = ()  #: names that clients may use; "*.x" is every name below x
+
+    @property
+    def reachable(self) -> bool:
+        """Whether other machines may reach it. A name may be any address, except localhost."""
+        if not self.enabled or self.host.lower() == "localhost":
+            return False
+        try:
+            return not ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return True
 
 
 class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

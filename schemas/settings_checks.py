@@ -119,12 +119,12 @@ def _at_most(smaller: str, greater: str, why: str) -> Rule:
 
 def _beats(settings: Settings) -> Iterator[Complaint]:
     beat_ms, ttl_ms = settings.workers.beat_ms, settings.workers.ownership_ttl_ms
-    if beat_ms * 2 > ttl_ms:
-        why = "one late beat would lose the shards"
-        problem = f"two beats take longer than workers.ownership_ttl_ms = {ttl_ms}: {why}"
-        yield "workers.beat_ms", problem, f"set it to at most {ttl_ms // 2}"
-        problem = f"it is shorter than two beats of workers.beat_ms = {beat_ms}: {why}"
-        yield "workers.ownership_ttl_ms", problem, f"set it to at least {beat_ms * 2}"
+    if beat_ms * 3 > ttl_ms:
+        why = "one lost beat, and a late one, would lose the shards"
+        problem = f"three beats take longer than workers.ownership_ttl_ms = {ttl_ms}: {why}"
+        yield "workers.beat_ms", problem, f"set it to at most {ttl_ms // 3}"
+        problem = f"it is shorter than three beats of workers.beat_ms = {beat_ms}: {why}"
+        yield "workers.ownership_ttl_ms", problem, f"set it to at least {beat_ms * 3}"
 
 
 def _flush(settings: Settings) -> Iterator[Complaint]:
@@ -140,6 +140,14 @@ def _host(settings: Settings) -> Iterator[Complaint]:
     if not settings.http.host:
         fix = "write 127.0.0.1, or 0.0.0.0 for all interfaces"
         yield "http.host", "an empty host would listen on all interfaces", fix
+
+
+def _exposed(settings: Settings) -> Iterator[Complaint]:
+    http = settings.http
+    if http.reachable and not http.token_file and not http.open:
+        problem = "other machines may reach it, and it asks nobody for a token"
+        fix = "set http.token_file; or http.open = true if only trusted clients reach it"
+        yield "http.host", problem, fix
 
 
 def _default_limit(settings: Settings) -> Iterator[Complaint]:
@@ -158,6 +166,7 @@ _RULES: tuple[Rule, ...] = (
     _beats,
     _flush,
     _host,
+    _exposed,
     _default_limit,
     _at_most("valkey.connect_timeout_ms", "valkey.startup_timeout_ms", "no try could end in time"),
     _at_most("valkey.reconnect_jitter_ms", "valkey.reconnect_max_ms", "it is part of that wait"),

@@ -29,7 +29,7 @@ from msgspec import Struct, structs
 
 from .errors import ConfigError
 from .limits import Limit
-from .settings import Limits, Secret, Settings
+from .settings import HostName, Limits, Secret, Settings
 from .settings_checks import check
 from .settings_env import (
     FILE_RANK,
@@ -67,7 +67,8 @@ __all__ = [
 ]
 
 _TEXT_CHARS_MAX = 4_096
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_DOTS_MAX = 256
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BOUNDS = frozenset(field.name for field in structs.fields(Limits))
 _TRUTH = frozenset({"true", "false", "1", "0"})
 
@@ -314,6 +315,11 @@ def _file_value(
 
 
 def _parsed(file: FileSource, origin: str) -> dict[str, Any]:
+    for number, line in enumerate(file.text.splitlines(), 1):
+        if line.count(".") > _DOTS_MAX:  # tomllib's time grows with the square of a dotted key
+            problem = f"has more than {_DOTS_MAX} dots in line {number}"
+            fix = "write a long list on several lines"
+            raise _refused("the configuration", "***", origin, problem, fix)
     try:
         return tomllib.loads(file.text)
     except (ValueError, RecursionError) as error:
@@ -378,8 +384,8 @@ def _same_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) 
 
 def _decoded(found: Found) -> object:
     field, value = FIELDS[found.name], found.value
-    if found.textual and found.name == "limiter.named":
-        return _limits_in_json(field, found)
+    if found.textual and found.name in _LISTS:
+        return _LISTS[found.name](field, found)
     if field.secret:
         return Secret(_text(found))
     if field.name == "cache.version" and type(value) is int:
@@ -402,6 +408,17 @@ def _limits_in_json(field: Field, found: Found) -> tuple[Limit, ...]:
     except msgspec.DecodeError:
         raise _wrong(field, found) from None
     return named_limits(tables, found.origin)
+
+
+def _hosts_in_text(field: Field, found: Found) -> tuple[str, ...]:
+    names = [part.strip() for part in _text(found).split(",") if part.strip()]
+    try:
+        return msgspec.convert(names, tuple[HostName, ...])
+    except msgspec.ValidationError:
+        raise _wrong(field, found) from None
+
+
+_LISTS = {"limiter.named": _limits_in_json, "http.hosts": _hosts_in_text}
 
 
 def _parts(field: Field) -> tuple[Any, ...]:

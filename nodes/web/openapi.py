@@ -32,6 +32,7 @@ from .coordination import (
     ShownLocks,
     Take,
 )
+from .health import ROUTES
 
 __all__ = ["Fault", "Refusal", "Shape", "document"]
 
@@ -41,6 +42,7 @@ JSON, CLOUD_EVENT, CLOUD_EVENTS = (
     "application/cloudevents+json",
     "application/cloudevents-batch+json",
 )
+FREE = ROUTES | {"/metrics"}  #: answered under any Host
 _REF = "#/components/schemas/{name}"
 
 
@@ -129,10 +131,11 @@ _REASONS = {
     409: "it is not held with this nonce",
     413: "the body is too large",
     415: "the body is of another type",
+    421: "the name in Host is not one of this node",
     422: "the event can never be applied",
     423: "others have the lock",
     429: "too much is asked; see Retry-After",
-    503: "Valkey is away; see Retry-After",
+    503: "Valkey is away, or the node is too busy; see Retry-After",
     504: "the loader failed",
 }
 
@@ -166,7 +169,7 @@ def document(
 
 
 def _operation(method: str, path: str, purpose: str, shape: Shape, *, guarded: bool) -> Schema:
-    refusals = set(shape.refusals)
+    refusals = {*shape.refusals, *(() if path in FREE else (400, 421, 503))}
     made: Schema = {"operationId": shape.name, "summary": purpose}
     if guarded and path.startswith("/v1/"):
         refusals.add(401)

@@ -492,18 +492,23 @@ BAD = [
     env("VALKEY_ENDPOINT", CANARY, "valkey.url", "nothing reads VALKEY_ENDPOINT", "(not set)"),
     env("VALKEY_TLS_ENABLED", "1", "valkey.url", "nothing reads VALKEY_TLS_ENABLED", "(not set)"),
     env("VALKEY_USRE", CANARY, "valkey.url", "did you mean VALKEY_USER?", "(not set)"),
-    env("FOREBAY_WORKERS__BEAT_MS", "2500", "workers.beat_ms", "at most 2000"),
+    env("FOREBAY_WORKERS__BEAT_MS", "2500", "workers.beat_ms", "at most 1333"),
     env("FOREBAY_WORKERS__FLUSH_DELAY_MS", "20000", "workers.flush_delay_ms", "drain_ms"),
     env("FOREBAY_VALKEY__TLS_CERT_FILE", "c", "valkey.tls_cert_file", "valkey.tls_key_file"),
     env("FOREBAY_VALKEY__TLS_CA_FILE", "c", "valkey.tls_ca_file", "write valkeys://"),
     env("FOREBAY_VALKEY__CONNECT_TIMEOUT_MS", "20000", "valkey.connect_timeout_ms", "startup"),
     env("FOREBAY_HTTP__BODY_BYTES_MAX", "2048", "http.body_bytes_max", "it is below durable"),
     env("FOREBAY_DURABLE__EVENT_BYTES_MAX", "1048577", "durable.event_bytes_max", "to 1048576"),
-    env("FOREBAY_WORKERS__OWNERSHIP_TTL_MS", "1500", "workers.ownership_ttl_ms", "least 2000"),
+    env("FOREBAY_WORKERS__OWNERSHIP_TTL_MS", "1500", "workers.ownership_ttl_ms", "least 3000"),
     env("FOREBAY_WORKERS__DRAIN_MS", "20", "workers.drain_ms", "before a flush begins"),
     toml("[http]\nport = '1'", "http.port", '"1"', "whole number"),
     toml("[http]\nport = true", "http.port", "true", "whole number"),
     toml("[http]\nhost = ''", "http.host", "", "all interfaces"),
+    toml("[http]\nhost = '0.0.0.0'", "http.host", "0.0.0.0", "set http.token_file"),
+    toml("[http]\nhosts = 'a'", "http.hosts", '"a"', "in the file a list"),
+    toml("[http]\nhosts = ['a:80']", "http.hosts", "(a list)", "without scheme and port"),
+    env("FOREBAY_HTTP__HOST", "cache.internal", "http.host", "http.open = true"),
+    env("FOREBAY_HTTP__HOSTS", "a, http://b", "http.hosts", "separated by commas"),
     toml("[valkey]\nurl = {}", "valkey.url", "(a table)", "must be text"),
     toml("[valkey]\npassword = 5", "valkey.password", "***", "must be text"),
     toml(f"[valkey]\npasword = '{CANARY}'", "valkey.pasword", "***", "valkey.password?"),
@@ -679,7 +684,8 @@ def test_every_setting_has_an_environment_name(name: str) -> None:
     of_a_server = name in ("valkey.reader_url", "valkey.username", "valkey.password")
     alone = {"FOREBAY_URL": URL} if of_a_server else {}
     default = field.default
-    text = {"valkey.url": URL, "valkey.reader_url": URL, "limiter.named": "{}"}.get(name) or (
+    lists = {"limiter.named": "{}", "http.hosts": ","}
+    text = {"valkey.url": URL, "valkey.reader_url": URL, **lists}.get(name) or (
         str(default).lower() if isinstance(default, bool) else str(default)
     )
     if field.secret or default is None or default == "":
@@ -693,3 +699,26 @@ def test_every_setting_has_an_environment_name(name: str) -> None:
     assert resolved.origins[name] == f"environment {field.env_name}"
     if default not in (None, "", Secret("")):
         assert getattr(getattr(resolved.settings, field.section), field.leaf) == default
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "cache.internal"])
+def test_an_endpoint_that_others_reach_needs_a_token(host: str) -> None:
+    """Without http.token_file it is refused, unless http.open says so, or nobody is served."""
+    error = refusal("", {"FOREBAY_HTTP__HOST": host}, {}, {})
+    assert (error.setting, error.exit_code) == ("http.host", 2)
+    for name, value in (("TOKEN_FILE", "/token"), ("OPEN", "true"), ("ENABLED", "false")):
+        settle(environ={"FOREBAY_HTTP__HOST": host, f"FOREBAY_HTTP__{name}": value})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost", "LocalHost"])
+def test_the_loopback_needs_no_token(host: str) -> None:
+    """Other machines do not reach it."""
+    assert not settle(environ={"FOREBAY_HTTP__HOST": host}).settings.http.reachable
+
+
+def test_host_names_come_from_every_source() -> None:
+    """A list in the file, text with commas in the environment and in flags."""
+    names = ("a.b", "*.svc.x")
+    assert settle(toml="[http]\nhosts = ['a.b', '*.svc.x']").settings.http.hosts == names
+    assert settle(environ={"FOREBAY_HTTP__HOSTS": "a.b, *.svc.x"}).settings.http.hosts == names
+    assert settle(flags={"http.hosts": "a.b,*.svc.x"}).settings.http.hosts == names

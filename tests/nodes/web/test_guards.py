@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tests.nodes.web.conftest import Listening, Station
 
 GOOD = b'{"type":"invalidate","keys":["a"]}'
-PROBE = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
-POST = b"POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+PROBE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = b"POST /v1/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED = POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 MALFORMED = {
