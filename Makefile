@@ -11,11 +11,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 INSTALL := $(PIP) install --constraint constraints.txt --editable
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: run test test-others test-part soak check lint types layers format bench clean
+.PHONY: run help test test-others test-part soak check lint types layers format bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/for-run  ## a server, three nodes and a day of real flights; Ctrl-C ends it
 	@$(BIN)/forebay dev
+
+help:  ## what there is to make
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: $(VENV)/for-test  ## all tests
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -36,7 +39,7 @@ test-others:  ## a part of the tests, on each other Python that is supported and
 		fi; \
 	done
 
-test-part: $(VENV)/for-test
+test-part: $(VENV)/for-test  ## the tests that test-others runs, on this Python
 	$(BIN)/python -m pytest -n $(JOBS) -q -m "not slow" $(PART)
 
 SOAK_SECONDS ?= 120
@@ -52,26 +55,26 @@ soak: $(VENV)/for-test  ## faults for minutes, with figures: is every node curre
 
 check: lint types layers  ## everything but the tests
 
-lint: $(VENV)/for-dev
+lint: $(VENV)/for-dev  ## formatted, and without findings of ruff
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 # mypy names modules after directories: let it see the root under the name of the package.
-types: $(VENV)/for-dev $(VENV)/src/forebay
+types: $(VENV)/for-dev $(VENV)/src/forebay  ## mypy --strict
 	cd $(VENV)/src && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		-p forebay.schemas -p forebay.coordinator -p forebay.nodes -m forebay
 
 layers: $(VENV)/for-dev  ## imports point down: schemas <- coordinator <- nodes
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-format: $(VENV)/for-dev
+format: $(VENV)/for-dev  ## format, and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/for-test  ## compared with peers, in one run; each file is a program with options
 	@for each in tests/benchmarks/bench_*.py; do $(BIN)/python $$each || exit 1; done
 
-clean:
+clean:  ## remove what was made, .venv too
 	rm -rf $(VENV) .venv-3.* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

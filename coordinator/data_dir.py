@@ -28,7 +28,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-__all__ = ["DataDir", "DirectoryInUse", "claim", "claim_temporary"]
+__all__ = ["DataDir", "DirectoryInUse", "arguments_of", "claim", "claim_temporary"]
 
 _TEMPORARY_PREFIX = "forebay-valkey-"
 _UNFINISHED_PREFIX = "forebay-new-"
@@ -185,9 +185,16 @@ def _read_record(lock: int) -> Record:
 
 def command_line(pid: int, proc: Path = Path("/proc")) -> str:
     """The command line of a process; empty if it is gone, also if only its entry remains."""
+    return " ".join(arguments_of(pid, proc))
+
+
+def arguments_of(pid: int, proc: Path = Path("/proc")) -> list[str]:
+    """The same in its parts; without /proc these are separated by blanks."""
     if (proc / "self").exists():
         with suppress(OSError):
-            return (proc / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        return ""
+            text = (proc / str(pid) / "cmdline").read_bytes().decode(errors="replace")
+            return text.rstrip("\0").split("\0") if text else []
+        return []
     command = ["ps", "-p", str(pid), "-o", "command="]
-    return subprocess.run(command, capture_output=True, check=False).stdout.decode()  # noqa: S603
+    output = subprocess.run(command, capture_output=True, check=False).stdout  # noqa: S603
+    return output.decode(errors="replace").split()

@@ -24,7 +24,6 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import anyio
@@ -39,6 +38,7 @@ from valkey.asyncio.connection import (
 from ..schemas.errors import Disconnected, ForebayError, ServerRefused, TimedOut, Unavailable
 from ..schemas.settings import Valkey
 from ..schemas.urls import Endpoint
+from .files import check_readable
 from .server_info import ASK_HISTORY, history_of
 
 __all__ = ["Dialed", "Dialer"]
@@ -173,7 +173,7 @@ def _check_readable(options: Valkey) -> None:
         path: str = getattr(options, name)
         try:
             if path:
-                Path(path).open("rb").close()
+                check_readable(path)
         except OSError as error:
             problem = f"TLS: {name} {path} cannot be read: {error.strerror}"
             raise Disconnected(problem) from error

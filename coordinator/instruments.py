@@ -1,31 +1,32 @@
-"""Every metric that a node exports: the catalogue, the counting, and the scrape.
+"""Counting, and the scrape; which metrics there are is said by the catalogue.
 
 Counting is a dict of ints, since a hit in the near cache is cheaper than one call into a
 metrics library; Prometheus types are made only when somebody scrapes.
 
+    instruments.declare("cache", "product")                            # its series begin at 0
     instruments.counts["events_processed", "write", "applied"] += 1    # a counter, less _total
-    instruments.observe("loader_seconds", 0.012, "product", "ok")      # a histogram
+    instruments.observe("loader_seconds", 0.012, "product")            # a histogram
     instruments.add_source(lambda: [("owned_shards", (), 12.0)])       # gauges, read at a scrape
 
-I1  A series exists only for a metric of the catalogue, with its number of labels, and with a
-    label value of the closed set where there is one: the first use of another is an error.
+I1  A series exists only for a metric of the catalogue, and for a combination of label values that
+    it lists: the first use of another is an error.
 I2  A metric never has more than ``SERIES_MAX`` series; further ones are summed into ``other``.
-I3  A scrape reads memory only. Sources are asked before counts are read, so that one may bring
+I3  Counters and histograms exist before their first event: from the start, or from ``declare`` on
+    where the first label is the name of a cache, sink, limit or route.
+I4  A scrape reads memory only. Sources are asked before counts are read, so that one may bring
     a count up to date that is kept elsewhere. A gauge that nobody gives is absent, not 0.
-
-No metric is labelled with a key, a tag, an address or the text of an error.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import reduce
-from itertools import accumulate, product
+from itertools import accumulate
 from operator import add
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any
 
-from msgspec import Struct
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -34,179 +35,16 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
-__all__ = ["CATALOGUE", "SERIES_MAX", "Counts", "Gauges", "Instrument", "Instruments"]
+from .catalogue import CATALOGUE, Instrument, Labels, Owner
 
-SERIES_MAX = 200
+__all__ = ["PREFIX", "SERIES_MAX", "Counts", "Gauges", "Instruments"]
+
+SERIES_MAX = 1_000
 PREFIX = "forebay_"
 
-FINE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-#: For what exists once per cache or sink: a histogram costs three series more than its buckets.
-COARSE_S = (0.005, 0.025, 0.1, 0.5, 2.5)
-
-Labels = tuple[str, ...]
 Gauges = Callable[[], Iterable[tuple[str, Labels, float]]]
 
-
-class Instrument(Struct, frozen=True):
-    """One line of the catalogue. A label is a name, or a name with its closed set."""
-
-    name: str  #: as it is exported, less the prefix
-    help: str
-    labels: tuple[str | tuple[str, tuple[str, ...]], ...] = ()
-    buckets: tuple[float, ...] = ()
-
-    @property
-    def kind(self) -> Literal["counter", "gauge", "histogram"]:
-        if self.buckets:
-            return "histogram"
-        return "counter" if self.name.endswith("_total") else "gauge"
-
-    @property
-    def short(self) -> str:
-        return self.name.removesuffix("_total")
-
-    @property
-    def label_names(self) -> Labels:
-        return tuple(each if isinstance(each, str) else each[0] for each in self.labels)
-
-    def allows(self, values: Labels) -> bool:
-        return len(values) == len(self.labels) and all(
-            isinstance(each, str) or value in each[1]
-            for each, value in zip(self.labels, values, strict=True)
-        )
-
-    def known(self) -> Iterator[Labels]:
-        """The series that exist from the start, so that the first event is an increase."""
-        sets = [each[1] for each in self.labels if not isinstance(each, str)]
-        return product(*sets) if len(sets) == len(self.labels) else iter(())
-
-
-_TYPE = ("type", ("invalidate", "write", "refresh", "unknown"))
-_RESULT = ("result", ("applied", "duplicate", "dead", "held"))
-_STREAM = ("stream", ("events", "writes", "refreshes"))
-_KIND = ("kind", ("changed", "dropped", "bumped", "extended"))
-_TIER = ("tier", ("near", "shared", "source"))
-_OUTCOME = ("result", ("hit", "stale", "miss", "negative", "error", "refused"))
-_WAY = ("way", ("put", "through", "around", "behind"))
-_END = ("result", ("stored", "refused", "unknown"))
-_EXTERNAL = ("kind", ("set", "deleted", "flushed", "missed", "overflow"))
-_HANDOVER = ("kind", ("free", "wished", "forced", "dead"))
-_MEMBER = ("state", ("active", "suspect", "leaving", "away"))
-_DECIDER = ("source", ("server", "deny_cache", "lease", "local"))
-_VERDICT = ("result", ("allowed", "refused"))
-_BREAKER = ("state", ("closed", "open", "half_open"))
-
-_ACQUIRED = ("result", ("taken", "waited", "refused", "timed_out", "cancelled", "failed"))
-_LOST = ("reason", ("expired", "taken", "forced", "stopped"))
-_RENEWED = ("result", ("renewed", "reclaimed", "failed"))
-_ANOMALY = ("kind", ("loop_stalled", "server_clock_jumped"))
-
-CATALOGUE = (
-    Instrument("build_info", "Always 1; the label tells the version.", ("version",)),
-    Instrument("events_published_total", "Events this node put into the stream.", (_TYPE,)),
-    Instrument(
-        "ingress_generations_total",
-        "Times that the ids of the ingress stream began anew, by the reason.",
-        (("reason", ("begun", "restored", "replaced", "lost", "drained")),),
-    ),
-    Instrument(
-        "ingress_id_ahead_seconds",
-        "How far the newest id of the ingress stream is ahead of the server's clock; its owner.",
-    ),
-    Instrument("events_processed_total", "Events taken from the stream.", (_TYPE, _RESULT)),
-    Instrument("event_delay_seconds", "From publishing to applied.", (_TYPE,), FINE_S),
-    Instrument("event_processing_seconds", "Applying one event.", (_TYPE,), COARSE_S),
-    Instrument(
-        "stream_oldest_undelivered_age_seconds",
-        "Age of the oldest entry that nobody has taken.",
-        (_STREAM,),
-    ),
-    Instrument("stream_lag_events", "Entries that nobody has taken.", (_STREAM,)),
-    Instrument("dead_letters_total", "Entries put aside as unusable.", ("reason",)),
-    Instrument("dead_letter_entries", "Entries in the dead letters."),
-    Instrument("notices_applied_total", "Change notices applied from shard logs.", (_KIND,)),
-    Instrument("log_gaps_total", "Times a shard log could not be followed.", ("reason",)),
-    Instrument(
-        "external_changes_total",
-        "Entries that others set or deleted; times when all had to be doubted.",
-        (_EXTERNAL,),
-    ),
-    Instrument("log_suspect_shards", "Shards not known to be current on this node."),
-    Instrument("log_staleness_seconds", "Age of the oldest proof of being current."),
-    Instrument(
-        "cache_requests_total",
-        "Reads, by the tier that answered.",
-        ("cache", _TIER, _OUTCOME),
-    ),
-    Instrument("cache_entries", "Entries in the near cache.", ("cache",)),
-    Instrument("cache_size_bytes", "Bytes in the near cache.", ("cache",)),
-    Instrument("cache_evictions_total", "Entries dropped for space.", ("cache", "reason")),
-    Instrument("cache_decode_errors_total", "Entries not readable.", ("cache", "reason")),
-    Instrument("fills_refused_total", "Fills whose lease was gone.", ("cache",)),
-    Instrument("loader_seconds", "One call of a loader.", ("cache", "result"), COARSE_S),
-    Instrument("refreshes_total", "Refresh jobs, by their end.", ("result",)),
-    Instrument(
-        "work_oldest_age_seconds",
-        "Age of the oldest work that this node is responsible for; 0: none waits.",
-        (("kind", ("events", "writes", "refreshes")),),
-    ),
-    Instrument(
-        "sink_paused_seconds", "Since a sink takes nothing, tried again and again.", ("sink",)
-    ),
-    Instrument("sink_locked_rows", "Writes that wait for a row locked by others.", ("sink",)),
-    Instrument("writebehind_queue_entries", "Writes that no sink has stored yet."),
-    Instrument(
-        "writebehind_held_total",
-        "Writes set aside: without a sink here, or not decodable here.",
-        (("reason", ("no_sink", "undecodable")),),
-    ),
-    Instrument("writebehind_held_entries", "Writes held in the shards that this node owns."),
-    Instrument("writebehind_held_age_seconds", "Since when the oldest of these is held."),
-    Instrument("writebehind_flush_seconds", "One batch to a sink.", ("sink", "result"), COARSE_S),
-    Instrument("writebehind_rows_total", "Rows given to a sink.", ("sink", "result")),
-    Instrument("writes_total", "Writes through a cache, by their end.", ("cache", _WAY, _END)),
-    Instrument("owned_shards", "Shards whose ordered work this node does."),
-    Instrument(
-        "ownership_changes_total",
-        "Shards taken and given up.",
-        ("direction",),
-    ),
-    Instrument(
-        "handovers_total",
-        "Resources taken: free, released to us, by force, of a dead owner.",
-        (_HANDOVER,),
-    ),
-    Instrument("members", "Members of the cluster, as this node knows them.", (_MEMBER,)),
-    Instrument("fenced_total", "Commits refused since another node had taken over."),
-    Instrument("locks_held", "Leases that this process has."),
-    Instrument("lock_waiters", "Callers of this process that wait for a lock."),
-    Instrument("lock_acquires_total", "Tries to get a lock, by their end.", (_ACQUIRED,)),
-    Instrument("lock_wait_seconds", "Time in the queue of a lock.", (), COARSE_S),
-    Instrument("lock_losses_total", "Leases that ended under their holders.", (_LOST,)),
-    Instrument("lock_renewals_total", "Leases to be renewed, by how it went.", (_RENEWED,)),
-    Instrument("lock_reaped_total", "Releases made good afterwards."),
-    Instrument("time_anomalies_total", "Times when time passed unevenly.", (_ANOMALY,)),
-    Instrument("backend_up", "1 while Valkey answers this node."),
-    Instrument("backend_reconnects_total", "Connections made anew.", ("connection",)),
-    Instrument("backend_timeouts_total", "Commands without a reply in time."),
-    Instrument("breaker_state", "1 for the state the breaker is in.", ("name", _BREAKER)),
-    Instrument("link_in_flight", "Commands sent and not answered yet."),
-    Instrument("event_loop_lag_seconds", "The latest beat of late, by how late it was."),
-    Instrument(
-        "limiter_decisions_total",
-        "Asks of a limit, by who decided; for a partial ask, its tokens.",
-        ("limit", _DECIDER, _VERDICT),
-    ),
-    Instrument("limiter_shadow_refused_total", "Asks a shadow would have refused.", ("limit",)),
-    Instrument("limiter_returned_total", "Grants and tokens given back unspent.", ("limit",)),
-    Instrument(
-        "limiter_leased_tokens",
-        "Tokens charged and not spent; summed over nodes, what a window may admit more.",
-        ("limit",),
-    ),
-    Instrument("limit_reached_total", "Times a bound held something back.", ("limit",)),
-    Instrument("http_requests_total", "Requests, by route template and status.", ("route", "code")),
-)
+_ALL: Mapping[str, Collection[str]] = MappingProxyType({})
 
 
 class Counts(dict[Labels, int]):
@@ -216,9 +54,7 @@ class Counts(dict[Labels, int]):
 
     def __init__(self, counters: Iterable[Instrument]) -> None:
         self._allowed = {each.short: each for each in counters}
-        super().__init__(
-            ((each.short, *values), 0) for each in self._allowed.values() for values in each.known()
-        )
+        super().__init__()
 
     def __missing__(self, key: Labels) -> int:
         name, *values = key
@@ -263,6 +99,7 @@ class Instruments(Collector):
         self._histograms = of_kind["histogram"]
         self._times: dict[Labels, _Times] = {}
         self._sources: list[Gauges] = []
+        self._begin("", (), _ALL)
         if version:
             self.add_source(lambda: [("build_info", (version,), 1.0)])
         registry.register(self)
@@ -270,6 +107,28 @@ class Instruments(Collector):
     def __repr__(self) -> str:
         series = len(self.counts) + len(self._times)
         return f"<Instruments: {series} series counted, {len(self._sources)} sources>"
+
+    def declare(self, owner: Owner, name: str, only: Mapping[str, Collection[str]] = _ALL) -> None:
+        """Have the series of a declared cache, sink, limit or route begin at 0; again: no effect.
+
+        ``only`` are the values that a label can take, where they are not all of the catalogue.
+        """
+        self._begin(owner, (name,), only)
+
+    def _begin(self, owner: Owner, first: Labels, only: Mapping[str, Collection[str]]) -> None:
+        for each in CATALOGUE:
+            if each.owner != owner or each.kind == "gauge":
+                continue
+            for rest in each.series:
+                labels = (*first, *rest)
+                pairs = zip(each.labels, labels, strict=True)
+                if not all(value in only.get(label, (value,)) for label, value in pairs):
+                    continue
+                key = (each.short, *labels)
+                if each.buckets:
+                    self._times.setdefault(key, _Times(each.buckets))
+                else:
+                    self.counts.setdefault(key, 0)
 
     def observe(self, name: str, seconds: float, *labels: str) -> None:
         """Count a duration in a histogram."""
@@ -312,7 +171,7 @@ def _demand(known: dict[str, Instrument], name: str, labels: Labels) -> Instrume
     if instrument is None:
         raise AssertionError(f"no metric {name!r} of this kind is in the catalogue")
     if not instrument.allows(labels):
-        raise AssertionError(f"{name} is labelled {instrument.labels}, {labels} does not fit")
+        raise AssertionError(f"{name} with {instrument.labels} = {labels} is not in the catalogue")
     return instrument
 
 
@@ -327,12 +186,12 @@ def _bounded(series: list[tuple[Labels, Any]]) -> list[tuple[Labels, Any]]:
 def _family(each: Instrument, series: Iterable[tuple[Labels, Any]]) -> Metric:
     name = PREFIX + each.short
     if each.kind == "histogram":
-        histogram = HistogramMetricFamily(name, each.help, labels=each.label_names)
+        histogram = HistogramMetricFamily(name, each.help, labels=each.labels)
         for labels, times in series:
             histogram.add_metric(labels, times.cumulative(), times.sum_s)
         return histogram
     family = CounterMetricFamily if each.kind == "counter" else GaugeMetricFamily
-    single = family(name, each.help, labels=each.label_names)
+    single = family(name, each.help, labels=each.labels)
     for labels, value in series:
         single.add_metric(labels, value)
     return single

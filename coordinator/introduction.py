@@ -5,8 +5,7 @@ I2  A server that is not there yet, or not ready, is waited for; a fault that wa
     not cure ends the wait at once.
 I3  Commands newer than the oldest supported server are probed, never concluded from the
     version.
-I4  A primary is not a replica, a sentinel or a member of a cluster; a reader may be a
-    replica.
+I4  A primary is not a replica, a sentinel or a member of a cluster.
 
 It asks on the link that will be used, so what worked here works later.
 """
@@ -62,13 +61,13 @@ class Finding(Struct, frozen=True, kw_only=True):
     fix: str
 
 
-async def introduce(link: Link, target: Target, *, clock: Clock, primary: bool) -> ServerFacts:
+async def introduce(link: Link, target: Target, *, clock: Clock) -> ServerFacts:
     last: ForebayError | None = None
     with anyio.move_on_after(target.options.startup_timeout_ms / 1000):
         while True:
             try:
                 await _connected(link, target)
-                return await _facts(link, target, clock=clock, primary=primary)
+                return await _facts(link, target, clock=clock)
             except (Unavailable, ServerRefused) as error:
                 last = error
             await _raise_if_certain(target, last)
@@ -92,11 +91,11 @@ async def _raise_if_certain(target: Target, error: ForebayError) -> None:
         raise fault
 
 
-async def _facts(link: Link, target: Target, *, clock: Clock, primary: bool) -> ServerFacts:
+async def _facts(link: Link, target: Target, *, clock: Clock) -> ServerFacts:
     info = read_info(await link.call("INFO"))
     kind: ServerKind = "valkey" if "valkey_version" in info else "redis"
     version = info.get("valkey_version") or info.get("redis_version", "")
-    if fault := _unfit(info, target, kind=kind, version=version, primary=primary):
+    if fault := _unfit(info, target, kind=kind, version=version):
         raise fault
     if info.get("loading", "0") != "0":
         raise ServerRefused("LOADING", "its data are being loaded", "INFO")
@@ -125,7 +124,7 @@ async def _persistence(commands: Commands, info: dict[str, str]) -> Persistence:
 
 
 def _unfit(
-    info: dict[str, str], target: Target, *, kind: ServerKind, version: str, primary: bool
+    info: dict[str, str], target: Target, *, kind: ServerKind, version: str
 ) -> StartupError | None:
     if not new_enough(kind, version):
         least = " or ".join(f"{name} {a}.{b}" for name, (a, b) in FLOORS.items())
@@ -136,7 +135,7 @@ def _unfit(
         return target.fault("it is a sentinel", "name the server that it watches over")
     if mode == "cluster":
         return target.fault("it is a member of a cluster", "name a server that is not in one")
-    if primary and info.get("role") == "slave":
+    if info.get("role") == "slave":
         return target.replica(f"{info.get('master_host')}:{info.get('master_port')}")
     return None
 

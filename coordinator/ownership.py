@@ -141,7 +141,7 @@ class Ownership:
     def sinking(self) -> tuple[str, ...]:
         """Those of ``nodes`` that bring writes to sinks."""
         members = self._succession.roster.members
-        return tuple(each for each in self.nodes if members[each].profile.sinks != ())
+        return tuple(each for each in self.nodes if members[each].profile.has_sinks)
 
     def takers(self, key: str) -> frozenset[str]:
         """Incarnations of the other live members that may have a sink for this key."""

@@ -8,6 +8,8 @@ R3  A record that cannot be read is a member without weight, and no reason to fa
 R4  A shard, and the ingress stream, goes to a member that declares every sink, else to one that
     declares most. A member without sinks declines all shards. While a member of a release that
     does not publish its sinks is there, sinks do not count: all compute as that release does.
+    Of more than ``SINKS_MAX`` sinks, or one with a longer template than others can read, a member
+    publishes a part, and that there are more.
 R5  A member defers a shard whose held writes another member may be able to store: any other
     goes before it.
 
@@ -19,14 +21,15 @@ Does not do I/O: ``arguments`` are for roster_beat.lua, ``learn`` takes its repl
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated, Literal, get_args
 
 import msgspec
 import structlog
 from msgspec import Meta, Struct
 
-from ..schemas.errors import UnreadableRecord
-from ..schemas.keys import EVENTS
+from ..schemas.errors import InvalidKey, UnreadableRecord
+from ..schemas.keys import EVENTS, KeyTemplate
 from ..schemas.replies import integer, raw_bytes, text
 from .assignment import Candidate, assign
 from .link import Arg, Reply
@@ -37,8 +40,10 @@ __all__ = [
     "Profile",
     "Roster",
     "State",
+    "is_for",
     "pack",
     "published",
+    "read_member",
     "unpack",
     "wanted",
 ]
@@ -53,6 +58,7 @@ _RANK: tuple[State, ...] = ("away", "suspect", "leaving", "active")  #: whose wo
 STATES: tuple[State, ...] = get_args(State)[:-1]  #: those that are in the roster
 SINKS_MAX = 256  #: that a member publishes; more do not make it more capable
 _TEMPLATE_CHARS_MAX = 512
+_PATIENCE_MS_MAX = 600_000  #: with a member that beats not at all; greater ones are made up
 Template = Annotated[str, Meta(max_length=_TEMPLATE_CHARS_MAX)]
 
 
@@ -69,13 +75,20 @@ class Profile(Struct, frozen=True, kw_only=True, omit_defaults=True):
     defers: str = ""  #: shards it owns only if nobody else will
     sinks: Annotated[tuple[Template, ...], Meta(max_length=SINKS_MAX)] | None = None
     #: the key templates of its sinks; None: it is of a release that does not publish them
+    more_sinks: bool = False  #: it has sinks that are not among ``sinks``
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether it has sinks, or is of a release that does not say."""
+        return self.sinks != () or self.more_sinks
 
     def may_take(self, key: str) -> bool:
-        """Whether one of its sinks may be for this key (how its template begins and ends)."""
-        return any(
-            key.startswith(template.partition("{")[0]) and key.endswith(template.rpartition("}")[2])
-            for template in self.sinks or ()
-        )
+        """Whether one of its sinks may be for this key."""
+        return self.more_sinks or any(is_for(template, key) for template in self.sinks or ())
+
+    def may_have_sink(self, key: str) -> bool:
+        """As ``may_take``; true also for a release that does not publish its sinks."""
+        return self.sinks is None or self.may_take(key)
 
 
 class Member(Struct, frozen=True, kw_only=True):
@@ -85,6 +98,31 @@ class Member(Struct, frozen=True, kw_only=True):
     held: frozenset[int]
     declines: frozenset[int]
     defers: frozenset[int] = frozenset()
+    beat_ms: int = 0
+    grace_ms: int = 0
+
+    def is_live(self, silent_ms: float) -> bool:
+        """Whether it counts as living after this time without a beat, by R1."""
+        patience_ms = min(max(5 * self.beat_ms, self.grace_ms), _PATIENCE_MS_MAX)
+        return self.state != "gone" and silent_ms < patience_ms
+
+
+@lru_cache(maxsize=4_096)
+def is_for(template: str, key: str) -> bool:
+    """Whether a sink with this key template may be for this key."""
+    parsed = _parsed(template)
+    if parsed is None:  # of a later release: judge how it begins and ends
+        head, tail = template.partition("{")[0], template.rpartition("}")[2]
+        return key.startswith(head) and key.endswith(tail)
+    return parsed.match(key) is not None
+
+
+@lru_cache(maxsize=1_024)
+def _parsed(template: str) -> KeyTemplate | None:
+    try:
+        return KeyTemplate(template)
+    except InvalidKey:
+        return None
 
 
 def published(templates: Iterable[str]) -> tuple[str, ...]:
@@ -146,31 +184,40 @@ class Roster:
         if member_id not in self.members and len(self.members) >= _MEMBERS_MAX:
             log.warning("roster.overgrown", member=member_id, members=_MEMBERS_MAX)
             return None
-        return _read(member_id, raw_bytes(record, "a record of the roster"))
+        return _read_or_weightless(member_id, raw_bytes(record, "a record of the roster"))
 
     def count(self, state: State) -> int:
         return sum(member.state == state for member in self.members.values())
 
 
-def _read(id: str, record: bytes) -> Member:
+def read_member(id: str, record: bytes) -> Member:
+    """What the roster's record says of a member; raises UnreadableRecord."""
     try:
-        _, state, _, _, body = record.split(b" ", 4)
+        _, state, beat, grace, body = record.split(b" ", 4)
         profile = msgspec.json.decode(body, type=Profile)
-        held, declines = unpack(profile.held), unpack(profile.declines)
-        defers = unpack(profile.defers)
+        known = state.decode(errors="replace")
+        return Member(
+            id=id,
+            state=known if known in get_args(State) else "leaving",  # type: ignore[arg-type]
+            profile=profile,
+            held=unpack(profile.held),
+            declines=unpack(profile.declines),
+            defers=unpack(profile.defers),
+            beat_ms=int(beat),
+            grace_ms=int(grace),
+        )
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:
-        log.warning("roster.unreadable", member=id, error=str(error)[:200])
-        state, profile = b"active", Profile(weight=0)
-        held = declines = defers = frozenset()
-    known = state.decode(errors="replace")
-    return Member(
-        id=id,
-        state=known if known in get_args(State) else "leaving",  # type: ignore[arg-type]
-        profile=profile,
-        held=held,
-        declines=declines,
-        defers=defers,
-    )
+        raise UnreadableRecord("a member of the roster", record, str(error)[:200]) from error
+
+
+def _read_or_weightless(id: str, record: bytes) -> Member:
+    try:
+        return read_member(id, record)
+    except UnreadableRecord as error:
+        log.warning("roster.unreadable", member=id, error=error.problem)
+        none: frozenset[int] = frozenset()
+        profile = Profile(weight=0)
+        return Member(id=id, state="active", profile=profile, held=none, declines=none)
 
 
 def wanted(members: Mapping[str, Member], shards: int) -> dict[int, str]:

@@ -19,7 +19,14 @@ from typing import Literal
 import anyio
 from msgspec import Struct
 
-from ..schemas.errors import ForebayError, ServerRefused, StartupError, TimedOut, Unavailable
+from ..schemas.errors import (
+    RIGHTS,
+    ForebayError,
+    ServerRefused,
+    StartupError,
+    TimedOut,
+    Unavailable,
+)
 from ..schemas.settings import Valkey
 from ..schemas.urls import Endpoint
 
@@ -47,7 +54,7 @@ _REFUSALS: dict[str, tuple[str, str, str]] = {
     "NOPERM": (
         "username",
         "this user lacks a right",
-        "give it the commands and keys that the documentation lists",
+        f"give it what `forebay config acl` prints; {RIGHTS} explains it",
     ),
     "MISCONF": (
         "url",
@@ -72,7 +79,7 @@ class Target(Struct, frozen=True, kw_only=True):
     """The server that is being connected to, as the settings name it."""
 
     endpoint: Endpoint
-    setting: str  #: valkey.url or valkey.reader_url
+    setting: str  #: valkey.url
     options: Valkey
     origins: Mapping[str, str]
 
@@ -90,7 +97,7 @@ class Target(Struct, frozen=True, kw_only=True):
         return StartupError(setting=name, value=value, origin=origin, problem=problem, fix=fix)
 
     def replica(self, leader: str) -> StartupError:
-        fix = f"name its primary, {leader}; a replica may be valkey.reader_url"
+        fix = f"name its primary, {leader}"
         return self.fault("it is a replica, and refuses writes (READONLY)", fix)
 
     def refused(self, error: ServerRefused) -> StartupError:

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ..schemas.errors import ForebayError
 from ..schemas.keys import EVENTS
@@ -81,7 +82,7 @@ class Succession:
         self._shards = shards
         self._ttl_ms = ttl_ms
         self._profile = profile
-        if profile.sinks == ():
+        if not profile.has_sinks:
             self.declined.update(range(shards))
         self._resting: dict[int, float] = {}  # release sent, and not answered
         self._wishes: dict[int, str] = {}  # owned here, and another waits for it
@@ -238,14 +239,9 @@ class Succession:
 
     def _told(self) -> Profile:
         base, self._held_told = self._profile, frozenset(self.tenures)
-        return Profile(
-            incarnation=base.incarnation,
-            label=base.label,
-            http=base.http,
-            version=base.version,
-            weight=base.weight,
+        return replace(
+            base,
             held=pack(self.kept if self.state == "away" else self.tenures),
             declines=pack(self.declined),
             defers=pack(self.deferred),
-            sinks=base.sinks,
         )

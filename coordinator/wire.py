@@ -34,6 +34,8 @@ __all__ = ["EAGER_BYTES", "MORE", "CommandWire", "Tally", "Wire"]
 MORE: Any = object()  #: what the parser returns when it needs more bytes
 CLOSE_S = 1.0
 EAGER_BYTES = 4_096
+#: Valkey and Redis 7.0 refuse with the code ERR what an ACL does not allow to a script.
+_NOT_ALLOWED = ("ACL failure in script", "The user executing the script can't")
 
 
 class Tally:
@@ -186,4 +188,6 @@ def name_of(command: Arg) -> str:
 
 def _refused(line: str) -> ServerRefused:
     code, _, message = line.partition(" ")
+    if message.startswith(_NOT_ALLOWED):
+        code = "NOPERM"
     return ServerRefused(code, message)

@@ -41,7 +41,8 @@ def in_code(namespace: str | None, settings: Settings | None) -> Resolved:
         name: "default" if origin == "default" else _ORIGIN
         for name, origin in resolved.origins.items()
     }
-    return Resolved(settings=resolved.settings, origins=origins)
+    warnings = tuple(msgspec.structs.replace(w, origin=_ORIGIN) for w in resolved.warnings)
+    return Resolved(settings=resolved.settings, origins=origins, warnings=warnings)
 
 
 def with_namespace(resolved: Resolved, in_code: Resolved) -> Resolved:
@@ -52,7 +53,8 @@ def with_namespace(resolved: Resolved, in_code: Resolved) -> Resolved:
     namespace, origin = in_code.settings.node.namespace, in_code.origins[name]
     node = msgspec.structs.replace(resolved.settings.node, namespace=namespace)
     settings = msgspec.structs.replace(resolved.settings, node=node)
-    return Resolved(settings=settings, origins={**resolved.origins, name: origin})
+    origins = {**resolved.origins, name: origin}
+    return msgspec.structs.replace(resolved, settings=settings, origins=origins)
 
 
 def _given(settings: Settings) -> dict[str, object]:

@@ -61,6 +61,7 @@ class Declarations:
         on_disconnected: OnDisconnected | None = None,
         harmless: tuple[type[Exception], ...] = (),
         mutable: bool = False,
+        legacy_key: str = "",
         name: str = "",
     ) -> Callable[[Loader[P, T]], Cached[P, T]]:
         """Cache what a loader returns. Times in seconds.
@@ -80,6 +81,8 @@ class Declarations:
             on_disconnected: what to do without Valkey: ``bypass``, ``stale`` or ``fail``.
             harmless: exceptions of the loader that say nothing of the source's health.
             mutable: give each caller a copy of its own.
+            legacy_key: where another service stored its values as JSON, with the same fields, such
+                as ``v1:product:{id}``. A value there spares the first load of a key.
             name: in metrics and logs; by default the function's.
 
         Raises:
@@ -104,6 +107,7 @@ class Declarations:
             on_disconnected=on_disconnected,
             harmless=classes,
             mutable=mutable,
+            legacy_key=legacy_key,
             name=name,
         )
         # So that what is wrong is refused here; by the longest lease, since the node's own is

@@ -1,7 +1,8 @@
 """The health checks of a node's work: each tells whether its part is stalled, and why.
 
 W1  Stalled work is a warning: the work goes to other nodes, or waits; it fails no probe.
-    Only a server that refuses all writes fails readiness.
+    Only a server that refuses all writes fails readiness, and a user who lacks a right without
+    which no work is whole.
 W2  A check names the oldest work that this node is responsible for, and the current failure: for
     how long, how often, and the last error.
 W3  The checks read memory only.
@@ -10,17 +11,18 @@ W3  The checks read memory only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..coordinator.log_once import Failing
-from .web.face import Check, Gate
+from ..coordinator.rights import Missing
+from .web.face import Check, Gate, State
 from .workers.delivery import Delivery, Outage
 
 if TYPE_CHECKING:
     from .running import Running
     from .workers.crew import Crew
 
-__all__ = ["sink_state", "work_checks", "work_gauges"]
+__all__ = ["sink_delivery_state", "sink_state", "work_checks"]
 
 _READY: frozenset[Gate] = frozenset(("ready",))
 _NONE: frozenset[Gate] = frozenset()
@@ -36,6 +38,10 @@ def work_checks(parts: Running) -> Iterator[Check]:
         detail=_failing("the server refuses writes", refusal, now),
         gates=_READY,
     )
+    yield _rights(parts.rights.missing)
+    problem = parts.record.problem
+    state: State = "fail" if problem else "pass"
+    yield Check(name="namespace", state=state, detail=problem, gates=_READY)
     refreshes = _failing("refresh jobs are not read", parts.refreshes.failing.failing, now)
     if parts.crew is None:
         yield _warning("refreshes", refreshes)
@@ -43,6 +49,12 @@ def work_checks(parts: Running) -> Iterator[Check]:
     yield from _checks_of(parts.crew, refreshes, now)
     for name, delivery in parts.crew.deliveries.items():
         yield _warning(f"sink {name}", sink_state(delivery, now))
+
+
+def _rights(missing: Missing) -> Check:
+    state: State = "pass" if not missing else "warn" if missing.is_partial else "fail"
+    detail = f"{missing.problem}; {missing.fix}" if missing else ""
+    return Check(name="rights", state=state, detail=detail, gates=_READY)
 
 
 def _checks_of(crew: Crew, refreshes: str, now: float) -> Iterator[Check]:
@@ -73,7 +85,7 @@ def sink_state(delivery: Delivery, now: float) -> str:
     """The reason why a sink does not take all writes; empty if it takes them."""
     found = []
     if (outage := delivery.paused) is not None:
-        state = "stopped" if delivery.stopped else "paused"
+        state = sink_delivery_state(delivery)
         found.append(f"the sink is {state}: {outage.error} ({_since(outage, now)})")
     if delivery.locked:
         longest = min(delivery.locked.values(), key=lambda each: each.since)
@@ -82,13 +94,11 @@ def sink_state(delivery: Delivery, now: float) -> str:
     return "; ".join(found)
 
 
-def work_gauges(crew: Crew, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    for kind, age_s in crew.backlog.ages():
-        yield "work_oldest_age_seconds", (kind,), age_s
-    for name, delivery in crew.deliveries.items():
-        paused = delivery.paused
-        yield "sink_paused_seconds", (name,), now - paused.since if paused else 0.0
-        yield "sink_locked_rows", (name,), float(len(delivery.locked))
+def sink_delivery_state(delivery: Delivery) -> Literal["running", "paused", "stopped"]:
+    """Whether a sink takes batches; stopped: its failure is fatal, and it is tried rarely."""
+    if delivery.paused is None:
+        return "running"
+    return "stopped" if delivery.stopped else "paused"
 
 
 def _since(outage: Outage, now: float) -> str:

@@ -15,17 +15,33 @@ L6  It can be ended by several tasks: the first gets the failure, all of them wa
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import AbstractAsyncContextManager
 
 import anyio
 import anyio.lowlevel
 import structlog
 
-from ..schemas.errors import ForebayError
+from ..schemas.errors import ConfigError, ForebayError
 
-__all__ = ["Life"]
+__all__ = ["Life", "refuse_other_loops"]
 
 log = structlog.get_logger(__name__)
+
+
+def refuse_other_loops() -> None:
+    """Raises ConfigError unless an event loop of asyncio runs; uvloop's is one."""
+    if asyncio._get_running_loop() is not None:  # noqa: SLF001  # public by name, and never raises
+        return
+    trio = sys.modules.get("trio")
+    is_trio = trio is not None and trio.lowlevel.in_trio_run()
+    raise ConfigError(
+        setting="the event loop",
+        value="trio" if is_trio else "none that asyncio knows",
+        origin="the application",
+        problem="a node runs on asyncio",
+        fix="use asyncio.run(main()), or anyio.run(main, backend='asyncio')",
+    )
 
 
 class Life:

@@ -32,8 +32,10 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import anyio
 import structlog
-from prometheus_client import CollectorRegistry
+from msgspec import structs
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from ..coordinator.instruments import Instruments
 from ..coordinator.modules import load
@@ -44,15 +46,18 @@ from ..schemas.settings import Settings
 from ..schemas.settings_sources import Resolved
 from . import status
 from .cache.cached import Cached
+from .cache.core import Hit
 from .code_settings import in_code, with_namespace
 from .coordinating import coordination_of
 from .declarations import Declarations
 from .explain.document import Explanation
-from .life import Life
+from .gauges import gauges
+from .life import Life, refuse_other_loops
 from .locking import Locking
 from .logs import configure_embedded
-from .publishing import Event, as_json, name_of
+from .publishing import Event, as_json
 from .running import Running, running
+from .secret_files import exposed_secrets
 from .web.face import Check, Coordination, Read
 
 __all__ = ["Node"]
@@ -83,7 +88,8 @@ class Node(Declarations, Locking):
         self._origins: Mapping[str, str] = {}
         self.registry = CollectorRegistry()
         self.instruments = Instruments(self.registry)
-        self.instruments.add_source(lambda: status.gauges(self))
+        ProcessCollector(registry=self.registry)
+        self.instruments.add_source(lambda: gauges(self))
         self.drained: bool | None = None  #: whether the last drain left nothing undone
 
     def __repr__(self) -> str:
@@ -189,16 +195,21 @@ class Node(Declarations, Locking):
         in between, the failure is logged, and ``stop`` raises it.
 
         Raises:
-            StartupError: the server cannot be reached or used. ConfigError: a setting, or the
-            node runs already.
+            StartupError: the server cannot be reached or used. ConfigError: a setting, the node
+            runs already, or the event loop is not asyncio's.
         """
         if self._life is not None and self._life.over:
             self._forget()  # it failed, or its loop is gone
         self._only_before_start()
+        refuse_other_loops()
         resolved = self._settings()
         self._id = resolved.settings.node.id or _made_up_id()
         told = [resolved.settings.valkey.password]
         configure_embedded(resolved.settings.log, instance=self._id, secrets=told)
+        for warning in resolved.warnings:
+            log.warning("setting.unused", **structs.asdict(warning))
+        for warning in exposed_secrets(resolved):
+            log.warning("setting.exposed", **structs.asdict(warning))
         self._begun, self.drained, self._origins = True, None, resolved.origins
         self._life = life = Life(self._living(resolved, workers))
         try:
@@ -306,12 +317,14 @@ class Node(Declarations, Locking):
         """Put events, as JSON or dicts, into the ingress stream, all or none; returns their ids.
 
         Raises:
-            InvalidEvent, Backpressure, Unavailable: none was stored, or it is unknown.
+            InvalidEvent: one can never be applied; none was stored. Its ``fault`` is ``no_sink``
+                for a write to a key for which no live member declares a sink.
+            Backpressure, Unavailable: none was stored, or it is unknown.
         """
         parts = self.parts
-        bound, bytes_max = parts.settings.durable.events_max, parts.settings.durable.event_bytes_max
+        bound = parts.settings.durable.events_max
         raw = as_json(events)
-        names = [name_of(event, bytes_max) for event in raw]
+        names = await parts.check_events(raw)
         script = parts.scripts["event_publish"]
         keys = [parts.names.events, parts.names.part(EVENTS, "before")]
         reply = await run(parts.backend.link, script, keys, [bound, *raw])
@@ -346,16 +359,20 @@ class Node(Declarations, Locking):
         except ForebayError:
             raise
         except Exception as error:
-            log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
-            raise LoaderError(cached.name, key, f"{type(error).__name__}: {error}") from error
-        return Read(
-            json=cached.json_of(key, hit.value),
-            tier=hit.tier,
-            age_ms=hit.age_ms,
-            stale=hit.stale,
-            version=hit.version,
-            negative=hit.value is None,
-        )
+            raise _loader_error(cached, key, error) from error
+        return _read_of(cached, key, hit)
+
+    async def read_many(self, keys: Sequence[str]) -> list[Read | ForebayError | None]:
+        """As ``read``, of many keys at once, in their order; an error stands in its key's place."""
+        found: dict[str, Read | ForebayError | None] = dict.fromkeys(keys)
+        of_cache: dict[str, tuple[Cached[..., Any], list[str]]] = {}
+        for key in found:
+            if (cached := self._routes.cache_of(key)) is not None:
+                of_cache.setdefault(cached.name, (cached, []))[1].append(key)
+        async with anyio.create_task_group() as tasks:
+            for cached, wanted in of_cache.values():
+                tasks.start_soon(_read_all, cached, wanted, found)
+        return [found[key] for key in keys]
 
     async def explain(self, key: str) -> Explanation:
         """Why a read of this key hits or misses, here and on all nodes that run.
@@ -407,3 +424,42 @@ def _made_up_id() -> str:
 
 def _unique(name: str) -> str:
     return f"{name}~{secrets.token_hex(4)}"
+
+
+async def _read_all(
+    cached: Cached[..., Any], keys: Sequence[str], found: dict[str, Read | ForebayError | None]
+) -> None:
+    """Put there what the cache has of these keys, or why it has not."""
+    try:
+        hits = await cached.read_keys(keys)
+    except ForebayError as error:
+        found.update(dict.fromkeys(keys, error))
+        return
+    for key, hit in zip(keys, hits, strict=True):
+        try:
+            found[key] = (
+                _read_of(cached, key, hit) if isinstance(hit, Hit) else _told(cached, key, hit)
+            )
+        except ForebayError as error:
+            found[key] = error
+
+
+def _read_of(cached: Cached[..., Any], key: str, hit: Hit[Any]) -> Read:
+    """Raises NoJsonForm: the value is more than JSON can hold."""
+    return Read(
+        json=cached.json_of(key, hit.value),
+        tier=hit.tier,
+        age_ms=hit.age_ms,
+        stale=hit.stale,
+        version=hit.version,
+        negative=hit.value is None,
+    )
+
+
+def _told(cached: Cached[..., Any], key: str, error: Exception) -> ForebayError:
+    return error if isinstance(error, ForebayError) else _loader_error(cached, key, error)
+
+
+def _loader_error(cached: Cached[..., Any], key: str, error: Exception) -> LoaderError:
+    log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
+    return LoaderError(cached.name, key, f"{type(error).__name__}: {error}")

@@ -22,13 +22,13 @@ import random
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import anyio
 import structlog
 
-from ..coordinator.backend import Backend, UseUrl
+from ..coordinator.backend import Backend, UseFake, UseUrl
 from ..coordinator.background import BackgroundTasks, background_tasks
 from ..coordinator.clock import Clock, ServerClock, SystemClock
 from ..coordinator.clock_sync import ClockSync
@@ -37,17 +37,21 @@ from ..coordinator.limits.headcount import Headcount
 from ..coordinator.limits.limiter import Limiter
 from ..coordinator.log import Follower
 from ..coordinator.log_once import LogOnce
+from ..coordinator.private_server import PrivateServer
+from ..coordinator.rights import RightsCheck
 from ..coordinator.scripting import load_scripts
+from ..coordinator.sink_directory import SinkDirectory
 from ..coordinator.startup_faults import Target
 from ..coordinator.write_check import WriteCheck
 from ..schemas.errors import ForebayError, ServerRefused, StartupError, Unavailable
 from ..schemas.keys import Names, dependents_of
-from ..schemas.notices import Notice
+from ..schemas.notices import Extended, Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
-from .birth import check_birth
+from .birth import NamespaceRecord, check_birth
 from .cache import scope
 from .cache.core import Core
+from .cache.legacy import begin_marks
 from .cache.reads import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
@@ -55,9 +59,11 @@ from .cache.waits import KeyWaits
 from .explain.node_part import NodePart
 from .hearing import Hearing
 from .hooks import Hook, run_hook, run_in_the_end
+from .key_count import KeyCount
 from .leftovers import DrainOutcome, count_leftovers, left_of, tell
 from .locking import locks_of
 from .pacing import Pacing
+from .publishing import PublishCheck
 from .workers.crew import Crew, WorkParts, crew
 from .workers.dead_letters import DeadLetters
 from .workers.refreshes import Refreshes
@@ -75,6 +81,8 @@ _PAUSE_S = 0.05  #: between two tries of a step of the start
 
 class Running:
     """The parts. Made by ``running``; nothing of it outlives the block."""
+
+    record: NamespaceRecord
 
     def __init__(
         self,
@@ -95,7 +103,7 @@ class Running:
         self.clock = SystemClock()
         self.server_clock = ServerClock(self.clock)
         self.rng = random.Random()
-        self.names = Names(node.namespace, node.shards, settings.cache.version)
+        self.names = Names(node.namespace, node.shards, settings.cache.version, backend.database)
         self.scripts = load_scripts()
         self.started_at = self.clock.monotonic()
         self.draining = False
@@ -109,18 +117,7 @@ class Running:
         self.hearing = Hearing(
             self.tags, self.waits, self.clock, self.server_clock, shards=node.shards
         )
-        self.follower = Follower(
-            backend.link,
-            self.names,
-            clock=self.clock,
-            staleness_ms=routes.staleness_ms(settings.cache),
-            instruments=instruments,
-            run_id=backend.run_id,
-            check=backend.link.check_primary,
-            apply=self.apply,
-            reset=self.hearing.reset,
-            scripts=self.scripts,
-        )
+        self.follower = self._follower()
         self.headcount = Headcount(backend.link, self.names)
         self.limiter = self._limiter()
         self.core = self._core()
@@ -134,8 +131,44 @@ class Running:
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
+        self.key_count = KeyCount(backend.link, self.names, self.clock)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
+        self.private_server = _private_server(backend, node.namespace)
+        self.rights = self._rights()
         self.crew: Crew | None = None
+
+    def _follower(self) -> Follower:
+        link = self.backend.link
+        return Follower(
+            link,
+            self.names,
+            clock=self.clock,
+            staleness_ms=self.routes.staleness_ms(self.settings.cache),
+            instruments=self.instruments,
+            run_id=self.backend.run_id,
+            check=link.check_primary,
+            apply=self.apply,
+            reset=self._reset,
+            scripts=self.scripts,
+        )
+
+    def _rights(self) -> RightsCheck:
+        unused = set[str]() if self.backend.database else {"select"}
+        if not self.settings.cache.external_writers:
+            unused |= {"client|id", "client|tracking"}
+        if not any(cached.declared.legacy_key for cached in self.routes.caches.values()):
+            unused.add("zmscore")
+        link, user = self.backend.link, self.backend.user
+        return RightsCheck(link, self.names, self.scripts, user=user, unused=unused)
+
+    @cached_property
+    def check_events(self) -> PublishCheck:
+        return PublishCheck(
+            self.routes,
+            SinkDirectory(self.backend.link, self.names, clock=self.clock),
+            bytes_max=self.settings.durable.event_bytes_max,
+            works=lambda: self.crew is not None and not self.draining,
+        )
 
     def _dead_letters(self) -> DeadLetters:
         return DeadLetters(
@@ -185,6 +218,9 @@ class Running:
         )
         for cached in self.routes.caches.values():
             cached.bind_writes(self.core, made.parts)
+            has_sink = self.routes.sink_for(cached) is not None
+            ways = {} if has_sink else {"way": ("put",)}
+            self.instruments.declare("cache", cached.name, ways)
         return made
 
     def _refreshes(self) -> Refreshes:
@@ -208,6 +244,9 @@ class Running:
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
     ) -> None:
         """Invalidate everywhere; on this node before it returns."""
+        counts = self.instruments.counts
+        counts["invalidations", "key"] += len(keys)
+        counts["invalidations", "tag"] += len(tags)
         try:
             for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
                 self.apply(0, version, notice)
@@ -221,6 +260,9 @@ class Running:
         if self.crew is not None and self.crew.external is not None:
             self.crew.external.noticed(version, notice)
         self.hearing.apply(version, notice)
+        if not isinstance(notice, Extended) and notice.published_ms:
+            delay_ms = max(0, self.server_clock.now_ms() - notice.published_ms)
+            self.instruments.observe("event_propagation_seconds", delay_ms / 1000)
 
     def bell(self, channel: bytes, payload: bytes) -> None:
         """A doorbell message of either channel."""
@@ -257,10 +299,27 @@ class Running:
         await patience.until_done(self.follower.sweep)
         await start(self.write_check.run)
         self.tasks.start_soon(self.scripts.wrong_keys.run, link)
+        if self.private_server is not None:
+            await start(self.private_server.run)
+        self.tasks.start_soon(self.record.run)
+        self.tasks.start_soon(self.rights.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
         if self.routes.caches:
             await start(self.refreshes.run)
+
+    async def begin_legacy(self) -> None:
+        """Have changes marked, where values of another service may be brought over."""
+        caches = self.routes.caches.values()
+        entries = {
+            each.template.shape: each.path.legacy for each in caches if each.path.legacy is not None
+        }
+        if entries:
+            await begin_marks(self.backend.link, self.names, self.scripts, entries)
+
+    def _reset(self, shard: int) -> None:
+        self.hearing.reset(shard)
+        self.record.lost()
 
     def _link_changed(self, connected: bool) -> None:
         self.follower.connection_changed()
@@ -351,14 +410,28 @@ async def running(
         tasks = await stack.enter_async_context(background_tasks())
         stack.callback(_unbind, routes)
         self = Running(settings, backend, routes, instruments, node_id, tasks)
+        self.record = NamespaceRecord(backend.link, self.names, self.scripts, origins)
         stack.push_async_callback(self.writing.aclose)
         patience = Patience(_target(backend, settings, origins), self.clock, give_up_at)
         with _faults_of(patience.target):
+            await patience.until_done(self.rights.look)
+            if (missing := self.rights.missing) and not missing.is_partial:
+                raise patience.target.fault(missing.problem, missing.fix, leaf="username")
             birth = partial(check_birth, backend.link, self.names, self.scripts, origins)
             await patience.until_done(birth)
+            await patience.until_done(self.begin_legacy)
             await self.follow(stack, patience)
         stack.push_async_callback(self.limiter.aclose)
         yield self
+
+
+def _private_server(backend: Backend, namespace: str) -> PrivateServer | None:
+    if isinstance(backend.choice, UseUrl):
+        return None
+    from .cli.sources import process_environment
+
+    kind = "fake server" if isinstance(backend.choice, UseFake) else "embedded server"
+    return PrivateServer(namespace, kind=kind, environ=process_environment())
 
 
 def _unbind(routes: Routes) -> None:

@@ -1,6 +1,6 @@
-"""How a node is: its checks for probes, its gauges for Prometheus, its numbers for people.
+"""Node status: health checks for probes, statistics for people.
 
-S1  Checks and gauges read memory only.
+S1  Checks read memory only.
 S2  ``stats`` has the same keys at all times. It asks the server too; while that does not
     answer, what only the server knows is null, and ``unavailable`` says why. A key of another
     type is left out of the figures, and named there.
@@ -10,16 +10,18 @@ S4  A running node has started: a later failure of Valkey fails readiness alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ..coordinator.link import Arg, Reply
+from ..coordinator.private_server import FIX
 from ..coordinator.scripting import ask_many
 from ..schemas.errors import ForebayError, ServerRefused
 from ..schemas.keys import EVENTS
-from .health_checks import sink_state, work_checks, work_gauges
+from .gauges import bring_up_to_date
+from .health_checks import sink_state, work_checks
 from .running import Running
 from .web.face import Check, Gate
 from .workers.held import HeldStatistics
@@ -27,7 +29,7 @@ from .workers.held import HeldStatistics
 if TYPE_CHECKING:
     from .node import Node
 
-__all__ = ["checks", "gauges", "stats"]
+__all__ = ["checks", "stats"]
 
 _READY: frozenset[Gate] = frozenset(("ready",))
 _START: frozenset[Gate] = frozenset(("ready", "start"))
@@ -54,6 +56,9 @@ def checks(node: Node) -> Sequence[Check]:
         found.append(_check("logs", False, "; ".join(refused[:3]), frozenset(), "warn"))
     wrong = parts.scripts.wrong_keys.problems()
     found.append(_check("keys", not wrong, "; ".join(wrong[:3]), frozenset(), "warn"))
+    if parts.private_server is not None:
+        problem = parts.private_server.problem
+        found.append(_check("private_server", not problem, f"{problem}; {FIX}", _READY, "warn"))
     found += work_checks(parts)
     if parts.crew is not None:
         found.append(_held(parts.crew.writes.held.statistics))
@@ -83,63 +88,11 @@ def _check(
     return Check(name=name, state=state, detail="" if well else detail, gates=gates)  # type: ignore[arg-type]
 
 
-def gauges(node: Node) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """What a scrape shows beside the counters."""
-    from .. import __version__
-
-    yield "build_info", (__version__,), 1.0
-    if not node.is_running:
-        yield "backend_up", (), 0.0
-        return
-    _bring_up_to_date(node)
-    parts = node.parts
-    link = parts.backend.link.statistics()
-    follower = parts.follower.statistics()
-    yield "backend_up", (), float(link.connected)
-    yield "link_in_flight", (), float(link.in_flight)
-    yield "log_suspect_shards", (), float(follower.suspect)
-    staleness_s = parts.follower.staleness_s()
-    if staleness_s < float("inf"):
-        yield "log_staleness_seconds", (), staleness_s
-    locks = parts.locks.statistics()
-    yield "locks_held", (), float(locks.held)
-    yield "lock_waiters", (), float(locks.waiting)
-    for state in ("closed", "open", "half_open"):
-        yield "breaker_state", ("valkey", state), float(link.breaker == state)
-    if parts.crew is not None:
-        yield "ingress_id_ahead_seconds", (), parts.crew.ingress.ahead_ms / 1000
-        yield "owned_shards", (), float(parts.crew.ownership.statistics().shards)
-        for state, count in parts.crew.ownership.members().items():
-            yield "members", (state,), float(count)
-        yield "writebehind_queue_entries", (), float(parts.crew.writes.backlog)
-        held = parts.crew.writes.held.statistics
-        yield "writebehind_held_entries", (), float(held.writes)
-        yield "writebehind_held_age_seconds", (), held.oldest_age_s
-        yield from work_gauges(parts.crew, parts.clock.monotonic())
-        yield from parts.crew.chores.gauges()
-    yield from parts.limiter.gauges()
-    for cached in node.caches:
-        near = cached.path.near.statistics()
-        yield "cache_entries", (cached.name,), float(near.entries)
-        yield "cache_size_bytes", (cached.name,), float(near.bytes)
-
-
-def _bring_up_to_date(node: Node) -> None:
-    """Counters that live as plain ints where the counting has to be fast."""
-    parts, counts = node.parts, node.instruments.counts
-    link = parts.backend.link.statistics()
-    counts["backend_timeouts",] = link.timeouts
-    counts["backend_reconnects", "primary"] = link.reconnects
-    for cached in node.caches:
-        counts["cache_requests", cached.name, "near", "hit"] = cached.near_hits
-        counts["cache_evictions", cached.name, "space"] = cached.path.near.evictions
-
-
 async def stats(node: Node) -> dict[str, object]:
     """One document for people and scripts; what its fields mean is told by ``web.stats``."""
     from .. import __version__
 
-    _bring_up_to_date(node)
+    bring_up_to_date(node)
     parts = node.parts
     crew = parts.crew
     return {
@@ -153,6 +106,7 @@ async def stats(node: Node) -> dict[str, object]:
         },
         "connection": msgspec.to_builtins(parts.backend.link.statistics()),
         **await _asked(parts),
+        "namespace_keys": msgspec.to_builtins(await parts.key_count.look()),
         "log": msgspec.to_builtins(parts.follower.statistics()),
         "caches": {
             cached.name: {

@@ -11,7 +11,9 @@ not reached the source. ``meta`` is a msgpack map: tag versions, etag.
 I1  A size is checked before what it announces is decoded or decompressed.
 I2  Any bytes at all give an ``Entry`` or ``InvalidEntry``, never another exception.
 I3  Both older forms are read: a bare JSON value, and ``{"value": ..., "stale_at": seconds}``.
-    They have version 0, so that whatever is written next replaces them.
+    They have version 0, so that whatever is written next replaces them. ``read_legacy`` reads
+    nothing else: under the names of another service there is no entry of ours.
+I4  The age of an entry with version 0, or that was brought over (``meta.imported``), is unknown.
 
 Values themselves are decoded by the cache that knows their type.
 """
@@ -26,6 +28,7 @@ import msgspec
 from msgspec import Struct
 
 from .errors import InvalidEntry
+from .extras import pip_install
 
 __all__ = [
     "FOREVER_MS",
@@ -35,6 +38,7 @@ __all__ = [
     "decompressed",
     "make_tail",
     "read_entry",
+    "read_legacy",
     "version_of",
 ]
 
@@ -58,6 +62,7 @@ class EntryMeta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     soft_ms: int = 0  #: lifetimes as asked for, so that an extension can repeat them
     stale_ms: int = 0
     error_ms: int = 0  #: the end of its life, when only a failing loader makes it be served
+    imported: bool = False  #: another service stored it, at a time that is not known
 
 
 class Entry(Struct, frozen=True):
@@ -76,6 +81,12 @@ class Entry(Struct, frozen=True):
     @property
     def negative(self) -> bool:
         return self.kind == "n"
+
+    def age_ms(self, now_ms: int) -> int | None:
+        """Since it was stored; None: unknown (I4)."""
+        if not self.version or self.meta.imported:
+            return None
+        return max(0, now_ms - self.version // 1000)
 
 
 class _Legacy(Struct):
@@ -119,6 +130,19 @@ def read_entry(raw: bytes, *, bytes_max: int) -> Entry:
     if raw[:1] and raw[0] in _JSON_STARTS:
         return _read_legacy(raw)
     raise InvalidEntry("bad_magic" if len(raw) >= _HEADER else "too_short")
+
+
+def read_legacy(raw: bytes, *, bytes_max: int) -> Entry:
+    """The entry that another service stored as JSON, in either older form.
+
+    Raises:
+        InvalidEntry: it is no JSON, or larger than ``bytes_max``.
+    """
+    if len(raw) > bytes_max:
+        raise InvalidEntry("oversized", f"over {bytes_max} bytes")
+    if not raw or raw[0] not in _JSON_STARTS:
+        raise InvalidEntry("bad_magic", "it is no JSON")
+    return _read_legacy(raw)
 
 
 def version_of(raw: bytes) -> int:
@@ -236,7 +260,7 @@ def _unzstd(payload: bytes, bytes_max: int) -> bytes:
     try:
         zstd = _zstd()
     except ImportError:
-        raise InvalidEntry("bad_codec", "zstd; install forebay[zstd]") from None
+        raise InvalidEntry("bad_codec", f"zstd; {pip_install('zstd')}") from None
     try:
         size = zstd.size_of(payload)
         if size > bytes_max:

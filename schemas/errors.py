@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 __all__ = [
+    "RIGHTS",
     "Backpressure",
     "BreakerOpen",
     "BusySinkError",
@@ -47,6 +48,8 @@ __all__ = [
     "Unavailable",
     "Unconfirmed",
 ]
+
+RIGHTS = "docs/operating.md#users-in-valkey"  #: the list of what users need in Valkey
 
 Level = Literal["accepted", "replicated", "sink"]  #: how far a write has got
 EventFault = Literal[
@@ -150,6 +153,7 @@ class NotShareable(ForebayError):
 _FIXES = {
     "OOM": "raise maxmemory, or remove data; workers go on emptying the streams",
     "WRONGTYPE": "rename or delete that key",
+    "NOPERM": f"{RIGHTS} lists the rights that a user needs",
 }
 
 

@@ -74,6 +74,11 @@ class Event(Struct, frozen=True, kw_only=True):
     body: Body
     id: str = ""  #: source and id; empty: not given, so a repetition is not noticed
     traceparent: str = ""
+    within: str = ""  #: the field that has the body's fields: ``data`` in a CloudEvent
+
+    def place(self, field: str) -> str:
+        """A field of the body, as it is found in the event."""
+        return _place(self.within, field)
 
 
 class _Head(Struct):
@@ -116,7 +121,7 @@ def read_event(raw: bytes, *, bytes_max: int) -> Event:
         raise _not_json(error, within or _WHOLE) from error
     _check(name, body, within)
     event_id = f"{head.source}#{head.id}" if head.id else ""
-    return Event(name=name, body=body, id=event_id, traceparent=head.traceparent)
+    return Event(name=name, body=body, id=event_id, traceparent=head.traceparent, within=within)
 
 
 def _name_of(head: _Head) -> BodyName:

@@ -12,6 +12,7 @@
     {shop:07}:held      stream  jobs that wait for a member with their sink
     {shop:07}:tried     hash    id in held -> tokens of the members that could not decode it
     {shop:07}:k:NAME    hash    a lock and its holders     :kq:NAME, :kw:NAME  who waits for it
+    {shop:07}:legacy    zset    keys (*KEY) and tags for which no entry of another service is used
     {shop:07}:locks     zset    locks in use lately        :era  hash  run of the server meant
     {shop:07}:r:LIMIT:SUBJECT    string  a rate limit's state, in the shard of SUBJECT
     {shop:07}:rr:SUBJECT:ID      string  a reservation not yet settled
@@ -26,6 +27,7 @@
     forebay:shop:limits channel subjects that were refunded
     forebay:shop:reply:HEX  channel  answers to one who asked all nodes on :work
     forebay:shop:mark:ID    string, expires  written by the node ID to see what is replicated
+    forebay:shop:db3:bell   the channels of database 3; pub/sub knows no databases
     forebay:shop:none       never exists: asked for to learn whether writes are accepted
     {KEY}:fence         string  highest token of a key that is written through guards
 
@@ -79,12 +81,13 @@ PLAIN_INT_MAX = 10**18  #: so short that no key gets too long by it
 Type = Literal["string", "hash", "stream", "zset"]
 Part = Literal[
     "head", "log", "seen", "writes", "refreshes", "own", "done", "dead", "held", "tried",
-    "locks", "era", "before",
+    "locks", "era", "before", "legacy",
 ]  #: what a shard, or the ingress stream, has once  # fmt: skip
 _PARTS: Mapping[str, Type] = {
     "head": "hash", "log": "stream", "seen": "zset", "writes": "stream", "refreshes": "stream",
     "own": "hash", "done": "hash", "dead": "stream", "held": "stream", "tried": "hash",
-    "locks": "zset", "era": "hash", "before": "stream", "members": "hash", "fence": "string",
+    "locks": "zset", "era": "hash", "before": "stream", "legacy": "zset",
+    "members": "hash", "fence": "string",
 }  # fmt: skip
 _NAMED: Mapping[str, Type] = {
     "e": "string", "l": "string", "t": "string", "f": "string", "k": "hash", "kq": "zset",
@@ -208,6 +211,13 @@ class KeyTemplate:
             raise InvalidKey("key", key, f"has over {KEY_BYTES_MAX} bytes")
         return key
 
+    def plain(self, fields: Mapping[str, str]) -> str:
+        """These fields put in as they are, without escaping: a name that another program made."""
+        parts = [self._literals[0]]
+        for field, literal in zip(self.fields, self._literals[1:], strict=True):
+            parts += [fields[field], literal]
+        return "".join(parts)
+
     @property
     def ends(self) -> tuple[str, str]:
         """What stands before and behind the only field."""
@@ -294,6 +304,7 @@ class Names:
         "_reply",
         "bell",
         "cache_version",
+        "database",
         "events",
         "limits",
         "members",
@@ -307,8 +318,11 @@ class Names:
         "work",
     )
 
-    def __init__(self, namespace: str, shards: int, cache_version: str = "0") -> None:
+    def __init__(
+        self, namespace: str, shards: int, cache_version: str = "0", database: int = 0
+    ) -> None:
         self.namespace = namespace
+        self.database = database
         self.shards = shards
         width = max(2, len(str(shards - 1)))
         self.prefixes = tuple(f"{{{namespace}:{n:0{width}}}}:" for n in range(shards))
@@ -320,11 +334,33 @@ class Names:
         self.none = f"forebay:{namespace}:none"
         self.nodes = f"forebay:{namespace}:nodes"
         self.members = f"{{{self.nodes}}}:members"
-        self.bell = f"forebay:{namespace}:bell"
-        self.work = f"forebay:{namespace}:work"
-        self.wake = f"forebay:{namespace}:wake:"
-        self.limits = f"forebay:{namespace}:limits"
-        self._reply = f"forebay:{namespace}:reply:"
+        channels = f"forebay:{namespace}:db{database}:" if database else f"forebay:{namespace}:"
+        self.bell = f"{channels}bell"
+        self.work = f"{channels}work"
+        self.wake = f"forebay:{namespace}:wake:"  # see ``process``
+        self.limits = f"{channels}limits"
+        self._reply = f"{channels}reply:"
+
+    @property
+    def key_patterns(self) -> dict[str, str]:
+        """All keys of the namespace as ACL patterns, each with a key that it allows."""
+        return {
+            f"~forebay:{self.namespace}:*": self.meta,
+            f"~{{forebay:{self.namespace}:*": self.members,
+            f"~{{{self.namespace}:*": f"{self.prefixes[0]}head",
+        }
+
+    @property
+    def channel_patterns(self) -> dict[str, str]:
+        """All channels of the namespace as ACL patterns, each with a channel that it allows."""
+        return {f"&forebay:{self.namespace}:*": self.bell}
+
+    def process(self, id: str) -> str:
+        """A process as it stands in nonces and, put there by scripts, in its channel."""
+        return f"db{self.database}-{id}" if self.database else id
+
+    def with_shards(self, shards: int) -> Names:
+        return Names(self.namespace, shards, self.cache_version, self.database)
 
     def shard(self, name: str) -> int:
         """The shard of a key or a tag."""

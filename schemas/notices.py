@@ -50,6 +50,7 @@ class Changed(Struct, frozen=True, array_like=True, tag="c"):
     key: str
     origin: str = ""  #: node id of the writer, whose own near cache has it already
     outdates: bool = False  #: it was written, not loaded: what depends on the key is old
+    published_ms: int = 0  #: when the event was published, by the server's clock; 0: no event
 
 
 class Dropped(Struct, frozen=True, array_like=True, tag="d"):
@@ -58,6 +59,7 @@ class Dropped(Struct, frozen=True, array_like=True, tag="d"):
     keys: tuple[str, ...]
     soft: bool = False  #: stale copies may still be served as such
     origin: str = ""
+    published_ms: int = 0  #: as in ``Changed``; of several events, the oldest
 
 
 class Bumped(Struct, frozen=True, array_like=True, tag="t"):
@@ -66,6 +68,7 @@ class Bumped(Struct, frozen=True, array_like=True, tag="t"):
     tags: tuple[str, ...]
     origin: str = ""
     soft: bool = False  #: they may still be served as stale
+    published_ms: int = 0  #: as in ``Dropped``
 
 
 class Extended(Struct, frozen=True, array_like=True, tag="x"):

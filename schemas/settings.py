@@ -2,24 +2,29 @@
 
 I1  Every setting has exactly one default: the one in this file.
 I2  A value outside its limits never gets past decoding.
-I3  A secret is a ``Secret``: its ``repr`` and ``str`` are masked, only ``reveal()`` tells.
+I3  A secret is a ``Secret``: its ``repr`` and ``str`` are masked, only ``reveal()`` tells. A URL is
+    text, and may hold a password where settings are made in code: ``repr`` and ``str`` of the
+    settings mask it, and so does what ``rich`` shows of them.
 
 Names carry their unit. Nothing here reads the environment, a file or a clock.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 from .limits import Limit
+from .masking import mask_url
 
 __all__ = [
     "LEASE_MS_MAX",
     "CacheDefaults",
     "Compression",
     "Durable",
+    "HostName",
     "Http",
     "Limiter",
     "Limits",
@@ -38,6 +43,9 @@ Count = Annotated[int, Meta(ge=1, le=100_000_000)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,16}$")]
 Compression = Literal["zlib", "zstd", "none"]
+HostName = Annotated[
+    str, Meta(pattern=r"^(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?$")
+]
 
 
 class Secret:
@@ -70,7 +78,7 @@ class Valkey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the server is and how long to wait for it."""
 
     url: str = ""  #: empty: an embedded server is started
-    reader_url: str = ""  #: a replica for reads of entries only; empty: the primary
+    reader_url: str = ""  #: accepted, and not used: all reads go to the primary
     username: str = ""
     password: Secret = Secret("")
     fake: bool = False  #: fakeredis in this process, for trying out only
@@ -89,6 +97,15 @@ class Valkey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     reconnect_max_ms: Millis = 5_000
     replicas_min: Annotated[int, Meta(ge=1, le=16)] = 1  #: that "replicated" asks for
 
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
+        return f"Valkey({fields})"
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        masked = {name: mask_url(values[name]) for name in ("url", "reader_url")}
+        return list((values | masked).items())
+
 
 class Http(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The endpoint for events, health, stats and metrics."""
@@ -102,7 +119,19 @@ class Http(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     connections_max: Annotated[int, Meta(ge=1, le=65_536)] = 1_024
     batch_events_max: Annotated[int, Meta(ge=1, le=10_000)] = 100
     coordinator: bool | None = None  #: serve locks and limits; unset: where workers run
-    token_file: str = ""  #: whoever changes anything then needs this bearer token
+    token_file: str = ""  #: every request below /v1 then needs this bearer token
+    open: bool = False  #: whether other machines may reach it without a token
+    hosts: tuple[HostName, ...] = ()  #: names that clients may use; "*.x" is every name below x
+
+    @property
+    def reachable(self) -> bool:
+        """Whether other machines may reach it. A name may be any address, except localhost."""
+        if not self.enabled or self.host.lower() == "localhost":
+            return False
+        try:
+            return not ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return True
 
 
 class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -123,7 +152,7 @@ class CacheDefaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_staleness_ms: Millis = 500
     on_disconnected: Literal["bypass", "stale", "fail"] = "bypass"
     value_bytes_max: Annotated[int, Meta(ge=1, le=67_108_864)] = 1_048_576
-    compression: Compression = "zlib"  #: of what is written; zstd needs forebay[zstd]
+    compression: Compression = "zlib"  #: of what is written; zstd needs the extra zstd
     compress_over_bytes: Annotated[int, Meta(ge=0, le=67_108_864)] = 1_024
     lease_ms: Annotated[int, Meta(ge=100, le=LEASE_MS_MAX)] = 10_000  #: one load takes no longer
     jitter: Annotated[float, Meta(ge=0, le=0.5)] = 0.05

@@ -56,6 +56,16 @@ def _fake(settings: Settings) -> Iterator[Complaint]:
             yield "valkey.fake", f"a fake server cannot go with valkey.{leaf}", fix
 
 
+def _credentials(settings: Settings) -> Iterator[Complaint]:
+    """An embedded server has no users: whoever gives a user means another server."""
+    valkey = settings.valkey
+    if valkey.url or valkey.fake:
+        return
+    for leaf in ("username", "password"):
+        if getattr(valkey, leaf):
+            yield f"valkey.{leaf}", "nothing names its server", "set valkey.url, or unset this"
+
+
 def _reader(settings: Settings) -> Iterator[Complaint]:
     reader, primary = endpoint_of(settings.valkey, reader=True), endpoint_of(settings.valkey)
     if reader is None:
@@ -109,12 +119,12 @@ def _at_most(smaller: str, greater: str, why: str) -> Rule:
 
 def _beats(settings: Settings) -> Iterator[Complaint]:
     beat_ms, ttl_ms = settings.workers.beat_ms, settings.workers.ownership_ttl_ms
-    if beat_ms * 2 > ttl_ms:
-        why = "one late beat would lose the shards"
-        problem = f"two beats take longer than workers.ownership_ttl_ms = {ttl_ms}: {why}"
-        yield "workers.beat_ms", problem, f"set it to at most {ttl_ms // 2}"
-        problem = f"it is shorter than two beats of workers.beat_ms = {beat_ms}: {why}"
-        yield "workers.ownership_ttl_ms", problem, f"set it to at least {beat_ms * 2}"
+    if beat_ms * 3 > ttl_ms:
+        why = "one lost beat, and a late one, would lose the shards"
+        problem = f"three beats take longer than workers.ownership_ttl_ms = {ttl_ms}: {why}"
+        yield "workers.beat_ms", problem, f"set it to at most {ttl_ms // 3}"
+        problem = f"it is shorter than three beats of workers.beat_ms = {beat_ms}: {why}"
+        yield "workers.ownership_ttl_ms", problem, f"set it to at least {beat_ms * 3}"
 
 
 def _flush(settings: Settings) -> Iterator[Complaint]:
@@ -132,6 +142,14 @@ def _host(settings: Settings) -> Iterator[Complaint]:
         yield "http.host", "an empty host would listen on all interfaces", fix
 
 
+def _exposed(settings: Settings) -> Iterator[Complaint]:
+    http = settings.http
+    if http.reachable and not http.token_file and not http.open:
+        problem = "other machines may reach it, and it asks nobody for a token"
+        fix = "set http.token_file; or http.open = true if only trusted clients reach it"
+        yield "http.host", problem, fix
+
+
 def _default_limit(settings: Settings) -> Iterator[Complaint]:
     try:
         default_limit(settings.limiter)
@@ -142,11 +160,13 @@ def _default_limit(settings: Settings) -> Iterator[Complaint]:
 
 _RULES: tuple[Rule, ...] = (
     _fake,
+    _credentials,
     _reader,
     _tls,
     _beats,
     _flush,
     _host,
+    _exposed,
     _default_limit,
     _at_most("valkey.connect_timeout_ms", "valkey.startup_timeout_ms", "no try could end in time"),
     _at_most("valkey.reconnect_jitter_ms", "valkey.reconnect_max_ms", "it is part of that wait"),

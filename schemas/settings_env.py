@@ -2,46 +2,46 @@
 
 I1  A ``FOREBAY_*`` name that nothing reads is refused, with the nearest one that exists;
     except what Kubernetes adds for a service of that name.
-I2  Neutral names (``VALKEY_*``, ``CACHE_VER``, ``RATE_*``) are honoured unless a
-    ``FOREBAY_*`` name sets the same; unknown ones among them belong to other software.
+I2  Neutral names (``settings_neutral``) are honoured unless a ``FOREBAY_*`` name sets the same;
+    unknown ones among them belong to other software.
 I3  A variable that is set but empty counts as not set.
 I4  NAME and NAME_FILE together are refused; a file that NAME_FILE names must be there,
     while the places where systemd and container engines put secrets may be empty.
 
-A neutral address is VALKEY_URL, or else VALKEY_HOST with VALKEY_PORT, VALKEY_DB and
-VALKEY_TLS. Values are still text here, ``settings_sources`` decodes them.
+Values are still text here, ``settings_sources`` decodes them.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from msgspec import Struct
 
 from .errors import ConfigError
 from .settings_names import FIELDS, SECTIONS, known_names, nearest, plainly, shown
+from .settings_neutral import (
+    NEUTRAL,
+    Address,
+    is_of_kubernetes,
+    misspelt,
+    primary_address,
+    reader_address,
+    url_must_agree,
+)
 
-__all__ = ["READ_BY_THE_COMMAND_LINE", "Found", "from_environment", "from_secret_file"]
+__all__ = [
+    "READ_BY_THE_COMMAND_LINE",
+    "Found",
+    "from_environment",
+    "from_secret_file",
+    "misspelt_names",
+]
 
 ReadSecret = Callable[[str], str | None]
 
 READ_BY_THE_COMMAND_LINE = frozenset({"FOREBAY_CONFIG", "FOREBAY_APP", "FOREBAY_DEMO_DB"})
 _READ_BY_TESTS = "FOREBAY_TEST_"
 _SHORT = {"FOREBAY_URL": "valkey.url", "FOREBAY_NAMESPACE": "node.namespace"}
-_NEUTRAL = {
-    "VALKEY_URL": "valkey.url",
-    "VALKEY_USERNAME": "valkey.username",
-    "VALKEY_PASSWORD": "valkey.password",
-    "VALKEY_FAKE": "valkey.fake",
-    "CACHE_VER": "cache.version",
-    "RATE_MAX_TOKENS": "limiter.max_tokens",
-    "RATE_WINDOW_SEC": "limiter.window_s",
-}
-_KUBERNETES = re.compile(
-    r"FOREBAY(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)\w*)\Z"
-)
-_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 
 FILE_RANK, NEUTRAL_RANK, MOUNTED_RANK, OWN_RANK, FLAG_RANK = range(1, 6)
 
@@ -54,17 +54,33 @@ class Found(Struct, frozen=True, kw_only=True):
     origin: str
     rank: int  #: the greater one wins
     textual: bool = True  #: it may have to be read as a number or a truth value
+    file: str = ""  #: the path of the file that it is from
 
     def __repr__(self) -> str:
         return f"Found({self.name} = {shown(self.name, self.value)} from {self.origin})"
 
+    def __rich_repr__(self) -> list[tuple[str, str]]:
+        return [(self.name, shown(self.name, self.value)), ("origin", self.origin)]
 
-def from_environment(environ: Mapping[str, str], read_secret: ReadSecret) -> list[Found]:
+
+def from_environment(
+    environ: Mapping[str, str], read_secret: ReadSecret, others: Collection[Found] = ()
+) -> list[Found]:
+    """The values by the environment; ``others`` are those of file and flags."""
     present = {name: value for name, value in environ.items() if value}
     own = list(_own(present, read_secret))
     mounted = list(_mounted(present, read_secret, skip={found.name for found in own}))
     decided = {found.name for found in own + mounted}
-    return own + mounted + list(_neutral(present, read_secret, skip=decided))
+    found = [*own, *mounted, *_neutral(present, read_secret, skip=decided)]
+    if "valkey.reader_url" in decided:
+        return found
+    return [*found, *_neutral_reader(present, [*others, *found])]
+
+
+def misspelt_names(environ: Mapping[str, str]) -> list[str]:
+    """A sentence for each variable that nothing reads and that resembles one that is read."""
+    own = [*_SHORT, *READ_BY_THE_COMMAND_LINE, *(field.env_name for field in FIELDS.values())]
+    return list(misspelt(environ, own))
 
 
 def from_secret_file(
@@ -89,7 +105,7 @@ def from_secret_file(
         raise refused("the file is empty")
     if "\n" in value:
         raise refused("the file has more than one line")
-    return Found(name=name, value=value, origin=origin, rank=rank)
+    return Found(name=name, value=value, origin=origin, rank=rank, file=path)
 
 
 def _own(environ: Mapping[str, str], read_secret: ReadSecret) -> Iterator[Found]:
@@ -113,21 +129,35 @@ def _own(environ: Mapping[str, str], read_secret: ReadSecret) -> Iterator[Found]
 def _neutral(
     environ: Mapping[str, str], read_secret: ReadSecret, skip: Collection[str]
 ) -> Iterator[Found]:
-    have = set(skip)
-    for variable, setting in _NEUTRAL.items():
-        if setting in have:
+    taken: dict[str, Found] = {}
+    for variable, setting in NEUTRAL.items():
+        if setting in skip:
             continue
         by_file = f"{variable}_FILE" if FIELDS[setting].may_be_file else variable
         for each in sorted({variable, by_file} & environ.keys()):
-            have.add(setting)
             found = _read(each, setting, environ, read_secret, rank=NEUTRAL_RANK)
-            if setting == "valkey.url":
-                _must_agree(found, environ)
-            yield found
-    if "valkey.url" not in have:
-        yield from _address(environ)
-    if "valkey.reader_url" not in have:
-        yield from _reader(environ)
+            other = taken.setdefault(setting, found)
+            if other.value != found.value:
+                raise _set_twice(found, other)
+    if url := taken.get("valkey.url"):
+        url_must_agree(str(url.value), url.origin, environ)
+    elif "valkey.url" not in skip:
+        taken |= _assembled("valkey.url", primary_address(environ))
+    yield from taken.values()
+
+
+def _neutral_reader(environ: Mapping[str, str], known: Collection[Found]) -> Iterable[Found]:
+    """The reader is completed by the URL of the primary that is in force."""
+    primaries = [found for found in known if found.name == "valkey.url" and found.value]
+    primary = max(primaries, key=lambda found: found.rank, default=None)
+    found = reader_address(environ, str(primary.value) if primary else "")
+    return _assembled("valkey.reader_url", found).values()
+
+
+def _assembled(setting: str, found: Address | None) -> dict[str, Found]:
+    if found is None:
+        return {}
+    return {setting: Found(name=setting, value=found.url, origin=found.origin, rank=NEUTRAL_RANK)}
 
 
 def _read(
@@ -175,114 +205,10 @@ def _mounted(
                 break
 
 
-def _address(environ: Mapping[str, str]) -> Iterator[Found]:
-    """A URL made of VALKEY_HOST and its companions."""
-    parts = _parts(environ)
-    if "VALKEY_HOST" not in parts and "VALKEY_PORT" not in parts:
-        return
-    host = parts.get("VALKEY_HOST", "localhost")
-    names = [name for name in ("HOST", "PORT", "DB", "TLS", "SSL") if f"VALKEY_{name}" in parts]
-    origin = "environment " + ", ".join(f"VALKEY_{name}" for name in names)
-    db = _number(parts, "VALKEY_DB", 0, 65_535) or "0"
-    port = _number(parts, "VALKEY_PORT", 1, 65_535)
-    scheme = "valkeys" if _tls(parts) else "valkey"
-    url = _assembled(host, port=port, scheme=scheme, db=db)
-    yield Found(name="valkey.url", value=url, origin=origin, rank=NEUTRAL_RANK)
-
-
-def _reader(environ: Mapping[str, str]) -> Iterator[Found]:
-    parts = _parts(environ)
-    names = ("VALKEY_READER_ENDPOINT", "VALKEY_READER_HOST")
-    endpoint = next((name for name in names if name in parts), None)
-    if endpoint is None:
-        return
-    url = parts[endpoint]
-    if "://" not in url:
-        scheme, db, port = _as_the_primary(environ, parts)
-        port = _number(parts, "VALKEY_READER_PORT", 1, 65_535) or port
-        url = _assembled(url, port=port, scheme=scheme, db=db)
-    origin = f"environment {endpoint}"
-    yield Found(name="valkey.reader_url", value=url, origin=origin, rank=NEUTRAL_RANK)
-
-
-def _as_the_primary(environ: Mapping[str, str], parts: Mapping[str, str]) -> tuple[str, str, str]:
-    """Scheme, database and port for a reader that was given as a bare host."""
-    names = ("FOREBAY_URL", "FOREBAY_VALKEY__URL", "VALKEY_URL")
-    primary = next((environ[name] for name in names if name in environ), None)
-    if primary is None:
-        db = _number(parts, "VALKEY_DB", 0, 65_535) or "0"
-        scheme = "valkeys" if _tls(parts) else "valkey"
-        return scheme, db, _number(parts, "VALKEY_PORT", 1, 65_535)
-    tail = re.search(r"[^/]/(\d{1,5})\Z", primary)
-    return "valkeys" if _is_tls(primary) else "valkey", tail[1] if tail else "0", ""
-
-
-def _assembled(host: str, *, port: str, scheme: str, db: str) -> str:
-    if host.startswith("/"):
-        return f"unix://{host}" + (f"?db={db}" if db != "0" else "")
-    if host.count(":") > 1 and not host.startswith("["):
-        host = f"[{host}]"
-    has_port = re.search(r"(\A[^:]+|\]):\d+\Z", host)
-    return f"{scheme}://{host}{'' if has_port or not port else ':' + port}/{db}"
-
-
-def _must_agree(found: Found, environ: Mapping[str, str]) -> None:
-    """VALKEY_TLS and VALKEY_DB cannot change a URL; refuse rather than ignore them."""
-    parts, url = _parts(environ), str(found.value)
-    if _tls(parts) and not _is_tls(url):
-        raise _refused(
-            found.name, url, found.origin, "VALKEY_TLS asks for TLS", "write valkeys:// in the URL"
-        )
-    db = _number(parts, "VALKEY_DB", 0, 65_535)
-    if db and int(db) and not re.search(rf"(/|[?&]db=)0*{int(db)}\Z", url):
-        raise _refused(
-            found.name, url, found.origin, f"VALKEY_DB names database {db}", "write it in the URL"
-        )
-
-
-def _parts(environ: Mapping[str, str]) -> dict[str, str]:
-    """The neutral variables, less what Kubernetes adds for a service named valkey."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name.startswith("VALKEY_") and not (name.endswith("_PORT") and _is_link(value))
-    }
-
-
-def _is_tls(url: str) -> bool:
-    return url.lower().startswith(("valkeys:", "rediss:"))
-
-
-def _tls(parts: Mapping[str, str]) -> bool:
-    for name in ("VALKEY_TLS", "VALKEY_SSL"):
-        if name in parts:
-            value = parts[name].lower()
-            if value not in ("true", "false", "1", "0"):
-                origin = f"environment {name}"
-                problem = "must be true or false"
-                raise _refused("valkey.url", parts[name], origin, problem, "write true or false")
-            return value in ("true", "1")
-    return False
-
-
-def _number(parts: Mapping[str, str], name: str, least: int, most: int) -> str:
-    text = parts.get(name, "")
-    if text and not (text.isascii() and text.isdigit() and least <= int(text[:6]) <= most):
-        problem = f"{name} must be a whole number from {least} to {most}"
-        setting = "valkey.reader_url" if "READER" in name else "valkey.url"
-        raise _refused(setting, text, f"environment {name}", problem, "correct or unset it")
-    return text
-
-
 def _read_elsewhere(variable: str, value: str) -> bool:
     if variable in READ_BY_THE_COMMAND_LINE or variable.startswith(_READ_BY_TESTS):
         return True
-    link = variable.endswith("_PORT") and "__" not in variable and _is_link(value)
-    return link or bool(_KUBERNETES.match(variable))
-
-
-def _is_link(value: str) -> bool:
-    return bool(_SERVICE_LINK.match(value))
+    return is_of_kubernetes(variable, value)
 
 
 def _unknown(variable: str, known: Mapping[str, str]) -> ConfigError:

@@ -34,6 +34,10 @@ __all__ = [
 _SHOWN_CHARS_MAX = 120
 _WORDS = {
     "cache.version": "1 to 16 letters, digits, '.', '_' or '-'",
+    "http.hosts": (
+        "host names without scheme and port, such as cache.internal or *.shop.svc, "
+        "separated by commas; in the file a list"
+    ),
     "limiter.named": '[limits.NAME] tables in the file, or JSON: {"NAME": {"rate": 10}}',
     "node.namespace": (
         "1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or a digit"
@@ -99,7 +103,7 @@ def shown(name: str, value: object) -> str:
     if isinstance(value, list):
         return "(a list)"
     if isinstance(value, tuple):
-        return plainly(", ".join(each.name for each in value))
+        return plainly(", ".join(str(getattr(each, "name", each)) for each in value))
     return plainly(mask_url(str(value)) if field.url else str(value))
 
 

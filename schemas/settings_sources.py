@@ -6,7 +6,11 @@ I2  Whatever cannot be used is a ConfigError with the setting, its masked value,
 I3  Credentials leave the URL: they end up in ``valkey.username`` and ``valkey.password``,
     so that no ``repr`` of the settings shows them. A URL that is overridden takes its
     credentials with it; they are never sent to another server.
-I4  No secret is in ``Resolved``, in its rows or in an error, except inside a ``Secret``.
+I4  No secret is in ``Resolved``, in its rows, in a warning or in an error, except inside a
+    ``Secret``.
+I5  An environment that describes a server and gives no address is a ConfigError: no other
+    server is used instead. ``valkey.fake`` of the environment, or of a flag, goes before
+    addresses by neutral names, with a warning.
 
 No file, environment or clock is touched here: text, mappings and ``read_secret`` are
 given. ``read_secret(path)`` returns the content, or None if there is no such file; it
@@ -25,11 +29,13 @@ from msgspec import Struct, structs
 
 from .errors import ConfigError
 from .limits import Limit
-from .settings import Limits, Secret, Settings
+from .settings import HostName, Limits, Secret, Settings
 from .settings_checks import check
 from .settings_env import (
     FILE_RANK,
     FLAG_RANK,
+    NEUTRAL_RANK,
+    OWN_RANK,
     Found,
     ReadSecret,
     from_environment,
@@ -46,12 +52,23 @@ from .settings_names import (
     plainly,
     shown,
 )
-from .urls import Endpoint, parse_url
+from .settings_neutral import refuse_without_address
+from .urls import Endpoint, endpoint_of, parse_url
 
-__all__ = ["FLAGS", "FileSource", "Resolved", "SettingRow", "describe", "resolve"]
+__all__ = [
+    "FLAGS",
+    "FileSource",
+    "Resolved",
+    "SettingRow",
+    "SettingWarning",
+    "describe",
+    "resolve",
+    "values_of",
+]
 
 _TEXT_CHARS_MAX = 4_096
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_DOTS_MAX = 256
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BOUNDS = frozenset(field.name for field in structs.fields(Limits))
 _TRUTH = frozenset({"true", "false", "1", "0"})
 
@@ -76,9 +93,26 @@ class FileSource(Struct, frozen=True, kw_only=True):
 
     path: str  #: as it is shown to people
     text: str
+    place: str = ""  #: the path as the system knows it
 
     def __repr__(self) -> str:
         return f"FileSource({self.path!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, str]]:
+        return [("path", self.path)]
+
+
+class SettingWarning(Struct, frozen=True, kw_only=True):
+    """A value that is not used, or that others may know, and why."""
+
+    setting: str
+    value: str  #: masked
+    origin: str
+    problem: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.setting} = {self.value} (from {self.origin}): {self.problem}; {self.fix}"
 
 
 class Resolved(Struct, frozen=True, kw_only=True):
@@ -86,7 +120,8 @@ class Resolved(Struct, frozen=True, kw_only=True):
 
     settings: Settings
     origins: dict[str, str]
-    doubts: tuple[str, ...] = ()  #: of what is not in force, and could not be
+    secret_files: dict[str, str] = {}  #: by the name of a secret, the file that it is from
+    warnings: tuple[SettingWarning, ...] = ()  #: in the order of the settings' definition
 
 
 class SettingRow(Struct, frozen=True, kw_only=True):
@@ -106,29 +141,91 @@ def resolve(
 ) -> Resolved:
     best: dict[str, Found] = {}
     lost: list[Found] = []
-    in_file = _from_file(file, read_secret) if file else ()
-    for found in (*in_file, *from_environment(environ, read_secret), *_from_flags(flags)):
+    in_file = list(_from_file(file, read_secret)) if file else []
+    in_flags = list(_from_flags(flags))
+    in_environment = from_environment(environ, read_secret, in_file + in_flags)
+    for found in in_file + in_environment + in_flags:
         held = best.get(found.name)
         if held is None or found.rank >= held.rank:
             best[found.name] = found
             lost += [held] if held else []
         else:
             lost.append(found)
+    not_used = _fake_before_neutral_addresses(best)
+    if not _names_server(best):
+        refuse_without_address(environ)
     _part_from_credentials(best)
     origins = {name: best[name].origin if name in best else "default" for name in FIELDS}
     settings = _build({name: _decoded(found) for name, found in best.items()})
     check(settings, origins)
-    return Resolved(settings=settings, origins=origins, doubts=tuple(_doubts(lost)))
+    warnings = (*_overridden(lost), *not_used, *_reader(settings, origins))
+    return Resolved(
+        settings=settings,
+        origins=origins,
+        secret_files={n: f.file for n, f in best.items() if f.file and FIELDS[n].secret},
+        warnings=warnings,
+    )
 
 
-def _doubts(lost: Iterable[Found]) -> Iterator[str]:
+def _names_server(best: Mapping[str, Found]) -> bool:
+    """Whether a URL is given, or a fake server asked for."""
+    url, fake = best.get("valkey.url"), best.get("valkey.fake")
+    return bool(url and url.value) or bool(fake and _decoded(fake))
+
+
+def _fake_before_neutral_addresses(best: dict[str, Found]) -> list[SettingWarning]:
+    """Drop these addresses, in place, where a fake server is asked for by the environment or a
+    flag. One that comes from elsewhere contradicts it, see ``check``.
+    """
+    fake = best.get("valkey.fake")
+    if fake is None or fake.rank < NEUTRAL_RANK or not _decoded(fake):
+        return []
+    found = []
+    for name in ("valkey.url", "valkey.reader_url"):
+        if name in best and best[name].rank == NEUTRAL_RANK:
+            dropped = best.pop(name)
+            problem = (
+                f"it is not used, since valkey.fake is set ({fake.origin}): all data is in this"
+                " process, and lost with it"
+            )
+            fix = "unset valkey.fake to use the server"
+            found.append(_unused(dropped, problem, fix))
+    return found
+
+
+def _overridden(lost: Iterable[Found]) -> Iterator[SettingWarning]:
     """What is wrong with URLs that were overridden; they may be in force tomorrow."""
     for found in lost:
         if FIELDS[found.name].url and found.value:
             try:
                 parse_url(_text(found), setting=found.name, origin=found.origin)
             except ConfigError as error:
-                yield str(error)
+                problem = f"it is overridden, and {error.problem}"
+                yield _unused(found, problem, error.fix)
+
+
+def _reader(settings: Settings, origins: Mapping[str, str]) -> Iterator[SettingWarning]:
+    reader, primary = endpoint_of(settings.valkey, reader=True), endpoint_of(settings.valkey)
+    if reader is None or primary is None or reader.address == primary.address:
+        return
+    name = "valkey.reader_url"
+    yield SettingWarning(
+        setting=name,
+        value=shown(name, settings.valkey.reader_url),
+        origin=origins[name],
+        problem="it is not used: all reads go to valkey.url, since a replica may lag behind",
+        fix="unset it",
+    )
+
+
+def _unused(found: Found, problem: str, fix: str) -> SettingWarning:
+    return SettingWarning(
+        setting=found.name,
+        value=shown(found.name, found.value),
+        origin=found.origin,
+        problem=problem,
+        fix=fix,
+    )
 
 
 def describe(resolved: Resolved) -> list[SettingRow]:
@@ -139,6 +236,38 @@ def describe(resolved: Resolved) -> list[SettingRow]:
         origin = resolved.origins.get(name, "default")
         rows.append(SettingRow(name=name, value_shown=shown(name, value), origin=origin))
     return rows
+
+
+def values_of(
+    names: Iterable[str],
+    *,
+    file: FileSource | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, object],
+) -> dict[str, Any]:
+    """The values in force of these settings, whatever is wrong with all others. No secrets.
+
+    Raises:
+        ConfigError: one of them cannot be used, the file is not TOML, or a flag is no setting.
+    """
+    tables = _parsed(file, f"file {file.path}") if file else {}
+    given = {found.name: found for found in _from_flags(flags)}
+    values = {}
+    for name in names:
+        field = FIELDS[name]
+        table, text = tables.get(field.section), environ.get(field.env_name)
+        found = given.get(name)
+        if found is None and text:
+            origin = f"environment {field.env_name}"
+            found = Found(name=name, value=text, origin=origin, rank=OWN_RANK)
+        if found is None and file and isinstance(table, dict) and field.leaf in table:
+            found = _file_value(name, table[field.leaf], table, f"file {file.path}", _no_secret)
+        values[name] = field.default if found is None else _decoded(found)
+    return values
+
+
+def _no_secret(_: str) -> None:
+    return None
 
 
 def _from_file(file: FileSource, read_secret: ReadSecret) -> Iterator[Found]:
@@ -154,7 +283,8 @@ def _from_file(file: FileSource, read_secret: ReadSecret) -> Iterator[Found]:
             table = {k: v for k, v in table.items() if k not in named}
             yield from _named_limits(named, origin)
         for leaf, value in table.items():
-            yield _file_value(f"{section}.{leaf}", value, table, origin, read_secret)
+            found = _file_value(f"{section}.{leaf}", value, table, origin, read_secret)
+            yield structs.replace(found, file=found.file or file.place)
 
 
 def _named_limits(tables: dict[str, Any], origin: str) -> Iterator[Found]:
@@ -185,6 +315,11 @@ def _file_value(
 
 
 def _parsed(file: FileSource, origin: str) -> dict[str, Any]:
+    for number, line in enumerate(file.text.splitlines(), 1):
+        if line.count(".") > _DOTS_MAX:  # tomllib's time grows with the square of a dotted key
+            problem = f"has more than {_DOTS_MAX} dots in line {number}"
+            fix = "write a long list on several lines"
+            raise _refused("the configuration", "***", origin, problem, fix)
     try:
         return tomllib.loads(file.text)
     except (ValueError, RecursionError) as error:
@@ -233,7 +368,7 @@ def _take_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) 
                 name, shown(name, held.value), held.origin, problem, "take it out of the URL"
             )
         origin = f"{found.origin}, in the URL"
-        best[name] = Found(name=name, value=value, origin=origin, rank=found.rank)
+        best[name] = Found(name=name, value=value, origin=origin, rank=found.rank, file=found.file)
 
 
 def _same_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) -> None:
@@ -249,8 +384,8 @@ def _same_credentials(endpoint: Endpoint, found: Found, best: dict[str, Found]) 
 
 def _decoded(found: Found) -> object:
     field, value = FIELDS[found.name], found.value
-    if found.textual and found.name == "limiter.named":
-        return _limits_in_json(field, found)
+    if found.textual and found.name in _LISTS:
+        return _LISTS[found.name](field, found)
     if field.secret:
         return Secret(_text(found))
     if field.name == "cache.version" and type(value) is int:
@@ -273,6 +408,17 @@ def _limits_in_json(field: Field, found: Found) -> tuple[Limit, ...]:
     except msgspec.DecodeError:
         raise _wrong(field, found) from None
     return named_limits(tables, found.origin)
+
+
+def _hosts_in_text(field: Field, found: Found) -> tuple[str, ...]:
+    names = [part.strip() for part in _text(found).split(",") if part.strip()]
+    try:
+        return msgspec.convert(names, tuple[HostName, ...])
+    except msgspec.ValidationError:
+        raise _wrong(field, found) from None
+
+
+_LISTS = {"limiter.named": _limits_in_json, "http.hosts": _hosts_in_text}
 
 
 def _parts(field: Field) -> tuple[Any, ...]:

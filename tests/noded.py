@@ -27,7 +27,7 @@ import msgspec
 
 from forebay.coordinator.embedded import bound_to_owner
 
-__all__ = ["Answer", "NodeProcess", "Shop", "environ", "until"]
+__all__ = ["Answer", "NodeProcess", "Shop", "environ", "stands_still", "until"]
 
 T = TypeVar("T")
 TESTS = Path(__file__).parent
@@ -54,6 +54,11 @@ def until(found: Callable[[], T], *, limit_s: float = PATIENCE_S, what: str = "i
             return got
         assert time.monotonic() < give_up_at, f"{what} did not come within {limit_s:g} s"
         time.sleep(0.005)
+
+
+def stands_still(pid: int) -> bool:
+    """Whether a process that was told to stop has stopped; see proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def environ(**more: str) -> dict[str, str]:

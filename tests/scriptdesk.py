@@ -114,9 +114,10 @@ class Desk:
         key: str = "k",
         soft_ms: int = MINUTE_MS,
         hard_ms: int = 2 * MINUTE_MS,
+        label: str = "",
     ) -> list[Reply]:
         said = self._said(Changed(key), self.names.shard(key))
-        args: list[Arg] = [token, soft_ms, hard_ms, tail_of(value), *said]
+        args: list[Arg] = [token, soft_ms, hard_ms, tail_of(value), *said, label]
         return list(await self.run("entry_fill", self.entry_keys(key), *args))
 
     async def put(
@@ -195,6 +196,17 @@ class Desk:
         keys = [*self.entry_keys(key)[:2], self.part("refreshes", shard)]
         args: list[Arg] = [token, MINUTE_MS, seen, f"job {token}", bound, self.names.work, shard]
         return int(await self.run("refresh_publish", keys, *args))
+
+    # Entries of another service
+
+    async def begin_legacy(self, until_ms: int) -> list[int]:
+        """The time in force, and whether the shard of ``k`` had changes before."""
+        reply = await self.run("legacy_begin", [self.part("head")], until_ms)
+        return [int(each) for each in reply]
+
+    async def marks(self) -> set[bytes]:
+        """Of the shard of ``k``."""
+        return set(await self.commands.call("ZRANGE", self.part("legacy"), 0, -1))
 
     # Tags
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import tomllib
 import zipfile
 from itertools import chain
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import forebay
+from forebay.schemas.extras import DISTRIBUTION, Extra, pip_install
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("schemas", "coordinator", "nodes")
@@ -149,3 +152,44 @@ def _parsed(requirement: str) -> tuple[str, str]:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text))
+
+
+def hints(text: str) -> list[tuple[str, list[str]]]:
+    """The name and the extras of each requirement with extras of ours."""
+    found = re.findall(r"(?<![\w'])('?)(forebay|\.)\[([\w,]+)\]('?)", text)
+    return [(f"{a}{name}{b}", extras.split(",")) for a, name, extras, b in found]
+
+
+def test_hints_name_what_can_be_installed() -> None:
+    """The distribution and its extras, quoted for the shell, in code and documents alike."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == DISTRIBUTION
+    files = [f for d in SHIPPED for f in (ROOT / d).rglob("*.py")]
+    files += [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for file in files:
+        for name, extras in hints(file.read_text()):
+            assert name in ("'forebay'", "'.'"), f"{file}: {name}{extras} is not quoted"
+            assert set(extras) <= set(project["optional-dependencies"]), file
+    assert set(get_args(Extra)) <= set(project["optional-dependencies"])
+    assert hints("pip install forebay[a,b], 'forebay[c]'") == [
+        ("forebay", ["a", "b"]),
+        ("'forebay'", ["c"]),
+    ]
+
+
+def test_a_hint_adds_what_the_extra_needs(tmp_path: Path) -> None:
+    """Where Forebay is installed, pip finds it by this name and asks no index for it."""
+    words = shlex.split(pip_install("zstd"))[1:]
+    said = python("-m", "pip", *words, "--dry-run", "--no-index", cwd=tmp_path)
+    assert f"Requirement already satisfied: {DISTRIBUTION}[zstd]" in said
+
+
+def test_make_help_lists_all_targets() -> None:
+    """Each has a line that says what it is for."""
+    done = subprocess.run(
+        ["make", "-s", "-C", ROOT, "help"], capture_output=True, text=True, check=True
+    )
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert sorted(lines) == sorted(phony[1].split())

@@ -63,6 +63,7 @@ class Limiter:
         self._commands = commands
         self._channel = names.limits.encode()
         self._counts = instruments.counts
+        self._declare = instruments.declare
         self._clock = clock
         self._limits: dict[str, Limit] = {}
         self._sets: dict[tuple[str, ...], LimitSet] = {}
@@ -79,6 +80,8 @@ class Limiter:
         checked = {limit.name: limit for limit in map(check_limit, limits)}
         changed = [name for name, limit in checked.items() if self._limits.get(name) != limit]
         self._limits |= checked
+        for name in checked:
+            self._declare("limit", name)
         for names, found in self._sets.items():
             if not set(names).isdisjoint(changed):
                 found.change([self._limits[name] for name in names])
@@ -148,7 +151,8 @@ class Limiter:
         denied = sum((found.denied_locally for found in self._sets.values()), Counter[str]())
         for name, count in denied.items():
             self._counts["limiter_decisions", name, "deny_cache", "refused"] = count
-        for names, found in self._sets.items():
-            if len(names) == 1 and found.limits[0].lease:
-                self._counts["limiter_decisions", names[0], "lease", "allowed"] = found.leased
-                yield "limiter_leased_tokens", names, float(found.outstanding)
+        for name in self._limits:
+            found = self._sets.get((name,))
+            if found is not None:
+                self._counts["limiter_decisions", name, "lease", "allowed"] = found.leased
+            yield "limiter_leased_tokens", (name,), float(found.outstanding if found else 0)

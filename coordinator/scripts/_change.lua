@@ -18,7 +18,11 @@
 --    text repeats nothing.
 -- C7 A change that must work when memory is full (at_full) first cuts the log to its newest 100
 --    notices, so its growth is bounded. Followers that are further behind read the shard again.
--- C8 An invalidation (always) takes effect also where head or log is of another type: what these
+-- C8 While entries of another service may be brought over (l in the head: until when, in ms), a change marks
+--    its keys and tags in a set beside the head. Nothing is brought over for a key with a mark, or with a
+--    tag that has one. At most LEGACY_MARKS_MAX marks are kept: beyond that, the shard brings nothing over
+--    (l becomes negative). After that time the set and l are deleted.
+-- C9 An invalidation (always) takes effect also where head or log is of another type: what these
 --    keep is lost, as if they were deleted. Other changes are refused before they write anything.
 --
 -- An entry begins: magic 3, state 1, version 16, soft_at 13, hard_at 13, pending 16 (digits).
@@ -39,8 +43,15 @@ local function accepted(always, reply)
   return reply
 end
 
+-- The l of a head, in milliseconds: until when changes are marked; negative: too many were.
+local function legacy_until(text)
+  local sign, digits = string.match(text or "", "^(-?)(%d+)$")
+  local ms = whole_number(digits) or 0
+  return sign == "-" and -ms or ms
+end
+
 local function next_change(head, log, always)
-  local known = accepted(always, redis.pcall("HMGET", head, "e", "v", "c"))
+  local known = accepted(always, redis.pcall("HMGET", head, "e", "v", "c", "l"))
   local epoch, newest, now = whole_number(known[1]), whole_number(known[2]) or 0, server_us()
   if not epoch then
     local last = accepted(always, redis.pcall("XREVRANGE", log, "+", "-", "COUNT", 1))[1]
@@ -52,7 +63,13 @@ local function next_change(head, log, always)
   if not epoch or redis.call("EXISTS", log) == 0 then
     epoch = math.max(now, (epoch or 0) + 1)
   end
-  return { epoch = epoch, version = math.max(newest + 1, now), now = now, labels = known[3] or "" }
+  return {
+    epoch = epoch,
+    version = math.max(newest + 1, now),
+    now = now,
+    labels = known[3] or "",
+    legacy_until_ms = legacy_until(known[4]),
+  }
 end
 
 -- The id that a log has given last, also if its entry is gone.
@@ -124,6 +141,9 @@ end
 -- The numbers of an entry; empty if there is none, or something that is no string.
 local function numbers_of(key)
   local found = redis.pcall("GETRANGE", key, 0, 61)
+  if type(found) == "table" and not string.find(tostring(found.err), "WRONGTYPE", 1, true) then
+    redis.call("GETRANGE", key, 0, 61)  -- fails likewise
+  end
   return type(found) == "string" and found or ""
 end
 
@@ -211,9 +231,45 @@ local function bump_tag(tag, version, soft, keep_ms)
   redis.call("SET", tag, value, "PX", keep_ms)
 end
 
+local LEGACY_MARKS_MAX = 100000
+local LEGACY_MARK_MS = 31 * 86400000  -- longer than an entry may be brought over after its cache was declared so
+
+-- The set of marks, in the shard of this head.
+local function marks_of(head)
+  return (string.gsub(head, ":head$", ":legacy", 1))
+end
+
+-- Nothing of another service is brought over for this key (*KEY) or tag any more.
+local function mark_changed(change, head, label)
+  if change.legacy_until_ms <= 0 then return end
+  local marks, now_ms = marks_of(head), math.floor(change.now / 1000)
+  if now_ms > change.legacy_until_ms then
+    redis.call("HDEL", head, "l")
+    redis.call("UNLINK", marks)
+    return
+  end
+  local added = redis.pcall("ZADD", marks, string.format("%.0f", now_ms), label)
+  local count = LEGACY_MARKS_MAX + 1  -- where something else has that name
+  if type(added) == "number" then
+    redis.call("ZREMRANGEBYSCORE", marks, "-inf", string.format("%.0f", now_ms - LEGACY_MARK_MS))
+    count = redis.call("ZCARD", marks)
+  end
+  if count > LEGACY_MARKS_MAX then
+    redis.call("HSET", head, "l", string.format("%.0f", -change.legacy_until_ms))
+    redis.call("UNLINK", marks)
+  end
+end
+
+-- The name in the name of a tag's version.
+local function label_of(tag)
+  return string.match(tag, "^{.-}:t:(.*)$")
+end
+
 -- Whatever depends on a key carries a tag named after it; where there is no such tag, nothing does
 -- yet: whoever makes it later finds in the head (o) whether a key of the shard changed meanwhile.
-local function outdate_dependents(head, named_after, version, soft, keep_ms)
+local function outdate_dependents(change, head, named_after, soft, keep_ms)
+  local version = string.format("%.0f", change.version)
   accepted(true, redis.pcall("HSET", head, "o", version))
+  mark_changed(change, head, label_of(named_after))
   if redis.call("EXISTS", named_after) == 1 then bump_tag(named_after, version, soft, keep_ms) end
 end

@@ -17,7 +17,7 @@
 --    and is dropped when the write was sunk.
 -- I3 What depends on the keys is outdated with them, as softly.
 -- I4 The entries of all cache versions are outdated alike.
--- I5 It works when memory is full, and where head or log is of another type (C8).
+-- I5 It works when memory is full, and where head or log is of another type (C9).
 
 if is_repetition(KEYS[1], ARGV[4]) then return { 2 } end
 local change = next_change(KEYS[1], KEYS[2], true)
@@ -27,7 +27,7 @@ for i = 3, #KEYS, 3 do
   outdate_entry(KEYS[i], ARGV[5] == "1")
   outdate_other_versions(change.labels, KEYS[i], ARGV[5] == "1")
   redis.call("DEL", KEYS[i + 1])
-  outdate_dependents(KEYS[1], KEYS[i + 2], version, ARGV[5] == "1", ARGV[6])
+  outdate_dependents(change, KEYS[1], KEYS[i + 2], ARGV[5] == "1", ARGV[6])
 end
 if ARGV[4] ~= "" then accepted(true, redis.pcall("HSET", KEYS[1], "i", ARGV[4])) end
 return { 1, version }

@@ -12,6 +12,7 @@
 -- ARGV[5] notice   msgpack
 -- ARGV[6] bell     channel
 -- ARGV[7] shard    number of the shard
+-- ARGV[8] label    *KEY: mark the key, so that no entry of another service replaces this one; or empty
 -- Returns {1, version, soft_at_ms, hard_at_ms}; {0} refused: the lease is gone
 --
 -- I1 Without the caller's own token present nothing is written.
@@ -26,4 +27,5 @@ announce(change, KEYS[3], KEYS[4], ARGV[6], ARGV[7], ARGV[5])
 redis.call("SET", KEYS[1], envelope(change.version, soft_at, hard_at, 0, ARGV[4]), "PX", ARGV[3])
 know_label(change, KEYS[3], KEYS[1])
 redis.call("DEL", KEYS[2])
+if ARGV[8] ~= "" then mark_changed(change, KEYS[3], ARGV[8]) end
 return { 1, string.format("%.0f", change.version), string.format("%.0f", soft_at), string.format("%.0f", hard_at) }

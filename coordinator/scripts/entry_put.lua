@@ -40,7 +40,7 @@ end
 know_label(change, KEYS[3], KEYS[1])
 outdate_other_versions(change.labels, KEYS[1], false)
 redis.call("DEL", KEYS[2])
-local version = string.format("%.0f", change.version)
-outdate_dependents(KEYS[3], KEYS[5], version, false, ARGV[7])
+outdate_dependents(change, KEYS[3], KEYS[5], false, ARGV[7])
 if ARGV[8] ~= "0" then redis.call("SET", KEYS[6], ARGV[8], "PX", ARGV[7]) end
+local version = string.format("%.0f", change.version)
 return { 1, version, string.format("%.0f", soft_at), string.format("%.0f", hard_at) }

@@ -31,6 +31,6 @@ for _, i in ipairs(foreign) do
   know_label(change, KEYS[1], KEYS[i])
   redis.call("DEL", KEYS[i + 1])
   outdate_other_versions(change.labels, KEYS[i], false)
-  outdate_dependents(KEYS[1], KEYS[i + 2], version, false, ARGV[4])
+  outdate_dependents(change, KEYS[1], KEYS[i + 2], false, ARGV[4])
 end
 return { #foreign, version }

@@ -58,7 +58,7 @@ redis.call("SET", KEYS[1], envelope(change.version, soft_at, hard_at, change.ver
 know_label(change, KEYS[3], KEYS[1])
 outdate_other_versions(change.labels, KEYS[1], false)
 redis.call("DEL", KEYS[2])
-outdate_dependents(KEYS[3], KEYS[7], version, false, ARGV[12])
+outdate_dependents(change, KEYS[3], KEYS[7], false, ARGV[12])
 if ARGV[10] ~= "" then redis.call("HSET", KEYS[3], "i", ARGV[10]) end
 local forgotten = 0
 if seen_ms > 0 then

@@ -31,5 +31,5 @@ redis.call("SET", KEYS[1], envelope(change.version, soft_at, hard_at, 0, ARGV[4]
 know_label(change, KEYS[3], KEYS[1])
 outdate_other_versions(change.labels, KEYS[1], false)
 redis.call("DEL", KEYS[2])
-outdate_dependents(KEYS[3], KEYS[5], version, false, ARGV[8])
+outdate_dependents(change, KEYS[3], KEYS[5], false, ARGV[8])
 return { 1, version, string.format("%.0f", soft_at), string.format("%.0f", hard_at) }

@@ -10,7 +10,7 @@ M3  One key's failure is that key's; broken entries are misses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import anyio
@@ -43,28 +43,49 @@ class BulkReads(Generic[T]):
                 far.append(key)
             else:
                 found[key] = path.hit_of(entry)
-        todos: dict[str, Todo[Hit[T]]] = {}
-        for key, seen in (await path.look_at(far) if far else {}).items():
-            if isinstance(seen, Todo):
-                todos[key] = seen
-            else:
-                found[key] = seen
-        misses = sorted(todos)
-        for start in range(0, len(misses), _TOGETHER):
-            part = {key: (wanted[key], todos[key]) for key in misses[start : start + _TOGETHER]}
-            found |= await self._loaded(part)
+        if far:
+            await self._read_far(far, wanted, found)
         return found
 
-    async def _loaded(
-        self, wanted: Mapping[str, tuple[CallOf[T], Todo[Hit[T]]]]
-    ) -> dict[str, Hit[T] | Exception]:
-        found: dict[str, Hit[T] | Exception] = {}
+    async def _read_far(
+        self,
+        far: Sequence[str],
+        wanted: Mapping[str, CallOf[T]],
+        found: dict[str, Hit[T] | Exception],
+    ) -> None:
+        """Read what is not near; each key is counted as one read, also if this is cut short."""
+        metrics, began = self._path.metrics, self._path.metrics.now()
+        todos: dict[str, Todo[Hit[T]]] = {}
+        stopped: BaseException = anyio.get_cancelled_exc_class()()
+        try:
+            for key, seen in (await self._path.look_at(far)).items():
+                if isinstance(seen, Todo):
+                    todos[key] = seen
+                else:
+                    found[key] = seen
+            misses = sorted(todos)
+            for start in range(0, len(misses), _TOGETHER):
+                part = {key: (wanted[key], todos[key]) for key in misses[start : start + _TOGETHER]}
+                await self._load_all(part, found)
+        finally:
+            metrics.took(began)
+            for key in far:
+                outcome = found.get(key, stopped)
+                if isinstance(outcome, Hit):
+                    metrics.answered(outcome)
+                else:
+                    metrics.failed("source" if key in todos else "shared", outcome)
+
+    async def _load_all(
+        self,
+        wanted: Mapping[str, tuple[CallOf[T], Todo[Hit[T]]]],
+        found: dict[str, Hit[T] | Exception],
+    ) -> None:
         group = self._batches.group(len(wanted)) if self._batches else None
         async with anyio.create_task_group() as tasks:
             for key, (call, todo) in wanted.items():
                 member = group.member() if group else None
                 tasks.start_soon(self._load, key, call, todo, member, found)
-        return found
 
     async def _load(
         self,

@@ -82,6 +82,7 @@ class Cached(Writable[T], Generic[P, T]):
         self._copies: Copies[T] = Copies(self.value_type, CacheDefaults(), mutable=declared.mutable)
         self._own: Callable[[Any], T] | None = None
         self._near_hits_before = 0
+        self._near_negative_hits_before = 0
         self._path: ReadPath[T] | None = None
         self._near_get: Callable[[str], NearEntry | None] = _not_running
         if not self.keying.annotated:
@@ -103,8 +104,7 @@ class Cached(Writable[T], Generic[P, T]):
         """
         key = self.key(*args, **kwargs)
         if scope.opened and (seen := scope.current()) is not None:
-            read = functools.partial(self._read, key)
-            return self._copies.own((await seen.read(self, key, read)).value)
+            return self._copies.own((await self._read_in(seen, key)).value)
         entry = self._near_get(key)
         if entry is None:
             hit = await self.path.read(key, functools.partial(self._call_of, key))
@@ -118,10 +118,19 @@ class Cached(Writable[T], Generic[P, T]):
         """The value with its tier, age, version, and whether it is stale."""
         key = self.key(*args, **kwargs)
         if (seen := scope.current()) is not None:
-            hit = await seen.read(self, key, functools.partial(self._read, key))
+            hit = await self._read_in(seen, key)
         else:
             hit = await self._read(key)
         return self._copies.own_hit(hit)
+
+    async def _read_in(self, seen: scope.RequestScope, key: str) -> Hit[T]:
+        self._count_repeated(seen, key)
+        return await seen.read(self, key, functools.partial(self._read, key))
+
+    def _count_repeated(self, seen: scope.RequestScope, key: str) -> None:
+        """Count a read that its request scope answers."""
+        if self._path is not None and (hit := seen.get(self, key)) is not None:
+            self._path.metrics.repeated(hit)
 
     async def _read(self, key: str) -> Hit[T]:
         entry = self._near_get(key)
@@ -187,13 +196,18 @@ class Cached(Writable[T], Generic[P, T]):
     async def many_with_info(self, items: Iterable[Any]) -> list[Hit[T] | Exception]:
         """As ``many``, with tiers and ages; in place of what failed stands its exception."""
         refuse_one_string("items", items)
-        keys = [self.keying.of_item(item) for item in items]
+        return await self.read_keys([self.keying.of_item(item) for item in items])
+
+    async def read_keys(self, keys: Sequence[str]) -> list[Hit[T] | Exception]:
+        """As ``many_with_info``, for keys of this cache's template."""
         wanted = {key: functools.partial(self._call_of, key) for key in keys}
         reads = BulkReads(self.path, self._batches)
         seen = scope.current()
         if seen is None:
             found = await reads.read(wanted)
         else:
+            for key in wanted:
+                self._count_repeated(seen, key)
             found = await seen.read_many(self, wanted, reads.read)
         own = self._copies.own_hit
         return [own(hit) if isinstance(hit := found[key], Hit) else hit for key in keys]
@@ -255,6 +269,12 @@ class Cached(Writable[T], Generic[P, T]):
         return self._near_hits_before + (self._path.near.hits if self._path else 0)
 
     @property
+    def near_negative_hits(self) -> int:
+        """Of these hits, those of known absences."""
+        now = self._path.near.negative_hits if self._path else 0
+        return self._near_negative_hits_before + now
+
+    @property
     def path(self) -> ReadPath[T]:
         if self._path is None:
             raise ForebayError(f"{self.name}: {NOT_RUNNING}")
@@ -270,8 +290,18 @@ class Cached(Writable[T], Generic[P, T]):
         self._own = self._copies.own if self.declared.mutable else None
         codec = self._copies.codec
         source = source_of(core, self.name, self.declared, defaults)
-        loads = LoadPath(core, self.name, policy, codec, near, source, self._copies.own)
-        self._path = ReadPath(core, loads, limits=limits)
+        old_name = self.keying.legacy_name if self.declared.legacy_key else None
+        loads = LoadPath(
+            core,
+            self.name,
+            policy,
+            codec,
+            near,
+            source,
+            self._copies.own,
+            marks=old_name is not None,
+        )
+        self._path = ReadPath(core, loads, limits=limits, legacy_name=old_name)
         if self._batch_loader is not None:
             limit_s = _BATCH_OF_LEASE * policy.lease_ms / 1000
             self._batches = Batches(self.name, self._batch_loader, core.tasks, limit_s=limit_s)
@@ -290,6 +320,7 @@ class Cached(Writable[T], Generic[P, T]):
 
     def unbind(self) -> None:
         self._near_hits_before = self.near_hits
+        self._near_negative_hits_before = self.near_negative_hits
         self._path = self._batches = self._writes = None
         self._near_get = _not_running
 

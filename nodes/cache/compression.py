@@ -15,6 +15,7 @@ from typing import Any
 
 from ...schemas.entry import Codec
 from ...schemas.errors import ConfigError
+from ...schemas.extras import pip_install
 from ...schemas.settings import Compression
 
 __all__ = ["compressor"]
@@ -44,7 +45,7 @@ def _zstd() -> Callable[[bytes], bytes]:
         import zstandard
     except ImportError:
         raise _unusable(
-            "zstd", "zstandard is not installed", "install forebay[zstd], or choose zlib"
+            "zstd", "zstandard is not installed", f"{pip_install('zstd')}, or choose zlib"
         ) from None
 
     idle: list[Any] = []

@@ -58,7 +58,7 @@ class Hit(Struct, Generic[T], frozen=True):
     value: T
     tier: Tier
     version: int
-    age_ms: int
+    age_ms: int | None  #: None: unknown, another service stored it
     stale: bool = False
     size: int = 0
 

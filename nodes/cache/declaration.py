@@ -12,9 +12,9 @@ from ...schemas.errors import ConfigError
 from ...schemas.settings import CacheDefaults
 from .policy import OnDisconnected, Policy
 
-__all__ = ["Declaration", "declaring", "exceptions", "lifetime_ms", "policy_of"]
+__all__ = ["LONGEST_S", "Declaration", "declaring", "exceptions", "lifetime_ms", "policy_of"]
 
-_LONGEST_S = 366 * 86_400
+LONGEST_S = 366 * 86_400
 _NEGATIVE_S_MAX = 10.0
 _ORIGIN = "the declaration of a cache"
 
@@ -36,6 +36,7 @@ class Declaration(Struct, frozen=True, kw_only=True):
     on_disconnected: OnDisconnected | None = None
     harmless: tuple[type[Exception], ...] = ()
     mutable: bool = False
+    legacy_key: str = ""  #: template of the names under which another service stored its entries
     name: str = ""
 
 
@@ -65,8 +66,8 @@ def lifetime_ms(name: str, seconds: float, *, zero: bool = False, origin: str = 
     low = 0.0 if zero else 0.001
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         problem = "is not a number"
-    elif math.isnan(seconds) or not low <= seconds <= _LONGEST_S:
-        problem = f"must lie between {low:g} and {_LONGEST_S} seconds"
+    elif math.isnan(seconds) or not low <= seconds <= LONGEST_S:
+        problem = f"must lie between {low:g} and {LONGEST_S} seconds"
     else:
         return int(seconds * 1000)
     raise ConfigError(

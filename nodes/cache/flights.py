@@ -96,12 +96,9 @@ class Flights(Generic[C, R]):
         clock: Clock,
         loads_max: int,
         waiters_max: int,
-        served_late: Callable[[], None] = lambda: None,
         full: Callable[[str], None] = lambda bound: None,
     ) -> None:
-        """``served_late`` is called whenever callers get a fallback for want of patience, ``full``
-        with the bound that refuses one.
-        """
+        """``full`` is called with the bound that refuses a caller."""
         self._tasks = tasks
         self._cache = cache
         self._load = load
@@ -109,7 +106,6 @@ class Flights(Generic[C, R]):
         self._monotonic = clock.monotonic
         self._loads_max = loads_max
         self._waiters_max = waiters_max
-        self._served_late = served_late
         self._full = full
         self._flights: dict[str, _Flight[C, R]] = {}
         self._loads = 0
@@ -225,7 +221,6 @@ class Flights(Generic[C, R]):
             late = _Failed(LoaderError(self._cache, key, f"not loaded in {todo.patience_s:g} s"))
         else:
             late = todo.fallback
-            self._served_late()
         flight.late = late
         _tell(flight, late)
 

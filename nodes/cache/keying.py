@@ -48,6 +48,7 @@ class Keying:
         forms = _forms_of(self._signature, hints, name)
         _check_fields(self.template, [*tags, *behind], self.parameters, name)
         self._forms = [forms[field] for field in self.template.fields]
+        self._legacy = _legacy_of(declared, self.parameters, name)
         self._in_order = self.template.fields == self.parameters and all(by_position)
         self._check_defaults()
         self.value_type: Any = hints.get("return", Any)
@@ -57,6 +58,11 @@ class Keying:
     def labels(self, fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """The tags, and the keys depended on, of these fields."""
         return [tag(fields) for tag in self._tags], [key(fields) for key in self._behind]
+
+    def legacy_name(self, key: str) -> str:
+        """Where another service stored the value of this key; raises InvalidKey."""
+        assert self._legacy is not None
+        return self._legacy.plain(self.fields(key))
 
     @property
     def labelled(self) -> bool:
@@ -242,6 +248,22 @@ def _maker(template: KeyTemplate) -> Maker:
         return template.format
     (field,), of_one = template.fields, template.formatter()
     return lambda fields: of_one(fields[field])
+
+
+def _legacy_of(declared: Declaration, parameters: Sequence[str], name: str) -> KeyTemplate | None:
+    if not declared.legacy_key:
+        return None
+    template = KeyTemplate(declared.legacy_key, name="legacy_key")
+    missing = set(parameters) ^ set(template.fields)
+    if not missing:
+        return template
+    raise ConfigError(
+        setting=f"legacy_key of {name}",
+        value=template.text,
+        origin="the declaration of a cache",
+        problem=f"fields and parameters differ in {', '.join(sorted(missing))}",
+        fix="name every parameter of the function in legacy_key, and no other",
+    )
 
 
 def _check_fields(

@@ -38,7 +38,7 @@ from ...schemas.errors import (
 )
 from ...schemas.keys import dependents_of
 from ..cancellation import run_apart
-from .core import Core, Hit, Lease, LoadCall, Tier
+from .core import Core, Hit, Lease, LoadCall
 from .fill_leases import FillLeases
 from .inheritance import inherited
 from .loading import NOT_MODIFIED, Loading, under_way
@@ -71,8 +71,12 @@ class LoadPath(Generic[T]):
         near: NearCache,
         source: Source,
         own: Callable[[T], T],
+        *,
+        marks: bool = False,
     ) -> None:
-        """``own`` makes a loader's own copy of what is kept."""
+        """``own`` makes a loader's own copy of what is kept. ``marks``: what is loaded replaces any
+        entry of another service.
+        """
         self.name = name
         self.policy = policy
         self.codec = codec
@@ -81,7 +85,9 @@ class LoadPath(Generic[T]):
         self._packer = Packer(policy, codec, core.rng)
         self.pack = self._packer.pack
         self.envelope = self._packer.envelope
+        self.imported = self._packer.imported
         self.own = own
+        self.marks = marks
         self.leases = FillLeases(
             core.shared, name, policy, bytes_max=codec.bytes_max, tags_of=self.tags_of
         )
@@ -203,6 +209,12 @@ class LoadPath(Generic[T]):
             load.overtaken = True
         return found
 
+    async def inherited_tags(self, lease: Lease) -> Mapping[str, int] | None:
+        """The versions of the tags that an entry gets from what it depends on, beyond those of
+        the lease; None if they cannot be had, or one was bumped meanwhile.
+        """
+        return await self._named(lease, Loading(self.name, lease.key, None, self._shown))
+
     def _not_packed(self, key: str, error: InvalidEntry) -> None:
         if error.fault != "oversized":
             raise LoaderError(self.name, key, error.problem) from error
@@ -220,6 +232,7 @@ class LoadPath(Generic[T]):
                     soft_ms=packed.soft_ms,
                     hard_ms=packed.hard_ms,
                     tail=packed.tail,
+                    mark=self.marks,
                 )
         except ForebayError as error:
             self._failing.say(log, "fill.failed", error, cache=self.name, key=key)
@@ -248,12 +261,12 @@ class LoadPath(Generic[T]):
         try:
             return await self.source.ask(key, lambda: self._run_loader(key, call, load))
         except SourceFailing:
-            self.count("source", "refused")
+            self.count("refused")
             raise
 
     async def _run_loader(self, key: str, call: LoadCall[T], load: Loading) -> Any:
         core, started = self._core, self._core.clock.monotonic()
-        result = "error"
+        result: Literal["loaded", "error", "timeout"] = "error"
         try:
             limit_s = _OF_LEASE * self.policy.lease_ms / 1000
             with outside(), under_way(load), anyio.move_on_after(limit_s):
@@ -268,10 +281,8 @@ class LoadPath(Generic[T]):
         except CancelledInside as error:
             raise LoaderError(self.name, key, "it was cancelled from inside") from error
         finally:
-            core.instruments.observe(
-                "loader_seconds", core.clock.monotonic() - started, self.name, result
-            )
-            self.count("source", "hit" if result == "loaded" else "error")
+            core.instruments.observe("loader_seconds", core.clock.monotonic() - started, self.name)
+            self.count(result)
 
     def keep(
         self,
@@ -302,7 +313,7 @@ class LoadPath(Generic[T]):
                 fresh_until=fresh_until,
                 soft_until=soft_until,
                 gone_at=stamp.hard_at_ms / 1000 - offset_s,
-                written_at=stamp.version / 1e6 - offset_s,
+                written_at=_written_at(stamp, offset_s),
                 view=reservation.view,
                 tags=self._stated(tags) if tags else (),
                 negative=value is None,
@@ -326,10 +337,17 @@ class LoadPath(Generic[T]):
             value=cast(T, None if made is None else made.kept), tier="source", version=0, age_ms=0
         )
 
-    def count(self, tier: Tier, result: str) -> None:
-        self._core.instruments.counts["cache_requests", self.name, tier, result] += 1
+    def count(self, result: Literal["loaded", "error", "timeout", "refused"]) -> None:
+        self._core.instruments.counts["loads", self.name, result] += 1
 
     @property
     def live(self) -> bool:
         """Whether what the log told is known to be all of it."""
         return self._core.clock.monotonic() < self._core.follower.live_until + self._slack_s
+
+
+def _written_at(stamp: Stamp | Entry, offset_s: float) -> float | None:
+    """On this node's clock; None: not known."""
+    if isinstance(stamp, Entry) and stamp.meta.imported:
+        return None
+    return stamp.version / 1e6 - offset_s

@@ -39,7 +39,6 @@ class Looks(Generic[T]):
         self._tags = core.tags
         self._now_ms = core.server_clock.now_ms
         self._counts = core.instruments.counts
-        self._hit_label = ("cache_requests", loads.name, "shared", "hit")
 
     async def look(
         self,
@@ -71,7 +70,6 @@ class Looks(Generic[T]):
             case ServeStale(entry=entry):
                 hit = self._hit(entry, now_ms, stale=True)
                 if hit is not None:
-                    self._loads.count("shared", "stale")
                     self._refreshes.ask(key, entry.version)
             case Load(seen=seen, fallback=fallback):
                 return self.todo(seen, fallback)
@@ -89,10 +87,6 @@ class Looks(Generic[T]):
 
     def _serve(self, key: str, decision: Serve, hit: Hit[T], reservation: Reservation) -> None:
         entry = decision.entry
-        if entry.kind == "v":
-            self._counts[self._hit_label] += 1
-        else:
-            self._loads.count("shared", "negative")
         if decision.refresh:
             self._refreshes.ask(key, entry.version)
         if decision.keep and entry.version:
@@ -105,13 +99,12 @@ class Looks(Generic[T]):
         except InvalidEntry as error:
             self._unreadable(error)
             return None
-        version = entry.version
-        age_ms = now_ms - version // 1000 if version else 0
         # None is T's own when negatives are cached.
-        return Hit(value, "shared", version, max(0, age_ms), stale, size)  # type: ignore[arg-type]
+        return Hit(value, "shared", entry.version, entry.age_ms(now_ms), stale, size)  # type: ignore[arg-type]
 
     def _unreadable(self, error: InvalidEntry) -> None:
-        self._counts["cache_decode_errors", self._loads.name, error.fault] += 1
+        self._counts["cache_decode_errors", self._loads.name] += 1
+        self._counts["entry_faults", error.fault] += 1
 
     async def _standing(self, entry: Entry, beside: Beside | None) -> Standing:
         embedded, tags, live = entry.meta.tags, self._tags, self._loads.live

@@ -39,7 +39,8 @@ class NearEntry(Linked):
     """A value and what decides on its validity. Times are the node's monotonic seconds.
 
     Until ``fresh_until`` it is served without further thought; until ``soft_until`` it is
-    fresh, but worth a refresh. ``negative``: it is known that there is no value.
+    fresh, but worth a refresh. ``negative``: it is known that there is no value. ``written_at`` is
+    None where that is not known.
     """
 
     __slots__ = (
@@ -65,7 +66,7 @@ class NearEntry(Linked):
         fresh_until: float,
         soft_until: float | None = None,
         gone_at: float,
-        written_at: float,
+        written_at: float | None,
         view: ShardView,
         tags: tuple[tuple[TagState, int], ...],
         negative: bool = False,
@@ -89,6 +90,9 @@ class NearEntry(Linked):
     def value_bytes(self) -> int:
         return self.size - len(self.key) - _OVERHEAD_BYTES
 
+    def age_ms(self, now: float) -> int | None:
+        return None if self.written_at is None else max(0, int((now - self.written_at) * 1000))
+
     def tags_hold(self) -> bool:
         for state, version in self.tags:  # noqa: SIM110  # on every hit; all() is slower
             if state.version > version:
@@ -105,6 +109,7 @@ class NearStatistics(Struct, frozen=True, kw_only=True):
     negatives: int  #: of these entries
     bytes: int
     hits: int
+    negative_hits: int  #: of these hits
     evictions: int  #: the next three together
     evictions_entries: int  #: of values, as there were too many
     evictions_bytes: int  #: of values, as they were too large together
@@ -131,6 +136,8 @@ class NearCache:
         self._negatives: EvictionOrder = order(
             entries_max=negatives_max, bytes_max=bytes_max // _NEGATIVES_PART
         )
+        self.entries_max = entries_max + negatives_max
+        self.bytes_max = bytes_max + bytes_max // _NEGATIVES_PART
         self._follower = follower
         self.value_bytes_max = value_bytes_max
         self._monotonic = clock.monotonic
@@ -144,6 +151,7 @@ class NearCache:
         if policy == "lru":
             self.get = self._moving(self.get)
         self.hits = 0
+        self.negative_hits = 0  #: of these hits
         self.oversized = 0
         self.refused = 0
 
@@ -173,6 +181,7 @@ class NearCache:
             negatives=len(negatives),
             bytes=values.bytes + negatives.bytes,
             hits=self.hits,
+            negative_hits=self.negative_hits,
             evictions=self.evictions,
             evictions_entries=values.evicted_for_entries,
             evictions_bytes=values.evicted_for_bytes,
@@ -204,6 +213,8 @@ class NearCache:
             ):
                 entry.visited = True  # all that SIEVE asks for, without a call
                 self.hits += 1
+                if entry.negative:
+                    self.negative_hits += 1
                 return entry
             return None
 

@@ -90,6 +90,17 @@ class Packer(Generic[T]):
         hard_ms = soft_ms + stale_ms + error_ms
         return Packed(payload, soft_ms, hard_ms, self._codec.tail(payload, meta), meta)
 
+    def imported(
+        self, payload: bytes | None, tags: Mapping[str, int], *, soft_ms: int, hard_ms: int
+    ) -> Packed:
+        """The envelope of what another service stored, which lives so long still."""
+        policy = self._policy
+        asked_ms = policy.negative_ms if payload is None else policy.ttl_ms
+        meta = EntryMeta(tags=dict(tags), soft_ms=asked_ms, stale_ms=policy.stale_ms, imported=True)
+        if payload is None:
+            return Packed(None, soft_ms, hard_ms, self._codec.negative_tail(meta), meta)
+        return Packed(payload, soft_ms, hard_ms, self._codec.tail(payload, meta), meta)
+
     def same(self, packed: Packed, previous: Entry | None) -> bool:
         """Whether the previous entry holds these very bytes already, under no fewer tags: the
         copies of nodes, which live on with it, are followed by its tags.

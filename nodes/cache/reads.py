@@ -7,7 +7,8 @@ R3  A caller who comes after a notice for the key, or for a tag that is declared
     a flight brings that began before (Flights F2). Which tags the loader names is known only when
     it has run; a bump meanwhile makes it run once more (Loads L6).
 R4  Where the loader fails, what was kept for that is served, flagged as stale.
-R5  While Valkey does not answer, or refuses: ``bypass`` asks the source and stores nothing;
+R5  A key without an entry that has one at its ``legacy_key`` is not loaded; see ``legacy``.
+R6  While Valkey does not answer, or refuses: ``bypass`` asks the source and stores nothing;
     ``stale`` serves what the near cache has and does not know to be wrong, flagged, and then
     bypasses; ``fail`` raises what happened. A loader's own errors are never taken for that.
 """
@@ -26,11 +27,13 @@ from ...schemas.notices import Extended
 from ...schemas.settings import Limits
 from .core import Core, Hit, Lease, LoadCall
 from .flights import Flights, Todo
+from .legacy import LegacyEntries
 from .loads import LoadPath
 from .looks import Beside, Looks
 from .lookups import Wanted
 from .near import NearEntry, Reservation
 from .policy import ahead_ms
+from .read_metrics import Asked, ReadMetrics
 from .refreshing import RefreshRequests
 from .shared import Held, Newer
 
@@ -39,14 +42,24 @@ __all__ = ["ReadPath"]
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+_ABSENT = -1  #: as ``seen``: there is no entry
 _AWAY = -2  #: as ``seen``: Valkey could not be asked
 _POLL_MS = 250
+_SHARED: Asked = "shared"
+_SOURCE: Asked = "source"
 
 
 class ReadPath(Generic[T]):
     """The reads of one cache."""
 
-    def __init__(self, core: Core, loads: LoadPath[T], *, limits: Limits) -> None:
+    def __init__(
+        self,
+        core: Core,
+        loads: LoadPath[T],
+        *,
+        limits: Limits,
+        legacy_name: Callable[[str], str] | None = None,
+    ) -> None:
         self.name = loads.name
         self.policy = loads.policy
         self.codec = loads.codec
@@ -61,26 +74,28 @@ class ReadPath(Generic[T]):
             clock=core.clock,
             loads_max=limits.loads_max,
             waiters_max=limits.waiters_max,
-            served_late=lambda: loads.count("shared", "stale"),
             full=self._count_full,
         )
+        self.metrics = ReadMetrics(core.instruments, loads.name, core.clock)
         self.check_loop = core.tasks.check_loop
         self._core = core
         self._refused = LogOnce(core.clock)
         self._staleness_s = loads.policy.staleness_ms / 1000
         self._refreshes = RefreshRequests(core, loads.name, lease_ms=loads.policy.lease_ms)
         self._looks: Looks[T] = Looks(core, loads, self._refreshes)
+        self.legacy: LegacyEntries[T] | None = None
+        if legacy_name is not None:
+            self.legacy = LegacyEntries(core, loads, self._refreshes, legacy_name)
 
     def __repr__(self) -> str:
         return f"<ReadPath {self.name}: {len(self.near)} near, {len(self.flights)} loads>"
 
     def hit_of(self, entry: NearEntry, *, stale: bool = False) -> Hit[T]:
-        age_s = self._core.clock.monotonic() - entry.written_at
         return Hit(
             value=entry.value,
             tier="near",
             version=entry.version,
-            age_ms=max(0, int(age_s * 1000)),
+            age_ms=entry.age_ms(self._core.clock.monotonic()),
             stale=stale,
             size=entry.size,
         )
@@ -95,8 +110,19 @@ class ReadPath(Generic[T]):
         if self.policy.refresh_ahead and (entry := self.near.ripe(key)) is not None:
             self._refreshes.ask(key, entry.version)
             return self.hit_of(entry)
-        found = await self._look(key, self._core.shared.get(key), self.near.reserve(key))
-        return await self.load(key, call(), found) if isinstance(found, Todo) else found
+        began, asked = self.metrics.now(), _SHARED
+        try:
+            found = await self._look(key, self._core.shared.get(key), self.near.reserve(key))
+            if isinstance(found, Todo):
+                asked = _SOURCE
+                found = await self.load(key, call(), found)
+        except BaseException as error:
+            self.metrics.failed(asked, error)
+            raise
+        finally:
+            self.metrics.took(began)
+        self.metrics.answered(found)
+        return found
 
     async def look_at(self, keys: Sequence[str]) -> dict[str, Hit[T] | Todo[Hit[T]] | Exception]:
         """What the shared tier has of these keys, asked for together."""
@@ -161,15 +187,12 @@ class ReadPath(Generic[T]):
     ) -> Hit[T] | Todo[Hit[T]]:
         """What the shared tier has to serve; or what will not do."""
         try:
-            found = await self._looks.look(key, await wanted, reservation, beside)
+            return await self._looks.look(key, await wanted, reservation, beside)
         except (Unavailable, ServerRefused) as error:
             hit = self._disconnected(key, error)
             return self._looks.todo(_AWAY) if hit is None else hit
         finally:
             self.near.release(reservation)
-        if isinstance(found, Todo):
-            self.loads.count("shared", "miss")
-        return found
 
     async def _load(self, key: str, call: LoadCall[T], todo: Todo[Hit[T]]) -> Hit[T]:
         """Load under the lease, or take what the one brings who has it."""
@@ -183,20 +206,34 @@ class ReadPath(Generic[T]):
             try:
                 if found is None:
                     return await self.loads.bypass(key, call)
+                if (hit := await self._brought_over(found, call, reservation)) is not None:
+                    return hit
                 return await self.loads.load_and_fill(found, call, reservation)
             except Exception as error:
                 return self._instead(todo, error)
         finally:
             self.near.release(reservation)
 
+    async def _brought_over(
+        self, lease: Lease, call: LoadCall[T], reservation: Reservation
+    ) -> Hit[T] | None:
+        """What another service has stored for a key without an entry."""
+        if self.legacy is None or lease.previous is not None:
+            return None
+        hit = await self.legacy.bring_over(lease, reservation)
+        if hit is not None and call.waits is not None:
+            call.waits()
+        return hit
+
     async def _found_or_leased(
         self, key: str, call: LoadCall[T], todo: Todo[Hit[T]], reservation: Reservation
     ) -> Lease | Hit[T] | None:
         try:
-            self.loads.source.refuse(key)
+            if self.legacy is None or todo.seen != _ABSENT:
+                self.loads.source.refuse(key)
             return await self._lease(key, call, todo, reservation)
         except SourceFailing as error:
-            self.loads.count("source", "refused")
+            self.loads.count("refused")
             return self._instead(todo, error)
         except (Unavailable, ServerRefused) as error:
             return self._disconnected(key, error)
@@ -205,7 +242,6 @@ class ReadPath(Generic[T]):
         """What is served if the source fails; otherwise its error is raised."""
         if todo.fallback is None:
             raise error
-        self.loads.count("shared", "stale")
         return todo.fallback
 
     async def _lease(
@@ -241,7 +277,6 @@ class ReadPath(Generic[T]):
     ) -> Hit[T] | None:
         """Wait for the one who has the lease; or serve what there is while the source fails."""
         if held.failing and todo.fallback is not None:
-            self.loads.count("shared", "stale")
             return todo.fallback
         if call.waits is not None:
             call.waits()
@@ -259,6 +294,5 @@ class ReadPath(Generic[T]):
         if self.policy.on_disconnected == "stale":
             entry = self.near.presumable(key)
             if entry is not None:
-                self.loads.count("near", "stale")
                 return self.hit_of(entry, stale=True)
         return None

@@ -136,7 +136,9 @@ class RequestScope:
             return None
         hit, read_at = found
         since_ms = int((now - read_at) * 1000)
-        return replace(hit, age_ms=hit.age_ms + since_ms) if since_ms else hit
+        if not since_ms or hit.age_ms is None:
+            return hit
+        return replace(hit, age_ms=hit.age_ms + since_ms)
 
     def put(self, cache: object, key: str, hit: Hit[T], since: int) -> Hit[T]:
         """Keep what a read brought that began at ``since``; returns what is to be given."""

@@ -107,14 +107,18 @@ class SharedTier:
         return Held(max(int(more[0]), 1), failing=bool(more[1]))
 
     async def fill(
-        self, key: str, token: str, *, soft_ms: int, hard_ms: int, tail: bytes
+        self, key: str, token: str, *, soft_ms: int, hard_ms: int, tail: bytes, mark: bool = False
     ) -> Stamp | None:
-        """Store what was loaded under the lease; None if the lease is gone."""
+        """Store what was loaded under the lease; None if the lease is gone.
+
+        ``mark``: no entry of another service shall be brought over for the key afterwards.
+        """
+        args = [token, soft_ms, hard_ms, tail, *self._announcement(key, Changed(key, self._origin))]
         reply = await run(
             self._commands,
             self._scripts["entry_fill"],
             self.entry_keys(key),
-            [token, soft_ms, hard_ms, tail, *self._announcement(key, Changed(key, self._origin))],
+            [*args, dependents_of(key) if mark else ""],
         )
         return _stamp(reply[1:]) if reply[0] else None
 
@@ -177,7 +181,7 @@ class SharedTier:
                 soft_ms,
                 hard_ms,
                 tail,
-                *self.written(key),
+                *self.written(key, published_ms),
                 write_job(job),
                 durable.writes_max,
                 names.work,
@@ -220,24 +224,24 @@ class SharedTier:
         return self.receipt(job.key, await run(self._commands, call.script, call.keys, call.args))
 
     def invalidate_calls(
-        self, keys: Iterable[str], *, soft: bool = False, mark: str = ""
+        self, keys: Iterable[str], *, soft: bool = False, mark: str = "", published_ms: int = 0
     ) -> dict[int, list[Call]]:
         """Scripts that invalidate these keys, by shard; at most 200 keys each."""
         names, calls = self.names, defaultdict(list)
         for shard, part in self._by_shard(keys):
             entries = [name for key in part for name in names.of_key(key)]
-            notice = Dropped(part, soft, self._origin)
+            notice = Dropped(part, soft, self._origin, published_ms)
             args = [*self._notice_args(shard, notice), mark, int(soft), TAG_KEEP_MS]
             calls[shard].append(self._shard_call("entries_invalidate", shard, entries, args))
         return calls
 
     def bump_calls(
-        self, tags: Iterable[str], *, soft: bool = False, mark: str = ""
+        self, tags: Iterable[str], *, soft: bool = False, mark: str = "", published_ms: int = 0
     ) -> dict[int, list[Call]]:
         """Scripts that give these tags new versions, by shard."""
         names, calls = self.names, defaultdict(list)
         for shard, part in self._by_shard(tags):
-            notice = Bumped(part, self._origin, soft)
+            notice = Bumped(part, self._origin, soft, published_ms)
             args = [*self._notice_args(shard, notice), mark, TAG_KEEP_MS, int(soft)]
             calls[shard].append(
                 self._shard_call("tags_bump", shard, [names.tag(tag) for tag in part], args)
@@ -333,8 +337,9 @@ class SharedTier:
             names.part(shard, "log"),
         ]
 
-    def written(self, key: str) -> list[Arg]:
-        return self._announcement(key, Changed(key, self._origin, outdates=True))
+    def written(self, key: str, published_ms: int = 0) -> list[Arg]:
+        notice = Changed(key, self._origin, outdates=True, published_ms=published_ms)
+        return self._announcement(key, notice)
 
     def _announcement(self, key: str, notice: Notice) -> list[Arg]:
         return self._notice_args(self.names.shard(key), notice)

@@ -342,6 +342,10 @@ class Writable(Generic[T]):
         """
         return await self.writes.pack_published(key, raw_json, ttl_ms)
 
+    def check_published(self, raw_json: bytes) -> None:
+        """Whether ``pack_published`` takes this value; raises as that does."""
+        self.writes.check_published(raw_json)
+
     @property
     def writes(self) -> WritePath[T]:
         if self._writes is None:

@@ -205,9 +205,17 @@ class WritePath(Generic[T]):
         Raises:
             msgspec.ValidationError: it is not of that type. InvalidEntry: it is too large.
         """
-        kept = None if raw_json.strip() == b"null" else self._reads.codec.convert(raw_json)
+        kept = self._published(raw_json)
         tags = await self._loads.tags_of(self._labels_of(key))
         return self._loads.pack(kept, tags, ttl_ms=ttl_ms)
+
+    def check_published(self, raw_json: bytes) -> None:
+        """Raises as ``pack_published``, if that would."""
+        if (value := self._published(raw_json)) is not None:
+            self._reads.codec.pack(value)
+
+    def _published(self, raw_json: bytes) -> T | None:
+        return None if raw_json.strip() == b"null" else self._reads.codec.convert(raw_json)
 
     async def _past_sink(
         self, way: Way, key: str, value: T | None, *, fills: bool, timeout_ms: int

@@ -1,28 +1,39 @@
 """`forebay config`: what is set, where it came from, and whether it can be used.
 
-``check`` also refuses what could not start, and warns of a bad URL that another one overrides.
+``acl`` prints the users that a namespace needs in Valkey.
+``check`` also refuses what could not start, and warns of what is not used: an address that another
+setting overrides, a reader, a variable with a name that resembles one that is read; and of files
+with a secret that other users may read.
 Nothing connects anywhere; that the server answers is shown by `forebay health`.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import click
 import msgspec
 
+from ...coordinator.clock import SystemClock
+from ...coordinator.rights import users_file
+from ...coordinator.scripting import load_scripts
 from ...schemas.errors import ConfigError
+from ...schemas.keys import Names
+from ...schemas.settings_env import misspelt_names
 from ...schemas.settings_sources import Resolved, SettingRow, describe
 from ..cache.compression import compressor
-from .sources import RefusedSettings, errors_told, load, setting_options
+from ..secret_files import exposed_secrets
+from .options import setting_options
+from .sources import RefusedSettings, errors_told, load
 
 __all__ = ["command"]
 
 
 @click.group("config")
 def command() -> None:
-    """Show the settings in force, or check them."""
+    """Show the settings in force, check them, or print the users that Valkey needs."""
 
 
 @command.command("show")
@@ -53,21 +64,33 @@ def check(
     try:
         resolved = load(config, flags)
         _check_installed(resolved)
+        _check_token(resolved)
     except ConfigError as error:
         if not as_json:
             raise RefusedSettings(error) from None
         click.echo(_json(_told(error)))
         context.exit(error.exit_code)
-    rows, doubts = describe(resolved), list(resolved.doubts)
+    rows = describe(resolved)
+    found = [*resolved.warnings, *exposed_secrets(resolved)]
+    warnings = [*map(str, found), *misspelt_names(os.environ)]
     kinds = Counter(row.origin.partition(" ")[0] for row in rows)
     if as_json:
         told = {"ok": True, "settings": len(rows), "from": dict(sorted(kinds.items()))}
-        click.echo(_json({**told, "warnings": doubts}))
+        click.echo(_json({**told, "warnings": warnings}))
         return
-    for doubt in doubts:
-        click.echo(f"Warning: not in force, {doubt}", err=True)
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
     counts = ", ".join(f"{count} from {kind}" for kind, count in sorted(kinds.items()))
     click.echo(f"ok: {len(rows)} settings, {counts}")
+
+
+@command.command("acl", epilog="Example:  forebay config acl --namespace shop > users.acl")
+@setting_options
+def acl(config: str | None, flags: Mapping[str, object]) -> None:
+    """Users for this namespace, as a Valkey ACL file; they are off until they get a password."""
+    with errors_told():
+        node = load(config, flags).settings.node
+    click.echo(users_file(Names(node.namespace, node.shards), load_scripts()), nl=False)
 
 
 def _check_installed(resolved: Resolved) -> None:
@@ -81,6 +104,14 @@ def _check_installed(resolved: Resolved) -> None:
             problem=error.problem,
             fix=error.fix,
         ) from None
+
+
+def _check_token(resolved: Resolved) -> None:
+    http = resolved.settings.http
+    if http.enabled and http.token_file:
+        from ..web.bearer import bearer_of
+
+        bearer_of(http.token_file, SystemClock(), resolved.origins["http.token_file"])
 
 
 def _plain(row: SettingRow) -> dict[str, str]:

@@ -29,7 +29,8 @@ from ...schemas.settings_sources import Resolved
 from ..demo.session import Outcome, Plan, Session
 from ..logs import configure_logs
 from .dev_view import View, outcome_lines, prepare, view_for
-from .sources import errors_told, load, setting_options
+from .options import setting_options
+from .sources import errors_told, load
 
 __all__ = ["command"]
 

@@ -25,7 +25,8 @@ from ..explain.collect import explain, names_at
 from ..explain.document import Explanation
 from ..explain.words import words
 from .namespaces import must_be_born
-from .sources import load, log_to_stderr, must_be_shared, setting_options
+from .options import setting_options
+from .sources import load, log_to_stderr, must_be_shared
 
 __all__ = ["command"]
 
@@ -63,7 +64,7 @@ async def _found_out(resolved: Resolved, key: str) -> Explanation:
         settings.valkey, client_name=_NAME, origins=resolved.origins, clock=SystemClock()
     ) as backend:
         node, cache = settings.node, settings.cache
-        asked = Names(node.namespace, node.shards, cache.version)
+        asked = Names(node.namespace, node.shards, cache.version, backend.database)
         await must_be_born(backend.link, asked, resolved)
         names = await names_at(backend.link, asked)
         nonce, bytes_max = secrets.token_hex(16), cache.value_bytes_max

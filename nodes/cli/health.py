@@ -1,7 +1,10 @@
 """`forebay health`: ask a running node whether it is well. Made for probes of containers.
 
 I1  One line, and exit 0 if the node says yes; 1 if it says no, or says nothing in time.
-I2  Nothing but the standard library is imported, since it runs every few seconds.
+I2  The node is where its settings say: ``http.host`` and ``http.port``, of the environment, the
+    file and ``--set``, as for `forebay run`. No other setting can make a probe fail.
+I3  With ``--url`` nothing but the standard library is imported, and never what logs, since it
+    runs every few seconds.
 
 It asks over HTTP, like anybody else: what it says is what a load balancer is told.
 """
@@ -10,13 +13,18 @@ from __future__ import annotations
 
 import http.client
 import json
+from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import click
 
+from .options import any_setting_options
+
 __all__ = ["command"]
 
+_SETTINGS = ("http.enabled", "http.host", "http.port")
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- where a node listens that listens on all
 _PATHS = {"ready": "/readyz", "live": "/livez", "start": "/startupz"}
 _BODY_BYTES_MAX = 4_096
 _LINE_CHARS_MAX = 200
@@ -28,9 +36,15 @@ class Answer(NamedTuple):
 
 
 @click.command("health")
-@click.option("--url", default="http://127.0.0.1:8642", show_default=True, help="Of the node.")
 @click.option(
-    "--check", type=click.Choice(list(_PATHS)), default="ready", show_default=True, help="Which."
+    "--url", help="http://HOST:PORT of the node; by default as http.host and http.port say."
+)
+@click.option(
+    "--check",
+    type=click.Choice(list(_PATHS)),
+    default="ready",
+    show_default=True,
+    help="The probe to ask.",
 )
 @click.option(
     "--timeout",
@@ -41,15 +55,37 @@ class Answer(NamedTuple):
     help="How long to wait for each part of the answer.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
-def command(url: str, check: str, timeout: float, as_json: bool) -> int:
+@any_setting_options
+def command(
+    url: str | None,
+    check: str,
+    timeout: float,
+    as_json: bool,
+    config: str | None,
+    flags: Mapping[str, object],
+) -> int:
     """Ask a running node whether it is well: exit 0 if it is, 1 if not."""
-    host, port, base = _target(url)
+    host, port, base = _in_settings(config, flags) if url is None else _target(url)
     answer = _ask(host, port, base + _PATHS[check], timeout)
     if as_json:
         click.echo(json.dumps({"check": check, "ok": answer.ok, "detail": answer.detail}))
     else:
         click.echo(f"{check}: {answer.detail}", err=not answer.ok)
     return 0 if answer.ok else 1
+
+
+def _in_settings(config: str | None, flags: Mapping[str, object]) -> tuple[str, int, str]:
+    """Where a node with these settings listens."""
+    from .sources import errors_told, values
+
+    with errors_told():
+        found = values(_SETTINGS, config, flags)
+    enabled, host, port = (found[name] for name in _SETTINGS)
+    if not enabled:
+        raise click.UsageError("http.enabled = false: such a node answers no probe; give --url")
+    if not port:
+        raise click.UsageError("http.port = 0: the node takes any free port; give --url")
+    return _ANY.get(host, host), port, ""
 
 
 def _target(url: str) -> tuple[str, int, str]:

@@ -21,8 +21,9 @@ from ...schemas.errors import InvalidKey
 from ...schemas.errors_limits import InvalidLimit
 from ...schemas.limits import Limit, Verdict
 from ..node import Node
+from .options import setting_options
 from .run import load_app
-from .sources import errors_told, load, log_to_stderr, must_be_shared, setting_options
+from .sources import errors_told, load, log_to_stderr, must_be_shared
 
 __all__ = ["command"]
 

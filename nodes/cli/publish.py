@@ -1,6 +1,7 @@
 """`forebay publish`: put one event into the cluster's ingress stream.
 
-I1  An event is checked as its readers will check it, before anything is connected.
+I1  An event is checked as its readers will check it, before anything is connected. A write to a
+    key for which no live member declares a sink is refused, as by ``node.publish``.
 I2  It is sent once. A full stream refuses it; when no reply came, the error says that the
     event may be in, and the same command with the same ``--id`` may be repeated.
 I3  It goes to a server that others use: one of its own would forget the event at once; and into a
@@ -22,13 +23,16 @@ import msgspec
 from ...coordinator.backend import Backend
 from ...coordinator.clock import SystemClock
 from ...coordinator.scripting import load_scripts, run
+from ...coordinator.sink_directory import SinkDirectory
 from ...schemas.errors import Backpressure, InvalidEvent
 from ...schemas.events import read_event
 from ...schemas.keys import EVENTS, Names
 from ...schemas.settings import Settings
 from ...schemas.settings_sources import Resolved
+from ..publishing import no_sink
 from .namespaces import must_be_born
-from .sources import load, log_to_stderr, must_be_shared, setting_options
+from .options import setting_options
+from .sources import load, log_to_stderr, must_be_shared
 
 __all__ = ["command"]
 
@@ -110,7 +114,10 @@ def _publish(
         raise click.UsageError(str(error)) from None
     must_be_shared(resolved, "to publish to")
     log_to_stderr(resolved, _NAME)
-    entry_id = anyio.run(partial(_send, resolved, raw))
+    try:
+        entry_id = anyio.run(partial(_send, resolved, raw, body))
+    except InvalidEvent as error:
+        raise click.UsageError(str(error)) from None
     if as_json:
         stream = _names(resolved.settings).events
         click.echo(msgspec.json.encode({"stream": stream, "id": entry_id}).decode())
@@ -122,7 +129,7 @@ def _names(settings: Settings) -> Names:
     return Names(settings.node.namespace, settings.node.shards)
 
 
-async def _send(resolved: Resolved, raw: bytes) -> str:
+async def _send(resolved: Resolved, raw: bytes, body: Mapping[str, object]) -> str:
     settings = resolved.settings
     names, bound = _names(settings), settings.durable.events_max
     stream = names.events
@@ -131,6 +138,10 @@ async def _send(resolved: Resolved, raw: bytes) -> str:
         settings.valkey, client_name=_NAME, origins=resolved.origins, clock=SystemClock()
     ) as backend:
         await must_be_born(backend.link, names, resolved)
+        if body["type"] == "write":
+            directory = SinkDirectory(backend.link, names, clock=SystemClock())
+            for key in await directory.without_sink([str(body["key"])]):
+                raise no_sink(key)
         keys = [stream, names.part(EVENTS, "before")]
         reply = await run(backend.link, script, keys, [bound, raw])
     if reply[0] == 0:

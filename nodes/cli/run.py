@@ -31,8 +31,9 @@ from ...coordinator.embedded import EmbeddedServer
 from ...schemas.errors import ConfigError, ForebayError, ProcessFailed
 from ..logs import configure_logs
 from ..node import Node
+from .options import setting_options
 from .reloads import reloads, watch
-from .sources import errors_told, file_in_force, load, setting_options, wants_color
+from .sources import errors_told, file_in_force, load, wants_color
 
 log = structlog.get_logger(__name__)
 
@@ -44,14 +45,20 @@ _SIGNALLED = 128
 @click.option(
     "--app", envvar="FOREBAY_APP", show_envvar=True, help="The node, as module:attribute."
 )
-@click.option("--port", type=int, help="Of the HTTP endpoint; 0 takes any free one.")
+@click.option("--host", help="Address that the HTTP endpoint listens on.")
+@click.option("--port", type=int, help="Port of the HTTP endpoint; 0 takes any free one.")
 @setting_options
 def command(
-    app: str | None, port: int | None, config: str | None, flags: Mapping[str, object]
+    app: str | None,
+    host: str | None,
+    port: int | None,
+    config: str | None,
+    flags: Mapping[str, object],
 ) -> int:
     """Run a node as a worker until it is told to stop."""
     with errors_told():
-        given = flags if port is None else {**flags, "port": port}
+        named = {"host": host, "port": port}
+        given = {**flags, **{name: value for name, value in named.items() if value is not None}}
         resolved = load(config, given)
         settings = resolved.settings
         configure_logs(

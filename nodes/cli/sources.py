@@ -4,7 +4,9 @@ I1  The configuration file is the first of: the one given by ``--config``, the o
     by FOREBAY_CONFIG, ``./forebay.toml``, ``/etc/forebay/forebay.toml``. One that was
     named must be there; one that is there must be readable.
 I2  Whatever is wrong ends as one line and an exit code, never as a traceback.
-I3  No file of more than 1 MiB, no secret of more than 64 KiB is read.
+I3  No file of more than 1 MiB, no secret of more than 64 KiB is read, and nothing but a regular
+    file: a FIFO would wait for whoever writes to it.
+I4  Reading settings imports no logging, so that `forebay health` may do it every few seconds.
 
 What the text means is decided in ``schemas.settings_sources``.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,10 +23,10 @@ from typing import Any, TextIO
 import click
 from msgspec import structs
 
+from ...coordinator.files import check_readable, read_file
 from ...schemas.errors import ConfigError
 from ...schemas.settings_names import plainly
-from ...schemas.settings_sources import FileSource, Resolved, resolve
-from ..logs import configure_logs
+from ...schemas.settings_sources import FileSource, Resolved, resolve, values_of
 
 __all__ = [
     "DEFAULT_FILES",
@@ -33,8 +35,9 @@ __all__ = [
     "load",
     "log_to_stderr",
     "must_be_shared",
+    "process_environment",
     "read_secret",
-    "setting_options",
+    "values",
     "wants_color",
 ]
 
@@ -61,26 +64,6 @@ def errors_told() -> Iterator[None]:
         raise RefusedSettings(error) from None
 
 
-def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every command with settings has; it gets ``config`` and ``flags``."""
-    for option in (
-        click.option(
-            "--set",
-            "flags",
-            multiple=True,
-            metavar="NAME=VALUE",
-            callback=_assignments,
-            expose_value=True,
-            help="Any setting by its name, such as http.port=0; may be repeated.",
-        ),
-        click.option("--namespace", expose_value=False, callback=_own_flag, help="As in Valkey."),
-        click.option("--url", expose_value=False, callback=_own_flag, help="valkey://HOST:PORT/DB"),
-        click.option("--config", metavar="FILE", help="The configuration file, TOML."),
-    ):
-        command = option(command)
-    return command
-
-
 def load(
     config: str | None = None,
     flags: Mapping[str, object] | None = None,
@@ -95,6 +78,23 @@ def load(
     for leaf in _PATHS:
         _must_be_readable(f"valkey.{leaf}", getattr(resolved.settings.valkey, leaf), resolved)
     return resolved
+
+
+def process_environment() -> Mapping[str, str]:
+    """The environment of this process, for what is no setting."""
+    return os.environ
+
+
+def values(
+    names: Iterable[str],
+    config: str | None,
+    flags: Mapping[str, object],
+    *,
+    environ: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The values in force of these settings, whatever is wrong with all others."""
+    given = os.environ if environ is None else environ
+    return values_of(names, file=_file(config, given), environ=given, flags=flags)
 
 
 def read_secret(path: str) -> str | None:
@@ -124,6 +124,8 @@ def must_be_shared(resolved: Resolved, purpose: str) -> None:
 
 def log_to_stderr(resolved: Resolved, instance: str) -> None:
     """For a command: one wants to hear of trouble only, unless asked otherwise."""
+    from ..logs import configure_logs
+
     settings, asked = resolved.settings, resolved.origins["log.level"] != "default"
     configure_logs(
         settings.log if asked else structs.replace(settings.log, level="error"),
@@ -171,7 +173,9 @@ def _is_there(path: Path) -> bool:
 
 def _file_source(path: Path, origin: str) -> FileSource:
     try:
-        return FileSource(path=plainly(str(path)), text=_read(path, _FILE_BYTES_MAX))
+        return FileSource(
+            path=plainly(str(path)), text=_read(path, _FILE_BYTES_MAX), place=str(path)
+        )
     except OSError as error:
         problem = f"it cannot be read: {error.strerror or type(error).__name__}"
     except ValueError:
@@ -186,21 +190,16 @@ def _file_source(path: Path, origin: str) -> FileSource:
 
 
 def _read(path: Path, bytes_max: int) -> str:
-    with path.open("rb") as opened:
-        content = opened.read(bytes_max + 1)
-    if len(content) > bytes_max:
-        raise ValueError(f"more than {bytes_max} bytes")
-    return content.decode("utf-8-sig")
+    return read_file(path, bytes_max).decode("utf-8-sig")
 
 
 def _must_be_readable(name: str, path: str, resolved: Resolved) -> None:
     if not path:
-        return
+        return None
     try:
-        with Path(path).open("rb"):
-            return
-    except (OSError, ValueError) as error:
-        problem = f"it cannot be read: {getattr(error, 'strerror', None) or 'no valid path'}"
+        return check_readable(path)
+    except OSError as error:
+        problem = f"it cannot be read: {error.strerror or type(error).__name__}"
     raise ConfigError(
         setting=name,
         value=plainly(path),
@@ -208,21 +207,3 @@ def _must_be_readable(name: str, path: str, resolved: Resolved) -> None:
         problem=problem,
         fix="name a readable PEM file",
     )
-
-
-def _own_flag(context: click.Context, option: click.Parameter, value: str | None) -> None:
-    """Keep the value of an option for the ``flags`` that the command gets."""
-    if value is not None and option.name is not None:
-        context.meta.setdefault(__name__, {})[option.name] = value
-
-
-def _assignments(
-    context: click.Context, _: click.Parameter, values: tuple[str, ...]
-) -> dict[str, object]:
-    flags: dict[str, object] = context.meta.setdefault(__name__, {})
-    for text in values:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise click.BadParameter("write --set NAME=VALUE, such as --set http.port=0")
-        flags[name.strip()] = value
-    return flags

@@ -24,8 +24,9 @@ from ...schemas.keys import KEY_BYTES_MAX
 from ..cache.cached import Cached
 from ..cache.warming import WarmReport, warm
 from ..node import Node
+from .options import setting_options
 from .run import load_app
-from .sources import errors_told, load, log_to_stderr, must_be_shared, setting_options
+from .sources import errors_told, load, log_to_stderr, must_be_shared
 from .warm_view import prepare, view_for
 
 __all__ = ["KEYS_MAX", "LINE_BYTES_MAX", "command"]

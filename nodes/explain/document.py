@@ -56,7 +56,7 @@ class NearState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     declared_tags: tuple[str, ...] = ()  #: those of the template, for this key
     tag: str = ""  #: that the copy is behind on, or of which no version is known
     version: int = 0
-    age_ms: int = 0
+    age_ms: int | None = 0  #: None: unknown
     left_ms: int = 0  #: of its fresh time; negative: since when that is over
     size: int = 0
     reserved: int = 0  #: reads or writes under way whose result may be kept

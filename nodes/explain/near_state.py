@@ -72,7 +72,7 @@ def _of_entry(core: Core, entry: NearEntry) -> dict[str, Any]:
     now = core.clock.monotonic()
     return {
         "version": entry.version,
-        "age_ms": max(0, int((now - entry.written_at) * 1000)),
+        "age_ms": entry.age_ms(now),
         "left_ms": int((entry.soft_until - now) * 1000),
         "size": entry.size,
     }

@@ -84,7 +84,7 @@ def entry_state(
         state=_verdict(entry, now_ms, tags),
         negative=entry.negative,
         version=entry.version,
-        age_ms=max(0, now_ms - entry.version // 1000) if entry.version else None,
+        age_ms=entry.age_ms(now_ms),
         fresh_ms=_left(entry.soft_at_ms, now_ms),
         left_ms=_left(entry.hard_at_ms, now_ms),
         error_ms=entry.meta.error_ms,

@@ -136,8 +136,7 @@ def _entry(entry: EntryState) -> Iterator[str]:
         yield f"cannot be read: {entry.why}; {entry.size} bytes"
         return
     kind = "a known absence" if entry.negative else f"{entry.size} bytes, {entry.codec}"
-    age = "of unknown age" if entry.age_ms is None else f"{span(entry.age_ms)} old"
-    yield f"{entry.state}, {age}, version {entry.version}; {kind}"
+    yield f"{entry.state}, {_age(entry.age_ms)}, version {entry.version}; {kind}"
     yield _lifetimes(entry)
     if entry.pending:
         fate = ", then dropped" if entry.doomed else ""
@@ -250,7 +249,11 @@ def _near(node: NearState) -> str:
     if node.state in ("no_cache", "absent"):
         return text
     fresh = _until(node.left_ms, "fresh for {}", "past since {}", "")
-    return f"{text}: version {node.version}, {span(node.age_ms)} old, {fresh}, {node.size} bytes"
+    return f"{text}: version {node.version}, {_age(node.age_ms)}, {fresh}, {node.size} bytes"
+
+
+def _age(age_ms: int | None) -> str:
+    return "of unknown age" if age_ms is None else f"{span(age_ms)} old"
 
 
 def _place(document: Explanation) -> str:

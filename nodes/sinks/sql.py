@@ -13,7 +13,7 @@ I7  On PostgreSQL it takes ``concurrency`` batches at a time, of different rows.
 
 The table belongs to the application: it needs the key columns, unique, a BIGINT for the
 version, and a column for each field of the value. The progress table is made if missing.
-SQLAlchemy and the driver are imported by the constructor: ``pip install forebay[sql]``.
+SQLAlchemy and the driver are imported by the constructor: ``pip install 'forebay[sql]'``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import structlog
 
 from ...coordinator.modules import load
 from ...schemas.errors import BusySinkError, ConfigError, FatalSinkError, Fenced, SinkError
+from ...schemas.extras import pip_install
 from ...schemas.settings import Secret
 from .base import Progress, SinkBatch, Write
 
@@ -40,6 +41,7 @@ __all__ = ["SqlSink"]
 
 log = structlog.get_logger(__name__)
 
+_POOL_SIZE_MAX, _TIMEOUT_MS_MAX = 1_000, 86_400_000
 _CHUNK_ROWS = 500  #: sent, or made, without letting others run; each has its own deadline
 
 
@@ -61,6 +63,9 @@ class SqlSink:
         pool_size: int = 4,
         name: str = "",
     ) -> None:
+        _check_number("pool_size", pool_size, 1, _POOL_SIZE_MAX)
+        _check_number("statement_timeout_ms", statement_timeout_ms, 1, _TIMEOUT_MS_MAX)
+        _check_number("lock_timeout_ms", lock_timeout_ms, 1, _TIMEOUT_MS_MAX)
         self.name = name or f"sql:{table}"
         self._progress_of = self.name
         self._table_name = table
@@ -164,6 +169,17 @@ class SqlSink:
                 raise
 
 
+def _check_number(setting: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(
+            setting=setting,
+            value=repr(value)[:80],
+            origin="SqlSink",
+            problem=f"must be a whole number from {low} to {high}",
+            fix="correct it, or leave it out",
+        )
+
+
 def _database(
     url: str | Secret, statement_timeout_ms: int, lock_timeout_ms: int, pool_size: int
 ) -> Database:
@@ -182,7 +198,7 @@ def _database(
             value="SqlSink",
             origin="the application",
             problem=f"the package {error.name} is not installed",
-            fix="pip install 'forebay[sql]'",
+            fix=pip_install("sql"),
         ) from error
 
 

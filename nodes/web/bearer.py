@@ -18,6 +18,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from ...coordinator.clock import Clock
+from ...coordinator.files import open_to_others, read_file
 from ...coordinator.log_once import LogOnce
 from ...schemas.errors import ConfigError, ForebayError
 from .refusals import refuse
@@ -100,14 +101,16 @@ class Bearer:
         else:
             self._failing.over()
             log.info("http.token_replaced", path=str(self._path))
+            if may := open_to_others(self._path):
+                fix = "chmod o-rw, or mount it with such a mode"
+                log.warning("http.token_exposed", path=str(self._path), may=may, fix=fix)
 
     def _stamped(self) -> tuple[int, int, int]:
         found = self._path.stat()
         return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _read(self) -> bytes:
-        with self._path.open("rb") as opened:
-            content = opened.read(_BYTES_MAX).strip()
+        content = read_file(self._path, _BYTES_MAX).strip()
         if not _TOKEN.fullmatch(content):
             raise ValueError("write 16 to 1024 letters, digits or ._~+/- on one line")
         return content

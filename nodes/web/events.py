@@ -5,7 +5,8 @@
     application/cloudevents-batch+json  an array of CloudEvents
     any JSON type and ``ce-`` headers   one CloudEvent in binary mode: the body is its data
 
-E1  All events are read before the first is published: one that is wrong refuses them all.
+E1  All events are read, and checked as by ``node.publish``, before the first is published: one
+    that can never be applied refuses them all, and the answer names its place in the array.
 E2  The stream gets the bytes that were sent; in binary mode, the structured form of them.
 E3  A newer schema than this node's is accepted, and marked ``held``: it waits in the stream
     for a node that can read it, as it would had it come by XADD.
@@ -24,7 +25,7 @@ from aiohttp import web
 
 from ...schemas.errors import InvalidEvent
 from ...schemas.events import NewerSchema, read_event
-from .context import CONTEXT
+from .context import CONTEXT, Context
 from .refusals import answer, refuse
 
 __all__ = ["post_events", "read_bodies"]
@@ -53,12 +54,22 @@ async def post_events(request: web.Request) -> web.StreamResponse:
         _is_newer(raw, context.event_bytes_max, f"[{index}]" if is_array else "")
         for index, raw in enumerate(events)
     ]
-    ids = await context.served.publish(events) if events else []
+    ids = await _published(context, events, is_array) if events else []
     accepted = [
         {"id": each, "level": "accepted"} | ({"held": True} if newer else {})
         for each, newer in zip(ids, held, strict=True)
     ]
     return answer({"accepted": accepted}, status=202)
+
+
+async def _published(context: Context, events: Sequence[bytes], is_array: bool) -> Sequence[str]:
+    try:
+        return await context.served.publish(events)
+    except InvalidEvent as error:
+        field = error.field.removeprefix("events")
+        if not is_array:
+            field = field.removeprefix("[0]").removeprefix(".")
+        raise InvalidEvent(error.fault, error.problem, field=field, fix=error.fix) from error
 
 
 def read_bodies(request: web.Request, body: bytes) -> tuple[Sequence[bytes], bool]:

@@ -1,8 +1,8 @@
 """What the endpoint asks of the node that it serves, and nothing more.
 
 I1  ``checks`` reads memory only: a probe is answered even while Valkey is away.
-I2  ``publish`` gets events that were read and found good; it stores all of them in their
-    order, or raises.
+I2  ``publish`` gets events that were read and found good as such; it stores all of them in their
+    order, or raises. It knows which sinks there are, and what values the caches of the node hold.
 I3  ``stats``, ``explain`` and ``read`` keep their own deadlines, and raise errors of
     schemas/errors.py.
 """
@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from ...coordinator.instruments import Instruments
 from ...coordinator.limits.limiter import Limiter
+from ...schemas.errors import ForebayError
 from ..explain.document import Explanation
 from .lock_desk import LockDesk
 
@@ -40,7 +41,7 @@ class Read(Struct, frozen=True, kw_only=True):
 
     json: bytes  #: ``null`` when negative
     tier: str
-    age_ms: int
+    age_ms: int | None  #: None: unknown
     stale: bool
     version: int
     negative: bool = False  #: the source is known not to have it
@@ -80,7 +81,7 @@ class Served(Protocol):
         Raises:
             Backpressure: the stream is full.
             Unavailable: Valkey did not answer.
-            InvalidEvent: one can never be applied.
+            InvalidEvent: one can never be applied; its field begins with ``events[N]``.
         """
         ...
 
@@ -99,4 +100,8 @@ class Served(Protocol):
             LoaderError: the loader failed, and nothing stale could be served.
             Unavailable: Valkey did not answer, and the cache may not do without.
         """
+        ...
+
+    async def read_many(self, keys: Sequence[str]) -> list[Read | ForebayError | None]:
+        """As ``read``, of many keys at once, in their order; an error stands in its key's place."""
         ...

@@ -21,8 +21,9 @@ from .context import CONTEXT
 from .face import Check, Gate, State
 from .refusals import answer, refuse
 
-__all__ = ["health", "probe", "verdict"]
+__all__ = ["ROUTES", "health", "is_probe", "probe", "verdict"]
 
+ROUTES = frozenset(("/livez", "/readyz", "/readyz/{check}", "/startupz", "/healthz"))
 _MARKS: dict[State, str] = {"pass": "[+]{} ok", "warn": "[!]{} warn", "fail": "[-]{} failed"}
 
 
@@ -42,6 +43,12 @@ def probe(gate: Gate) -> Handler:
 
 async def health(request: web.Request) -> web.StreamResponse:
     return _show(request, _checks(request), "ready")
+
+
+def is_probe(request: web.Request) -> bool:
+    """Whether a probe answers this request."""
+    resource = request.match_info.route.resource
+    return resource is not None and resource.canonical in ROUTES
 
 
 def verdict(checks: Iterable[Check], gate: Gate) -> State:

@@ -2,7 +2,8 @@
 
 Every ``BEAT_S`` it asks to be called again, and looks how much later than asked it was.
 
-I1  ``lag_s`` is the worst of the last ``KEPT`` beats, and of the one that is overdue now.
+I1  ``lag_max_s`` is the longest delay of a beat in the last ``WINDOW_S``, or of the one that is
+    overdue now.
 I2  Nothing outside the loop is asked: a node whose Valkey is away is alive.
 """
 
@@ -16,10 +17,10 @@ from contextlib import contextmanager
 from ...coordinator.clock import Clock
 from .face import Check
 
-__all__ = ["BEAT_S", "KEPT", "STALLED_S", "Heartbeat"]
+__all__ = ["BEAT_S", "STALLED_S", "WINDOW_S", "Heartbeat"]
 
 BEAT_S = 0.25
-KEPT = 60
+WINDOW_S = 15.0
 STALLED_S = 10.0
 
 
@@ -30,10 +31,10 @@ class Heartbeat:
         self._clock = clock
         self._due: float | None = None
         self._handle: asyncio.TimerHandle | None = None
-        self._lags: deque[float] = deque(maxlen=KEPT)
+        self._lags: deque[tuple[float, float]] = deque()  # when the beat came, how late
 
     def __repr__(self) -> str:
-        return f"<Heartbeat: {self.lag_s():.3f} s late>"
+        return f"<Heartbeat: {self.lag_max_s():.3f} s late>"
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -45,8 +46,9 @@ class Heartbeat:
                 self._handle.cancel()
             self._due = None
 
-    def lag_s(self) -> float:
-        return max([*self._lags, self._overdue_s()])
+    def lag_max_s(self) -> float:
+        self._forget_old()
+        return max([*(lag_s for _, lag_s in self._lags), self._overdue_s()])
 
     def check(self) -> Check:
         overdue_s = self._overdue_s()
@@ -62,8 +64,14 @@ class Heartbeat:
         return 0.0 if self._due is None else max(0.0, self._clock.monotonic() - self._due)
 
     def _beat(self) -> None:
-        self._lags.append(self._overdue_s())
+        self._lags.append((self._clock.monotonic(), self._overdue_s()))
+        self._forget_old()
         self._ask()
+
+    def _forget_old(self) -> None:
+        since = self._clock.monotonic() - WINDOW_S
+        while self._lags and self._lags[0][0] < since:
+            self._lags.popleft()
 
     def _ask(self) -> None:
         self._due = self._clock.monotonic() + BEAT_S

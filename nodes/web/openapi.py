@@ -32,6 +32,7 @@ from .coordination import (
     ShownLocks,
     Take,
 )
+from .health import ROUTES
 
 __all__ = ["Fault", "Refusal", "Shape", "document"]
 
@@ -41,6 +42,7 @@ JSON, CLOUD_EVENT, CLOUD_EVENTS = (
     "application/cloudevents+json",
     "application/cloudevents-batch+json",
 )
+FREE = ROUTES | {"/metrics"}  #: answered under any Host
 _REF = "#/components/schemas/{name}"
 
 
@@ -70,6 +72,23 @@ class Published(Struct, frozen=True, kw_only=True):
     accepted: list[Accepted]
 
 
+class ReadKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What there is of one key: a value with status 200, or an error."""
+
+    key: str
+    status: int  #: as of ``GET /v1/cache/{key}``
+    value: msgspec.Raw | None = None
+    tier: str = ""
+    age_ms: int | None = None
+    stale: bool | None = None
+    version: int | None = None
+    error: Fault | None = None
+
+
+class ReadKeys(Struct, frozen=True, kw_only=True):
+    keys: list[ReadKey]  #: in the order in which they were asked for
+
+
 class Shape(Struct, frozen=True, kw_only=True):
     """What goes in and comes out of a route."""
 
@@ -90,6 +109,7 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
         status=202,
         refusals=(400, 408, 413, 415, 422, 429, 503),
     ),
+    ("GET", "/v1/cache"): Shape(name="readMany", answers=ReadKeys, refusals=(400,), query=("key",)),
     ("GET", "/v1/cache/{key}"): Shape(name="read", refusals=(400, 404, 503, 504)),
     ("GET", "/v1/explain/{key}"): Shape(
         name="explain", answers=Explanation, refusals=(400, 429, 503), query=("words",)
@@ -129,10 +149,11 @@ _REASONS = {
     409: "it is not held with this nonce",
     413: "the body is too large",
     415: "the body is of another type",
+    421: "the name in Host is not one of this node",
     422: "the event can never be applied",
     423: "others have the lock",
     429: "too much is asked; see Retry-After",
-    503: "Valkey is away; see Retry-After",
+    503: "Valkey is away, or the node is too busy; see Retry-After",
     504: "the loader failed",
 }
 
@@ -166,7 +187,7 @@ def document(
 
 
 def _operation(method: str, path: str, purpose: str, shape: Shape, *, guarded: bool) -> Schema:
-    refusals = set(shape.refusals)
+    refusals = {*shape.refusals, *(() if path in FREE else (400, 421, 503))}
     made: Schema = {"operationId": shape.name, "summary": purpose}
     if guarded and path.startswith("/v1/"):
         refusals.add(401)

@@ -6,13 +6,15 @@ S2  Every answer passes ``border``: errors become JSON refusals there, and are c
     route template, never by path.
 S3  An error nobody expected is a 500 that tells nothing, and a traceback in the log.
 
-Who may call what is decided by ``bearer``, between ``border`` and the routes.
+S4  Between ``border`` and the routes a request passes, in this order: ``spare_for_probes`` (is
+    there room for it?), ``hosts`` (is it for us?), and ``bearer`` (may it do this?).
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable, Iterable
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
 from random import Random
 
@@ -31,8 +33,9 @@ from .bearer import bearer_of
 from .bodies import Bodies
 from .context import CONTEXT, Context
 from .face import Served
-from .guards import GuardedRunner
+from .guards import GuardedRunner, count_request, spare_for_probes
 from .heartbeat import Heartbeat
+from .hosts import hosts_of
 from .refusals import SECURITY_HEADERS, Refused, answer, of_error, of_http, refuse
 
 __all__ = ["Address", "make_app", "serve"]
@@ -40,6 +43,7 @@ __all__ = ["Address", "make_app", "serve"]
 log = structlog.get_logger(__name__)
 
 STOP_MS = 5_000
+_UNMATCHED = "unmatched"
 
 
 class Address(Struct, frozen=True):
@@ -92,18 +96,25 @@ async def serve(
         coordination=coordination,
     )
 
-    def gauges() -> Iterable[tuple[str, tuple[str, ...], float]]:
-        return [("event_loop_lag_seconds", (), heartbeat.lag_s())]
-
-    served.instruments.add_source(gauges)
     # aiohttp waits this long for handlers, and as long again for their cancellation.
     runner = GuardedRunner(
-        make_app(context, bearer), http=http, instruments=served.instruments, stop_s=stop_ms / 3_000
+        make_app(context, spare_for_probes, hosts_of(http, socket.gethostname()), bearer),
+        http=http,
+        instruments=served.instruments,
+        stop_s=stop_ms / 3_000,
     )
+
+    def gauges() -> Iterator[tuple[str, tuple[str, ...], float]]:
+        yield "event_loop_lag_max_seconds", (), heartbeat.lag_max_s()
+        yield "http_connections", (), float(runner.connections)
+        yield "http_connections_max", (), float(runner.connections_max)
+
+    served.instruments.add_source(gauges)
     try:
         with heartbeat.beating(), coordination.locks.listening() if coordination else nullcontext():
             address = await _bind(runner, http, origin_of)
-            log.info("http.listening", url=address.url)
+            log.info("http.listening", url=address.url, connections_max=runner.connections_max)
+            _warn_if_open(http, address)
             yield address
     finally:
         served.instruments.remove_source(gauges)
@@ -111,8 +122,9 @@ async def serve(
             await runner.cleanup()
 
 
-def make_app(context: Context, bearer: Middleware) -> web.Application:
-    app = web.Application(middlewares=[border, bearer])
+def make_app(context: Context, *checks: Middleware) -> web.Application:
+    """``checks`` decide in their order whether a request reaches its route."""
+    app = web.Application(middlewares=[border, *checks])
     app[CONTEXT] = context
     app.on_response_prepare.append(_add_headers)
 
@@ -138,6 +150,9 @@ def make_app(context: Context, bearer: Middleware) -> web.Application:
             app.router.add_get(path, each.handler)
         else:
             app.router.add_route(each.method, path, each.handler)
+    for resource in app.router.resources():
+        context.served.instruments.declare("route", resource.canonical)
+    context.served.instruments.declare("route", _UNMATCHED, {"code": ("4xx", "5xx")})
     return app
 
 
@@ -156,6 +171,7 @@ def _own_routes(served: Served) -> tuple[_Route, ...]:
         _Route("GET", "/stats", "this node in numbers, as JSON", stats.stats),
         _Route("GET", "/metrics", "for Prometheus", metrics.metrics(served.registry)),
         _Route("POST", "/v1/events", "publish events", events.post_events),
+        _Route("GET", cache.MANY, "read many keys through the cache", cache.read_many),
         _Route("GET", cache.PREFIX + "{key}", "read through the cache", cache.read),
         _Route("GET", explain.PREFIX + "{key}", "why a read hits or misses", explain.explain),
     )
@@ -178,10 +194,9 @@ _COORDINATION = (
 async def border(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Errors become answers here; answers are counted."""
     response = await _answered(request, handler)
-    counts = request.app[CONTEXT].served.instruments.counts
     resource = request.match_info.route.resource
-    template = resource.canonical if resource is not None else "unmatched"
-    counts["http_requests", template, str(response.status)] += 1
+    template = resource.canonical if resource is not None else _UNMATCHED
+    count_request(request.app[CONTEXT].served.instruments, template, response.status)
     return response
 
 
@@ -211,6 +226,13 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
 async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
     response.headers.update(SECURITY_HEADERS)
     response.headers.setdefault("Cache-Control", "no-store")
+
+
+def _warn_if_open(http: Http, address: Address) -> None:
+    if http.reachable and not http.token_file:
+        problem = "every client that reaches it may publish, invalidate, and take locks"
+        fix = "set http.token_file, or let only trusted clients reach it"
+        log.warning("http.open", url=address.url, problem=problem, fix=fix)
 
 
 async def _bind(runner: GuardedRunner, http: Http, origin_of: Callable[[str], str]) -> Address:

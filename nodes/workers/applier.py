@@ -30,16 +30,14 @@ from ...coordinator.server_info import read_info
 from ...schemas.errors import (
     Backpressure,
     ForebayError,
-    InvalidEntry,
     InvalidEvent,
-    InvalidKey,
     ServerRefused,
 )
 from ...schemas.jobs import WriteJob
 from ..cache.core import Core
 from .dead_letters import DeadLetter
 from .plan import Invalidation, Step, WriteStep
-from .routes import Routes
+from .routes import Routes, refused_value
 
 __all__ = ["Applier", "allowance"]
 
@@ -50,7 +48,6 @@ _FULL_S = 0.1
 _BYTES_AT_FULL = 262_144
 _TELL_S = 60.0
 _FOR_GOOD = frozenset({"WRONGTYPE", "ERR"})  #: other codes concern the server as a whole
-_OF_THE_VALUE = (InvalidEntry, InvalidKey)
 
 Queues = dict[int, deque[Step]]
 
@@ -178,22 +175,15 @@ class Applier:
     async def _call_of(self, step: Step, letters: list[DeadLetter], at_full: bool) -> Call | None:
         """The script of a step; None if there can be none."""
         if isinstance(step, Invalidation):
-            if step.kind == "tags":
-                calls = self._shared.bump_calls(step.names, soft=step.soft, mark=step.mark)
-            else:
-                calls = self._shared.invalidate_calls(step.names, soft=step.soft, mark=step.mark)
+            calls_of = {"tags": self._shared.bump_calls, "keys": self._shared.invalidate_calls}
+            calls = calls_of[step.kind](
+                step.names, soft=step.soft, mark=step.mark, published_ms=step.published_ms
+            )
             return calls[step.shard][0]
         try:
             return await self._write_call(step, at_full)
-        except ForebayError as error:
-            if not isinstance(error, _OF_THE_VALUE):
-                raise
-            fault = InvalidEvent("wrong_field", str(error), field="value", fix="see the cache")
         except Exception as error:
-            # Whatever a type of the application's raises when it is made of a wrong value.
-            problem = f"{type(error).__name__}: {error}"
-            fix = "send what the cache's type demands"
-            fault = InvalidEvent("wrong_field", problem, field="value", fix=fix)
+            fault = refused_value(error)
         self._bury(step, fault, letters)
         return None
 
@@ -220,6 +210,4 @@ class Applier:
         )
 
     def _bury(self, step: Step, fault: InvalidEvent, letters: list[DeadLetter]) -> None:
-        for taken in step.events():
-            letters.append(DeadLetter(taken.id, taken.raw, fault))
-            self._counts["events_processed", taken.event.name, "dead"] += 1
+        letters += [DeadLetter(taken.id, taken.raw, fault) for taken in step.events()]

@@ -213,8 +213,15 @@ def _profile(settings: Settings, routes: Routes) -> Profile:
 
     http = settings.http
     address = f"{http.host}:{http.port}" if http.enabled and http.port else ""
-    sinks = published(route.template.text for route in routes.sinks)
-    return Profile(label=settings.node.id, http=address, version=__version__, sinks=sinks)
+    templates = {route.template.text for route in routes.sinks}
+    sinks = published(templates)
+    return Profile(
+        label=settings.node.id,
+        http=address,
+        version=__version__,
+        sinks=sinks,
+        more_sinks=len(sinks) < len(templates),
+    )
 
 
 @asynccontextmanager

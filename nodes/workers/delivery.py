@@ -109,6 +109,7 @@ class Delivery:
         self._down_since = 0.0  # also while the work has gone to others
         self._failing = LogOnce(clock)
         self._locks = LogOnce(clock)
+        instruments.declare("sink", sink.name)
 
     def __repr__(self) -> str:
         return f"<Delivery to {self.sink.name} {self.stopped or 'ok'}>"
@@ -295,7 +296,7 @@ class Delivery:
             result = "stored"
         finally:
             took_s, name = self._clock.monotonic() - started, self.sink.name
-            self._instruments.observe("writebehind_flush_seconds", took_s, name, result)
+            self._instruments.observe("writebehind_flush_seconds", took_s, name)
             self._instruments.counts["writebehind_rows", name, result] += len(batch.writes)
 
     async def _pause(self, seconds: float, ours: Ours) -> None:

@@ -69,6 +69,11 @@ class Invalidation:
     def mark(self) -> str:
         return self.taken.mark(self.place)
 
+    @property
+    def published_ms(self) -> int:
+        """Of the oldest event; 0 if none has a valid time."""
+        return min((ms for each in self.events() if (ms := each.published_ms)), default=0)
+
     def events(self) -> Iterator[Taken]:
         """Those that name something here, each once."""
         yield from {taken.id: taken for taken in self.names.values()}.values()

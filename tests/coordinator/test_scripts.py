@@ -19,6 +19,7 @@ from forebay.coordinator.limits.ledger import Ledger
 from forebay.coordinator.limits.slots import Slots
 from forebay.coordinator.locks.guards import Guards
 from forebay.coordinator.locks.records import LockRecords
+from forebay.coordinator.rights import RightsCheck
 from forebay.coordinator.scripting import load_scripts
 from forebay.schemas.errors import ServerRefused
 from links import link_to, running
@@ -154,7 +155,7 @@ async def test_what_others_put_in_the_way_refuses_the_whole_change(desk: Desk, w
 async def test_an_invalidation_takes_effect_whatever_is_in_its_way(
     desk: Desk, part: str, soft: bool
 ) -> None:
-    """C8: what is outdated is not read again, also where it cannot be announced or counted."""
+    """C9: what is outdated is not read again, also where it cannot be announced or counted."""
     await desk.put()
     await desk.begin("mine")
     (before,) = await desk.capture("k")
@@ -171,7 +172,7 @@ async def test_an_invalidation_takes_effect_whatever_is_in_its_way(
 
 
 async def test_a_tag_of_another_type_gets_a_version_by_a_bump(desk: Desk) -> None:
-    """I4: also softly, as one that was lost."""
+    """I5: also softly, as one that was lost."""
     await desk.commands.call("HSET", desk.names.tag("k"), "x", "y")
     await desk.bump("k", soft=True)
     assert (await desk.commands.call("GET", desk.names.tag("k"))).isdigit()
@@ -201,7 +202,7 @@ def test_every_script_is_looked_at_here_or_in_the_contract() -> None:
     """A new script comes with its tests: the desk, or the class whose contract it is, names it."""
     methods = {
         name
-        for kind in (Desk, LockRecords, Guards, Ledger, Slots)
+        for kind in (Desk, LockRecords, Guards, Ledger, RightsCheck, Slots)
         for method in vars(kind).values()
         if hasattr(method, "__code__")
         for name in method.__code__.co_consts

@@ -24,6 +24,7 @@ READ_AS_A_WHOLE = re.compile(r"#(KEYS|ARGV)\b|[(,]\s*(KEYS|ARGV)\s*[,)]")
 CALL = re.compile(r"redis\.p?call\(")
 FUNCTION = re.compile(r"local function (\w+)\(([^)]*)\)")
 SIBLING = re.compile(r"^sibling\((\w+(?:\[\w+\])?), label\)$")
+MARKS = re.compile(r"^marks_of\((\w+(?:\[\w+\])?)\)$")
 LOCAL = re.compile(r"local ([\w, ]+?) = ([^\n]+)")
 
 NO_KEY = {"TIME", "PUBLISH", "SPUBLISH", "PING", "ECHO", "INFO"}
@@ -124,7 +125,7 @@ def is_declared(expression: str, text: str) -> bool:
     """Whether the expression is one of KEYS, itself or by way of locals and parameters."""
     waiting, seen, found = [expression], set(), False
     while waiting:
-        each = SIBLING.sub(r"\1", waiting.pop())
+        each = MARKS.sub(r"\1", SIBLING.sub(r"\1", waiting.pop()))
         if re.fullmatch(r"KEYS\[[^\].]+\]", each):
             found = True
         elif each not in seen:
@@ -157,11 +158,11 @@ def test_header_documents_exactly_the_slots_that_the_body_reads(name: str) -> No
 def test_no_key_is_built_in_lua(name: str) -> None:
     """Every key comes from KEYS: otherwise a cluster could not know where the script runs.
 
-    The one exception lies in the slot of a key that is declared: ``sibling`` names the entry of
-    the same key in another cache version.
+    The two exceptions lie in the slot of a key that is declared: ``sibling`` names the entry of
+    the same key in another cache version, ``marks_of`` the set of marks beside a shard's head.
     """
     text = with_shared(name)
-    assert key_expressions(text)
+    assert bool(key_expressions(text)) == bool(CALL.search(text))
     assert built_keys(text) == []
 
 
@@ -250,6 +251,7 @@ def test_a_range_may_cover_a_slot_that_is_read_by_number() -> None:
         ('redis.call("SET", target', 'redis.call("SET", "literal"'),
         ('redis.call("SET", target', 'redis.call("SET", ARGV[1]'),
         ('redis.call("SET", target', 'redis.call("SET", sibling(ARGV[1], label)'),
+        ('redis.call("SET", target', 'redis.call("SET", marks_of(ARGV[1])'),
         ('redis.call("SET", target', "redis.call(ARGV[1], target"),
         ("local target = KEYS[1]", 'local target = KEYS[1] .. "x"'),
         ("local target = KEYS[1]", 'local target = "literal"'),

@@ -2,8 +2,8 @@
 
 A1  A probe begins no earlier than its aim after the ack; how much later, the history tells.
 A2  What a read returned is written down with the moment at which the read began.
-A3  Orders are JSON lines. ``Watch`` gets no answer; the others are answered with a line when
-    they are done.
+A3  Orders are JSON lines. ``Watch``, ``GiveUp`` and ``LetGo`` get no answer; the others are
+    answered with a line when they are done.
 
 HTTP would cost more than what it asks for: thousands of reads a second are wanted.
 """
@@ -33,6 +33,11 @@ __all__ = [
     "Drive",
     "Driven",
     "GiveUp",
+    "Held",
+    "Hold",
+    "LetGo",
+    "Look",
+    "Looked",
     "Order",
     "Reading",
     "Watch",
@@ -86,9 +91,45 @@ class Driven(msgspec.Struct, frozen=True):
     reads: int
 
 
-Order = Watch | Crowd | GiveUp | Drive
+class Look(msgspec.Struct, frozen=True, tag="look"):
+    """Probe the subject now."""
+
+    subject: str
+
+
+class Looked(msgspec.Struct, frozen=True):
+    version: int
+    stale: bool
+    tier: str
+
+
+class Hold(msgspec.Struct, frozen=True, tag="hold"):
+    """Keep the next load of the subject from returning what it has read; answered once it has."""
+
+    subject: str
+
+
+class Held(msgspec.Struct, frozen=True):
+    subject: str
+
+
+class LetGo(msgspec.Struct, frozen=True, tag="let go"):
+    """Let the load that is held return."""
+
+    subject: str
+
+
+Order = Watch | Crowd | GiveUp | Drive | Look | Hold | LetGo
 Hit = Any  # of forebay: with value, stale, tier
 Read = Callable[[str, int], Awaitable[Hit]]
+
+
+class Gate:
+    """Where a load is held, once."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.opened = asyncio.Event()
 
 
 class Agent:
@@ -114,6 +155,7 @@ class Agent:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._crowds: dict[int, Sequence[asyncio.Task[str]]] = {}
+        self._gates: dict[str, Gate] = {}
         self._turn = 0
 
     async def start(self) -> None:
@@ -137,9 +179,19 @@ class Agent:
                 elif isinstance(order, GiveUp):
                     for caller in self._crowds[order.key][: order.callers]:
                         caller.cancel()
+                elif isinstance(order, LetGo):
+                    self._gates.pop(order.subject).opened.set()
                 else:
+                    if isinstance(order, Hold):  # before whatever is ordered next
+                        self._gates[order.subject] = Gate()
                     self._spawn(self._answer(order, writer))
         writer.close()
+
+    async def pass_gate(self, subject: str) -> None:
+        """Wait, if a load of the subject is to be held."""
+        if (gate := self._gates.get(subject)) is not None:
+            gate.reached.set()
+            await gate.opened.wait()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -155,35 +207,52 @@ class Agent:
         due_ns = order.ack_ns + aim_ms * 1_000_000
         while (left_ns := due_ns - time.monotonic_ns()) > 0:
             await asyncio.sleep(left_ns / 1e9)
+        with suppress(ForebayError):  # it is in the history
+            await self._read_now(order.subject, aim_ms)
+
+    async def _read_now(self, subject: str, aim_ms: int = 0) -> Hit:
         self._turn += 1
         began_ns = time.monotonic_ns()
         try:
-            hit = await self._read(order.subject, self._turn)
+            hit = await self._read(subject, self._turn)
         except ForebayError as error:
             self._history.write(
                 "probe",
                 "fail",
-                subject=order.subject,
+                subject=subject,
                 began_ns=began_ns,
                 aim_ms=aim_ms,
                 note=type(error).__name__,
             )
-            return
+            raise
         reading: Reading = hit.value
         self._history.write(
             "probe",
             "ok",
-            subject=order.subject,
+            subject=subject,
             version=reading.version,
             began_ns=began_ns,
             aim_ms=aim_ms,
             stale=hit.stale,
             tier=hit.tier,
-            note="" if reading.subject == order.subject else CROSSED,
+            note="" if reading.subject == subject else CROSSED,
         )
+        return hit
 
-    async def _answer(self, order: Crowd | Drive, writer: asyncio.StreamWriter) -> None:
-        answer = await (self._crowd(order) if isinstance(order, Crowd) else self._drive(order))
+    async def _answer(
+        self, order: Crowd | Drive | Look | Hold, writer: asyncio.StreamWriter
+    ) -> None:
+        answer: Crowded | Driven | Looked | Held
+        if isinstance(order, Crowd):
+            answer = await self._crowd(order)
+        elif isinstance(order, Drive):
+            answer = await self._drive(order)
+        elif isinstance(order, Look):
+            hit = await self._read_now(order.subject)
+            answer = Looked(hit.value.version, hit.stale, hit.tier)
+        else:
+            await self._gates[order.subject].reached.wait()
+            answer = Held(order.subject)
         writer.write(msgspec.json.encode(answer) + b"\n")
         await writer.drain()
 
@@ -256,3 +325,9 @@ class AgentClient:
 
     def driven(self) -> Driven:
         return msgspec.json.decode(self._lines.readline(), type=Driven)
+
+    def looked(self) -> Looked:
+        return msgspec.json.decode(self._lines.readline(), type=Looked)
+
+    def held(self) -> Held:
+        return msgspec.json.decode(self._lines.readline(), type=Held)

@@ -34,6 +34,7 @@ async def load(subject: str, *, takes_s: float = 0.0) -> Reading:
     version = -1
     try:
         version = source.version(subject)
+        await agent.pass_gate(subject)
         await asyncio.sleep(takes_s)
     finally:
         phase = "fail" if version < 0 else "ok"

@@ -123,26 +123,20 @@ def run(
     setup: Setup,
     *,
     seconds: float,
-    faults: Sequence[Fault] | None = None,
-    patient: bool = True,
     keep: Path | None = None,
     **settings: object,
 ) -> Outcome:
-    """A whole run. ``faults`` are by default those of the seed, ``patient`` waits for the
-    probes that are due after it, ``keep`` is where histories and logs are copied to, and
-    ``settings`` are the nodes'."""
-    if faults is None:
-        faults = plan(setup.seed, seconds, len(setup.nodes))
+    """A whole run. ``keep`` is where histories and logs are copied to, and ``settings`` are the
+    nodes'."""
+    faults = plan(setup.seed, seconds, len(setup.nodes))
     with cluster(setup, **settings) as made:
         writers = [made.writer(number, seconds) for number in range(setup.writers)]
         Nemesis(made.server, made.nodes, made.names).execute(faults, seconds)
         for number, writer in enumerate(writers):
             code = writer.wait(_PATIENCE_S)
             assert code == 0, (made.setup.path / f"writer-{number}.log").read_text()
-        calm: dict[str, Mapping[str, int]] = {}
-        if patient:
-            time.sleep(max(AIMS) * setup.bound_ms / 1000)
-            calm = {node.name: _calm(node) for node in made.nodes}
+        time.sleep(max(AIMS) * setup.bound_ms / 1000)  # for the probes that are still due
+        calm = {node.name: _calm(node) for node in made.nodes}
         for node in made.nodes:
             assert node.stop() == 0, node.said()[-2_000:]
         records = made.history()

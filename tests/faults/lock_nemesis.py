@@ -6,9 +6,6 @@
 ``restart``        the server ends in good order, and comes back with its data
 ``fail over``      the replica lags, a holder sleeps, the primary is killed, and a sentinel
                    promotes the replica, which has not seen the last grants
-``hurry over``     the same, but promoted at once, by hand
-``split``          the replica is promoted while the primary goes on, with one process that
-                   holds a lock at its side; then the primary becomes a replica
 
 N1  The same seed gives the same order; each kind comes once in a round.
 N2  ``disturbed`` are the times from each act until everything must be right again, for which
@@ -36,9 +33,7 @@ from valkeyd import ValkeyServer
 
 __all__ = ["LOCK_FAULTS", "LockFault", "LockNemesis", "Workers", "in_step", "order_of"]
 
-LockFault = Literal[
-    "stop holder", "kill holder", "kill clients", "restart", "fail over", "hurry over", "split"
-]
+LockFault = Literal["stop holder", "kill holder", "kill clients", "restart", "fail over"]
 #: How long things may take to be right again after each.
 SETTLES_S: Mapping[LockFault, float] = {
     "stop holder": 1.5,
@@ -46,8 +41,6 @@ SETTLES_S: Mapping[LockFault, float] = {
     "kill clients": LEASE_S + 0.5,
     "restart": 2 * LEASE_S + 1.0,  # the grace, and leases that were given up meanwhile
     "fail over": 2 * LEASE_S + 1.0,
-    "hurry over": 2 * LEASE_S + 1.0,
-    "split": 2 * LEASE_S + 3.0,
 }
 LOCK_FAULTS: Sequence[LockFault] = (
     "stop holder",
@@ -58,7 +51,6 @@ LOCK_FAULTS: Sequence[LockFault] = (
 )
 _CALM_S = 1.2
 _LAG_S = 3.2  #: leases and places in queues that the replica saw have ended when it is promoted
-_SPLIT_S = 3 * LEASE_S
 _TRIES = 200
 
 
@@ -81,9 +73,19 @@ def order_of(
     return [kind for _ in range(rounds) for kind in rng.sample(kinds, len(kinds))]
 
 
-def in_step(primary: ValkeyServer) -> bool:
-    """Whether it has a replica that follows."""
-    return b"state=online" in primary.execute("INFO", "replication")
+def in_step(primary: ValkeyServer, replica: ValkeyServer) -> bool:
+    """Whether the replica has all that the primary has accepted until now."""
+    accepted, applied = _replication(primary), _replication(replica)
+    return (
+        applied.get("master_link_status") == "up"
+        and applied["master_replid"] == accepted["master_replid"]
+        and int(applied["slave_repl_offset"]) >= int(accepted["master_repl_offset"])
+    )
+
+
+def _replication(server: ValkeyServer) -> Mapping[str, str]:
+    lines = server.execute("INFO", "replication").decode().splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -120,12 +122,10 @@ class LockNemesis:
             "kill clients": self._kill_clients,
             "restart": self._restart,
             "fail over": self._fail_over,
-            "hurry over": self._hurry_over,
-            "split": self._split,
         }
 
-    def execute(self, kinds: Sequence[LockFault], *, patient: bool = True) -> None:
-        """``patient``: wait after each until everything must be right again."""
+    def execute(self, kinds: Sequence[LockFault]) -> None:
+        """Wait after each until everything must be right again."""
         self._began = time.monotonic()
         time.sleep(_CALM_S)
         for kind in kinds:
@@ -134,18 +134,43 @@ class LockNemesis:
             ended = time.monotonic() + SETTLES_S[kind]
             self.disturbed.append((began, ended))
             self.done.append(Done(kind, round(began - self._began, 3), holder))
-            time.sleep(max(0.0, ended - time.monotonic()) * patient + _CALM_S)
+            time.sleep(max(0.0, ended - time.monotonic()) + _CALM_S)
 
-    def _holders(self, *, for_s: float = 0.0) -> Mapping[bytes, str]:
-        """The nonces of leases that are that old, and the processes that have them."""
+    def lag(self) -> None:
+        """From now on the replica learns of nothing; what was before it knows."""
+        until(lambda: in_step(self.primary, self.replica), what="the replica")
+        # A replica that sleeps still receives: its connection has to go, too.
+        self.replica.sigstop()
+        self.primary.execute("CLIENT", "KILL", "TYPE", "replica")
+
+    def lose_primary(self) -> None:
+        """It dies, and its replica takes its place at once."""
+        self.primary.kill9()
+        self.replica.sigcont()
+        self.replica.execute("REPLICAOF", "NO", "ONE")
+        self._relay.lead(self.replica.port)
+
+    def part(self, processes: Sequence[str]) -> None:
+        """The replica is promoted for these processes; the primary goes on for the others."""
+        self._spare.start()
+        self._spare.execute("REPLICAOF", "127.0.0.1", self.replica.port)
+        until(lambda: in_step(self.replica, self._spare), what="the replica of the replica")
+        self.replica.execute("REPLICAOF", "NO", "ONE")
+        self._relay.lead(self.replica.port, processes)
+
+    def rejoin(self) -> None:
+        """The primary becomes a replica of the one that was promoted, for all processes."""
+        self._swap()
+        self._relay.lead(self.primary.port)
+
+    def _holders(self) -> Mapping[bytes, str]:
+        """The nonces of leases, and the processes that have them."""
         found = {}
-        seconds, us = self.primary.execute("TIME")
-        before_us = int(seconds) * 1_000_000 + int(us) - for_s * 1e6
         for record in self._records:
             raw = self.primary.execute("HGETALL", record)
             fields = dict(zip(raw[::2], raw[1::2], strict=True))
-            for field, line in fields.items():
-                if field.startswith(b"h:") and int(line.split(b" ")[3]) <= before_us:
+            for field in fields:
+                if field.startswith(b"h:"):
                     nonce = field.removeprefix(b"h:")
                     node_id: str = json.loads(fields[b"a:" + nonce])["by"]
                     found[nonce] = node_id.partition("~")[0]
@@ -191,26 +216,16 @@ class LockNemesis:
 
     def _fail_over(self) -> str:
         self._sentinel.watch(self.primary)
-        holder = self._lose_primary()
+        holder = self._lose_primary_of_a_holder()
         until(lambda: self._sentinel.primary_port() == self.replica.port, what="the promotion")
         until(self._promoted, what="the promotion")
         self._follow(holder)
         self._sentinel.forget()
         return holder
 
-    def _hurry_over(self) -> str:
-        holder = self._lose_primary()
-        self.replica.execute("REPLICAOF", "NO", "ONE")
-        self._relay.lead(self.replica.port)
-        time.sleep(0.7)  # the holder sleeps on, within its lease, while the others begin anew
-        self._follow(holder)
-        return holder
-
-    def _lose_primary(self) -> str:
+    def _lose_primary_of_a_holder(self) -> str:
         """Returns a holder whom the replica does not know, and who sleeps."""
-        # A replica that sleeps still receives: its connection has to go, too.
-        self.replica.sigstop()
-        self.primary.execute("CLIENT", "KILL", "TYPE", "replica")
+        self.lag()
         time.sleep(_LAG_S)
         holder = self._caught()
         self.primary.kill9()
@@ -223,20 +238,6 @@ class LockNemesis:
             self.workers.signal(holder, signal.SIGCONT)
         self.primary.start()
         self._swap()
-
-    def _split(self) -> str:
-        self._spare.start()
-        self._spare.execute("REPLICAOF", "127.0.0.1", self.replica.port)
-        until(lambda: in_step(self.replica), what="the replica of the replica")
-        old = until(lambda: self._holders(for_s=0.7 * LEASE_S), what="a lease of some age")
-        holder = next(iter(old.values()))
-        others = [name for name in self.workers.running() if name != holder]
-        self.replica.execute("REPLICAOF", "NO", "ONE")
-        self._relay.lead(self.replica.port, others)
-        time.sleep(_SPLIT_S)
-        self._swap()
-        self._relay.lead(self.primary.port)
-        return holder
 
     def _swap(self) -> None:
         self.primary, self.replica = self.replica, self.primary

@@ -26,8 +26,15 @@ import msgspec
 
 from faults.lock_checker import Granted, faults_of
 from faults.lock_history import Began, Line, Refused, Wrote, grants_of, read, writes_of
-from faults.lock_nemesis import LOCK_FAULTS, Done, LockFault, LockNemesis, in_step, order_of
-from faults.lock_setting import LEASE_S, LockSetup
+from faults.lock_nemesis import (
+    LOCK_FAULTS,
+    Done,
+    LockFault,
+    LockNemesis,
+    in_step,
+    order_of,
+)
+from faults.lock_setting import LockSetup, Order
 from faults.relay import Relay
 from faults.sentinel import Sentinel
 from forebay.coordinator.embedded import bound_to_owner
@@ -35,7 +42,7 @@ from forebay.schemas.keys import Names
 from noded import environ, until
 from valkeyd import ValkeyServer
 
-__all__ = ["MARGIN_S", "LockOutcome", "lock_run"]
+__all__ = ["BOUND_S", "MARGIN_S", "LockOutcome", "lock_cluster", "lock_run"]
 
 SERVER = {
     "appendonly": "yes",
@@ -65,7 +72,7 @@ class WorkerProcesses:
         with self._log(name).open("ab") as output:
             self._processes[name] = subprocess.Popen(
                 bound_to_owner([sys.executable, "-m", "faults.lock_worker"], signal.SIGKILL),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
                 env=environ(**setup.environ()),
@@ -79,13 +86,22 @@ class WorkerProcesses:
     def running(self) -> Sequence[str]:
         return list(self._processes)
 
+    def pid(self, name: str) -> int:
+        return self._processes[name].pid
+
     def signal(self, name: str, number: signal.Signals) -> None:
         self._processes[name].send_signal(number)
 
+    def order(self, name: str, order: Order) -> None:
+        orders = self._processes[name].stdin
+        assert orders is not None
+        orders.write(msgspec.json.encode(order) + b"\n")
+        orders.flush()
+
     def kill(self, name: str) -> None:
         process = self._processes.pop(name)
-        process.kill()
-        process.wait()
+        with process:  # closes its input, too
+            process.kill()
         self.died[name] = time.monotonic()
 
     def replace(self, name: str) -> None:
@@ -100,9 +116,9 @@ class WorkerProcesses:
 
     def close(self) -> None:
         for process in self._processes.values():
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            with process:
+                if process.poll() is None:
+                    process.kill()
 
     def _log(self, name: str) -> Path:
         return self.setup.path / f"{name}.log"
@@ -130,14 +146,10 @@ class LockOutcome(msgspec.Struct, frozen=True, kw_only=True):
     undisturbed_share: float  #: of all sections: those whose place in the queue was judged
     faults: Sequence[str]
 
-    @property
-    def kinds(self) -> set[str]:
-        """The rules that were broken."""
-        return {each.partition(" ")[0] for each in self.faults}
-
 
 @contextmanager
-def _cluster(setup: LockSetup, processes: Sequence[str]) -> Iterator[LockNemesis]:
+def lock_cluster(setup: LockSetup, processes: Sequence[str]) -> Iterator[LockNemesis]:
+    """A primary, a replica that follows it, and these processes, which are ready."""
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="forebay-locks-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -150,8 +162,8 @@ def _cluster(setup: LockSetup, processes: Sequence[str]) -> Iterator[LockNemesis
         relay = stack.enter_context(Relay(primary.port))
         sentinel = stack.enter_context(Sentinel())
         names = Names(setup.namespace, setup.shards)
-        _have_short_graces(primary, names)
-        until(lambda: in_step(primary), what="the replica")
+        _have_short_graces(primary, names, setup.lease_s)
+        until(lambda: in_step(primary, replica), what="the replica")
         workers = WorkerProcesses(setup, relay)
         stack.callback(workers.close)
         for name in processes:
@@ -169,8 +181,8 @@ def _cluster(setup: LockSetup, processes: Sequence[str]) -> Iterator[LockNemesis
         )
 
 
-def _have_short_graces(primary: ValkeyServer, names: Names) -> None:
-    """As if shorter leases than are usual had been given alone: that is how long a grace is."""
+def _have_short_graces(primary: ValkeyServer, names: Names, lease_s: float) -> None:
+    """As if no longer leases had been given: that is how long a grace is."""
     run = dict(
         line.split(":", 1)
         for line in primary.execute("INFO", "server").decode().splitlines()
@@ -178,7 +190,7 @@ def _have_short_graces(primary: ValkeyServer, names: Names) -> None:
     )["run_id"]
     for shard in range(names.shards):
         era = names.part(shard, "era")
-        primary.execute("HSET", era, "rid", run, "grace", 0, "max", int(LEASE_S * 1e6))
+        primary.execute("HSET", era, "rid", run, "grace", 0, "max", int(lease_s * 1e6))
 
 
 def lock_run(
@@ -187,19 +199,13 @@ def lock_run(
     *,
     processes: Sequence[str] = ("one", "two", "three", "four"),
     sections: int = 0,
-    calm_s: float = 0.0,
-    patient: bool = True,
     keep: Path | None = None,
 ) -> LockOutcome:
-    """A whole run: these faults, and then on until each process has had so many sections.
-
-    Without ``patient`` it ends before everything must be right again.
-    """
-    with _cluster(setup, processes) as nemesis:
+    """A whole run: these faults, and then on until each process has had so many sections."""
+    with lock_cluster(setup, processes) as nemesis:
         workers = nemesis.workers
         began = time.monotonic()
-        nemesis.execute(kinds, patient=patient)
-        time.sleep(calm_s)
+        nemesis.execute(kinds)
         while min(_sections(read(workers.setup.path), processes).values()) < sections:
             assert time.monotonic() < began + _PATIENCE_S, "the sections did not come"
             time.sleep(0.5)

@@ -11,7 +11,7 @@ import msgspec
 
 from forebay.schemas.locks import LockLevel
 
-__all__ = ["LEASE_S", "LockSetup", "PlantedInLocks"]
+__all__ = ["LEASE_S", "BeBusy", "Give", "LockSetup", "Order", "PlantedInLocks", "Take"]
 
 ENVIRON = "LOCK_FAULTS"
 LEASE_S = 2.0
@@ -30,10 +30,10 @@ class LockSetup(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 1
     level: LockLevel = "fast"
     names: tuple[str, ...] = ("a", "b")
-    tasks: int = 16  #: of each process
+    lease_s: float = LEASE_S
+    tasks: int = 16  #: of each process; 0: it does what it is told to, see ``lock_steps``
     hold_s: float = 0.006  #: on average
     long_hold_s: float = 0.06  #: of each twentieth
-    busy_s: float = 0.0  #: for how long the event loop stands still, again and again
     planted: PlantedInLocks = ""
 
     @classmethod
@@ -46,3 +46,25 @@ class LockSetup(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def path(self) -> Path:
         return Path(self.directory)
+
+
+class Take(msgspec.Struct, frozen=True, tag="take"):
+    """Take a lock, and hold it."""
+
+    name: str
+    timeout_s: float | None = None
+
+
+class Give(msgspec.Struct, frozen=True, tag="give"):
+    """Give back a lock that is held."""
+
+    name: str
+
+
+class BeBusy(msgspec.Struct, frozen=True, tag="be busy"):
+    """Let the event loop stand still for so long, again and again, from now on."""
+
+    pass_s: float
+
+
+Order = Take | Give | BeBusy

@@ -4,6 +4,8 @@
 
 W1  What is begun is written down before anything is done under it, see ``lock_history``.
 W2  Who has lost a lease tries to write under its token all the same, as one who does not know.
+W3  Without tasks of its own it obeys orders, JSON lines on its standard input. What comes of them
+    is in its history.
 """
 
 from __future__ import annotations
@@ -12,16 +14,21 @@ import asyncio
 import math
 import random
 import signal
+import sys
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
 import anyio
+import msgspec
 import structlog
+from anyio.abc import TaskGroup
 
 import forebay
 from faults.lock_history import Began, Ended, LockHistory, Refused, Wrote
 from faults.lock_plants import plant
-from faults.lock_setting import LEASE_S, LockSetup
+from faults.lock_setting import BeBusy, Give, LockSetup, Order, Take
 from forebay.coordinator.locks.lease import Lease
 from forebay.schemas.errors import ForebayError
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
@@ -36,37 +43,61 @@ class Worker:
         self._setup = setup
         self._node = node
         self._history = LockHistory(setup.path, setup.process)
+        self._given: dict[str, asyncio.Event] = {}
 
     async def run(self) -> None:
         async with anyio.create_task_group() as tasks:
             with anyio.open_signal_receiver(signal.SIGTERM) as signals:
                 for number in range(self._setup.tasks):
                     tasks.start_soon(self._work, number)
-                if self._setup.busy_s:
-                    tasks.start_soon(self._be_busy)
+                if not self._setup.tasks:
+                    tasks.start_soon(self._obey, tasks)
                 async for _ in signals:
                     tasks.cancel_scope.cancel()
                     break
 
-    async def _be_busy(self) -> None:
+    async def _obey(self, tasks: TaskGroup) -> None:
+        decode = msgspec.json.Decoder(Order).decode
+        lines = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(lines), sys.stdin
+        )
+        async for line in lines:
+            order = decode(line)
+            if isinstance(order, Take):
+                given = self._given[order.name] = asyncio.Event()
+                hold = partial(self._section, order.name, given.wait, order.timeout_s)
+                tasks.start_soon(hold)
+            elif isinstance(order, Give):
+                self._given.pop(order.name).set()
+            elif isinstance(order, BeBusy):
+                tasks.start_soon(self._be_busy, order.pass_s)
+
+    async def _be_busy(self, pass_s: float) -> None:
         while True:
-            time.sleep(self._setup.busy_s)
+            time.sleep(pass_s)
             await asyncio.sleep(0)
 
     async def _work(self, number: int) -> None:
         rng = random.Random(f"{self._setup.seed} {self._setup.process} {number}")
         while True:
-            await self._section(rng.choice(self._setup.names), self._hold_s(rng))
+            hold = partial(anyio.sleep, self._hold_s(rng))
+            await self._section(rng.choice(self._setup.names), hold)
 
     def _hold_s(self, rng: random.Random) -> float:
         if rng.randrange(_LONG_EVERY) == 0:
             return self._setup.long_hold_s
         return rng.uniform(0.0, 2 * self._setup.hold_s)
 
-    async def _section(self, name: str, hold_s: float) -> None:
+    async def _section(
+        self, name: str, hold: Callable[[], Awaitable[object]], timeout_s: float | None = None
+    ) -> None:
         asked_at, ended_at, held = now(), math.inf, None
+        lock = self._node.lock(
+            name, lease=self._setup.lease_s, level=self._setup.level, timeout=timeout_s
+        )
         try:
-            async with self._node.lock(name, lease=LEASE_S, level=self._setup.level) as lease:
+            async with lock as lease:
                 granted_at, held = now(), lease
                 lease.check()
                 self._history.write(
@@ -74,7 +105,7 @@ class Worker:
                 )
                 try:
                     await self._write(name, lease)
-                    await anyio.sleep(hold_s)
+                    await hold()
                 finally:
                     ended_at = now()
                     self._end(lease, ended_at)

@@ -7,19 +7,18 @@ The full run, with a thousand critical sections of each process and its figures,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
+from faults.lock_history import Began, Refused
 from faults.lock_nemesis import LOCK_FAULTS, order_of
 from faults.lock_run import lock_run
-from faults.lock_setting import LockSetup
+from faults.lock_setting import LockSetup, PlantedInLocks
+from faults.lock_steps import lock_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 PAIR = ("one", "two")
-#: Some sections outlive a lease, so that they are renewed.
-LONG = {"tasks": 4, "hold_s": 0.02, "long_hold_s": 5.0}
 
 
 def test_locks_keep_their_promises_whatever_goes_wrong() -> None:
@@ -32,52 +31,78 @@ def test_locks_keep_their_promises_whatever_goes_wrong() -> None:
     assert outcome.undisturbed_share > 0.02, outcome
 
 
+# The same processes and checker, driven to where a fault has to show, and where a sound build shows
+# none.
+
+
 def test_a_primary_that_goes_on_alone_grants_nothing_that_is_replicated() -> None:
     """Nor does it keep alive what was granted before: who is at its side stops in time."""
-    setup = LockSetup(level="replicated", **LONG)
-    outcome = lock_run(setup, ["split"], processes=PAIR)
-    assert outcome.faults == []
-    assert outcome.lost
-
-
-# Negative controls: the same harness, with a fault that it has to find. Whether it shows is up to
-# who held what at that moment, so each gets a few chances; a sound build gets one, and shows none.
-
-CHANCES = 8
-
-
-def is_found(rule: str, kinds: Sequence[str], *, run: dict[str, Any], **setup: Any) -> bool:
-    seeds = range(1, CHANCES + 1)
-    return any(
-        rule in lock_run(LockSetup(seed=seed, **setup), kinds, **run).kinds for seed in seeds
-    )
+    with lock_steps(LockSetup(level="replicated"), *PAIR) as steps:
+        steps.take("one", "a")
+        steps.part("two")
+        refused = steps.take("one", "b")
+        assert isinstance(refused, Refused)
+        assert refused.why == "not_replicated"
+        assert steps.until_lost("one").name == "a"
+        assert isinstance(steps.take("two", "a"), Began)
+        steps.rejoin()
+        assert isinstance(steps.take("one", "b"), Began)
+        assert steps.faults() == []
 
 
 def test_a_primary_that_goes_on_alone_is_found_at_level_fast() -> None:
     """What ``fast`` does not promise: two hold a lock at once, on either side."""
-    run = {"processes": PAIR, "patient": False}
-    assert is_found("H2", ["split"], run=run, **LONG)
+    with lock_steps(LockSetup(level="fast"), *PAIR) as steps:
+        steps.take("one", "a")
+        steps.part("two")
+        assert isinstance(steps.take("two", "a"), Began)
+        steps.give("one", "a")
+        assert kinds(steps.faults()) == {"H2"}
 
 
-def test_tokens_that_are_counted_are_found() -> None:
+@pytest.mark.parametrize("planted", ["", "counted"])
+def test_tokens_that_are_counted_are_found(planted: PlantedInLocks) -> None:
     """INCR forgets with its server: tokens come twice after a failover that lost grants."""
-    run = {"processes": PAIR, "patient": False, "calm_s": 3.0}
-    assert is_found("H1", ["hurry over"], run=run, planted="counted", names=tuple("abcdef"))
+    with lock_steps(LockSetup(planted=planted), *PAIR) as steps:
+        steps.take("one", "a")
+        steps.give("one", "a")
+        steps.lag()
+        steps.take("one", "a")
+        steps.give("one", "a")
+        steps.fail_over()
+        assert isinstance(steps.take("two", "a"), Began)
+        assert kinds(steps.faults()) == ({"H1"} if planted else set())
 
 
-def test_a_failover_without_grace_is_found() -> None:
+@pytest.mark.parametrize("planted", ["", "no grace"])
+def test_a_failover_without_grace_is_found(planted: PlantedInLocks) -> None:
     """Another has the lock while its holder sleeps within its lease."""
-    run = {"processes": PAIR, "patient": False}
-    assert is_found("H2", ["hurry over"], run=run, planted="no grace")
+    with lock_steps(LockSetup(planted=planted, lease_s=30.0), *PAIR) as steps:
+        steps.lag()
+        steps.take("one", "a")
+        with steps.asleep("one"):
+            steps.fail_over()
+            answer = steps.take("two", "a", timeout_s=None if planted else 0.5)
+        assert isinstance(answer, Began if planted else Refused)
+        assert kinds(steps.faults()) == ({"H2"} if planted else set())
 
 
 def test_renewals_that_drift_are_found() -> None:
     """A busy event loop loses leases that are renewed one by one, with a pause when they are done;
     of ours it loses none: ``test_a_busy_event_loop_loses_no_lease``."""
-    names = tuple("abcdefgh")
-    busy = {"tasks": 8, "names": names, "hold_s": 4.5, "long_hold_s": 9.0, "busy_s": 0.1}
-    run = {"processes": ("one",), "calm_s": 5.0}
-    assert is_found("H6", [], run=run, planted="sleepy", **busy)
+    with lock_steps(LockSetup(planted="sleepy"), "one") as steps:
+        for name in "abcdefgh":
+            steps.take("one", name)
+        # A renewal takes three passes or more: those of eight locks take longer than a lease.
+        steps.be_busy("one", pass_s=0.1)
+        steps.until_lost("one")
+        steps.kill("one")
+        assert kinds(steps.faults()) == {"H6"}
+
+
+def kinds(faults: Sequence[str]) -> set[str]:
+    """The rules that were broken."""
+    return {each.partition(" ")[0] for each in faults}
 
 
 def test_the_same_seed_gives_the_same_order() -> None:

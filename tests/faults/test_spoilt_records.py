@@ -80,7 +80,7 @@ def plants(names: Names, rng: random.Random) -> Iterator[Plant]:
         "n",
         "x",
     )
-    for field in ("e", "v", "o", "i", "c"):
+    for field in ("e", "v", "o", "i", "c", "l"):
         yield ("HSET", part(shard, "head"), field, bad())
     for field in ("o", "t", "e", "u", "w", "s", "f"):
         yield ("HSET", part(rng.choice((EVENTS, shard)), "own"), field, bad())
@@ -90,6 +90,7 @@ def plants(names: Names, rng: random.Random) -> Iterator[Plant]:
     yield ("SET", lease, bad(), "PX", 500)
     yield ("SET", tag, bad())
     yield ("SET", names.fence(key), bad(), "PX", 5_000)
+    yield ("ZADD", part(shard, "legacy"), rng.choice(["inf", "-inf", "5"]), bad())
     yield ("ZADD", part(shard, "seen"), rng.choice(["inf", "-inf", "5"]), bad())
     yield ("XADD", part(shard, "writes"), "*", "v", bad(), "j", bad())
     yield ("XADD", part(shard, "writes"), "*", bad(), bad())

@@ -28,7 +28,8 @@ from faults.service import SHARDS, Service, lock_of, subject_of, works
 from forebay.coordinator.link import Commands
 from forebay.coordinator.scripting import granted
 from forebay.nodes.explain.collect import explain
-from forebay.nodes.status import checks, gauges
+from forebay.nodes.gauges import gauges
+from forebay.nodes.status import checks
 from forebay.nodes.web.face import Check
 from forebay.nodes.web.health import verdict
 from forebay.schemas.errors import ForebayError, StartupError
@@ -90,6 +91,7 @@ TABLE: dict[str, Case] = {
     "dead": part("dead"),
     "held": part("held"),
     "tried": part("tried"),
+    "legacy": part("legacy", is_silent=True),
     "locks": part("locks"),
     "era": part("era", begins_grace=True),
     "e": Case(lambda names: names.entry(item_of(names))),
@@ -149,7 +151,8 @@ def test_every_name_is_a_key_of_the_table_or_a_channel() -> None:
         "part": [names.part(0, each) for each in get_args(Part)],
         "tag": names.tag("a"),
     }
-    others = {"cache_version", "is_reply", "namespace", "prefixes", "shard", "shards"}
+    others = {"cache_version", "database", "is_reply", "namespace", "prefixes", "process", "shard"}
+    others |= {"channel_patterns", "key_patterns", "shards", "with_shards"}
     public = {name for name, _ in inspect.getmembers(names) if not name.startswith("_")}
     assert public == set(given) | CHANNELS | others
     for keys in given.values():

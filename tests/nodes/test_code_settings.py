@@ -90,3 +90,28 @@ def test_settings_from_the_command_line_replace_those_in_code(make_node: MakeNod
 
     assert [line["event"] for line in lines] == ["node.settings_replaced"]
     assert node._settings().settings.valkey.url == ""
+
+
+async def test_what_is_set_and_not_used_is_logged(
+    valkey_server: ValkeyServer, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that starts with a reader, or with an address beside VALKEY_FAKE, says so."""
+    monkeypatch.setenv("VALKEY_WRITER_ENDPOINT", "127.0.0.1")
+    monkeypatch.setenv("VALKEY_WRITER_PORT", str(valkey_server.port))
+    monkeypatch.setenv("VALKEY_READER_ENDPOINT", "127.0.0.2")
+    with capture_logs() as lines:
+        async with forebay.Node(namespace):
+            pass
+    (line,) = [line for line in lines if line["event"] == "setting.unused"]
+    assert (line["log_level"], line["setting"]) == ("warning", "valkey.reader_url")
+    assert line["origin"] == "environment VALKEY_READER_ENDPOINT"
+
+
+async def test_settings_in_code_warn_too(valkey_server: ValkeyServer, namespace: str) -> None:
+    """A reader that is set in code is as unused as any."""
+    valkey = Valkey(url=valkey_server.url, reader_url="valkey://127.0.0.2")
+    with capture_logs() as lines:
+        async with forebay.Node(namespace, settings=Settings(valkey=valkey)):
+            pass
+    (line,) = [line for line in lines if line["event"] == "setting.unused"]
+    assert (line["setting"], line["origin"]) == ("valkey.reader_url", "the code")

@@ -187,7 +187,7 @@ async def test_two_nodes_in_one_process_share_one_server(make_node: MakeNode) ->
             while (hit := await two.read("a:1")) is None or hit.json == b"1":
                 await anyio.sleep(0.005)
         counts = [
-            node.instruments.counts["cache_requests", "loaded", "source", "hit"]
+            node.instruments.counts["cache_requests", "loaded", "source", "miss"]
             for node in (one, two)
         ]
     assert loads == ["one", "two"]
@@ -238,7 +238,7 @@ async def test_embedded_node_serves_http_while_asked_to(
                 assert answer.status == 200
             async with client.get(f"{url}/metrics") as answer:
                 text = await answer.text()
-            assert text.count("\nforebay_event_loop_lag_seconds ") == 1
+            assert text.count("\nforebay_event_loop_lag_max_seconds ") == 1
     with pytest.raises(forebay.ForebayError, match="not running"):
         async with node.serving():
             pass

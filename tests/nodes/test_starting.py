@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 import forebay
-from forebay.schemas.errors import StartupError
+from forebay.schemas.errors import ConfigError, StartupError
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 from valkeyd import ValkeyServer
 
@@ -111,3 +111,27 @@ async def test_a_server_that_stays_silent_fails_the_start_in_time(
             async with node:
                 pytest.fail("it started")
         assert between.fell
+
+
+def test_without_an_event_loop_of_asyncio_there_is_one_config_error() -> None:
+    """As under trio: nothing is begun, and no coroutine is left that nobody awaits."""
+    node = forebay.Node("shop")
+    with pytest.raises(ConfigError, match=r"asyncio\.run\(main\(\)\)") as caught:
+        node.start().send(None)
+    assert caught.value.setting == "the event loop"
+    assert node.state == "not running"
+
+
+def test_trio_is_named() -> None:
+    """By its own word: it may be imported, and not run."""
+    trio = pytest.importorskip("trio")
+
+    async def main() -> ConfigError:
+        with pytest.raises(ConfigError) as caught:
+            async with forebay.Node("shop"):
+                pass
+        return caught.value
+
+    assert str(trio.run(main)).startswith("the event loop = trio (from the application): ")
+    with pytest.raises(ConfigError, match="none that asyncio knows"):
+        forebay.Node("shop").start().send(None)

@@ -11,7 +11,8 @@ import pytest
 
 import forebay
 from conftest import MakeServer
-from forebay.nodes.status import checks, gauges
+from forebay.nodes.gauges import gauges
+from forebay.nodes.status import checks
 from forebay.nodes.workers.delivery import Outage
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 from forebay.schemas.settings import Workers as WorkerSettings
@@ -232,4 +233,5 @@ def test_gauges_of_a_node_that_does_not_run() -> None:
     """Before the start and after the stop a scrape says that nothing is up, and no more."""
     found = list(gauges(forebay.Node("shop")))
 
-    assert found == [("build_info", (forebay.__version__,), 1.0), ("backend_up", (), 0.0)]
+    down = [("ready", (), 0.0), ("draining", (), 0.0), ("backend_up", (), 0.0)]
+    assert found == [("build_info", (forebay.__version__,), 1.0), *down]

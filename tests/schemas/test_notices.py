@@ -24,9 +24,9 @@ from forebay.schemas.notices import (
 names = st.text(max_size=30)
 many = st.lists(names, max_size=5).map(tuple)
 notices = st.one_of(
-    st.builds(Changed, names, names, st.booleans()),
-    st.builds(Dropped, many, st.booleans(), names),
-    st.builds(Bumped, many, names, st.booleans()),
+    st.builds(Changed, names, names, st.booleans(), st.integers(0, 2**50)),
+    st.builds(Dropped, many, st.booleans(), names, st.integers(0, 2**50)),
+    st.builds(Bumped, many, names, st.booleans(), st.integers(0, 2**50)),
     st.builds(Extended, names, st.integers(0, 2**60), st.integers(0, 2**50), st.integers(0, 2**50)),
 )
 
@@ -40,9 +40,9 @@ def test_a_notice_comes_back_as_it_was(notice) -> None:
 @pytest.mark.parametrize(
     ("notice", "wire"),
     [
-        (Changed("k", "n1"), ["c", "k", "n1", False]),
-        (Dropped(("k", "l"), True, "n1"), ["d", ["k", "l"], True, "n1"]),
-        (Bumped(("t",), "n1"), ["t", ["t"], "n1", False]),
+        (Changed("k", "n1"), ["c", "k", "n1", False, 0]),
+        (Dropped(("k", "l"), True, "n1", 9), ["d", ["k", "l"], True, "n1", 9]),
+        (Bumped(("t",), "n1"), ["t", ["t"], "n1", False, 0]),
         (Extended("k", 1, 2, 3), ["x", "k", 1, 2, 3]),
     ],
 )
@@ -51,7 +51,10 @@ def test_the_wire_stays_as_it_is(notice, wire) -> None:
     assert msgspec.msgpack.decode(write_notice(notice)) == wire
 
 
-@pytest.mark.parametrize("wire", [["c", "k"], ["c", "k", "n1", True, "later", {"more": 1}]])
+@pytest.mark.parametrize(
+    "wire",
+    [["c", "k"], ["c", "k", "n1", True], ["c", "k", "n1", True, 0, "later", {"more": 1}]],
+)
 def test_fields_may_be_missing_or_added_at_the_end(wire) -> None:
     """A notice of a newer version is understood as far as it goes."""
     found = read_notice(msgspec.msgpack.encode(wire))

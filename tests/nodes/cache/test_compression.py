@@ -59,7 +59,7 @@ def test_zlib_is_the_default() -> None:
 def test_zstd_that_is_not_installed_is_said_at_once(kind, monkeypatch) -> None:
     """C1: with the setting, its value, and what to do."""
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(ConfigError, match=r"cache\.compression = zstd .* forebay\[zstd\]"):
+    with pytest.raises(ConfigError, match=r"cache\.compression = zstd .* 'forebay\[zstd\]'"):
         kind(int, bytes_max=LIMIT, compress_over_bytes=100, compression="zstd")
     assert compressor("zlib") is not None
 

@@ -116,9 +116,8 @@ def tail_of(value: int, tags: dict[str, int] | None = None) -> bytes:
 
 def fill(story: Story, token: str, value: int, tags: dict[str, int] | None = None) -> Call:
     lifetime = (LEASE_MS, LEASE_MS)
-    return story.call(
-        "entry_fill", story.entry_keys, token, *lifetime, tail_of(value, tags), *story.announcement
-    )
+    args = (token, *lifetime, tail_of(value, tags), *story.announcement, "")
+    return story.call("entry_fill", story.entry_keys, *args)
 
 
 def loader(story: Story, name: str) -> Steps:

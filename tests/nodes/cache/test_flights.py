@@ -28,7 +28,6 @@ class Airport:
         self.load_gate.set()
         self.heard = True
         self.now = 0.0
-        self.served_late = 0
         self.full: list[str] = []
         clock: Any = SimpleNamespace(monotonic=lambda: self.now)
         self.flights: Flights[str, Any] = Flights(
@@ -37,13 +36,9 @@ class Airport:
             load=self.load,
             heard_since=lambda moment: self.heard or moment >= self.now,
             clock=clock,
-            served_late=self.count_late,
             full=self.full.append,
             **{"loads_max": 100, "waiters_max": 10_000, **options},
         )
-
-    def count_late(self) -> None:
-        self.served_late += 1
 
     async def load(self, key: str, call: str, todo: Todo[Any]) -> Any:
         self.loads.append((key, call, todo.seen))
@@ -315,14 +310,13 @@ async def test_nobody_waits_longer_than_patience_allows(airport: Airport, caller
     airport.load_gate = anyio.Event()
     await callers.join("a", "a", "a", todo=SAFE)
     assert await callers.got() == ["fallback"] * 3
-    assert (len(airport.flights), airport.flights.waiting, airport.served_late) == (1, 0, 1)
+    assert (len(airport.flights), airport.flights.waiting) == (1, 0)
     assert "a" in airport.flights
     assert await airport.join("a", todo=Todo(5, "another", 600)) == "fallback", "at once"
     airport.load_gate.set()
     await anyio.wait_all_tasks_blocked()
     assert len(airport.flights) == 0
     assert await airport.join("a", todo=SAFE) == "loaded"
-    assert airport.served_late == 1
 
 
 async def test_patience_without_a_fallback_ends_in_an_error(
@@ -338,7 +332,7 @@ async def test_patience_without_a_fallback_ends_in_an_error(
     assert all(isinstance(each, LoaderError) and each.key == "a" for each in got)
     assert len({id(each) for each in got}) == 3
     assert "not loaded in 0.01 s" in str(got[0])
-    assert (len(airport.flights), len(airport.loads), airport.served_late) == (1, 1, 0)
+    assert (len(airport.flights), len(airport.loads)) == (1, 1)
 
 
 async def test_who_need_not_wait_is_not_refused(tasks: BackgroundTasks) -> None:
@@ -378,7 +372,6 @@ async def test_a_load_that_ends_in_time_stops_the_clock(
     assert got == result or repr(got) == repr(result)
     timers: Any = asyncio.get_running_loop()
     assert not [each for each in timers._scheduled if not each.cancelled() and _hurries(each)]
-    assert airport.served_late == 0
 
 
 def _hurries(handle: Any) -> bool:

@@ -246,7 +246,7 @@ async def test_a_stale_value_is_served_at_once_and_refreshed_once(
 
     await eventually(refreshed, what="the refreshed value")
     assert source.loads == 2
-    assert sum(counts(node, "refreshes", "published") for node in cluster) == 1
+    assert sum(counts(node, "refresh_requests", "published") for node in cluster) == 1
 
 
 async def test_what_is_stale_by_its_age_is_refreshed_too(make_node, source, eventually) -> None:
@@ -419,7 +419,8 @@ async def test_bytes_that_cannot_be_read_are_a_miss_and_a_count(
     """R4: they are loaded over."""
     valkey_server.execute("SET", node.parts.names.entry("row:1"), raw)
     assert await node.row(1) == {"n": 1}
-    assert counts(node, "cache_decode_errors", "row", fault) == 1
+    assert counts(node, "cache_decode_errors", "row") == 1
+    assert counts(node, "entry_faults", fault) == 1
     entry = read_entry(stored(node, valkey_server, "row:1") or b"", bytes_max=10_000)
     assert msgspec.msgpack.decode(entry.payload) == {"n": 1}
     assert source.loads == 1

@@ -79,8 +79,9 @@ def test_secrets_are_read_from_files_and_never_shown(tmp_path: Path) -> None:
     """A password from a file or a credential is in force, and stars in every output."""
     (tmp_path / "valkey_password").write_text(CANARY + "\n")
     (tmp_path / "bad.toml").write_text(f"[valkey]\npasswort = '{CANARY}'")
-    by_name = {"VALKEY_PASSWORD_FILE": str(tmp_path / "valkey_password")}
-    by_credential = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    server = {"FOREBAY_URL": "redis://h"}
+    by_name = {**server, "VALKEY_PASSWORD_FILE": str(tmp_path / "valkey_password")}
+    by_credential = {**server, "CREDENTIALS_DIRECTORY": str(tmp_path)}
 
     results = [
         run(*args, **environ)
@@ -230,7 +231,7 @@ def test_check_finds_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> N
     result = run("check", "--set", "cache.compression=zstd")
     assert result.exit_code == 2
     assert "cache.compression = zstd (from flag --set cache.compression)" in result.output
-    assert "forebay[zstd]" in result.output
+    assert "pip install 'forebay[zstd]'" in result.output
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
@@ -242,3 +243,36 @@ def test_check_warns_of_a_url_that_is_overridden(form: tuple[str, ...]) -> None:
     assert "valkey.url = http://" in result.output
     assert CANARY not in result.output
     assert "http://" not in run("check", "--url", "redis://h", *form).output
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_check_finds_misspelt_neutral_names(form: tuple[str, ...]) -> None:
+    """They are no error, since others may read them; the closest name is suggested."""
+    result = run("check", *form, VALKEY_HOST="h", VALKEY_USERNMAE=CANARY, CACHE_VR=CANARY)
+    assert result.exit_code == 0
+    assert "environment CACHE_VR: nothing reads it; did you mean CACHE_VER?" in result.output
+    assert "VALKEY_USERNMAE: nothing reads it; did you mean VALKEY_USERNAME?" in result.output
+    assert CANARY not in result.output
+
+
+def test_check_warns_of_addresses_that_are_not_used() -> None:
+    """A reader, and an address beside VALKEY_FAKE."""
+    server = {"VALKEY_WRITER_ENDPOINT": "p", "VALKEY_READER_ENDPOINT": "r"}
+    result = run("check", **server)
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "Warning: valkey.reader_url = valkey://r:6379/0 (from environment VALKEY_READER_ENDPOINT): "
+        "it is not used: all reads go to valkey.url, since a replica may lag behind; unset it\n"
+    )
+    result = run("check", VALKEY_FAKE="1", **server)
+    assert result.exit_code == 0
+    assert "Warning: valkey.url = valkey://p/0" in result.stderr
+    assert "since valkey.fake is set (environment VALKEY_FAKE)" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["show", "check"])
+def test_a_server_without_an_address_is_exit_2(verb: str) -> None:
+    """No other server is used instead of one that is described."""
+    result = run(verb, VALKEY_USER="app", VALKEY_DB="3")
+    assert result.exit_code == 2
+    assert "valkey.url = (not set) (from environment VALKEY_DB, VALKEY_USER)" in result.stderr

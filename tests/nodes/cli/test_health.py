@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -121,6 +124,47 @@ def test_another_protocol_is_no_answer() -> None:
     assert result.stderr == f"ready: 127.0.0.1:{port} does not speak HTTP\n"
 
 
+def settings_say(where: str, port: int, tmp_path: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    """The words of the command, where the port is set in this place."""
+    patch.chdir(tmp_path)
+    if where in ("environment", "--set"):
+        patch.setenv("FOREBAY_HTTP__PORT", str(port if where == "environment" else 1))
+        return ["--set", f"http.port={port}"] if where == "--set" else []
+    file = tmp_path / ("forebay.toml" if where == "file" else "other.toml")
+    file.write_text(f'[http]\nhost = "0.0.0.0"\nport = {port}\n[valkey]\npasswort = "x"\n')
+    return ["--config", str(file)] if where == "--config" else []
+
+
+@pytest.mark.parametrize("where", ["environment", "--set", "file", "--config"])
+def test_the_node_is_where_its_settings_say(
+    url: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I2: the port of environment, file or flag, as for `forebay run`; nothing else is read."""
+    monkeypatch.setenv("FOREBAY_VALKEY__PASSWORD_FILE", str(tmp_path / "gone"))
+    port = int(url.rpartition(":")[2])
+    result = health("--check", "live", *settings_say(where, port, tmp_path, monkeypatch))
+
+    assert (result.return_value, result.output) == (0, "live: ok\n")
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["--set", "http.port=70000"], "must be a whole number from 0 to 65535"),
+        (["--set", "http.prot=1"], "did you mean http.port?"),
+        (["--set", "http.port=0"], "give --url"),
+        (["--set", "http.enabled=false"], "give --url"),
+        (["--config", "/nowhere.toml"], "No such file"),
+    ],
+)
+def test_settings_that_lead_to_no_node(words: list[str], said: str) -> None:
+    """I2: wrong usage, and not a node that is not well."""
+    result = CliRunner().invoke(command, words)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+
+
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8642", "https://h", "http://", "http://h:x", "http://[", "http://u@h"]
 )
@@ -130,3 +174,14 @@ def test_url_that_cannot_be_asked(url: str) -> None:
 
     assert result.exit_code == 2
     assert "write http://HOST:PORT" in result.output
+
+
+def test_a_probe_imports_no_logging(url: str) -> None:
+    """I3: what logs takes longer to import than all else that a probe needs."""
+    program = "import sys, forebay.nodes.cli.main as m; sys.argv[1:] = ['health', '--url', %r];"
+    code = f"{program % url}\ntry: m.main()\nfinally: print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "'click'" in loaded
+    assert not [
+        name for name in ("structlog", "aiohttp", "anyio", "msgspec") if f"'{name}'" in loaded
+    ]

@@ -12,6 +12,7 @@ import pytest
 
 from forebay.nodes.cli.main import main
 from forebay.schemas.events import Event, Invalidate, Refresh, Write, read_event
+from forebay.schemas.keys import Names
 from valkeyd import ValkeyServer, free_port
 
 Publish = Callable[..., "Ended"]
@@ -132,6 +133,21 @@ def test_event_that_no_node_would_take_is_not_sent(
     assert (ended.code, ended.out) == (2, "")
     assert said in ended.err
     assert published(valkey_server, namespace) == []
+
+
+def test_a_write_that_no_sink_would_take_is_not_sent(
+    publish: Publish, there: list[str], valkey_server: ValkeyServer, namespace: str
+) -> None:
+    """I1: the live members of the namespace say which sinks there are."""
+    now_ms = int(valkey_server.execute("TIME")[0]) * 1000
+    names, record = Names(namespace, 64), b'1 active 60000 0 {"sinks":["order:{id}"]}'
+    valkey_server.execute("ZADD", names.nodes, now_ms, "worker")
+    valkey_server.execute("HSET", names.members, "worker", record)
+    refused, sent = (publish("write", key, "1", *there) for key in ("nobody:1", "order:1"))
+
+    assert (refused.code, refused.out, sent.code) == (2, "", 0)
+    assert "no_sink at key: no live member declares a sink for 'nobody:1'" in refused.err
+    assert len(published(valkey_server, namespace)) == 1
 
 
 def test_full_stream_refuses(

@@ -12,7 +12,8 @@ import anyio
 import pytest
 
 import forebay
-from forebay.nodes.status import checks, gauges
+from forebay.nodes.gauges import gauges
+from forebay.nodes.status import checks
 from forebay.nodes.workers.ingress import read_mark
 from forebay.nodes.workers.plan import mark_of
 from forebay.schemas.entry import read_entry
