@@ -176,29 +176,31 @@ async def test_a_stream_that_is_something_else_stops_only_its_writes(open_shop: 
         assert await shop.jobs() == [(there, 3), (there, 4)]
 
 
-async def test_a_shard_that_refuses_everything_stops_no_other(open_shop: OpenShop) -> None:
-    """A4: where even the log is something else, all its events are kept as dead letters."""
+async def test_a_log_that_is_something_else_stops_only_its_writes(open_shop: OpenShop) -> None:
+    """A4: where even the log is something else, invalidations take effect, unannounced."""
     async with open_shop() as shop:
         here, too, there = shop.key(1), shop.key(1, number=1), shop.key(2)
         await shop.link.call("SET", shop.names.part(1, "log"), "x")
-        events = [invalidate(here), invalidate(too, there), invalidate(there)]
-        await apply(shop, *events)
-        assert [letter["event"] for letter in await shop.dead()] == events[:2]
+        await shop.link.call("SET", shop.names.entry(here), "old")
+        bad = write(here, 1)
+        await apply(shop, invalidate(here), invalidate(too, there), invalidate(there), bad)
+        assert [letter["event"] for letter in await shop.dead()] == [bad]
+        assert await shop.link.call("EXISTS", shop.names.entry(here)) == 0
         await shop.link.call("DEL", shop.names.part(1, "log"))
         assert await dropped(shop) == [there]
 
 
-async def test_each_event_is_counted_once_also_if_a_part_of_it_is_dead(open_shop: OpenShop) -> None:
+async def test_each_event_is_counted_once_also_if_shards_refuse_it(open_shop: OpenShop) -> None:
     """Applied or dead, however many shards it names; an unreadable one is counted as well."""
     async with open_shop() as shop:
         for shard in (1, 2):
             await shop.link.call("SET", shop.names.part(shard, "log"), "x")
-        bad = [invalidate(shop.key(1), shop.key(2), shop.key(3)), invalidate(shop.key(1))]
-        await apply(shop, bad[0], invalidate(shop.key(3)), bad[1], b"no event")
+        wide = invalidate(shop.key(1), shop.key(2), shop.key(3))
+        await apply(shop, wide, invalidate(shop.key(3)), write(shop.key(1), 1), b"no event")
         counted = {key[1:]: n for key, n in shop.counts.items() if key[0] == "events_processed"}
         assert {labels: n for labels, n in counted.items() if n} == {
-            ("invalidate", "dead"): 2,
-            ("invalidate", "applied"): 1,
+            ("invalidate", "applied"): 2,
+            ("write", "dead"): 1,
             ("unknown", "dead"): 1,
         }
 
