@@ -96,6 +96,7 @@ _BOUNDS = (
     *("writes", "refreshes", "held", "dead_letters", "seen", "memory"),
     *("http_connections", "http_headers", "http_unread_answer"),
     *("http_bodies", "http_body_bytes", "http_body_time", "http_lock_waiters"),
+    "http_read_bytes",
     *("limiter_subjects", "lock_reaper", "explain", "explain_answers"),
 )
 

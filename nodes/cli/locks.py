@@ -114,7 +114,7 @@ async def _ask(resolved: Resolved, question: Callable[[LockRecords], Awaitable[T
     async with Backend(
         settings.valkey, client_name=_NAME, origins=resolved.origins, clock=clock
     ) as backend:
-        asked = Names(settings.node.namespace, settings.node.shards)
+        asked = Names(settings.node.namespace, settings.node.shards, database=backend.database)
         await must_be_born(backend.link, asked, resolved)
         names = await names_at(backend.link, asked)
         scripts = load_scripts()

@@ -171,6 +171,7 @@ def _own_routes(served: Served) -> tuple[_Route, ...]:
         _Route("GET", "/stats", "this node in numbers, as JSON", stats.stats),
         _Route("GET", "/metrics", "for Prometheus", metrics.metrics(served.registry)),
         _Route("POST", "/v1/events", "publish events", events.post_events),
+        _Route("GET", cache.MANY, "read many keys through the cache", cache.read_many),
         _Route("GET", cache.PREFIX + "{key}", "read through the cache", cache.read),
         _Route("GET", explain.PREFIX + "{key}", "why a read hits or misses", explain.explain),
     )
