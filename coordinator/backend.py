@@ -103,6 +103,11 @@ class Backend(anyio.AsyncContextManagerMixin):
         return self.choice.endpoint.address_url if isinstance(self.choice, UseUrl) else ""
 
     @property
+    def database(self) -> int:
+        """The number of the database that the connections have selected."""
+        return self.choice.endpoint.db if isinstance(self.choice, UseUrl) else 0
+
+    @property
     def user(self) -> str:
         """The user of the server whose rights the connections have."""
         named = self.choice.endpoint.username if isinstance(self.choice, UseUrl) else ""

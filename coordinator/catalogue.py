@@ -90,15 +90,13 @@ _DECISIONS = {
     "lease": ("allowed",),
     "local": ("allowed", "refused"),
 }
-_REFRESHES = (
-    *("published", "not_needed", "shed"),  # of a question
-    *("done", "refused", "expired", "failed", "undecodable", "unknown_cache"),  # of a job
-)
+_REFRESHES = ("done", "refused", "expired", "failed", "undecodable", "unknown_cache")
 _BOUNDS = (
     *("value_bytes", "loads", "waiters"),
     *("writes", "refreshes", "held", "dead_letters", "seen", "memory"),
     *("http_connections", "http_headers", "http_unread_answer"),
     *("http_bodies", "http_body_bytes", "http_body_time", "http_lock_waiters"),
+    "http_read_bytes",
     *("limiter_subjects", "lock_reaper", "explain", "explain_answers"),
 )
 
@@ -118,6 +116,8 @@ _PROCESS = (
         _one(("loop_stalled", "server_clock_jumped")),
     ),
     Instrument("limit_reached_total", "Times a bound was reached.", ("limit",), _one(_BOUNDS)),
+    Instrument("http_connections", "Connections of the endpoint; the spare ones left out."),
+    Instrument("http_connections_max", "Connections that the endpoint serves at a time."),
     Instrument(
         "http_requests_total",
         "Requests, by route template and class of the status code.",
@@ -296,7 +296,13 @@ _CACHE = (
         "cache",
     ),
     Instrument(
-        "refreshes_total", "Questions for a refresh, and jobs, by their end.", ("result",),
+        "refresh_requests_total",
+        "Refreshes that reads of this node asked for, by what came of it.",
+        ("result",),
+        _one(("published", "not_needed", "shed")),
+    ),
+    Instrument(
+        "refreshes_total", "Refresh jobs that this node took, by their end.", ("result",),
         _one(_REFRESHES),
     ),
 )  # fmt: skip

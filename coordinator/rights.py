@@ -54,7 +54,7 @@ SENT = frozenset(
     (
         "client|id client|setinfo client|setname client|tracking command|info config|get"
         " dbsize echo eval evalsha mget ping pubsub|numsub script|load select strlen subscribe"
-        " unsubscribe wait xack xautoclaim xgroup|create xread xreadgroup zmscore"
+        " unsubscribe wait xack xautoclaim xgroup|create xread xreadgroup scan zmscore"
     ).split()
 )
 TRACKING = "&__redis__:invalidate"
@@ -74,6 +74,7 @@ PARTLY: Mapping[str, str] = {
     "echo": _EXPLAIN,
     "pubsub|numsub": "the number of processes that share a limit, other than workers",
     "rename": "the recovery of a stream whose largest possible id was used",
+    "scan": "the number of the namespace's keys in /stats",
     "script|load": "one round trip, the first time that a script is used",
     "strlen": _EXPLAIN,
     "wait": 'until="replicated" of writes and locks',
@@ -90,7 +91,7 @@ PARTLY: Mapping[str, str] = {
 _NO_KEY = frozenset(
     (
         "client|id client|setinfo client|setname client|tracking command|info config|get dbsize"
-        " echo eval evalsha info ping pubsub|numsub script|load select time unsubscribe wait"
+        " echo eval evalsha info ping pubsub|numsub scan script|load select time unsubscribe wait"
     ).split()
 )
 _ON_CHANNELS = frozenset(("publish", "subscribe"))

@@ -39,6 +39,9 @@ def work_checks(parts: Running) -> Iterator[Check]:
         gates=_READY,
     )
     yield _rights(parts.rights.missing)
+    problem = parts.record.problem
+    state: State = "fail" if problem else "pass"
+    yield Check(name="namespace", state=state, detail=problem, gates=_READY)
     refreshes = _failing("refresh jobs are not read", parts.refreshes.failing.failing, now)
     if parts.crew is None:
         yield _warning("refreshes", refreshes)

@@ -32,6 +32,7 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import anyio
 import structlog
 from msgspec import structs
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -45,6 +46,7 @@ from ..schemas.settings import Settings
 from ..schemas.settings_sources import Resolved
 from . import status
 from .cache.cached import Cached
+from .cache.core import Hit
 from .code_settings import in_code, with_namespace
 from .coordinating import coordination_of
 from .declarations import Declarations
@@ -357,16 +359,20 @@ class Node(Declarations, Locking):
         except ForebayError:
             raise
         except Exception as error:
-            log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
-            raise LoaderError(cached.name, key, f"{type(error).__name__}: {error}") from error
-        return Read(
-            json=cached.json_of(key, hit.value),
-            tier=hit.tier,
-            age_ms=hit.age_ms,
-            stale=hit.stale,
-            version=hit.version,
-            negative=hit.value is None,
-        )
+            raise _loader_error(cached, key, error) from error
+        return _read_of(cached, key, hit)
+
+    async def read_many(self, keys: Sequence[str]) -> list[Read | ForebayError | None]:
+        """As ``read``, of many keys at once, in their order; an error stands in its key's place."""
+        found: dict[str, Read | ForebayError | None] = dict.fromkeys(keys)
+        of_cache: dict[str, tuple[Cached[..., Any], list[str]]] = {}
+        for key in found:
+            if (cached := self._routes.cache_of(key)) is not None:
+                of_cache.setdefault(cached.name, (cached, []))[1].append(key)
+        async with anyio.create_task_group() as tasks:
+            for cached, wanted in of_cache.values():
+                tasks.start_soon(_read_all, cached, wanted, found)
+        return [found[key] for key in keys]
 
     async def explain(self, key: str) -> Explanation:
         """Why a read of this key hits or misses, here and on all nodes that run.
@@ -418,3 +424,42 @@ def _made_up_id() -> str:
 
 def _unique(name: str) -> str:
     return f"{name}~{secrets.token_hex(4)}"
+
+
+async def _read_all(
+    cached: Cached[..., Any], keys: Sequence[str], found: dict[str, Read | ForebayError | None]
+) -> None:
+    """Put there what the cache has of these keys, or why it has not."""
+    try:
+        hits = await cached.read_keys(keys)
+    except ForebayError as error:
+        found.update(dict.fromkeys(keys, error))
+        return
+    for key, hit in zip(keys, hits, strict=True):
+        try:
+            found[key] = (
+                _read_of(cached, key, hit) if isinstance(hit, Hit) else _told(cached, key, hit)
+            )
+        except ForebayError as error:
+            found[key] = error
+
+
+def _read_of(cached: Cached[..., Any], key: str, hit: Hit[Any]) -> Read:
+    """Raises NoJsonForm: the value is more than JSON can hold."""
+    return Read(
+        json=cached.json_of(key, hit.value),
+        tier=hit.tier,
+        age_ms=hit.age_ms,
+        stale=hit.stale,
+        version=hit.version,
+        negative=hit.value is None,
+    )
+
+
+def _told(cached: Cached[..., Any], key: str, error: Exception) -> ForebayError:
+    return error if isinstance(error, ForebayError) else _loader_error(cached, key, error)
+
+
+def _loader_error(cached: Cached[..., Any], key: str, error: Exception) -> LoaderError:
+    log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
+    return LoaderError(cached.name, key, f"{type(error).__name__}: {error}")

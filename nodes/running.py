@@ -48,7 +48,7 @@ from ..schemas.keys import Names, dependents_of
 from ..schemas.notices import Extended, Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
-from .birth import check_birth
+from .birth import NamespaceRecord, check_birth
 from .cache import scope
 from .cache.core import Core
 from .cache.legacy import begin_marks
@@ -59,6 +59,7 @@ from .cache.waits import KeyWaits
 from .explain.node_part import NodePart
 from .hearing import Hearing
 from .hooks import Hook, run_hook, run_in_the_end
+from .key_count import KeyCount
 from .leftovers import DrainOutcome, count_leftovers, left_of, tell
 from .locking import locks_of
 from .pacing import Pacing
@@ -81,6 +82,8 @@ _PAUSE_S = 0.05  #: between two tries of a step of the start
 class Running:
     """The parts. Made by ``running``; nothing of it outlives the block."""
 
+    record: NamespaceRecord
+
     def __init__(
         self,
         settings: Settings,
@@ -100,7 +103,7 @@ class Running:
         self.clock = SystemClock()
         self.server_clock = ServerClock(self.clock)
         self.rng = random.Random()
-        self.names = Names(node.namespace, node.shards, settings.cache.version)
+        self.names = Names(node.namespace, node.shards, settings.cache.version, backend.database)
         self.scripts = load_scripts()
         self.started_at = self.clock.monotonic()
         self.draining = False
@@ -128,6 +131,7 @@ class Running:
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
+        self.key_count = KeyCount(backend.link, self.names, self.clock)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.private_server = _private_server(backend, node.namespace)
         self.rights = self._rights()
@@ -144,14 +148,12 @@ class Running:
             run_id=self.backend.run_id,
             check=link.check_primary,
             apply=self.apply,
-            reset=self.hearing.reset,
+            reset=self._reset,
             scripts=self.scripts,
         )
 
     def _rights(self) -> RightsCheck:
-        choice, unused = self.backend.choice, set[str]()
-        if not (isinstance(choice, UseUrl) and choice.endpoint.db):
-            unused.add("select")
+        unused = set[str]() if self.backend.database else {"select"}
         if not self.settings.cache.external_writers:
             unused |= {"client|id", "client|tracking"}
         if not any(cached.declared.legacy_key for cached in self.routes.caches.values()):
@@ -298,6 +300,7 @@ class Running:
         await start(self.write_check.run)
         if self.private_server is not None:
             await start(self.private_server.run)
+        self.tasks.start_soon(self.record.run)
         self.tasks.start_soon(self.rights.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
@@ -312,6 +315,10 @@ class Running:
         }
         if entries:
             await begin_marks(self.backend.link, self.names, self.scripts, entries)
+
+    def _reset(self, shard: int) -> None:
+        self.hearing.reset(shard)
+        self.record.lost()
 
     def _link_changed(self, connected: bool) -> None:
         self.follower.connection_changed()
@@ -402,6 +409,7 @@ async def running(
         tasks = await stack.enter_async_context(background_tasks())
         stack.callback(_unbind, routes)
         self = Running(settings, backend, routes, instruments, node_id, tasks)
+        self.record = NamespaceRecord(backend.link, self.names, self.scripts, origins)
         stack.push_async_callback(self.writing.aclose)
         patience = Patience(_target(backend, settings, origins), self.clock, give_up_at)
         with _faults_of(patience.target):

@@ -101,6 +101,7 @@ async def stats(node: Node) -> dict[str, object]:
         },
         "connection": msgspec.to_builtins(parts.backend.link.statistics()),
         **await _asked(parts),
+        "namespace_keys": msgspec.to_builtins(await parts.key_count.look()),
         "log": msgspec.to_builtins(parts.follower.statistics()),
         "caches": {
             cached.name: {

@@ -27,6 +27,7 @@
     forebay:shop:limits channel subjects that were refunded
     forebay:shop:reply:HEX  channel  answers to one who asked all nodes on :work
     forebay:shop:mark:ID    string, expires  written by the node ID to see what is replicated
+    forebay:shop:db3:bell   the channels of database 3; pub/sub knows no databases
     forebay:shop:none       never exists: asked for to learn whether writes are accepted
 
 I1  All names of a shard share one hash tag, so one script may touch them all.
@@ -264,6 +265,7 @@ class Names:
         "_reply",
         "bell",
         "cache_version",
+        "database",
         "events",
         "limits",
         "members",
@@ -277,8 +279,11 @@ class Names:
         "work",
     )
 
-    def __init__(self, namespace: str, shards: int, cache_version: str = "0") -> None:
+    def __init__(
+        self, namespace: str, shards: int, cache_version: str = "0", database: int = 0
+    ) -> None:
         self.namespace = namespace
+        self.database = database
         self.shards = shards
         width = max(2, len(str(shards - 1)))
         self.prefixes = tuple(f"{{{namespace}:{n:0{width}}}}:" for n in range(shards))
@@ -290,11 +295,12 @@ class Names:
         self.none = f"forebay:{namespace}:none"
         self.nodes = f"forebay:{namespace}:nodes"
         self.members = f"{{{self.nodes}}}:members"
-        self.bell = f"forebay:{namespace}:bell"
-        self.work = f"forebay:{namespace}:work"
-        self.wake = f"forebay:{namespace}:wake:"
-        self.limits = f"forebay:{namespace}:limits"
-        self._reply = f"forebay:{namespace}:reply:"
+        channels = f"forebay:{namespace}:db{database}:" if database else f"forebay:{namespace}:"
+        self.bell = f"{channels}bell"
+        self.work = f"{channels}work"
+        self.wake = f"forebay:{namespace}:wake:"  # see ``process``
+        self.limits = f"{channels}limits"
+        self._reply = f"{channels}reply:"
 
     @property
     def key_patterns(self) -> dict[str, str]:
@@ -309,6 +315,13 @@ class Names:
     def channel_patterns(self) -> dict[str, str]:
         """All channels of the namespace as ACL patterns, each with a channel that it allows."""
         return {f"&forebay:{self.namespace}:*": self.bell}
+
+    def process(self, id: str) -> str:
+        """A process as it stands in nonces and, put there by scripts, in its channel."""
+        return f"db{self.database}-{id}" if self.database else id
+
+    def with_shards(self, shards: int) -> Names:
+        return Names(self.namespace, shards, self.cache_version, self.database)
 
     def shard(self, name: str) -> int:
         """The shard of a key or a tag."""

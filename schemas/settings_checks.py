@@ -119,12 +119,12 @@ def _at_most(smaller: str, greater: str, why: str) -> Rule:
 
 def _beats(settings: Settings) -> Iterator[Complaint]:
     beat_ms, ttl_ms = settings.workers.beat_ms, settings.workers.ownership_ttl_ms
-    if beat_ms * 2 > ttl_ms:
-        why = "one late beat would lose the shards"
-        problem = f"two beats take longer than workers.ownership_ttl_ms = {ttl_ms}: {why}"
-        yield "workers.beat_ms", problem, f"set it to at most {ttl_ms // 2}"
-        problem = f"it is shorter than two beats of workers.beat_ms = {beat_ms}: {why}"
-        yield "workers.ownership_ttl_ms", problem, f"set it to at least {beat_ms * 2}"
+    if beat_ms * 3 > ttl_ms:
+        why = "one lost beat, and a late one, would lose the shards"
+        problem = f"three beats take longer than workers.ownership_ttl_ms = {ttl_ms}: {why}"
+        yield "workers.beat_ms", problem, f"set it to at most {ttl_ms // 3}"
+        problem = f"it is shorter than three beats of workers.beat_ms = {beat_ms}: {why}"
+        yield "workers.ownership_ttl_ms", problem, f"set it to at least {beat_ms * 3}"
 
 
 def _flush(settings: Settings) -> Iterator[Complaint]:

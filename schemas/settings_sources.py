@@ -67,7 +67,8 @@ __all__ = [
 ]
 
 _TEXT_CHARS_MAX = 4_096
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_DOTS_MAX = 256
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BOUNDS = frozenset(field.name for field in structs.fields(Limits))
 _TRUTH = frozenset({"true", "false", "1", "0"})
 
@@ -314,6 +315,11 @@ def _file_value(
 
 
 def _parsed(file: FileSource, origin: str) -> dict[str, Any]:
+    for number, line in enumerate(file.text.splitlines(), 1):
+        if line.count(".") > _DOTS_MAX:  # tomllib's time grows with the square of a dotted key
+            problem = f"has more than {_DOTS_MAX} dots in line {number}"
+            fix = "write a long list on several lines"
+            raise _refused("the configuration", "***", origin, problem, fix)
     try:
         return tomllib.loads(file.text)
     except (ValueError, RecursionError) as error:

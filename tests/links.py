@@ -10,14 +10,14 @@ from typing import Any
 import anyio
 
 from forebay.coordinator.breaker import Breaker
-from forebay.coordinator.clock import SystemClock
+from forebay.coordinator.clock import Clock, SystemClock
 from forebay.coordinator.dialer import Dialer
 from forebay.coordinator.doorbell import Doorbell
 from forebay.coordinator.link import Link
 from forebay.schemas.settings import Secret, Valkey
 from forebay.schemas.urls import Endpoint, parse_url
 
-__all__ = ["SPEEDY", "dialer_to", "doorbell_to", "endpoint_at", "link_to", "running"]
+__all__ = ["SPEEDY", "ManualClock", "dialer_to", "doorbell_to", "endpoint_at", "link_to", "running"]
 
 #: Reconnects at once, and gives up soon.
 SPEEDY: dict[str, Any] = {
@@ -27,6 +27,17 @@ SPEEDY: dict[str, Any] = {
     "reconnect_max_ms": 40,
     "breaker_recovery_ms": 100,
 }
+
+
+class ManualClock:
+    """Time passes when the test says so: what is due by it comes no sooner, however busy the
+    machine."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
 
 
 def endpoint_at(url: str, *, username: str = "", password: str = "") -> Endpoint:
@@ -49,9 +60,15 @@ def dialer_to(url: str, *, username: str = "", password: str = "", **options: An
 
 
 def link_to(
-    url: str, *, kind: type[Link] = Link, username: str = "", password: str = "", **options: Any
+    url: str,
+    *,
+    kind: type[Link] = Link,
+    username: str = "",
+    password: str = "",
+    clock: Clock | None = None,
+    **options: Any,
 ) -> Link:
-    clock = SystemClock()
+    clock = clock or SystemClock()
     settings = Valkey(**SPEEDY | options)
     return kind(
         Dialer(endpoint_at(url, username=username, password=password), settings, "forebay-test"),

@@ -26,7 +26,7 @@ import valkey
 from forebay.coordinator.binary import find_binary
 from forebay.coordinator.embedded import bound_to_owner
 
-__all__ = ["Flavour", "ValkeyServer", "free_port", "program"]
+__all__ = ["Flavour", "ValkeyServer", "free_port", "pings_of", "program"]
 
 Flavour = Literal["valkey", "redis7"]
 Words = str | Sequence[str]
@@ -49,6 +49,13 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def pings_of(server: ValkeyServer) -> int:
+    """How many PINGs it has answered."""
+    lines = server.execute("INFO", "commandstats").decode().splitlines()
+    counts = [line for line in lines if line.startswith("cmdstat_ping:")]
+    return int(counts[0].partition("calls=")[2].partition(",")[0]) if counts else 0
 
 
 class ValkeyServer:

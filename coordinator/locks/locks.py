@@ -96,6 +96,7 @@ class Locks:
         self.replication: Confirms | None = None
         self._commands = commands
         self._names = names
+        process = names.process(process)
         self._channel = f"{names.wake}{process}".encode()
         self._queue = LockQueue(rng)
         self._records = records = LockRecords(

@@ -196,7 +196,10 @@ class Cached(Writable[T], Generic[P, T]):
     async def many_with_info(self, items: Iterable[Any]) -> list[Hit[T] | Exception]:
         """As ``many``, with tiers and ages; in place of what failed stands its exception."""
         refuse_one_string("items", items)
-        keys = [self.keying.of_item(item) for item in items]
+        return await self.read_keys([self.keying.of_item(item) for item in items])
+
+    async def read_keys(self, keys: Sequence[str]) -> list[Hit[T] | Exception]:
+        """As ``many_with_info``, for keys of this cache's template."""
         wanted = {key: functools.partial(self._call_of, key) for key in keys}
         reads = BulkReads(self.path, self._batches)
         seen = scope.current()

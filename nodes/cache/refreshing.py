@@ -44,7 +44,7 @@ class RefreshRequests:
         if seen <= asked_for and now < until:
             return
         if self._asking >= _ASKED_MAX:
-            self._core.instruments.counts["refreshes", "shed"] += 1
+            self._core.instruments.counts["refresh_requests", "shed"] += 1
             return
         if len(self._asked) > _REMEMBERED_MAX:
             self._asked.clear()
@@ -63,4 +63,4 @@ class RefreshRequests:
         finally:
             self._asking -= 1
         result = {1: "published", 0: "not_needed", -1: "shed"}[done]
-        self._core.instruments.counts["refreshes", result] += 1
+        self._core.instruments.counts["refresh_requests", result] += 1

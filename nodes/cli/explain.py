@@ -64,7 +64,7 @@ async def _found_out(resolved: Resolved, key: str) -> Explanation:
         settings.valkey, client_name=_NAME, origins=resolved.origins, clock=SystemClock()
     ) as backend:
         node, cache = settings.node, settings.cache
-        asked = Names(node.namespace, node.shards, cache.version)
+        asked = Names(node.namespace, node.shards, cache.version, backend.database)
         await must_be_born(backend.link, asked, resolved)
         names = await names_at(backend.link, asked)
         nonce, bytes_max = secrets.token_hex(16), cache.value_bytes_max

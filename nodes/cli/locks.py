@@ -25,6 +25,7 @@ from ...coordinator.scripting import load_scripts
 from ...schemas.errors import InvalidKey
 from ...schemas.keys import Names, check_key
 from ...schemas.locks import Holder, LockView, Waiting
+from ...schemas.masking import escape_controls
 from ...schemas.settings_sources import Resolved
 from ..explain.collect import names_at
 from .namespaces import must_be_born
@@ -58,7 +59,7 @@ def ls(as_json: bool, config: str | None, flags: Mapping[str, object]) -> None:
     if as_json:
         _print(views)
     for view in () if as_json else views:
-        click.echo(_line(view))
+        _tell(_line(view))
 
 
 @command.command("show", epilog="Example:  forebay locks show rebuild")
@@ -70,11 +71,11 @@ def show(name: str, as_json: bool, config: str | None, flags: Mapping[str, objec
     if as_json:
         _print(view)
         return
-    click.echo(_line(view))
+    _tell(_line(view))
     for holder in view.holders:
-        click.echo(f"  held by {_held(holder)}")
+        _tell(f"  held by {_held(holder)}")
     for waiting in view.queue:
-        click.echo(f"  waits: {_waits(waiting)}")
+        _tell(f"  waits: {_waits(waiting)}")
 
 
 @command.command("release", epilog="Example:  forebay locks release rebuild")
@@ -113,7 +114,7 @@ async def _ask(resolved: Resolved, question: Callable[[LockRecords], Awaitable[T
     async with Backend(
         settings.valkey, client_name=_NAME, origins=resolved.origins, clock=clock
     ) as backend:
-        asked = Names(settings.node.namespace, settings.node.shards)
+        asked = Names(settings.node.namespace, settings.node.shards, database=backend.database)
         await must_be_born(backend.link, asked, resolved)
         names = await names_at(backend.link, asked)
         scripts = load_scripts()
@@ -137,6 +138,11 @@ async def _force(records: LockRecords, *, name: str) -> int:
 
 def _print(value: object) -> None:
     click.echo(msgspec.json.encode(value).decode())
+
+
+def _tell(line: str) -> None:
+    """What others have stored moves no cursor here."""
+    click.echo(escape_controls(line))
 
 
 def _line(view: LockView) -> str:

@@ -4,7 +4,9 @@ I1  A command's module is imported when the command is run; `--version` and `--h
     none, so that they answer at once.
 I2  Every way to end is decided in ``main``: an error raised on purpose is one line on stderr
     and its exit code; a traceback is shown only with ``--debug``.
-I3  A reader that goes away, as in `forebay ... | head`, ends the command without a word.
+I3  A reader that goes away, as in `forebay ... | head`, ends the command without a word; output
+    that cannot be written for another reason is one line on stderr. A standard stream that is
+    closed is /dev/null, so that no connection takes its place.
 I4  What a command returns is its exit code, None is 0.
 I5  No error shows the password of a URL that was typed, nor moves a cursor.
 
@@ -13,6 +15,7 @@ Data goes to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -57,6 +60,7 @@ Exit codes:
   130  interrupted before there was anything to drain
 """
 _FAULT, _INTERRUPTED = 1, 130
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 _FLAGS = f"{__package__}.options"  # where setting_options gathers flags; not imported
 
 
@@ -115,6 +119,7 @@ class Invocation:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     invocation = Invocation()
+    _open_closed_streams()
     try:
         code = _outcome(args, invocation)
         sys.stdout.flush()
@@ -123,8 +128,19 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if invocation.debug:
             raise
-        code = _told(error)
+        code = _not_written(error) if _is_of_output(error) else _told(error)
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """The first descriptor that is free is opened: these three, in their order."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
+            assert opened == number
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def _outcome(args: Sequence[str] | None, invocation: Invocation) -> int:
@@ -154,6 +170,16 @@ def _without_reader() -> int:
     """Whatever is still buffered goes nowhere; the exit code is the one that click has for it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return _FAULT
+
+
+def _is_of_output(error: Exception) -> bool:
+    """Whether stdout could not be written; an error about a file has its name."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in _FULL
+
+
+def _not_written(error: Exception) -> int:
+    click.echo(f"Error: the output cannot be written: {error}", err=True)
+    return _without_reader()
 
 
 def _told(error: Exception) -> int:

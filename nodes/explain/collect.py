@@ -55,7 +55,7 @@ async def names_at(commands: Commands, names: Names) -> Names:
     shards = None if born_with is None else digits(bytes(born_with))
     if shards is None or not 1 <= shards <= SHARDS_MAX:
         return names
-    return Names(names.namespace, shards, names.cache_version)
+    return names.with_shards(shards)
 
 
 async def explain(

@@ -41,6 +41,7 @@ __all__ = ["SqlSink"]
 
 log = structlog.get_logger(__name__)
 
+_POOL_SIZE_MAX, _TIMEOUT_MS_MAX = 1_000, 86_400_000
 _CHUNK_ROWS = 500  #: sent, or made, without letting others run; each has its own deadline
 
 
@@ -62,6 +63,9 @@ class SqlSink:
         pool_size: int = 4,
         name: str = "",
     ) -> None:
+        _check_number("pool_size", pool_size, 1, _POOL_SIZE_MAX)
+        _check_number("statement_timeout_ms", statement_timeout_ms, 1, _TIMEOUT_MS_MAX)
+        _check_number("lock_timeout_ms", lock_timeout_ms, 1, _TIMEOUT_MS_MAX)
         self.name = name or f"sql:{table}"
         self._progress_of = self.name
         self._table_name = table
@@ -163,6 +167,17 @@ class SqlSink:
         except SinkError:
             if not await is_there():  # else another node made it at the same moment
                 raise
+
+
+def _check_number(setting: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(
+            setting=setting,
+            value=repr(value)[:80],
+            origin="SqlSink",
+            problem=f"must be a whole number from {low} to {high}",
+            fix="correct it, or leave it out",
+        )
 
 
 def _database(

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from ...coordinator.instruments import Instruments
 from ...coordinator.limits.limiter import Limiter
+from ...schemas.errors import ForebayError
 from ..explain.document import Explanation
 from .lock_desk import LockDesk
 
@@ -99,4 +100,8 @@ class Served(Protocol):
             LoaderError: the loader failed, and nothing stale could be served.
             Unavailable: Valkey did not answer, and the cache may not do without.
         """
+        ...
+
+    async def read_many(self, keys: Sequence[str]) -> list[Read | ForebayError | None]:
+        """As ``read``, of many keys at once, in their order; an error stands in its key's place."""
         ...

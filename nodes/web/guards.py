@@ -256,9 +256,14 @@ class GuardedServer(web.Server):
             lingering_time=LINGER_S,
         )
 
+    @property
+    def taken(self) -> int:
+        """Connections that count against the bound; the spare ones do not."""
+        return len(self._connections) - len(self.spare)
+
     def admit(self, new: GuardedHandler) -> bool:
         """Whether there is a place for it, or is one now."""
-        if len(self._connections) - len(self.spare) < self._connections_max:
+        if self.taken < self._connections_max:
             return True
         self.reached("http_connections")
         oldest = next((each for each in self.unused if not each.spare), None)
@@ -292,6 +297,11 @@ class GuardedRunner(web.AppRunner):
         self._instruments = instruments
         open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.connections_max = connections_within(http.connections_max, open_files)
+
+    @property
+    def connections(self) -> int:
+        """Those that count against the bound."""
+        return self.server.taken if isinstance(self.server, GuardedServer) else 0
 
     async def _make_server(self) -> web.Server:
         inner = await super()._make_server()

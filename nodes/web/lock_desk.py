@@ -78,9 +78,8 @@ class LockDesk:
         self._records = LockRecords(commands, names, scripts, clock=clock, handed=self._handed)
         self._commands = commands
         self._bell = bell
-        self._channels = {
-            f"{names.wake}{_bucket(number)}".encode(): None for number in range(_BUCKETS)
-        }
+        self._buckets = [names.process(f"http-{number:02d}") for number in range(_BUCKETS)]
+        self._channels = {f"{names.wake}{bucket}".encode(): None for bucket in self._buckets}
         self._wake = names.wake
         self._places: dict[str, list[Place]] = {}
         self._node_id = node_id
@@ -144,7 +143,7 @@ class LockDesk:
             return
         with anyio.move_on_after(_INSIST_S, shield=True):
             try:
-                await self._records.release(wish.terms.name, _inner(wish.nonce))
+                await self._records.release(wish.terms.name, self._inner(wish.nonce))
             except ForebayError as error:
                 log.warning("lock.not_released", lock=wish.terms.name, error=str(error))
 
@@ -155,7 +154,7 @@ class LockDesk:
             LockNotHeld: not any more, or never; another may have it.
         """
         terms = make_terms(name, lease=lease, about=b"{}")
-        inner = _inner(_check_nonce(name, nonce))
+        inner = self._inner(_check_nonce(name, nonce))
         (view,) = await self._records.show([name])
         token = next((each.token for each in view.holders if each.nonce == inner), 0)
         if token:
@@ -168,7 +167,7 @@ class LockDesk:
     async def release(self, name: str, nonce: str) -> None:
         """Raises LockNotHeld: it is neither held nor waited for, and was not released last."""
         check_key(name, name="lock")
-        if not await self._records.release(name, _inner(_check_nonce(name, nonce))):
+        if not await self._records.release(name, self._inner(_check_nonce(name, nonce))):
             raise LockNotHeld(name, nonce)
 
     async def list(self) -> list[LockView]:
@@ -179,7 +178,7 @@ class LockDesk:
         return view
 
     async def _acquire(self, wish: Wish) -> Grant:
-        terms, inner = wish.terms, _inner(wish.nonce)
+        terms, inner = wish.terms, self._inner(wish.nonce)
         if not wish.timeout_s:
             answer = await self._records.acquire(terms, inner, "try")
             if isinstance(answer, Refusal):
@@ -197,6 +196,10 @@ class LockDesk:
                 if waited_s >= wish.timeout_s:
                     ms = int(waited_s * 1000)
                     raise LockNotAcquired(terms.name, waited_ms=ms, holder=answer.holder)
+
+    def _inner(self, nonce: str) -> str:
+        """The nonce as it is in Valkey; no node draws one like it."""
+        return f"{self._buckets[_bucket_of(nonce)]}.{nonce}"
 
     def _patience_s(self, refusal: Refusal) -> float:
         beat_s = BEAT_S * self._rng.uniform(0.8, 1.0)
@@ -235,13 +238,8 @@ class LockDesk:
                 place.ring()
 
 
-def _bucket(number: int) -> str:
-    return f"http-{number:02d}"
-
-
-def _inner(nonce: str) -> str:
-    """As it is in Valkey; no node draws one like it."""
-    return f"{_bucket(zlib.crc32(nonce.encode()) % _BUCKETS)}.{nonce}"
+def _bucket_of(nonce: str) -> int:
+    return zlib.crc32(nonce.encode()) % _BUCKETS
 
 
 def _check_nonce(name: str, nonce: str) -> str:

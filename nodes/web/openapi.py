@@ -72,6 +72,23 @@ class Published(Struct, frozen=True, kw_only=True):
     accepted: list[Accepted]
 
 
+class ReadKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What there is of one key: a value with status 200, or an error."""
+
+    key: str
+    status: int  #: as of ``GET /v1/cache/{key}``
+    value: msgspec.Raw | None = None
+    tier: str = ""
+    age_ms: int | None = None
+    stale: bool | None = None
+    version: int | None = None
+    error: Fault | None = None
+
+
+class ReadKeys(Struct, frozen=True, kw_only=True):
+    keys: list[ReadKey]  #: in the order in which they were asked for
+
+
 class Shape(Struct, frozen=True, kw_only=True):
     """What goes in and comes out of a route."""
 
@@ -92,6 +109,7 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
         status=202,
         refusals=(400, 408, 413, 415, 422, 429, 503),
     ),
+    ("GET", "/v1/cache"): Shape(name="readMany", answers=ReadKeys, refusals=(400,), query=("key",)),
     ("GET", "/v1/cache/{key}"): Shape(name="read", refusals=(400, 404, 503, 504)),
     ("GET", "/v1/explain/{key}"): Shape(
         name="explain", answers=Explanation, refusals=(400, 429, 503), query=("words",)

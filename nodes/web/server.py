@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
 from random import Random
 
@@ -96,10 +96,6 @@ async def serve(
         coordination=coordination,
     )
 
-    def gauges() -> Iterable[tuple[str, tuple[str, ...], float]]:
-        return [("event_loop_lag_max_seconds", (), heartbeat.lag_max_s())]
-
-    served.instruments.add_source(gauges)
     # aiohttp waits this long for handlers, and as long again for their cancellation.
     runner = GuardedRunner(
         make_app(context, spare_for_probes, hosts_of(http, socket.gethostname()), bearer),
@@ -107,6 +103,13 @@ async def serve(
         instruments=served.instruments,
         stop_s=stop_ms / 3_000,
     )
+
+    def gauges() -> Iterator[tuple[str, tuple[str, ...], float]]:
+        yield "event_loop_lag_max_seconds", (), heartbeat.lag_max_s()
+        yield "http_connections", (), float(runner.connections)
+        yield "http_connections_max", (), float(runner.connections_max)
+
+    served.instruments.add_source(gauges)
     try:
         with heartbeat.beating(), coordination.locks.listening() if coordination else nullcontext():
             address = await _bind(runner, http, origin_of)
@@ -168,6 +171,7 @@ def _own_routes(served: Served) -> tuple[_Route, ...]:
         _Route("GET", "/stats", "this node in numbers, as JSON", stats.stats),
         _Route("GET", "/metrics", "for Prometheus", metrics.metrics(served.registry)),
         _Route("POST", "/v1/events", "publish events", events.post_events),
+        _Route("GET", cache.MANY, "read many keys through the cache", cache.read_many),
         _Route("GET", cache.PREFIX + "{key}", "read through the cache", cache.read),
         _Route("GET", explain.PREFIX + "{key}", "why a read hits or misses", explain.explain),
     )

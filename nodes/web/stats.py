@@ -6,6 +6,8 @@
     keys, memory, backlog, dead_letters
                          what only the server knows: null while it does not answer, and
                          ``unavailable`` says why
+    namespace_keys       of those keys, the ones of the namespace; an estimate in a large database,
+                         null where they cannot be counted
     log                  how far the node follows the shard logs
     caches               {name: {"entries": n, "bytes": n, "evictions": n, "loading": n, ...}}
     workers              shards owned, dead letters, sinks; null on a node without workers

@@ -210,6 +210,4 @@ class Applier:
         )
 
     def _bury(self, step: Step, fault: InvalidEvent, letters: list[DeadLetter]) -> None:
-        for taken in step.events():
-            letters.append(DeadLetter(taken.id, taken.raw, fault))
-            self._counts["events_processed", taken.event.name, "dead"] += 1
+        letters += [DeadLetter(taken.id, taken.raw, fault) for taken in step.events()]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import anyio
 import structlog
@@ -271,14 +271,15 @@ class Ingress:
                 await self._hold(entry_id, fields, error, letters)
             except InvalidEvent as error:
                 self._set_aside(entry_id, fields, error, letters)
-        steps = plan(batch, self._names)
-        letters += await self._applier.apply(steps, lambda waiting: self._check(tenure, waiting))
-        await self._dead_letters.bury(EVENTS, letters)
+        steps, unread = plan(batch, self._names), len(letters)
+        dead = await self._applier.apply(steps, lambda waiting: self._check(tenure, waiting))
+        await self._dead_letters.bury(EVENTS, [*letters, *dead])
         await self._requests.carry_out([taken.event.body for taken in batch])
         last_id = _id(entries[-1])
         await self._commit(tenure, last_id)
         self._newest = max(self._newest, (generation, order(last_id)))
-        self._measure(batch, started)
+        self._instruments.counts["events_processed", "unknown", "dead"] += unread
+        self._measure(batch, {letter.entry_id for letter in dead}, started)
 
     def _take(self, entry_id: str, fields: Fields, generation: int) -> Taken:
         if entry_id == LAST_ID:
@@ -295,7 +296,6 @@ class Ingress:
         raw = _event_in(fields)
         original = b" ".join(fields or ()) if raw is None else raw
         letters.append(DeadLetter(entry_id, original, error))
-        self._instruments.counts["events_processed", "unknown", "dead"] += 1
 
     async def _hold(
         self, entry_id: str, fields: Fields, error: NewerSchema, letters: list[DeadLetter]
@@ -373,11 +373,17 @@ class Ingress:
             raise Fenced("the ingress stream", tenure.epoch, integer(reply[1], "the owner's epoch"))
         return reply
 
-    def _measure(self, batch: Sequence[Taken], started: float) -> None:
+    def _measure(self, batch: Sequence[Taken], dead: Collection[str], started: float) -> None:
+        """Count each event once, now that its batch will not be applied again; writes that were
+        applied are counted by the applier, which knows duplicates.
+        """
         now_ms, instruments = self._server_clock.now_ms(), self._instruments
         took_s = (self._clock.monotonic() - started) / max(1, len(batch))
         for taken in batch:
             name = taken.event.name
+            if taken.id in dead:
+                instruments.counts["events_processed", name, "dead"] += 1
+                continue
             if name == "invalidate":
                 instruments.counts["events_processed", name, "applied"] += 1
             if published_ms := taken.published_ms:

@@ -99,6 +99,7 @@ WORKS: dict[str, Act] = {
     "entry_write of ingress": lambda desk: desk.write("newer", mark="005", at_full=True),
     "log_begin": lambda desk: desk.log_begin(empty_shard(desk)),
     "lease_release": lambda desk: desk.release("mine", key="stale"),
+    "legacy_begin": lambda desk: desk.run("legacy_begin", [desk.part("head")], 1 << 42),
     "owner_claim": lambda desk: desk.claim("a"),
     "owner_release": lambda desk: of_owner(desk, lambda epoch: desk.give_up("a", epoch)),
     "checkpoint_commit": lambda desk: of_owner(desk, lambda epoch: desk.commit("a", epoch, "5-0")),
@@ -176,7 +177,13 @@ async def reclaim(desk: Desk, name: str, nonce: str) -> None:
 def test_every_script_is_tried_when_memory_is_full() -> None:
     """A new script must be added to one of the two tables."""
     tried = {name.split(" ")[0] for name in (*REFUSED, *WORKS)}
-    assert tried == set(SCRIPTS) - {"lock_show"}  # that one never writes
+    assert tried == set(SCRIPTS) - {"lock_show", "rights_check"}  # these never write
+
+
+async def test_rights_are_checked_when_memory_is_full(desk: Desk, full: Full) -> None:
+    """A node that starts then is not taken for one without rights."""
+    async with full():
+        assert await desk.run("rights_check", [], 3, "SET", desk.part("head"), "x") == []
 
 
 @pytest.mark.parametrize("what", WORKS)

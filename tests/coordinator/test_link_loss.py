@@ -15,7 +15,7 @@ from forebay.schemas.errors import (
     Disconnected,
     TimedOut,
 )
-from links import link_to, running
+from links import ManualClock, link_to, running
 from valkeyd import ValkeyServer, free_port
 
 MakeServer = Callable[..., ValkeyServer]
@@ -33,15 +33,18 @@ async def reconnected(link: Link, connects: int) -> None:
 
 async def test_a_frozen_server_is_dropped_and_found_again(make_server: MakeServer) -> None:
     """I4: calls time out, the silent connection is given up, a thawed server is used again."""
-    server = make_server()
-    link = link_to(server.url, command_timeout_ms=100, connect_timeout_ms=200)
+    server, clock = make_server(), ManualClock()
+    link = link_to(server.url, command_timeout_ms=100, connect_timeout_ms=200, clock=clock)
     states: list[bool] = []
     async with running(link):
         link.on_state(states.append)
         server.sigstop()
+        sent = link.call_nowait("PING")
+        clock.now_s += 0.15
         with pytest.raises(TimedOut):
-            await link.call("PING")
+            await sent
         assert link.connected
+        clock.now_s += 0.1
         await until(link, lambda: not link.connected)
         assert "nothing was heard" in str(link.failure)
         server.sigcont()
@@ -151,6 +154,8 @@ async def test_without_a_server_calls_fail_by_their_deadline() -> None:
     port = free_port()
     link = link_to(f"valkey://127.0.0.1:{port}", breaker_failures=1_000)
     async with running(link, ready=False):
+        while link.failure is None:
+            await anyio.sleep(0.001)
         with pytest.raises(Disconnected) as caught:
             await link.call("PING", timeout_ms=50)
     assert f"127.0.0.1:{port} refused the connection" in str(caught.value)
@@ -179,13 +184,19 @@ async def test_the_breaker_opens_on_failed_dials_and_closes_on_a_good_one(
 
 async def test_the_breaker_probes_on_a_living_connection(valkey_server: ValkeyServer) -> None:
     """Open while connected: calls fail at once; after the recovery one of them is the probe."""
-    link = link_to(valkey_server.socket_url, breaker_failures=1, breaker_recovery_ms=60)
+    clock = ManualClock()
+    link = link_to(
+        valkey_server.socket_url, breaker_failures=1, breaker_recovery_ms=60, clock=clock
+    )
     async with running(link):
+        sent = asyncio.ensure_future(link.call("DEBUG", "SLEEP", "0.1", timeout_ms=10))
+        await checkpoint()
+        clock.now_s += 0.02
         with pytest.raises(TimedOut):
-            await link.call("DEBUG", "SLEEP", "0.1", timeout_ms=10)
+            await sent
         with pytest.raises(BreakerOpen) as caught:
             await link.call("PING")
-        await anyio.sleep(caught.value.retry_after_ms / 1000)
+        clock.now_s += caught.value.retry_after_ms / 1000
         probe = link.call_nowait("PING")
         with pytest.raises(BreakerOpen):
             link.call_nowait("PING")
@@ -198,11 +209,16 @@ async def test_stalls_count_once_however_many_calls_they_catch(
     valkey_server: ValkeyServer,
 ) -> None:
     """A hundred calls late at the same time are one failure, not a hundred."""
-    link = link_to(valkey_server.socket_url, command_timeout_ms=50)
+    clock = ManualClock()
+    link = link_to(valkey_server.socket_url, command_timeout_ms=50, clock=clock)
     async with running(link):
-        calls = [link.call_nowait("DEBUG", "SLEEP", "0.08")]
-        calls += [link.call_nowait("PING") for _ in range(100)]
-        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        valkey_server.sigstop()
+        try:
+            calls = [link.call_nowait("PING") for _ in range(101)]
+            clock.now_s += 0.06
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        finally:
+            valkey_server.sigcont()
         assert all(isinstance(outcome, TimedOut) for outcome in outcomes)
         assert link.breaker.statistics().failures == 1
 
@@ -244,7 +260,7 @@ async def test_cancelled_while_connecting_it_leaves_nothing_behind(
         tasks.cancel_scope.cancel()
     server.sigcont()
     assert not link.connected
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         while b" name=forebay-test " in server.execute("CLIENT", "LIST"):
             await checkpoint()  # until the server has seen the end of it
     assert link.breaker.check() is False

@@ -43,7 +43,7 @@ class Scene:
     @property
     def gaps(self) -> dict[str, int]:
         counts = self.follower._instruments.counts
-        return {labels[1]: n for labels, n in counts.items() if labels[0] == "log_gaps"}
+        return {labels[1]: n for labels, n in counts.items() if labels[0] == "log_gaps" and n}
 
 
 @pytest.fixture

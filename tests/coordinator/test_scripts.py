@@ -19,6 +19,7 @@ from forebay.coordinator.limits.ledger import Ledger
 from forebay.coordinator.limits.slots import Slots
 from forebay.coordinator.locks.guards import Guards
 from forebay.coordinator.locks.records import LockRecords
+from forebay.coordinator.rights import RightsCheck
 from forebay.coordinator.scripting import load_scripts
 from forebay.schemas.errors import ServerRefused
 from links import link_to, running
@@ -175,7 +176,7 @@ def test_every_script_is_looked_at_here_or_in_the_contract() -> None:
     """A new script comes with its tests: the desk, or the class whose contract it is, names it."""
     methods = {
         name
-        for kind in (Desk, LockRecords, Guards, Ledger, Slots)
+        for kind in (Desk, LockRecords, Guards, Ledger, RightsCheck, Slots)
         for method in vars(kind).values()
         if hasattr(method, "__code__")
         for name in method.__code__.co_consts

@@ -1,11 +1,8 @@
-"""What may be declared on a node, and what its decorators do to types."""
+"""What may be declared on a node; tests/test_typing.py tells what its decorators do to types."""
 
 from __future__ import annotations
 
 import math
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,80 +12,9 @@ import pytest
 import forebay
 from forebay.schemas.settings import LEASE_MS_MAX, Settings
 from forebay.schemas.settings_sources import Resolved
-from programs import installed
 
 MakeNode = Callable[..., forebay.Node]
 PATIENCE_S_MAX = LEASE_MS_MAX / 1000
-ROOT = Path(__file__).parents[2]
-TYPED = """
-import forebay
-from msgspec import Struct
-
-class Product(Struct):
-    id: int
-
-node = forebay.Node("shop")
-node.sink("order:{id}", forebay.SqlSink("sqlite+aiosqlite:///x.db", table="orders", key=("id",)))
-
-@node.cached("product:{id}/{lang}", ttl=60)
-async def product(id: int, lang: str = "en") -> Product:
-    return Product(id)
-
-@node.sink("product:{id}/{lang}")
-async def save(writes: list[forebay.Write[Product]]) -> None:
-    reveal_type(writes[0].value)
-
-@node.on_start
-async def warm() -> int:
-    return 1
-
-async def main() -> None:
-    async with node as same:
-        reveal_type(same)
-    reveal_type(product)
-    reveal_type(await product(42))
-    reveal_type(await product(id=42, lang="de"))
-    reveal_type((await product.get_with_info(42)).value)
-    reveal_type(save)
-    reveal_type(warm)
-    await product("42")
-    await product()
-    await product.invalidate(42, 43)
-    await node.invalidate(42)
-    forebay.Node(42)
-
-@node.cached("price:{id}", ttl=60)
-def price(id: int) -> int:
-    return id
-
-@node.sink("price:{id}")
-async def wrong(writes: list[int]) -> None: ...
-"""
-REVEALED = [
-    "service.Product | None",
-    "forebay.nodes.node.Node",
-    "forebay.nodes.cache.cached.Cached[[id: int, lang: str =], service.Product]",
-    "service.Product",
-    "service.Product",
-    "service.Product",
-    (
-        "def (writes: list[forebay.nodes.sinks.base.Write[service.Product]]) -> "
-        "typing.Coroutine[Any, Any, None]"
-    ),
-    "def () -> typing.Coroutine[Any, Any, int]",
-]
-REFUSED = [
-    'Argument 1 to "__call__" of "Cached" has incompatible type "str"; expected "int"',
-    'Missing positional argument "id" in call to "__call__" of "Cached"',
-    'Argument 2 to "invalidate" of "Cached" has incompatible type "int"; expected "str"',
-    (
-        'Argument 1 to "invalidate" of "Node" has incompatible type "int"; '
-        'expected "Sequence[str] | None"'
-    ),
-    'Argument 1 to "Node" has incompatible type "int"; expected "str | None"',
-    'Argument 1 has incompatible type "Callable[[int], int]"',
-    'Value of type variable "S" of function cannot be "Callable[[list[int]], ',
-]
 
 
 async def squared(id: int) -> int:
@@ -260,26 +186,6 @@ async def _takes_all(writes: list[forebay.Write[Any]]) -> None:
 
 async def _nothing() -> None:
     """Nothing is done."""
-
-
-@pytest.mark.slow
-def test_public_face_is_typed(tmp_path: Path) -> None:
-    """D2: mypy sees the loader's types through the decorators, and refuses wrong calls."""
-    installed("mypy")
-    (tmp_path / "service.py").write_text(TYPED)
-    (tmp_path / "forebay").symlink_to(ROOT)
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--hide-error-codes",
-         "--cache-dir", "cache", "--follow-imports", "silent", "service.py"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=55,
-    )  # fmt: skip
-    told = re.findall(r"^service.py:\d+: (note|error): (.*)$", done.stdout, re.MULTILINE)
-    revealed = [text.split('"', 1)[1].rstrip('"') for kind, text in told if kind == "note"]
-    refused = [text for kind, text in told if kind == "error"]
-
-    assert revealed == REVEALED, done.stdout + done.stderr
-    assert len(refused) == len(REFUSED), done.stdout
-    assert [text for text, begin in zip(refused, REFUSED, strict=True) if begin not in text] == []
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import forebay
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.introduction import read_info
 from forebay.coordinator.write_check import WriteCheck
-from forebay.nodes.status import checks, gauges, stats
+from forebay.nodes.gauges import gauges
+from forebay.nodes.status import checks, stats
 from forebay.nodes.web.face import Check
 from forebay.nodes.web.health import verdict
 from forebay.nodes.workers.backlog import Backlog

@@ -16,6 +16,7 @@ import forebay
 from forebay.coordinator.catalogue import CATALOGUE, Instrument
 from forebay.coordinator.instruments import PREFIX
 from forebay.coordinator.log import ResetReason
+from forebay.nodes.workers.delivery import Outage
 from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey, Workers
 from programs import tool
 from valkeyd import ValkeyServer
@@ -191,6 +192,55 @@ async def test_ready_draining_and_the_event_loop(cluster: Cluster) -> None:
     assert value("forebay_draining") == 0
     await cluster.node.drain()
     assert (value("forebay_ready"), value("forebay_draining")) == (0, 1)
+
+
+def state_of(node: forebay.Node, metric: str, **labels: str) -> list[str]:
+    """The states of a state set that are 1."""
+    samples = [each for family in node.registry.collect() for each in family.samples]
+    return [
+        each.labels["state"]
+        for each in samples
+        if each.name == f"forebay_{metric}" and labels.items() <= each.labels.items() and each.value
+    ]
+
+
+async def test_breakers_and_sinks_tell_their_state_by_name(cluster: Cluster) -> None:
+    """Each is in one state; a loader that fails, or a sink that is stopped, is told from others."""
+    node = cluster.node
+    crew = node.parts.crew
+    assert crew is not None
+    node.caches[3].path.loads.source.breaker.trip()
+    crew.deliveries["orders"].paused = Outage(0.0, 1, "away")
+    crew.deliveries["orders"].stopped = "no such table"
+    crew.deliveries["products"].paused = Outage(0.0, 1, "away")
+
+    names = ["valkey", "loader cache3", "loader cache4"]
+    states = [state_of(node, "breaker_state", name=name) for name in names]
+    assert states == [["closed"], ["open"], ["closed"]]
+    assert state_of(node, "sink_state", sink="orders") == ["stopped"]
+    assert state_of(node, "sink_state", sink="products") == ["paused"]
+    crew.deliveries["orders"].paused = None
+    assert state_of(node, "sink_state", sink="orders") == ["running"]
+
+
+async def test_fill_levels_have_their_bounds_beside_them(cluster: Cluster) -> None:
+    """C3: of the same labels, so that a division tells how full it is; nothing is full here."""
+    node, (cached, *_) = cluster.node, cluster.node.caches
+    await cached.many(range(50))
+    samples = {
+        (each.name, *sorted(each.labels.items())): each.value
+        for family in node.registry.collect()
+        for each in family.samples
+    }
+    filled = {
+        series: (samples[name.removesuffix("_max"), *rest], bound)
+        for series, bound in samples.items()
+        for name, *rest in [series]
+        if name.startswith("forebay_") and name.endswith("_max")
+    }
+    assert len({series[0] for series in filled}) == 10
+    assert all(0 <= level <= bound for level, bound in filled.values()), filled
+    assert filled["forebay_cache_entries_max", ("cache", "cache0")][0] == 50
 
 
 async def test_each_node_measures_the_time_from_publishing_to_applying(cluster: Cluster) -> None:

@@ -179,14 +179,15 @@ async def test_terms_that_cannot_be_are_refused_before_anything_is_sent(
 
 
 async def test_leases_are_renewed_together(make: MakeForge) -> None:
-    """N1, N2: one script a shard, and the deadline moves on."""
+    """N1, N2: one script a shard in each round, and the deadline moves on."""
     one = await make("one")
     leases = [await one.lock(f"l{n}", lease=2).acquire() for n in range(20)]
     deadlines = [each.deadline for each in leases]
     calls = one.link.statistics().calls
     await until(lambda: one.counts["lock_renewals", "renewed"] >= 20)
     assert all(b > a for a, b in zip(deadlines, [e.deadline for e in leases], strict=True))
-    assert one.link.statistics().calls - calls <= 8
+    rounds = one.counts["lock_renewals", "renewed"] // 20 + 1  # the next one may be under way
+    assert one.link.statistics().calls - calls <= 8 * rounds  # one for each lease is 20
     for each in leases:
         each.check()
         await each.release()

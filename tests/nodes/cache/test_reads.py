@@ -246,7 +246,7 @@ async def test_a_stale_value_is_served_at_once_and_refreshed_once(
 
     await eventually(refreshed, what="the refreshed value")
     assert source.loads == 2
-    assert sum(counts(node, "refreshes", "published") for node in cluster) == 1
+    assert sum(counts(node, "refresh_requests", "published") for node in cluster) == 1
 
 
 async def test_what_is_stale_by_its_age_is_refreshed_too(make_node, source, eventually) -> None:

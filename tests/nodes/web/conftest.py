@@ -22,6 +22,7 @@ from forebay.nodes.explain.document import (
 )
 from forebay.nodes.web.face import Check, Read
 from forebay.nodes.web.server import Address, serve
+from forebay.schemas.errors import ForebayError
 from forebay.schemas.settings import Http
 
 Listening = Callable[[Http], AbstractAsyncContextManager[Address]]
@@ -79,6 +80,15 @@ class Station:
         if isinstance(found, Exception):
             raise found
         return found
+
+    async def read_many(self, keys: Sequence[str]) -> list[Read | ForebayError | None]:
+        found = [self.values.get(key) for key in keys]
+        return [each if not isinstance(each, Exception) else _ours(each) for each in found]
+
+
+def _ours(error: Exception) -> ForebayError:
+    assert isinstance(error, ForebayError)
+    return error
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from forebay.nodes.web import lock_desk
 from forebay.nodes.web.server import serve
 from forebay.schemas.errors import ConfigError
 from forebay.schemas.errors_locks import LockNotAcquired
-from forebay.schemas.settings import Http
+from forebay.schemas.settings import Http, Valkey
+from valkeyd import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
 NONCE, OTHER = "a" * 16, "b" * 16
@@ -144,20 +145,24 @@ async def test_who_waits_is_woken(client: aiohttp.ClientSession, node: forebay.N
     assert len(tokens) == 6
 
 
-async def test_the_ring_comes_through(make_node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("database", [0, 3])
+async def test_the_ring_comes_through(
+    make_node: MakeNode, monkeypatch: pytest.MonkeyPatch, valkey_server: ValkeyServer, database: int
+) -> None:
     """D4: from each node to each, also where the script takes the two for one process; nobody
     asks by itself here.
     """
     monkeypatch.setattr(lock_desk, "BEAT_S", 1_000.0)
     nonces = [f"{number:016}" for number in range(1_000)]
     first = nonces[0]
-    bucket = lock_desk._inner(first).partition(".")[0]
-    same = next(x for x in nonces[1:] if lock_desk._inner(x).startswith(f"{bucket}."))
-    other = next(x for x in nonces if not lock_desk._inner(x).startswith(f"{bucket}."))
+    bucket = lock_desk._bucket_of(first)
+    same = next(x for x in nonces[1:] if lock_desk._bucket_of(x) == bucket)
+    other = next(x for x in nonces if lock_desk._bucket_of(x) != bucket)
     http = Http(coordinator=True)
+    valkey = Valkey(url=f"{valkey_server.socket_url}?db={database}")
     async with (
-        make_node(http=http) as one,
-        make_node(http=http) as two,
+        make_node(http=http, valkey=valkey) as one,
+        make_node(http=http, valkey=valkey) as two,
         endpoint(one) as here,
         endpoint(two) as there,
     ):

@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 
 from forebay.nodes.web.face import Check, Gate, State
-from forebay.nodes.web.heartbeat import BEAT_S, STALLED_S, Heartbeat
+from forebay.nodes.web.heartbeat import BEAT_S, STALLED_S, WINDOW_S, Heartbeat
 
 if TYPE_CHECKING:
     from tests.nodes.web.conftest import Station
@@ -93,6 +93,21 @@ class ManualClock:
 
     def monotonic(self) -> float:
         return self.seconds
+
+
+async def test_the_longest_delay_is_of_the_last_15_seconds() -> None:
+    """I1: neither the latest beat alone, nor a stall of long ago, however few beats came since."""
+    clock = ManualClock()
+    heartbeat = Heartbeat(clock)
+    with heartbeat.beating():
+        for late_s in (0.1, 0.7, 0.2):
+            clock.seconds += BEAT_S + late_s
+            heartbeat._beat()
+        assert heartbeat.lag_max_s() == pytest.approx(0.7)
+        for _ in range(int(WINDOW_S / BEAT_S) + 1):
+            clock.seconds += BEAT_S
+            heartbeat._beat()
+        assert heartbeat.lag_max_s() == 0
 
 
 async def test_the_heartbeat_fails_when_it_is_long_overdue() -> None:

@@ -45,13 +45,16 @@ class Shop:
         self.gate = anyio.Event()
         self.gate.set()
 
-    def node(self, *, elect: bool = True) -> forebay.Node:
+    def node(self, *, elect: bool = True, ownership_ttl_ms: int = 10_000) -> forebay.Node:
+        """A busy machine takes no election away from it, unless the lease is short."""
         node = forebay.Node(
             settings=Settings(
                 node=NodeSettings(namespace=self.namespace, shards=SHARDS),
                 valkey=Valkey(url=self.server.socket_url, **SPEEDY),
                 http=Http(enabled=False),
-                workers=Workers(enabled=elect, ownership_ttl_ms=1_000, beat_ms=100, drain_ms=500),
+                workers=Workers(
+                    enabled=elect, ownership_ttl_ms=ownership_ttl_ms, beat_ms=100, drain_ms=500
+                ),
                 cache=CacheDefaults(jitter=0),
             )
         )
@@ -171,6 +174,14 @@ def counted(node: forebay.Node, kind: str) -> int:
     return node.instruments.counts["external_changes", kind]
 
 
+async def assert_told(node: forebay.Node, *, set: int = 0, deleted: int = 0) -> None:
+    """So many changes are told of; they are counted once their notices are out."""
+    await until(
+        lambda: (counted(node, "set"), counted(node, "deleted")) == (set, deleted),
+        what=f"set={set} deleted={deleted}",
+    )
+
+
 async def at_work(node: forebay.Node) -> None:
     """Elected, and past the doubt of the beginning."""
     await until(lambda: counted(node, "missed"), what="the election")
@@ -195,11 +206,9 @@ def shop(valkey_server: ValkeyServer, namespace: str) -> Shop:
 
 async def near(node: forebay.Node, key: str) -> forebay.Node:
     """Have the node keep a copy."""
-    read = await node.read(key)
-    assert read is not None
-    read = await node.read(key)
-    assert read is not None
-    assert read.tier == "near"
+    with anyio.fail_after(PATIENCE_S):
+        while (read := await node.read(key)) is None or read.tier != "near":
+            pass  # what it promises may have lapsed, on a busy machine
     return node
 
 
@@ -229,7 +238,7 @@ async def test_what_others_set_is_read_by_every_node(shop: Shop) -> None:
                 with anyio.fail_after(PATIENCE_S):
                     while await read() != value:
                         await anyio.sleep(0.005)
-        assert counted(elected, "set") == 2
+        await assert_told(elected, set=2)
         assert shop.told(elected) == ["product:7"] * 2
     assert shop.loads == [7]
 
@@ -241,9 +250,8 @@ async def test_without_the_worker_nobody_sees_it(shop: Shop) -> None:
         shop.server.execute("SET", shop.entry(node, "product:7"), b'{"id":7,"price":990}')
         sweeps = node.parts.follower.statistics().sweeps
         await until(lambda: node.parts.follower.statistics().sweeps > sweeps + 3)
-        found = await node.read("product:7")
-        assert found is not None
-        assert (found.tier, found.json) == ("near", b'{"id":7,"price":1}')
+        copy = await until(lambda: node.caches[0].path.near.get("product:7"))
+        assert copy.value == Product(7, 1)
 
 
 @pytest.mark.parametrize("command", [("DEL",), ("UNLINK",), ("GETDEL",), ("RENAME", "else")])
@@ -275,7 +283,7 @@ async def test_a_value_of_another_type_is_told(shop: Shop) -> None:
             "EVAL", "redis.call('DEL', KEYS[1]) redis.call('LPUSH', KEYS[1], 1)", 1, name
         )
         await until(lambda: shop.told(node) == ["product:7"])
-        assert counted(node, "set") == 1
+        await assert_told(node, set=1)
 
 
 async def test_our_own_changes_make_no_notice(shop: Shop) -> None:
@@ -297,7 +305,7 @@ async def test_our_own_changes_make_no_notice(shop: Shop) -> None:
         await node.invalidate(tags=["catalog"])
         await dealt_with(shop, node)
         assert [key for key in shop.told(node) if not key.startswith("mark:")] == []
-        assert (counted(node, "set"), counted(node, "deleted")) == (1, 0)
+        await assert_told(node, set=1)
         own = 50 * 2 + 50 + SHARDS * 2 + 20 + 1
         assert len(shop.notices(node)) - before == own + 1
 
@@ -338,7 +346,7 @@ async def test_an_unknown_entry_that_ends_is_told(shop: Shop) -> None:
             # Looked at, it ends at once; among many keys the server may take long to come by.
             await until(lambda: not shop.server.execute("EXISTS", name))
             await until(lambda: "brief:1" in shop.told(node))
-            assert counted(node, "deleted") == 1
+            await assert_told(node, deleted=1)
 
 
 async def test_a_deletion_right_after_our_own_put_is_told(shop: Shop) -> None:
@@ -350,7 +358,7 @@ async def test_a_deletion_right_after_our_own_put_is_told(shop: Shop) -> None:
             await put(node, Product(n, 5))
             shop.server.execute("DEL", shop.entry(node, f"product:{n}"))
             await until(lambda n=n: f"product:{n}" in shop.told(node))
-        assert counted(node, "deleted") == 30
+        await assert_told(node, deleted=30)
 
 
 async def test_a_load_under_way_cannot_fill_over_what_others_set(shop: Shop) -> None:
@@ -381,7 +389,8 @@ async def test_names_that_are_no_entries_are_passed_over(shop: Shop) -> None:
         for name in (*foreign, f"{right}e0:".encode() + b"\xff"):
             shop.server.execute("SET", name, "1")
         await dealt_with(shop, node)
-        assert (counted(node, "set"), counted(node, "deleted")) == (1, 0)
+        await assert_told(node, set=1)
+        assert all(key.startswith("mark:") for key in shop.told(node))
 
 
 async def test_a_newer_format_is_ours(shop: Shop) -> None:
@@ -390,7 +399,8 @@ async def test_a_newer_format_is_ours(shop: Shop) -> None:
         await at_work(node)
         shop.server.execute("SET", shop.entry(node, "product:7"), b"\xfbE2" + b"x" * 90)
         await dealt_with(shop, node)
-        assert counted(node, "set") == 1
+        await assert_told(node, set=1)
+        assert all(key.startswith("mark:") for key in shop.told(node))
 
 
 async def test_a_flush_resets_every_shard(make_server: MakeServer, namespace: str) -> None:
@@ -470,13 +480,13 @@ async def test_telling_keeps_to_its_pace(shop: Shop) -> None:
     async with shop.node() as node, following(node, told_per_s_max=200):
         await at_work(node)
         names = [shop.entry(node, f"product:{n}") for n in range(100)]
+        began = node.parts.clock.monotonic()
         shop.server.execute("MSET", *(word for name in names for word in (name, "1")))
         await until(lambda: len(shop.told(node)) == 100)
-        began = node.parts.clock.monotonic()
         for _ in range(20):
             shop.server.execute("SET", shop.entry(node, "product:7"), "2")
         await until(lambda: len(shop.told(node)) > 100)
-        assert node.parts.clock.monotonic() - began > 0.3
+        assert node.parts.clock.monotonic() - began > 100 / 200
         assert len(shop.told(node)) == 101
 
 
@@ -503,9 +513,9 @@ async def test_a_broken_shard_costs_the_others_nothing(shop: Shop) -> None:
 
 async def test_another_node_takes_over(shop: Shop) -> None:
     """V3: the owner dies; what is set before another is elected is read then, and after."""
-    async with shop.node() as first:
+    async with shop.node(ownership_ttl_ms=1_000) as first:
         await until(lambda: EVENTS in first.parts.crew.ownership.tenures)
-        async with shop.node() as second, following(second):
+        async with shop.node(ownership_ttl_ms=1_000) as second, following(second):
             async with following(first):
                 await at_work(first)
                 assert counted(second, "missed") == 0

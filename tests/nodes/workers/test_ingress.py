@@ -188,6 +188,39 @@ async def test_a_shard_that_refuses_everything_stops_no_other(open_shop: OpenSho
         assert await dropped(shop) == [there]
 
 
+async def test_each_event_is_counted_once_also_if_a_part_of_it_is_dead(open_shop: OpenShop) -> None:
+    """Applied or dead, however many shards it names; an unreadable one is counted as well."""
+    async with open_shop() as shop:
+        for shard in (1, 2):
+            await shop.link.call("SET", shop.names.part(shard, "log"), "x")
+        bad = [invalidate(shop.key(1), shop.key(2), shop.key(3)), invalidate(shop.key(1))]
+        await apply(shop, bad[0], invalidate(shop.key(3)), bad[1], b"no event")
+        counted = {key[1:]: n for key, n in shop.counts.items() if key[0] == "events_processed"}
+        assert {labels: n for labels, n in counted.items() if n} == {
+            ("invalidate", "dead"): 2,
+            ("invalidate", "applied"): 1,
+            ("unknown", "dead"): 1,
+        }
+
+
+async def test_the_delay_of_an_event_needs_a_time_of_publication(open_shop: OpenShop) -> None:
+    """An id that its publisher made up tells no time: the delay would be of fifty years."""
+    async with open_shop() as shop:
+        stream, event = shop.names.events, invalidate(shop.key(1))
+        await shop.link.call("XADD", stream, "1-1", "event", event)
+        await apply(shop, event)
+        value = shop.node.registry.get_sample_value
+        assert shop.counts["events_processed", "invalidate", "applied"] == 2
+        for name, labels in {
+            "event_delay": {"type": "invalidate"},
+            "event_propagation": {},
+        }.items():
+            await until(
+                lambda name=name, labels=labels: value(f"forebay_{name}_seconds_count", labels) == 1  # type: ignore[misc]
+            )
+            assert (value(f"forebay_{name}_seconds_sum", labels) or 0) < 3_600
+
+
 async def test_faults_of_the_server_are_waited_out(open_shop: OpenShop, make_server: Any) -> None:
     """A4: while every write is refused nothing is thrown away; afterwards it goes on by itself."""
     server = make_server()

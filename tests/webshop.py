@@ -1,27 +1,36 @@
-"""An ASGI application for processes of a web server, without a framework: one node, one cache.
+"""An ASGI application for the worker processes of a web server, without a framework.
 
-``GET /put/7`` sets product 42, ``GET /`` reads it, and ``GET /readyz`` shows the node's checks.
-Each answer names the process.
+``GET /7`` reads product 7, ``GET /put/7/12`` sets it, and ``GET /readyz`` shows the node's checks.
+Each answer names the process. WEBSHOP_DIR holds one file a product, which is the source, and
+``loads``: a line for each load, with the cache version and the product. Another service has stored
+products, too.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 import forebay
 
-__all__ = ["app"]
+__all__ = ["LOADS", "app"]
 
+LOADS = "loads"
+
+shop = Path(os.environ.get("WEBSHOP_DIR", "."))
 node = forebay.Node("shop")
 
 
-@node.cached("product:{id}", ttl=60)
-async def product(id: int) -> int:
-    return 0
+@node.cached("product:{id}", ttl=600, legacy_key="v1:product:{id}")
+async def product(id: int) -> int | None:
+    with (shop / LOADS).open("a") as loads:  # appended in one piece
+        loads.write(f"{node.settings.cache.version} {id}\n")
+    found = shop / str(id)
+    return int(found.read_text()) if found.exists() else None
 
 
 async def app(
@@ -45,6 +54,8 @@ async def app(
 async def answer(path: str) -> dict[str, Any]:
     if path == "/readyz":
         return {each.name: {"status": each.state, "detail": each.detail} for each in node.checks()}
-    if path.startswith("/put/"):
-        await product.put(42, int(path.removeprefix("/put/")))
-    return {"value": await product(42)}
+    *command, last = path.strip("/").split("/")
+    if command[:1] == ["put"]:
+        await product.put(int(command[1]), int(last))
+        last = command[1]
+    return {"value": await product(int(last))}

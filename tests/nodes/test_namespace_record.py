@@ -1,0 +1,103 @@
+"""The record of a namespace outlives FLUSHALL, and its keys are counted beside the database's."""
+
+from __future__ import annotations
+
+import pytest
+
+from forebay.coordinator.clock import SystemClock
+from forebay.nodes.birth import check_birth
+from forebay.nodes.key_count import PAGE_KEYS, PAGES_MAX, KeyCount
+from forebay.nodes.web.face import Check
+from forebay.schemas.errors import ConfigError
+from forebay.schemas.keys import Names
+from forebay.schemas.settings import Valkey
+from workshop import until
+
+
+@pytest.fixture
+def own_server(make_server):
+    """A server of the test's own, since it is flushed."""
+    return make_server()
+
+
+@pytest.mark.parametrize("command", ["FLUSHALL", "FLUSHDB"])
+async def test_the_record_is_written_again_after_a_flush(make_node, own_server, command) -> None:
+    """B2: a node with another number of shards is refused as before the flush."""
+    async with make_node(valkey=Valkey(url=own_server.socket_url)) as node:
+        names, link = node.parts.names, node.parts.backend.link
+        own_server.execute(command)
+
+        async def is_back() -> bool:
+            return bool(await link.call("HGET", names.meta, "shards") == b"4")
+
+        await until(is_back)
+        other = Names(names.namespace, 8)
+        with pytest.raises(ConfigError, match="born with 4"):
+            await check_birth(link, other, node.parts.scripts, {})
+
+
+async def test_a_namespace_that_is_born_anew_with_other_shards_is_told(
+    make_node, own_server
+) -> None:
+    """B2: the node is not ready and says why, until the record is as it was."""
+    async with make_node(valkey=Valkey(url=own_server.socket_url)) as node:
+        names = node.parts.names
+
+        def check() -> Check:
+            return next(each for each in node.checks() if each.name == "namespace")
+
+        assert (check().state, check().gates) == ("pass", frozenset(("ready",)))
+        own_server.execute("HSET", names.meta, "shards", 8)
+        node.parts.record.lost()
+        await until(lambda: check().state == "fail")
+        assert "was born with 8; set node.shards = 8" in check().detail
+        own_server.execute("HSET", names.meta, "shards", 4)
+        await until(lambda: check().state == "pass")
+
+
+async def test_stats_count_the_keys_of_the_namespace(make_node, own_server) -> None:
+    """N1: exactly in a small database, whatever else is in it; N2: kept for a while."""
+    for number in range(50):
+        own_server.execute("SET", f"other:{number}", 1)
+    async with make_node(valkey=Valkey(url=own_server.socket_url)) as node:
+        names = node.parts.names
+        own_server.execute("SET", names.entry("a"), 1)
+        told = await node.stats()
+        keys, ours = told["keys"], told["namespace_keys"]
+        assert ours["is_estimate"] is False
+        own = {bytes(key) for key in own_server.execute("KEYS", f"*{names.namespace}*")}
+        assert 0 < ours["count"] <= len(own)
+        assert keys - 50 - 5 <= ours["count"] <= keys - 50
+        own_server.execute("SET", names.entry("b"), 1)
+        assert (await node.stats())["namespace_keys"] == ours
+
+
+async def test_keys_of_a_large_database_are_estimated(own_server, make_node) -> None:
+    """N1: a bounded number of pages is read, and the share in them is taken for that of all."""
+    key = "(n % 4 == 0 and '{big:00}:e0:' or 'x:') .. n"
+    script = f"for n = 1, ARGV[1] do redis.call('SET', {key}, 1) end"
+    every = 2 * PAGES_MAX * PAGE_KEYS
+    own_server.execute("EVAL", script, 0, every)
+    async with make_node(valkey=Valkey(url=own_server.socket_url)) as node:
+        link, calls = node.parts.backend.link, []
+
+        class Counted:
+            async def call(self, *args: object, **options: object) -> object:
+                calls.append(args[0])
+                return await link.call(*args, **options)  # type: ignore[arg-type]
+
+        found = await KeyCount(Counted(), Names("big", 4), SystemClock()).look()  # type: ignore[arg-type]
+    assert found is not None
+    assert found.is_estimate
+    assert calls.count("SCAN") == PAGES_MAX
+    assert found.count == pytest.approx(every / 4, rel=0.2)
+
+
+async def test_without_the_right_to_scan_there_is_no_count(make_node, own_server) -> None:
+    """N3: the rest of /stats is there."""
+    own_server.execute("ACL", "SETUSER", "few", "on", ">pw", "~*", "&*", "+@all", "-scan")
+    valkey = Valkey(url=own_server.socket_url, username="few", password="pw")  # type: ignore[arg-type]
+    async with make_node(valkey=valkey) as node:
+        told = await node.stats()
+    assert told["namespace_keys"] is None
+    assert told["keys"] > 0
