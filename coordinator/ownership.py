@@ -14,6 +14,8 @@ O6  A node with a label (``node.id``) that goes away keeps its shards for ``rejo
     planned (``leave(rejoin=True)``) or a crash: the one that comes back with the label takes
     them, and nothing moves. The ingress stream is not kept: a dead owner's is taken as others'.
 O7  A shard that is deferred goes to any other member that can have it, for ``_DEFER_S``.
+O8  While the server refuses the roster, since one of its keys is of another type, owners keep their
+    shards, whatever is free is taken by any member, and nothing is handed over (S8).
 
 Resources are the shards and the ingress stream (``EVENTS``). The decisions are in
 ``succession``, ``roster`` and ``assignment``; this sends and tells. Node ids must differ between
@@ -111,7 +113,7 @@ class Ownership:
         self._clock = clock
         self._rng = rng
         self._instruments = instruments
-        self.beats, self.claims, self.handovers = (LogOnce(clock) for _ in range(3))
+        self.beats, self.claims, self.handovers, self.roster = (LogOnce(clock) for _ in range(4))
         self._successors: list[Successor] = []
         self._deferred: dict[int, float] = {}  # until when
         self._surplus: list[Tenure] = []  # to be handed over
@@ -241,16 +243,25 @@ class Ownership:
         self._succession.deferred = frozenset(self._deferred)
         args = self._succession.beat(beat_ms=self._beat_ms, grace_ms=self._grace_ms)
         keys = [self._names.nodes, self._names.members]
-        reply = await run(self._commands, self._scripts["roster_beat"], keys, args)
-        self._succession.learn(reply, self._clock.monotonic())
+        try:
+            reply = await run(self._commands, self._scripts["roster_beat"], keys, args)
+        except ServerRefused as error:
+            if not error.of_keys:
+                raise
+            self._succession.is_blind = True
+            self.roster.say(log, "roster.refused", error)
+        else:
+            self._succession.learn(reply, self._clock.monotonic())
+            self.roster.over()
 
     async def _claim(self) -> None:
         sent_at = self._clock.monotonic()
         claims = [(each, self.tenures.get(each)) for each in self._succession.claims(sent_at)]
         script, refused = self._scripts["owner_claim"], list[ForebayError]()
-        calls = [
-            Call(script=script, keys=[self._own(each)], args=self._claim_args) for each, _ in claims
-        ]
+        args = self._claim_args
+        if self._succession.is_blind:
+            args = [*args[:-1], 0]  # a wish of no duration is none
+        calls = [Call(script=script, keys=[self._own(each)], args=args) for each, _ in claims]
         replies: list[Reply] = await run_many(self._commands, calls) if calls else []
         now = self._clock.monotonic()
         for (resource, claimed), reply in zip(claims, replies, strict=True):

@@ -54,7 +54,7 @@ SENT = frozenset(
     (
         "client|id client|setinfo client|setname client|tracking command|info config|get"
         " dbsize echo eval evalsha mget ping pubsub|numsub script|load select strlen subscribe"
-        " unsubscribe wait xack xautoclaim xgroup|create xread xreadgroup scan zmscore"
+        " type unsubscribe wait xack xautoclaim xgroup|create xread xreadgroup scan zmscore"
     ).split()
 )
 TRACKING = "&__redis__:invalidate"
@@ -77,6 +77,7 @@ PARTLY: Mapping[str, str] = {
     "scan": "the number of the namespace's keys in /stats",
     "script|load": "one round trip, the first time that a script is used",
     "strlen": _EXPLAIN,
+    "type": "the name of a key of another type, in errors, health and the log",
     "wait": 'until="replicated" of writes and locks',
     "xack": _REFRESHES,
     "xautoclaim": _REFRESHES,

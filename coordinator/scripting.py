@@ -5,7 +5,8 @@ I1  A script is one file, ``scripts/<noun_verb>.lua``. What several share stands
     where they say ``-- Here _name.lua.``
 I2  A script that the server does not know is sent in full and so made known. Repeating
     is safe: a server that answers NOSCRIPT has run nothing.
-I3  A refusal of the server is raised with the name of the script, which names the operation.
+I3  A refusal of the server is raised with the name of the script, which names the operation, and
+    the keys of another type that caused it (``WrongKeys``).
 I4  Of several scripts sent at once, those that had to be repeated run after the others,
     among themselves in order. Whoever needs an order across them sends them one by one.
 
@@ -24,8 +25,18 @@ from msgspec import Struct
 
 from ..schemas.errors import ForebayError, ServerRefused
 from .link import Arg, Commands, Reply
+from .wrong_keys import WrongKeys
 
-__all__ = ["Call", "Script", "Scripts", "granted", "load_scripts", "run", "run_many"]
+__all__ = [
+    "Call",
+    "Script",
+    "Scripts",
+    "ask_many",
+    "granted",
+    "load_scripts",
+    "run",
+    "run_many",
+]
 
 
 _SHARED = re.compile(r"^-- With (_\w+\.lua)\.$", re.MULTILINE)
@@ -35,12 +46,13 @@ class Script(Struct, frozen=True, kw_only=True):
     name: str
     source: str
     sha: str
+    wrong_keys: WrongKeys
 
     @classmethod
-    def of(cls, name: str, source: str) -> Script:
+    def of(cls, name: str, source: str, wrong_keys: WrongKeys | None = None) -> Script:
         # SHA-1 is how the server names scripts; nothing rests on its strength.
         sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
-        return cls(name=name, source=source, sha=sha)
+        return cls(name=name, source=source, sha=sha, wrong_keys=wrong_keys or WrongKeys())
 
     def __repr__(self) -> str:
         return f"<Script {self.name} {self.sha[:8]}>"
@@ -61,10 +73,11 @@ class Call(Struct, frozen=True, kw_only=True):
 
 
 class Scripts(Mapping[str, Script]):
-    """The scripts of a folder, by name."""
+    """The scripts of a folder, by name; ``wrong_keys`` is what their refusals told."""
 
-    def __init__(self, scripts: Sequence[Script]) -> None:
+    def __init__(self, scripts: Sequence[Script], wrong_keys: WrongKeys | None = None) -> None:
         self._by_name = {script.name: script for script in scripts}
+        self.wrong_keys = wrong_keys or WrongKeys()
 
     def __getitem__(self, name: str) -> Script:
         return self._by_name[name]
@@ -80,12 +93,14 @@ def load_scripts(folder: Traversable | None = None) -> Scripts:
     """The scripts of a folder, by default those of this package."""
     folder = folder or files(__package__) / "scripts"
     texts = {each.name: each.read_text(encoding="utf-8") for each in folder.iterdir()}
+    wrong_keys = WrongKeys()
     return Scripts(
         [
-            Script.of(name.removesuffix(".lua"), _with_shared(text, texts))
+            Script.of(name.removesuffix(".lua"), _with_shared(text, texts), wrong_keys)
             for name, text in sorted(texts.items())
             if name.endswith(".lua") and not name.startswith("_")
-        ]
+        ],
+        wrong_keys,
     )
 
 
@@ -112,13 +127,13 @@ async def run(
         )
     except ServerRefused as refused:
         if refused.code != "NOSCRIPT":
-            raise _named(refused, script) from None
+            raise await _named(commands, refused, script, keys) from None
     try:
         return await commands.call(
             "EVAL", script.source, count, *keys, *args, timeout_ms=timeout_ms
         )
     except ServerRefused as refused:
-        raise _named(refused, script) from None
+        raise await _named(commands, refused, script, keys) from None
 
 
 async def run_many(
@@ -134,12 +149,24 @@ async def run_many(
             replies[at] = reply
     for at, reply in enumerate(replies):
         if isinstance(reply, ServerRefused):
-            replies[at] = _named(reply, calls[at].script)
+            replies[at] = await _named(commands, reply, calls[at].script, calls[at].keys)
     return replies
 
 
-def _named(refused: ServerRefused, script: Script) -> ServerRefused:
-    return ServerRefused(refused.code, refused.message, script.name)
+async def _named(
+    commands: Commands, refused: ServerRefused, script: Script, keys: Sequence[str | bytes]
+) -> ServerRefused:
+    named = ServerRefused(refused.code, refused.message, script.name)
+    return await script.wrong_keys.name(commands, named, keys)
+
+
+async def ask_many(commands: Commands, calls: Sequence[Sequence[Arg]]) -> list[Reply]:
+    """As ``call_many``, for commands whose first argument is their key: a refusal names it."""
+    replies = await commands.call_many(calls)
+    for at, reply in enumerate(replies):
+        if isinstance(reply, ServerRefused):
+            replies[at] = reply.at(str(calls[at][1]))
+    return replies
 
 
 def granted(replies: Sequence[Reply]) -> Sequence[Reply]:

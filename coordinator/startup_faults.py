@@ -110,7 +110,8 @@ class Target(Struct, frozen=True, kw_only=True):
             return self.replica(error.message.partition(_REPLICA_OF)[2])
         known = _REFUSALS.get(error.code)
         if known is None:
-            return self.fault(f"it refused us: {words}", "see what the server's log says")
+            at = f", at {error.key}" if error.key else ""
+            return self.fault(f"it refused us: {words}{at}", "see what the server's log says")
         leaf, problem, fix = known
         return self.fault(f"{problem} ({words})", fix, leaf=leaf)
 

@@ -16,6 +16,8 @@ S6  A shard that was declined, or is left, is not claimed again. A deferred shar
     the assignment finds nobody else for it.
 S7  A shard that was fenced off is released before it is claimed, so that the next epoch is larger:
     a server that lost its last accepted writes may hold an epoch that a sink has seen the end of.
+S8  A member that is blind (the server refuses the roster) renews what it owns and takes whatever
+    is free and not declined; it wishes for nothing, and yields nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..schemas.errors import ForebayError
+from ..schemas.keys import EVENTS
 from ..schemas.replies import integer, raw_bytes, text
 from .link import Arg, Reply
 from .roster import Member, Profile, Roster, State, pack, wanted
@@ -86,6 +89,7 @@ class Succession:
         self._asked: frozenset[int] = frozenset()  # claimed at last
         self._held_told: frozenset[int] = frozenset()
         self._held_back_until = float("-inf")
+        self.is_blind = False  #: until the roster is learned again
         self._wanted: dict[int, str] = {}
         self._wanted_of: tuple[object, ...] = ()
 
@@ -97,6 +101,7 @@ class Succession:
         )
 
     def learn(self, reply: Sequence[Reply], now: float) -> None:
+        self.is_blind = False
         if self.roster.learn(reply):
             self._held_back_until = now + self._ttl_ms / 1000
 
@@ -110,11 +115,22 @@ class Succession:
             return owned
         mine = [
             each
-            for each, owner in self.wanted().items()
-            if owner == self.id and each not in self.tenures and self._resting.get(each, now) <= now
+            for each in (self._eligible() if self.is_blind else self._mine())
+            if each not in self.tenures and self._resting.get(each, now) <= now
         ]
-        self._asked = frozenset(mine)
+        if not self.is_blind:
+            self._asked = frozenset(mine)
         return owned + mine
+
+    def _mine(self) -> list[int]:
+        return [each for each, owner in self.wanted().items() if owner == self.id]
+
+    def _eligible(self) -> list[int]:
+        """All that this member may own, whoever else is there."""
+        if not self._profile.weight:
+            return []
+        excluded = self.declined | self.deferred
+        return [each for each in range(EVENTS, self._shards) if each not in excluded]
 
     def answer(
         self, resource: int, claimed: Tenure | None, reply: Reply, *, sent_at: float, now: float
@@ -171,7 +187,7 @@ class Succession:
 
     def to_yield(self) -> list[Tenure]:
         """What is to be drained and released now; each is told once."""
-        if self.state != "active" or not self._wishes:
+        if self.state != "active" or self.is_blind or not self._wishes:
             return []
         plan = self.wanted()
         found = [

@@ -62,6 +62,7 @@ def _checks_of(crew: Crew, refreshes: str, now: float) -> Iterator[Check]:
     yield _warning(
         "ownership",
         _failing("no beat succeeds", ownership.beats.failing, now),
+        _failing("the roster is refused", ownership.roster.failing, now),
         _failing("claims of shards are refused", ownership.claims.failing, now),
         _failing("shards are not handed over", ownership.handovers.failing, now),
     )

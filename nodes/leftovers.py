@@ -12,7 +12,7 @@ import structlog
 from msgspec import Struct
 
 from ..coordinator.link import Commands
-from ..coordinator.scripting import granted
+from ..coordinator.scripting import ask_many, granted
 from ..schemas.keys import EVENTS, Names
 from ..schemas.replies import integer
 
@@ -53,7 +53,7 @@ async def count_leftovers(commands: Commands, names: Names) -> Leftovers:
     }
     found = {}
     for kind, each in streams.items():
-        lengths = granted(await commands.call_many([("XLEN", name) for name in each]))
+        lengths = granted(await ask_many(commands, [("XLEN", name) for name in each]))
         found[kind] = sum(integer(length, "the length of a stream") for length in lengths)
     return Leftovers(**found)
 

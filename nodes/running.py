@@ -298,6 +298,7 @@ class Running:
         await patience.until_done(locks)
         await patience.until_done(self.follower.sweep)
         await start(self.write_check.run)
+        self.tasks.start_soon(self.scripts.wrong_keys.run, link)
         if self.private_server is not None:
             await start(self.private_server.run)
         self.tasks.start_soon(self.record.run)

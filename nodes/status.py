@@ -2,7 +2,8 @@
 
 S1  Checks read memory only.
 S2  ``stats`` has the same keys at all times. It asks the server too; while that does not
-    answer, what only the server knows is null, and ``unavailable`` says why.
+    answer, what only the server knows is null, and ``unavailable`` says why. A key of another
+    type is left out of the figures, and named there.
 S3  ``health_checks`` tells which work is stalled, and why; it only warns.
 S4  A running node has started: a later failure of Valkey fails readiness alone.
 """
@@ -16,7 +17,8 @@ import msgspec
 
 from ..coordinator.link import Arg, Reply
 from ..coordinator.private_server import FIX
-from ..schemas.errors import ForebayError
+from ..coordinator.scripting import ask_many
+from ..schemas.errors import ForebayError, ServerRefused
 from ..schemas.keys import EVENTS
 from .gauges import bring_up_to_date
 from .health_checks import sink_state, work_checks
@@ -32,6 +34,7 @@ __all__ = ["checks", "stats"]
 _READY: frozenset[Gate] = frozenset(("ready",))
 _START: frozenset[Gate] = frozenset(("ready", "start"))
 _OF_THE_SERVER = ("keys", "memory", "backlog", "dead_letters")
+_REFUSED_SHOWN = 3
 
 
 def checks(node: Node) -> Sequence[Check]:
@@ -51,6 +54,8 @@ def checks(node: Node) -> Sequence[Check]:
     ]
     if refused := [view.refused for view in views if view.refused]:
         found.append(_check("logs", False, "; ".join(refused[:3]), frozenset(), "warn"))
+    wrong = parts.scripts.wrong_keys.problems()
+    found.append(_check("keys", not wrong, "; ".join(wrong[:3]), frozenset(), "warn"))
     if parts.private_server is not None:
         problem = parts.private_server.problem
         found.append(_check("private_server", not problem, f"{problem}; {FIX}", _READY, "warn"))
@@ -128,42 +133,50 @@ async def stats(node: Node) -> dict[str, object]:
 
 async def _asked(parts: Running) -> dict[str, object]:
     """What only the server knows."""
-    names, shards = parts.names, range(parts.names.shards)
+    names, shards, refused = parts.names, range(parts.names.shards), list[ServerRefused]()
     try:
-        (keys,) = await _replies(parts, [("DBSIZE",)])
-        events = await _waiting(parts, EVENTS, names.events, "events")
-        writes = await _replies(parts, [("XLEN", names.part(n, "writes")) for n in shards])
-        dead = await _replies(parts, [("XLEN", names.part(n, "dead")) for n in (EVENTS, *shards)])
+        keys = await parts.backend.link.call("DBSIZE")
+        events = await _waiting(parts, refused)
+        writes = await _lengths(parts, [names.part(n, "writes") for n in shards], refused)
+        dead = await _lengths(parts, [names.part(n, "dead") for n in (EVENTS, *shards)], refused)
         memory = await _memory(parts)
     except ForebayError as error:
         return {**dict.fromkeys(_OF_THE_SERVER), "unavailable": str(error)}
-    backlog = {"events": events, "writes": sum(map(int, writes))}
-    found = (keys, memory, backlog, sum(map(int, dead)))
-    return {**dict(zip(_OF_THE_SERVER, found, strict=True)), "unavailable": None}
+    found = (keys, memory, {"events": events, "writes": writes}, dead)
+    why = "; ".join(map(str, refused[:_REFUSED_SHOWN])) or None
+    return {**dict(zip(_OF_THE_SERVER, found, strict=True)), "unavailable": why}
 
 
-async def _replies(parts: Running, commands: Sequence[Sequence[Arg]]) -> list[Reply]:
-    """All of them, or the first refusal raised."""
-    replies = await parts.backend.link.call_many(commands)
-    for reply in replies:
-        if isinstance(reply, ForebayError):
-            raise reply
-    return replies
+async def _lengths(parts: Running, streams: Sequence[str], refused: list[ServerRefused]) -> int:
+    """The entries of all of these."""
+    replies = await _replies(parts, [("XLEN", name) for name in streams], refused)
+    return sum(int(reply or 0) for reply in replies)
 
 
-async def _waiting(parts: Running, shard: int, stream: str, name: str) -> int:
-    """Entries behind the checkpoint; what was done is trimmed, so all that is there waits."""
+async def _replies(
+    parts: Running, commands: Sequence[Sequence[Arg]], refused: list[ServerRefused]
+) -> list[Reply]:
+    """The replies, None for those that are ``refused``."""
+    replies = await ask_many(parts.backend.link, commands)
+    refused += [reply for reply in replies if isinstance(reply, ServerRefused)]
+    return [None if isinstance(reply, ServerRefused) else reply for reply in replies]
+
+
+async def _waiting(parts: Running, refused: list[ServerRefused]) -> int:
+    """Events behind the checkpoint; what was done is trimmed, so all that is there waits."""
+    stream = parts.names.events
     length, done, last = await _replies(
         parts,
         [
             ("XLEN", stream),
-            ("HGET", parts.names.part(shard, "done"), name),
+            ("HGET", parts.names.part(EVENTS, "done"), "events"),
             ("XREVRANGE", stream, "+", "-", "COUNT", 1),
         ],
+        refused,
     )
     if _id(done) and last and _id(last[0][0]) == _id(done):
         return 0
-    return int(length)
+    return int(length or 0)
 
 
 def _id(raw: Reply) -> bytes:

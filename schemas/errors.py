@@ -152,19 +152,30 @@ class NotShareable(ForebayError):
 
 _FIXES = {
     "OOM": "raise maxmemory, or remove data; workers go on emptying the streams",
+    "WRONGTYPE": "rename or delete that key",
     "NOPERM": f"{RIGHTS} lists the rights that a user needs",
 }
 
 
 class ServerRefused(ForebayError):
-    """Raised when the server answered with an error reply; nothing is retried blindly."""
+    """Raised when the server answered with an error reply; nothing is retried blindly.
 
-    def __init__(self, code: str, message: str, command: str = "") -> None:
-        said = f"valkey refused {command or 'the command'}: {code} {message}".rstrip()
+    ``key`` is the key at fault, as far as it is known.
+    """
+
+    def __init__(self, code: str, message: str, command: str = "", *, key: str = "") -> None:
+        at = f", at {key}" if key else ""
+        said = f"valkey refused {command or 'the command'}: {code} {message}{at}".rstrip()
         super().__init__(f"{said}; {_FIXES[code]}" if code in _FIXES else said)
         self.code = code
         self.message = message
         self.command = command
+        self.key = key
+
+    @property
+    def of_type(self) -> bool:
+        """Whether a key holds another type; some servers say so within an error of a script."""
+        return "WRONGTYPE" in f"{self.code} {self.message}"
 
     @property
     def of_keys(self) -> bool:
@@ -172,8 +183,8 @@ class ServerRefused(ForebayError):
         return self.code in ("WRONGTYPE", "ERR")
 
     def at(self, key: str) -> ServerRefused:
-        """The same, with the key named."""
-        return ServerRefused(self.code, f"{self.message}, at {key}", self.command)
+        """The same, with the key named, unless it was named before."""
+        return ServerRefused(self.code, self.message, self.command, key=self.key or key)
 
 
 class Backpressure(ForebayError):

@@ -8,7 +8,7 @@
     {shop:07}:seen      zset    event ids seen lately      :f:KEY  string  highest fencing token
     {shop:07}:writes    stream  write-behind jobs         :refreshes  stream  refresh jobs
     {shop:07}:own       hash    owner of the ordered work  :done  hash  its checkpoints
-    {shop:07}:dead      stream  dead letters of the shard's writes
+    {shop:07}:dead      stream  dead letters of the shard's writes; :before, once it was full
     {shop:07}:held      stream  jobs that wait for a member with their sink
     {shop:07}:tried     hash    id in held -> tokens of the members that could not decode it
     {shop:07}:k:NAME    hash    a lock and its holders     :kq:NAME, :kw:NAME  who waits for it
@@ -29,6 +29,7 @@
     forebay:shop:mark:ID    string, expires  written by the node ID to see what is replicated
     forebay:shop:db3:bell   the channels of database 3; pub/sub knows no databases
     forebay:shop:none       never exists: asked for to learn whether writes are accepted
+    {KEY}:fence         string  highest token of a key that is written through guards
 
 I1  All names of a shard share one hash tag, so one script may touch them all.
 I2  ``shard_of``, which alone decides, is crc32(key) % shards: any language can compute it.
@@ -36,6 +37,7 @@ I3  A key never contains what Valkey, a glob or a template reads as more than a 
     such a key is refused by ``check_key``; values put into a template are escaped.
 I4  Values of different text never give the same key of a template, and ``match`` gives back
     the text of each; a key that the template would have spelt otherwise is none of its keys.
+I5  ``type_of`` knows the type of every key above: ``TYPES`` lists the kinds.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from typing import Literal
 from urllib.parse import quote, unquote
 from zlib import crc32
 
@@ -52,13 +55,16 @@ __all__ = [
     "EVENTS",
     "KEY_BYTES_MAX",
     "PLAIN_INT_MAX",
+    "TYPES",
     "KeyTemplate",
     "Names",
+    "Part",
     "check_key",
     "depended_on",
     "dependents_of",
     "refuse_one_string",
     "shard_of",
+    "type_of",
 ]
 
 KEY_BYTES_MAX = 512
@@ -71,6 +77,27 @@ _NONCE = re.compile(rb"[0-9a-f]{16,64}")
 _SAFE = "-._~@/"
 _NOT_TEXT = (bytes, bytearray, memoryview, list, tuple, dict, set, frozenset)
 PLAIN_INT_MAX = 10**18  #: so short that no key gets too long by it
+
+Type = Literal["string", "hash", "stream", "zset"]
+Part = Literal[
+    "head", "log", "seen", "writes", "refreshes", "own", "done", "dead", "held", "tried",
+    "locks", "era", "before", "legacy",
+]  #: what a shard, or the ingress stream, has once  # fmt: skip
+_PARTS: Mapping[str, Type] = {
+    "head": "hash", "log": "stream", "seen": "zset", "writes": "stream", "refreshes": "stream",
+    "own": "hash", "done": "hash", "dead": "stream", "held": "stream", "tried": "hash",
+    "locks": "zset", "era": "hash", "before": "stream", "legacy": "zset",
+    "members": "hash", "fence": "string",
+}  # fmt: skip
+_NAMED: Mapping[str, Type] = {
+    "e": "string", "l": "string", "t": "string", "f": "string", "k": "hash", "kq": "zset",
+    "kw": "hash", "r": "string", "rr": "string", "rs": "zset",
+}  #: with a name behind it  # fmt: skip
+_WHOLE: Mapping[str, Type] = {
+    "events": "stream", "meta": "hash", "nodes": "zset", "failing": "string", "mark": "string",
+    "none": "string",
+}  #: of a namespace  # fmt: skip
+TYPES: Mapping[str, Type] = {**_PARTS, **_NAMED, **_WHOLE}
 
 
 def check_key(key: str, *, name: str = "key") -> str:
@@ -111,6 +138,18 @@ def depended_on(tag: str) -> str | None:
 def shard_of(key: str, shards: int) -> int:
     """The shard of a key or of a tag; the tag of a key's dependents lies in the key's shard."""
     return crc32(key.removeprefix(_DEPENDENTS).encode()) % shards
+
+
+def type_of(key: str) -> Type | None:
+    """The type that Forebay gives this key in Valkey; None for a key of others."""
+    tag, _, rest = key.partition("}:")
+    name, named, _ = rest.partition(":")
+    if not tag.startswith("{"):
+        space, _, rest = key.partition(":")
+        return _WHOLE.get(rest.split(":")[1]) if space == "forebay" and ":" in rest else None
+    if not named or rest == "dead:before":
+        return _PARTS.get(name)
+    return _NAMED.get("e" if name.startswith("e") else name)
 
 
 class KeyTemplate:
@@ -375,7 +414,7 @@ class Names:
         head, nonce = channel[: len(self._reply)], channel[len(self._reply) :]
         return head == self._reply.encode() and _NONCE.fullmatch(nonce) is not None
 
-    def part(self, shard: int, name: str) -> str:
+    def part(self, shard: int, name: Part) -> str:
         """A name that a shard, or the ingress stream (EVENTS), has once: head, log, own ..."""
         if shard == EVENTS:
             return f"{{{self.events}}}:{name}"

@@ -5,6 +5,8 @@ R1  Every time here is the caller's monotonic clock, taken before sending. The s
 R2  What an answer says of others of this process, who got a lock by it, is told before the
     method returns: they need no message.
 R3  Nothing is retried here. Each method may be repeated with the same nonce; see its script.
+R4  What looks at many keys (``begin``, ``held``) leaves out those of another type, with a warning
+    that names them.
 """
 
 from __future__ import annotations
@@ -14,21 +16,25 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
+import structlog
 
-from ...schemas.errors import ForebayError
+from ...schemas.errors import ForebayError, ServerRefused
 from ...schemas.errors_locks import InvalidLock, LockNotAcquired
 from ...schemas.keys import Names
 from ...schemas.locks import KINDS, LEASE_DEFAULT_S, Holder, LockView, Terms, Waiting
 from ...schemas.replies import WHOLE_MAX, integer
 from ..clock import Clock
 from ..link import Arg, Commands, Reply
-from ..scripting import Call, Scripts, granted, run, run_many
+from ..scripting import Call, Scripts, ask_many, granted, run, run_many
 
 __all__ = ["Grant", "Handed", "Held", "LockRecords", "Mode", "Refusal"]
+
+log = structlog.get_logger(__name__)
 
 _WAITING = re.compile(rb"([0-9]{1,16}) ([0-9]{1,16}) [0-9]{1,16} (.*)", re.DOTALL)
 _USUAL_US = int(LEASE_DEFAULT_S * 1e6)
 _SHOWN_MAX = 100
+_WARNED_MAX = 3
 USED_MAX = 10_000  #: names of one shard that are looked at
 
 Mode = Literal["try", "wait", "barge"]
@@ -210,53 +216,69 @@ class LockRecords:
 
     async def begin(self, *, fresh: bool) -> float:
         """Have an era in every shard; returns how many seconds of grace are left at most."""
-        script, prefixes = self._scripts["lock_begin"], self._names.prefixes
+        script, part = self._scripts["lock_begin"], self._names.part
         calls = [
             Call(
                 script=script,
-                keys=[f"{prefix}era", f"{prefix}locks"],
+                keys=[part(shard, "era"), part(shard, "locks")],
                 args=[int(fresh), _USUAL_US],
             )
-            for prefix in prefixes
+            for shard in range(self._names.shards)
         ]
-        replies = granted(await run_many(self._commands, calls))
-        return max(int(reply) for reply in replies) / 1e6
+        replies = _readable(await run_many(self._commands, calls))
+        return max([int(reply) for reply in replies], default=0) / 1e6
 
     async def names_used(self) -> list[str]:
         """Names of locks that are held, and of some that were until a minute or two ago."""
         now = await self._commands.call("TIME")
         now_us = int(now[0]) * 1_000_000 + int(now[1])
-        indexes = [f"{prefix}locks" for prefix in self._names.prefixes]
-        replies = granted(
-            await self._commands.call_many(
-                [("ZRANGEBYSCORE", i, now_us, "+inf", "LIMIT", 0, USED_MAX) for i in indexes]
+        indexes = [self._names.part(shard, "locks") for shard in range(self._names.shards)]
+        replies = _readable(
+            await ask_many(
+                self._commands,
+                [("ZRANGEBYSCORE", i, now_us, "+inf", "LIMIT", 0, USED_MAX) for i in indexes],
             )
         )
         return sorted(_text(name) for reply in replies for name in reply)
 
     async def held(self, bound: int) -> list[LockView]:
-        """The locks that are held, by name, at most so many."""
+        """The locks that are held, by name, at most so many (R4)."""
         names = await self.names_used()
         found: list[LockView] = []
         for at in range(0, len(names), bound):
-            views = await self.show(names[at : at + bound])
+            views = _readable(await self._views(names[at : at + bound]))
             found += [view for view in views if view.holders]
             if len(found) >= bound:
                 break
         return found[:bound]
 
     async def show(self, names: Sequence[str]) -> list[LockView]:
+        """Raises ServerRefused if the keys of one are of another type."""
+        return list(granted(await self._views(names)))
+
+    async def _views(self, names: Sequence[str]) -> list[LockView | ForebayError]:
         script = self._scripts["lock_show"]
         calls = [
             Call(script=script, keys=self._names.lock(name)[:3], args=[_SHOWN_MAX])
             for name in names
         ]
-        replies = granted(await run_many(self._commands, calls))
-        return [_view(name, reply) for name, reply in zip(names, replies, strict=True)]
+        replies = await run_many(self._commands, calls)
+        return [
+            reply if isinstance(reply, ForebayError) else _view(name, reply)
+            for name, reply in zip(names, replies, strict=True)
+        ]
 
     def _tell(self, handed: Sequence[bytes], sent_at: float) -> None:
         for nonce, token in zip(handed[::2], handed[1::2], strict=True):
             self._handed(_text(nonce), integer(token, "a token"), sent_at)
+
+
+def _readable(replies: Sequence[Reply]) -> list[Reply]:
+    """Those that are no refusal of keys of another type (R4); raises any other error."""
+    refused = [each for each in replies if isinstance(each, ServerRefused) and each.of_keys]
+    for each in refused[:_WARNED_MAX]:
+        log.warning("locks.refused", key=each.key, error=str(each), count=len(refused))
+    return list(granted([each for each in replies if each not in refused]))
 
 
 def _text(raw: bytes) -> str:

@@ -22,12 +22,25 @@
 --    its keys and tags in a set beside the head. Nothing is brought over for a key with a mark, or with a
 --    tag that has one. At most LEGACY_MARKS_MAX marks are kept: beyond that, the shard brings nothing over
 --    (l becomes negative). After that time the set and l are deleted.
+-- C9 An invalidation (always) takes effect also where head or log is of another type: what these
+--    keep is lost, as if they were deleted. Other changes are refused before they write anything.
 --
 -- An entry begins: magic 3, state 1, version 16, soft_at 13, hard_at 13, pending 16 (digits).
 
 local function server_us()
   local t = redis.call("TIME")
   return t[1] * 1000000 + t[2]
+end
+
+local function is_wrong_type(reply)
+  return type(reply) == "table" and string.find(tostring(reply.err), "WRONGTYPE", 1, true) ~= nil
+end
+
+-- A reply of redis.pcall; empty where the key is of another type, and that is no reason to refuse.
+local function accepted(always, reply)
+  if always and is_wrong_type(reply) then return {} end
+  if type(reply) == "table" and reply.err then error(reply) end
+  return reply
 end
 
 -- The l of a head, in milliseconds: until when changes are marked; negative: too many were.
@@ -37,11 +50,11 @@ local function legacy_until(text)
   return sign == "-" and -ms or ms
 end
 
-local function next_change(head, log)
-  local known = redis.call("HMGET", head, "e", "v", "c", "l")
+local function next_change(head, log, always)
+  local known = accepted(always, redis.pcall("HMGET", head, "e", "v", "c", "l"))
   local epoch, newest, now = whole_number(known[1]), whole_number(known[2]) or 0, server_us()
   if not epoch then
-    local last = redis.call("XREVRANGE", log, "+", "-", "COUNT", 1)[1]
+    local last = accepted(always, redis.pcall("XREVRANGE", log, "+", "-", "COUNT", 1))[1]
     if last then
       epoch = whole_number(string.match(last[1], "^%d+"))
       newest = math.max(newest, whole_number(last[2][2]) or 0)
@@ -79,13 +92,14 @@ end
 
 local LOG_AT_FULL_MAX = 100
 
-local function append(log, change, version, notice, at_full)
+local function append(log, change, version, notice, at_full, always)
   local function try(call)
     local id = string.format("%.0f-*", change.epoch)
     return call("XADD", log, id, "v", version, "n", notice)
   end
   local added = try(redis.pcall)
   if type(added) == "string" then return added end
+  if always and is_wrong_type(added) then return nil end
   -- A first write that memory limits never refuse; none after it is refused either (C7).
   if at_full then
     redis.call("XTRIM", log, "MAXLEN", LOG_AT_FULL_MAX)
@@ -96,11 +110,12 @@ local function append(log, change, version, notice, at_full)
   return try(redis.call)
 end
 
-local function announce(change, head, log, bell, shard, notice, at_full)
+local function announce(change, head, log, bell, shard, notice, at_full, always)
   local version = string.format("%.0f", change.version)
-  local id = append(log, change, version, notice, at_full)
+  local id = append(log, change, version, notice, at_full, always)
   local epoch = string.format("%.0f", change.epoch)
-  redis.call("HSET", head, "e", epoch, "v", version)
+  accepted(always, redis.pcall("HSET", head, "e", epoch, "v", version))
+  if not id then return nil end
   local seq = string.sub(id, #epoch + 2)
   redis.call("PUBLISH", bell, shard .. " " .. epoch .. " " .. seq .. " " .. version .. " " .. notice)
   return id
@@ -108,8 +123,8 @@ end
 
 local function is_repetition(head, mark)
   if mark == "" then return false end
-  local newest = redis.call("HGET", head, "i")
-  if not newest or #newest ~= #mark or not string.match(newest, "^[%d-]+$") then return false end
+  local newest = redis.pcall("HGET", head, "i")
+  if type(newest) ~= "string" or #newest ~= #mark or not string.match(newest, "^[%d-]+$") then return false end
   local generation = tonumber(string.match(newest, "^%d+"))
   return mark <= newest and generation and generation < 2 ^ 52
 end
@@ -207,9 +222,9 @@ local function tag_versions(value)
 end
 
 local function bump_tag(tag, version, soft, keep_ms)
-  local known = soft and redis.call("GET", tag)
+  local known = soft and redis.pcall("GET", tag)
   local value = version
-  if known then
+  if type(known) == "string" then
     local _, hard = tag_versions(known)
     value = version .. " " .. (hard or version)
   end
@@ -254,7 +269,7 @@ end
 -- yet: whoever makes it later finds in the head (o) whether a key of the shard changed meanwhile.
 local function outdate_dependents(change, head, named_after, soft, keep_ms)
   local version = string.format("%.0f", change.version)
-  redis.call("HSET", head, "o", version)
+  accepted(true, redis.pcall("HSET", head, "o", version))
   mark_changed(change, head, label_of(named_after))
   if redis.call("EXISTS", named_after) == 1 then bump_tag(named_after, version, soft, keep_ms) end
 end

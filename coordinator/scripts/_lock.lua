@@ -18,7 +18,8 @@
 -- L4 What is handed to another process is held for 1 s only, until that has asked again.
 -- L5 While a new era is in its grace, nothing is granted that was not held before.
 -- L6 Whatever is held is in the index. What is there may be idle: it goes a minute or two after
---    its last use, so that taking and releasing need not touch the index each time.
+--    its last use, so that taking and releasing need not touch the index each time. Locks work
+--    without an index, where it is of another type.
 -- L8 An unreadable line neither holds nor waits for a lock; an unreadable number counts as absent.
 -- L7 What f says is so but for time: its holder may have ended.
 
@@ -65,10 +66,10 @@ end
 
 -- Have it in the index until the end of the minute after its token's, and forget some that is over.
 local function note(noted, name, token, now)
-  redis.call("ZADD", noted, digits((math.floor(token / TOUCH_US) + 2) * TOUCH_US), name)
+  redis.pcall("ZADD", noted, digits((math.floor(token / TOUCH_US) + 2) * TOUCH_US), name)
   if now % FORGET_EACH > 0 then return end
-  local over = redis.call("ZRANGEBYSCORE", noted, "-inf", digits(now), "LIMIT", 0, 2 * FORGET_EACH)
-  if #over > 0 then redis.call("ZREM", noted, unpack(over)) end
+  local over = redis.pcall("ZRANGEBYSCORE", noted, "-inf", digits(now), "LIMIT", 0, 2 * FORGET_EACH)
+  if not over.err and #over > 0 then redis.call("ZREM", noted, unpack(over)) end
 end
 
 local function process_of(nonce)

@@ -17,17 +17,17 @@
 --    and is dropped when the write was sunk.
 -- I3 What depends on the keys is outdated with them, as softly.
 -- I4 The entries of all cache versions are outdated alike.
--- I5 It works when memory is full.
+-- I5 It works when memory is full, and where head or log is of another type (C9).
 
 if is_repetition(KEYS[1], ARGV[4]) then return { 2 } end
-local change = next_change(KEYS[1], KEYS[2])
+local change = next_change(KEYS[1], KEYS[2], true)
 local version = string.format("%.0f", change.version)
-announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1], true)
+announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1], true, true)
 for i = 3, #KEYS, 3 do
   outdate_entry(KEYS[i], ARGV[5] == "1")
   outdate_other_versions(change.labels, KEYS[i], ARGV[5] == "1")
   redis.call("DEL", KEYS[i + 1])
   outdate_dependents(change, KEYS[1], KEYS[i + 2], ARGV[5] == "1", ARGV[6])
 end
-if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "i", ARGV[4]) end
+if ARGV[4] ~= "" then accepted(true, redis.pcall("HSET", KEYS[1], "i", ARGV[4])) end
 return { 1, version }

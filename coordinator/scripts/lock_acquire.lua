@@ -45,7 +45,7 @@ if unknown or (last[2] == ARGV[2] and last[3] == ARGV[3] and not last[4]) then
     if unknown then redis.call("HSET", KEYS[1], "k", ARGV[2], "c", ARGV[3]) end
     if not kept then
       redis.call("PEXPIRE", KEYS[1], 3600000)
-      redis.call("ZADD", KEYS[4], string.format("%.0f", now - now % 60000000 + 120000000), ARGV[10])
+      redis.pcall("ZADD", KEYS[4], string.format("%.0f", now - now % 60000000 + 120000000), ARGV[10])
     end
     return token
   end

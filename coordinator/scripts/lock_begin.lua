@@ -17,5 +17,5 @@ redis.call("PERSIST", KEYS[1])
 if ARGV[1] == "1" and redis.call("EXISTS", KEYS[1]) == 0 then
   redis.call("HSET", KEYS[1], "rid", run_id(run_info()), "grace", 0, "max", ARGV[2])
 end
-redis.call("ZREMRANGEBYSCORE", KEYS[2], "-inf", digits(now - KEEP_MS * 1000))
+redis.pcall("ZREMRANGEBYSCORE", KEYS[2], "-inf", digits(now - KEEP_MS * 1000))
 return digits(math.max(grace_of(KEYS[1], now) - now, 0))

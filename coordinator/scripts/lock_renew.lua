@@ -10,6 +10,7 @@
 -- I1 A lease that has ended, or was given to another, is not renewed.
 -- I2 It works when memory is full, also in a new era.
 -- I3 Done again, a renewal has no further effect but time.
+-- I4 A record of another type holds nothing; others are renewed.
 
 local now = server_us()
 -- A first write that memory limits never refuse; none after it is refused either (I2).
@@ -19,13 +20,14 @@ local answer = { digits(now) }
 for i = 3, #KEYS do
   local at = 1 + (i - 3) * 4
   local name, nonce, wanted, lease_us = ARGV[at], ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
-  local line = redis.call("HGET", KEYS[i], "h:" .. nonce) or ""
+  local line = redis.pcall("HGET", KEYS[i], "h:" .. nonce) or ""
+  if type(line) ~= "string" then line = "" end -- the record of another type
   local weight, token, ends, rest = string.match(line, "^(%d+) (%d+) (%d+) (.*)$")
   if token == wanted and (whole_number(ends) or 0) > now then
     local until_us = digits(math.max(tonumber(ends), now + lease_us))
     redis.call("PEXPIRE", KEYS[i], KEEP_MS)
     redis.call("HSET", KEYS[i], "h:" .. nonce, table.concat({ weight, token, until_us, rest }, " "))
-    redis.call("ZADD", KEYS[2], "GT", until_us, name)
+    redis.pcall("ZADD", KEYS[2], "GT", until_us, name)
     answer[#answer + 1] = 1
   else
     answer[#answer + 1] = grace > now and 2 or 0

@@ -14,16 +14,17 @@
 --
 -- I1 The new version is later than any that the tag had, also one that was lost.
 -- I2 A soft bump of a tag that was lost is a hard one.
--- I3 It works when memory is full.
+-- I3 It works when memory is full, and where head or log is of another type (C9).
 -- I4 Each tag gets a mark, where entries of another service may be brought over (C8).
+-- I5 A tag of another type is treated as lost.
 
 if is_repetition(KEYS[1], ARGV[4]) then return { 2 } end
-local change = next_change(KEYS[1], KEYS[2])
+local change = next_change(KEYS[1], KEYS[2], true)
 local version = string.format("%.0f", change.version)
-announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1], true)
+announce(change, KEYS[1], KEYS[2], ARGV[2], ARGV[3], ARGV[1], true, true)
 for i = 3, #KEYS do
   bump_tag(KEYS[i], version, ARGV[6] == "1", ARGV[5])
   mark_changed(change, KEYS[1], label_of(KEYS[i]))
 end
-if ARGV[4] ~= "" then redis.call("HSET", KEYS[1], "i", ARGV[4]) end
+if ARGV[4] ~= "" then accepted(true, redis.pcall("HSET", KEYS[1], "i", ARGV[4])) end
 return { 1, version }

@@ -11,7 +11,8 @@ O4  What says nothing of the source (``harmless`` errors, cancellation) changes 
     does a load that began before the source counted as failing, whatever comes of it.
 
 Words between nodes only make it fast: a node that missed one finds out by a probe of its own.
-Without Valkey each node probes for itself.
+Without Valkey each node probes for itself; so it does while the key that is shared was set by
+others: it does not expire.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import structlog
 from ...coordinator.background import BackgroundTasks
 from ...coordinator.breaker import Breaker
 from ...coordinator.link import Commands
+from ...coordinator.log_once import LogOnce
+from ...coordinator.scripting import granted
 from ...schemas.errors import BreakerOpen, ForebayError, SourceFailing, Unavailable
 from ...schemas.keys import Names
 from ...schemas.settings import CacheDefaults
@@ -38,6 +41,7 @@ __all__ = ["Source", "source_of"]
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+_NEVER = -1
 
 
 class Source:
@@ -63,6 +67,7 @@ class Source:
         self._harmless = harmless
         self._failed_key = ""
         self._failed_call: BaseException | None = None
+        self._foreign = LogOnce()
 
     def __repr__(self) -> str:
         return f"<Source of {self.cache} {self.breaker.state}>"
@@ -133,13 +138,15 @@ class Source:
     async def _may_probe(self) -> bool:
         """Whether this node is the one of the cluster that tries it again."""
         name = self._names.failing(self.cache)
+        take = ("SET", name, self._node_id, "NX", "PX", self._recovery_ms)
         try:
-            reply = await self._commands.call(
-                "SET", name, self._node_id, "NX", "PX", self._recovery_ms
-            )
+            taken, left_ms = granted(await self._commands.call_many([take, ("PTTL", name)]))
         except ForebayError:
             return True
-        return reply is not None
+        if left_ms != _NEVER:
+            return taken is not None
+        self._foreign.say(log, "source.not_shared", ForebayError("it does not expire"), key=name)
+        return True
 
     def _failed(self, key: str, error: Exception) -> None:
         before = self.breaker.closed

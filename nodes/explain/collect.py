@@ -4,6 +4,7 @@ C1  Nothing is changed: no lease is taken, no tag made, nobody's copy counts as 
 C2  What is read is bounded: one entry of at most the allowed size, the values of its tags, and
     at most ``LOOK_BACK`` entries of each log, of at most ``LOGS_MAX`` logs.
 C3  Without a node that runs, or a way to hear one, the shared part is told all the same.
+C4  A key of another type is named in its part; the others are told all the same.
 
 The parts are read one after the other, so that they may differ by what happened meanwhile.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import structlog
 from msgspec import Struct, structs
 
 from ...coordinator.backend import Backend
 from ...coordinator.link import Commands, Reply
+from ...coordinator.scripting import ask_many, granted
 from ...schemas.entry import Entry
-from ...schemas.errors import ForebayError, InvalidEntry
+from ...schemas.errors import ForebayError, InvalidEntry, ServerRefused
 from ...schemas.keys import Names
 from ...schemas.replies import SHARDS_MAX, digits, field_map, integer
 from .asking import WAIT_S, ask
@@ -35,6 +38,8 @@ from .words import verdict
 
 __all__ = ["LOGS_MAX", "LOOK_BACK", "explain", "names_at"]
 
+log = structlog.get_logger(__name__)
+
 LOOK_BACK = 1_000
 LOGS_MAX = 8
 _PAGE = 250
@@ -51,7 +56,11 @@ class _Stored(Struct, frozen=True):
 
 async def names_at(commands: Commands, names: Names) -> Names:
     """The names as the namespace has them, which was perhaps born with other shards."""
-    born_with = await commands.call("HGET", names.meta, "shards")
+    (born_with,) = await ask_many(commands, [("HGET", names.meta, "shards")])
+    if isinstance(born_with, ServerRefused) and born_with.of_type:
+        log.warning("meta.refused", error=str(born_with), shards=names.shards)
+        return names
+    (born_with,) = granted([born_with])
     shards = None if born_with is None else digits(bytes(born_with))
     if shards is None or not 1 <= shards <= SHARDS_MAX:
         return names
@@ -151,15 +160,22 @@ async def _log(
 ) -> LogState:
     shards = [*dict.fromkeys([names.shard(key), *map(names.shard, tags)])]
     found: list[NoticeLine] = []
+    refused: list[str] = []
     looked_at, more = 0, len(shards) > LOGS_MAX
     for shard in shards[:LOGS_MAX]:
         about = [tag for tag in tags if names.shard(tag) == shard]
         part = await _notices(link, names, shard, key, about, now_ms)
         found += part.notices
+        refused += part.refused
         looked_at += part.looked_at
         more = more or part.more
     found.sort(key=lambda each: each.version, reverse=True)
-    return LogState(notices=tuple(found[:NOTICES_SHOWN_MAX]), looked_at=looked_at, more=more)
+    return LogState(
+        notices=tuple(found[:NOTICES_SHOWN_MAX]),
+        looked_at=looked_at,
+        more=more,
+        refused=tuple(refused),
+    )
 
 
 async def _notices(
@@ -169,7 +185,11 @@ async def _notices(
     found: list[NoticeLine] = []
     looked_at, before = 0, "+"
     while looked_at < LOOK_BACK and len(found) < NOTICES_SHOWN_MAX:
-        page = await link.call("XREVRANGE", names.part(shard, "log"), before, "-", "COUNT", _PAGE)
+        read = ("XREVRANGE", names.part(shard, "log"), before, "-", "COUNT", _PAGE)
+        (page,) = await ask_many(link, [read])
+        if isinstance(page, ServerRefused) and page.of_type:
+            return LogState(notices=tuple(found), looked_at=looked_at, refused=(str(page),))
+        granted([page])
         for raw_id, fields in page:
             named = field_map(fields)
             line = notice_line(shard, raw_id, named, key=key, tags=tags, now_ms=now_ms)

@@ -126,6 +126,7 @@ class LogState(Struct, frozen=True, kw_only=True):
     notices: tuple[NoticeLine, ...] = ()  #: newest first
     looked_at: int = 0  #: entries of the logs that were read for them
     more: bool = False  #: the logs hold older entries, which were not read
+    refused: tuple[str, ...] = ()  #: what the server said of logs that it does not read
 
 
 class Explanation(Struct, frozen=True, kw_only=True):

@@ -120,6 +120,8 @@ def _rows(document: Explanation) -> Iterator[tuple[str, str]]:
     for line in document.log.notices:
         yield "log", _notice(line)
     yield "log", _looked(document)
+    for refused in document.log.refused:
+        yield "log", f"cannot be read: {refused}"
     for text in _routes(document):
         yield "cache", text
     yield from _nodes(document)

@@ -5,7 +5,8 @@
     backend, connection  which server, why that one; state of the connection, in flight
     keys, memory, backlog, dead_letters
                          what only the server knows: null while it does not answer, and
-                         ``unavailable`` says why
+                         ``unavailable`` says why; keys of another type are left out, and
+                         named there
     namespace_keys       of those keys, the ones of the namespace; an estimate in a large database,
                          null where they cannot be counted
     log                  how far the node follows the shard logs

@@ -3,13 +3,14 @@
 C1  Nothing depends on a leader: without one, these gauges are missing, and nothing else.
 C2  A node that is not the leader, or is not any more, gives none of them.
 C3  A round asks for a bounded number of figures; one that fails is told once, and tried again.
+    A stream that the server refuses, being a key of another type, is named and left out.
 
 The lock is called ``forebay.leader``, and can be looked at and released like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import anyio
@@ -21,8 +22,8 @@ from ...coordinator.clock import ServerClock
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.locks.kinds import Wanted
 from ...coordinator.log_once import LogOnce
-from ...coordinator.scripting import granted
-from ...schemas.errors import CoordinationError, ForebayError
+from ...coordinator.scripting import ask_many
+from ...schemas.errors import CoordinationError, ForebayError, ServerRefused
 from ...schemas.keys import EVENTS, Names
 
 __all__ = ["LEADER", "Chores", "Lockable"]
@@ -66,6 +67,7 @@ class Chores:
         self._streams: dict[str, Figures] = {}
         self._dead: int | None = None
         self._failing, self._overgrowing, self._leading = LogOnce(), LogOnce(), LogOnce()
+        self._refused: list[ServerRefused] = []  # in this round
 
     def __repr__(self) -> str:
         return f"<Chores, {'leading' if self.leading else 'not leading'}>"
@@ -106,15 +108,17 @@ class Chores:
             except ForebayError as error:
                 self._tell(error)
             else:
-                self._failing.over()
+                if not self._refused:
+                    self._failing.over()
             await anyio.sleep(self._round_s)
 
     async def round(self) -> None:
         """Ask for all figures once.
 
         Raises:
-            Unavailable, ServerRefused: what was found before stays.
+            Unavailable: what was found before stays.
         """
+        self._refused = []
         names, shards = self._names, range(self._names.shards)
         streams = {
             "events": [names.events],
@@ -127,6 +131,8 @@ class Chores:
         self._dead, self._streams = sum(await self._lengths(dead)), found
         logs = await self._lengths([names.part(shard, "log") for shard in shards])
         self._tell_of_overgrown(logs)
+        if self._refused:
+            self._failing.say(log, "chores.refused", self._refused[0], keys=len(self._refused))
 
     def _tell_of_overgrown(self, lengths: Sequence[int]) -> None:
         grown = {shard: n for shard, n in enumerate(lengths) if n > self._overgrown}
@@ -158,10 +164,14 @@ class Chores:
         return events
 
     async def _lengths(self, streams: Sequence[str]) -> list[int]:
-        return [int(reply) for reply in await self._asked([("XLEN", name) for name in streams])]
+        lengths = await self._asked([("XLEN", name) for name in streams])
+        return [int(reply or 0) for reply in lengths]
 
-    async def _asked(self, commands: Iterable[Sequence[Arg]]) -> Sequence[Reply]:
-        return granted(await self._commands.call_many(list(commands)))
+    async def _asked(self, commands: Sequence[Sequence[Arg]]) -> Sequence[Reply]:
+        """The replies; None where the server refused."""
+        replies = await ask_many(self._commands, commands)
+        self._refused += [reply for reply in replies if isinstance(reply, ServerRefused)]
+        return [None if isinstance(reply, ServerRefused) else reply for reply in replies]
 
     def _tell(self, error: ForebayError) -> None:
         self._failing.say(log, "chores.failed", error)

@@ -10,7 +10,7 @@ from ...coordinator.link import Reply
 from ...coordinator.ownership import Tenure
 from ...coordinator.scripting import Call, Scripts
 from ...schemas.errors import UnreadableRecord
-from ...schemas.keys import Names
+from ...schemas.keys import Names, Part
 from ...schemas.replies import following, stream_id
 from .holdings import Holding
 from .stretches import Queued
@@ -28,7 +28,7 @@ def checkpoint_call(
     *,
     checkpoint: str,
     position: str,
-    stream: str = "writes",
+    stream: Part = "writes",
     trimmed_to: str = "0-0",
     follows: str = "",
     last: str = "",

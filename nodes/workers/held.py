@@ -26,8 +26,8 @@ from ...coordinator.clock import ServerClock
 from ...coordinator.link import Commands, Reply
 from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Scripts, granted, run_many
-from ...schemas.errors import ForebayError, InvalidEvent
+from ...coordinator.scripting import Scripts, ask_many, granted, run_many
+from ...schemas.errors import ForebayError, InvalidEvent, ServerRefused
 from ...schemas.keys import Names
 from ...schemas.settings import Workers
 from .commits import checkpoint_call
@@ -107,26 +107,33 @@ class Held:
         """
         tenures = [each.tenure for each in self._holdings.values() if not each.yielding]
         ours = [each for each in tenures if self._in_force(each)]
-        lengths = await self._commands.call_many(
-            [("XLEN", self._names.part(each.resource, "held")) for each in ours]
+        lengths = await ask_many(
+            self._commands, [("XLEN", self._names.part(each.resource, "held")) for each in ours]
         )
-        found = [(t, int(n)) for t, n in zip(ours, granted(lengths), strict=True) if n]
-        oldest: list[Queued] = []
-        for tenure, _ in found:
-            page = await self._page(tenure.resource)
-            oldest += page[:1]
-            await self._judge_all(tenure, page)
-        self._tell(sum(count for _, count in found), oldest)
+        count, oldest, refused = 0, list[Queued](), list[ForebayError]()
+        for tenure, length in zip(ours, lengths, strict=True):
+            try:
+                (held,) = granted([length])
+                page = await self._page(tenure.resource) if held else []
+                await self._judge_all(tenure, page)
+            except ServerRefused as error:
+                refused.append(error)
+            else:
+                count += int(held)
+                oldest += page[:1]
+        self._tell(count, oldest)
+        granted(refused)
 
     async def _page(self, shard: int) -> list[Queued]:
         """The oldest, and the next of the others."""
         name, after = self._names.part(shard, "held"), self._looked_at.get(shard, "0-0")
         oldest, further = granted(
-            await self._commands.call_many(
+            await ask_many(
+                self._commands,
                 [
                     ("XRANGE", name, "-", "+", "COUNT", _PAGE),
                     ("XRANGE", name, f"({after}", "+", "COUNT", _PAGE),
-                ]
+                ],
             )
         )
         self._looked_at[shard] = bytes(further[-1][0]).decode() if further else "0-0"
@@ -134,7 +141,8 @@ class Held:
         entries |= {bytes(raw_id): fields for raw_id, fields in further}
         if not entries:
             return []
-        tokens = await self._commands.call("HMGET", self._names.part(shard, "tried"), *entries)
+        tried = self._names.part(shard, "tried")
+        (tokens,) = granted(await ask_many(self._commands, [("HMGET", tried, *entries)]))
         return [
             queued(raw_id, fields, tried)
             for (raw_id, fields), tried in zip(entries.items(), tokens, strict=True)

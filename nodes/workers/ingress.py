@@ -31,7 +31,7 @@ from anyio.abc import TaskStatus
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Scripts, granted, run
+from ...coordinator.scripting import Scripts, ask_many, granted, run
 from ...schemas.errors import (
     Fenced,
     ForebayError,
@@ -302,16 +302,17 @@ class Ingress:
     ) -> None:
         """Keep it for a newer node, once, under the id that it had."""
         held, raw = self._names.part(EVENTS, "held"), _event_in(fields) or b""
-        if await self._commands.call("XLEN", held) >= self._durable.dead_letters_max:
-            self._instruments.counts["limit_reached", "held"] += 1
-            fix = "upgrade a node, so that what is held is applied"
-            fault = InvalidEvent("unknown_type", f"{error}; too many are held", fix=fix)
-            return self._set_aside(entry_id, fields, fault, letters)
         try:
+            (count,) = granted(await ask_many(self._commands, [("XLEN", held)]))
+            if count >= self._durable.dead_letters_max:
+                self._instruments.counts["limit_reached", "held"] += 1
+                fix = "upgrade a node, so that what is held is applied"
+                fault = InvalidEvent("unknown_type", f"{error}; too many are held", fix=fix)
+                return self._set_aside(entry_id, fields, fault, letters)
             if not await self._append(held, entry_id, "event", raw, "held", entry_id):
                 return None  # it was held before the crash
         except ServerRefused as refused:
-            if "exhausted" not in str(refused):
+            if "exhausted" not in str(refused) and not refused.of_type:
                 raise
             fault = InvalidEvent("unknown_type", f"{error}; it cannot be held: {refused}")
             return self._set_aside(entry_id, fields, fault, letters)
@@ -329,11 +330,17 @@ class Ingress:
     async def _publish_held(self, tenure: Tenure) -> None:
         """Give events that this node can read, and an older one could not, another try."""
         held, start = self._names.part(EVENTS, "held"), "-"
-        while page := await self._commands.call("XRANGE", held, start, "+", "COUNT", _PAGE):
+        while page := await self._held_page(held, start):
             for raw_id, fields in page:
                 self._check(tenure, waiting=True)
                 await self._publish_again(held, raw_id, field_map(fields))
             start = f"({bytes(page[-1][0]).decode()}"
+
+    async def _held_page(self, held: str, start: str) -> Sequence[Sequence[Reply]]:
+        read = ("XRANGE", held, start, "+", "COUNT", _PAGE)
+        (page,) = granted(await ask_many(self._commands, [read]))
+        entries: Sequence[Sequence[Reply]] = page
+        return entries
 
     async def _publish_again(self, held: str, raw_id: bytes, fields: Mapping[bytes, bytes]) -> None:
         raw, held_as = fields.get(b"event", b""), fields.get(b"held", raw_id)

@@ -40,7 +40,7 @@ from ...coordinator.instruments import Instruments
 from ...coordinator.link import Arg, Commands, Reply
 from ...coordinator.log_once import LogOnce
 from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Call, Scripts, run, run_many
+from ...coordinator.scripting import Call, Scripts, ask_many, run, run_many
 from ...schemas.errors import BusySinkError, Fenced, ForebayError, ServerRefused
 from ...schemas.keys import Names
 from ...schemas.replies import LAST_ID, order
@@ -111,7 +111,7 @@ class Lane:
         self._rounds = 0
         self._entry_bytes = _ENTRY_BYTES
         self.failing = LogOnce()
-        self.refused = RefusedShards(names, self._sink)
+        self.refused = RefusedShards(self._sink)
         self._parked: TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -188,11 +188,12 @@ class Lane:
 
     async def _locate(self, held: Sequence[Holding]) -> None:
         """Where to begin: the checkpoint."""
-        replies = await self._commands.call_many(
-            [("HGET", self._names.part(each.shard, "done"), self.checkpoint) for each in held]
+        replies = await ask_many(
+            self._commands,
+            [("HGET", self._names.part(each.shard, "done"), self.checkpoint) for each in held],
         )
         for holding, reply in zip(held, replies, strict=True):
-            if self.refused.has(holding.shard, done=reply):
+            if self.refused.has(holding.shard, reply):
                 continue
             place = self._place(holding)
             place.committed = checkpoint_in(reply, self._names, holding.shard, self.checkpoint)
@@ -202,7 +203,7 @@ class Lane:
         rows = min(self._options.flush_rows_max, _BYTES_MAX // self._entry_bytes)
         count = max(1, rows // max(1, len(held)))
         commands = [command for each in held for command in self._reads(each, count)]
-        replies = iter(await self._commands.call_many(commands))
+        replies = iter(await ask_many(self._commands, commands))
         stretches = []
         for holding in held:
             place, older = self._place(holding), None
@@ -210,16 +211,14 @@ class Lane:
             if place.held is not None:
                 older = next(replies)
             entries = next(replies)
-            if self.refused.has(holding.shard, done=stored, held=older, writes=entries):
+            if self.refused.has(holding.shard, stored, older, entries):
                 continue
-            if (
-                checkpoint_in(stored, self._names, holding.shard, self.checkpoint)
-                != place.committed
-            ):
+            committed = checkpoint_in(stored, self._names, holding.shard, self.checkpoint)
+            if committed != place.committed:
                 self._begin_again(holding)
             elif older:
                 place.rung = True
-                stretches.append(await self._held_stretch(holding, older))
+                stretches += await self._held_stretch(holding, older)
             elif entries:
                 place.held = None
                 place.rung |= len(entries) >= count
@@ -238,19 +237,21 @@ class Lane:
         place = self._place(holding)
         place.rung = False  # before reading: a later bell may mean a write that was not read
         yield "HGET", self._names.part(holding.shard, "done"), self.checkpoint
-        streams = [("held", place.held)] if place.held is not None else []
-        for stream, position in [*streams, ("writes", place.position)]:
-            name = self._names.part(holding.shard, stream)
+        part = self._names.part
+        streams = [(part(holding.shard, "held"), place.held)] if place.held is not None else []
+        for name, position in [*streams, (part(holding.shard, "writes"), place.position)]:
             yield "XRANGE", name, f"({position}", "+", "COUNT", count
 
-    async def _held_stretch(self, holding: Holding, entries: Sequence[Reply]) -> Stretch:
+    async def _held_stretch(self, holding: Holding, entries: Sequence[Reply]) -> list[Stretch]:
         ids = [raw_id for raw_id, _ in entries]
         tried = self._names.part(holding.shard, "tried")
-        tokens = await self._commands.call("HMGET", tried, *ids)
+        (tokens,) = await ask_many(self._commands, [("HMGET", tried, *ids)])
+        if self.refused.has(holding.shard, tokens):
+            return []
         found = [
             queued(raw_id, fields, by) for (raw_id, fields), by in zip(entries, tokens, strict=True)
         ]
-        return Stretch(holding.tenure, found, self._place(holding).committed, held=True)
+        return [Stretch(holding.tenure, found, self._place(holding).committed, held=True)]
 
     def _begin_again(self, holding: Holding | None) -> None:
         """The checkpoint has moved, or the writes that were read are gone: see W9."""
@@ -286,7 +287,7 @@ class Lane:
         if isinstance(error, BusySinkError):
             self._park(stretch)
         else:
-            self.refused.note(stretch.shard, self._names.part(stretch.shard, "*"), error)
+            self.refused.note(stretch.shard, error)
 
     def _park(self, stretch: Stretch) -> None:
         """Flush this beside the rounds."""
@@ -345,11 +346,11 @@ class Lane:
         part, entries = partial(self._names.part, stretch.shard), held.get(stretch.shard, ())
         if not entries:
             return
-        source = "held" if stretch.held else "writes"
+        source = part("held" if stretch.held else "writes")
         reply = await run(
             self._commands,
             self._scripts["writes_hold"],
-            [part(name) for name in ("own", source, "held", "tried")],
+            [part("own"), source, part("held"), part("tried")],
             [
                 self._node_id,
                 stretch.tenure.epoch,
@@ -390,7 +391,7 @@ class Lane:
         ]
         replies, moved = await run_many(self._commands, calls), []
         for stretch, reply in zip(stretches, replies, strict=True):
-            if self.refused.has(stretch.shard, **{"*": reply}):
+            if self.refused.has(stretch.shard, reply):
                 continue
             self.refused.over(stretch.shard)
             holding = self._holdings.get(stretch.shard)

@@ -117,10 +117,8 @@ MISPLACED: dict[str, tuple[str, Act]] = {
     "entry_write": ("log", lambda desk: desk.write()),
     "entry_write with jobs": ("writes", lambda desk: desk.write()),
     "entry_fill": ("log", lambda desk: desk.fill("mine", key="k")),
-    "entries_invalidate": ("head", lambda desk: desk.invalidate()),
     "write_fill": ("log", lambda desk: desk.fill_write("mine")),
     "write_begin": ("head", lambda desk: desk.begin_write("mine")),
-    "tags_bump": ("head", lambda desk: desk.bump("k")),
     "tags_capture": ("head", lambda desk: desk.capture("k")),
     "refresh_publish": ("refreshes", lambda desk: desk.refresh("mine", key="k", seen=1 << 62)),
     "log_begin": ("log", lambda desk: desk.log_begin()),
@@ -150,6 +148,34 @@ async def test_what_others_put_in_the_way_refuses_the_whole_change(desk: Desk, w
         await act(desk)
     assert caught.value.code == "WRONGTYPE"
     assert await desk.everything() == before
+
+
+@pytest.mark.parametrize("part", ["head", "log"])
+@pytest.mark.parametrize("soft", [False, True])
+async def test_an_invalidation_takes_effect_whatever_is_in_its_way(
+    desk: Desk, part: str, soft: bool
+) -> None:
+    """C9: what is outdated is not read again, also where it cannot be announced or counted."""
+    await desk.put()
+    await desk.begin("mine")
+    (before,) = await desk.capture("k")
+    await desk.commands.call("DEL", desk.part(part))
+    await desk.commands.call("SET", desk.part(part), "not ours")
+    await desk.invalidate(soft=soft)
+    await desk.bump("k", soft=soft)
+    entry = await desk.commands.call("GET", desk.names.entry("k"))
+    assert entry is None or (soft and entry[20:33] == b"0" * 13)
+    assert await desk.commands.call("EXISTS", desk.names.lease("k")) == 0
+    version = (await desk.commands.call("GET", desk.names.tag("k"))).split()[0]
+    assert int(version) > int(before)
+    assert await desk.commands.call("GET", desk.part(part)) == b"not ours"
+
+
+async def test_a_tag_of_another_type_gets_a_version_by_a_bump(desk: Desk) -> None:
+    """I5: also softly, as one that was lost."""
+    await desk.commands.call("HSET", desk.names.tag("k"), "x", "y")
+    await desk.bump("k", soft=True)
+    assert (await desk.commands.call("GET", desk.names.tag("k"))).isdigit()
 
 
 async def test_no_script_writes_a_key_that_never_goes(desk: Desk) -> None:

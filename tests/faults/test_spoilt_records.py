@@ -8,7 +8,7 @@ invalidated and written through a sink meanwhile.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -16,15 +16,11 @@ import anyio
 import msgspec
 import pytest
 
-import forebay
+from faults.service import PLANTED, Service, lock_of, subject_of, works
 from forebay.schemas.keys import EVENTS, Names
 from forebay.schemas.notices import Dropped, write_notice
-from forebay.schemas.settings import Durable, NodeSettings, Settings, Valkey, Workers
 from valkeyd import ValkeyServer
-from workshop import Table, until
 
-SHARDS = 4
-PLANTED = (0, 1)  #: shards in which records are planted
 LAST = b"18446744073709551615"
 SPOILT: tuple[bytes, ...] = (
     b"",
@@ -140,74 +136,6 @@ def plants(names: Names, rng: random.Random) -> Iterator[Plant]:
         yield ("PUBLISH", channel, rng.choice([b"0 ", b"w ", b"x ", b"g ", b"f "]) + bad())
     yield ("PUBLISH", names.bell, b"%d " % shard + b" ".join(bad()[:600] for _ in range(4)))
     yield ("PUBLISH", names.work, b"x " + names.reply("0" * 16).encode() + b" " + bad()[:600])
-
-
-def lock_of(names: Names, shard: int) -> str:
-    return next(f"lock-{n}" for n in range(1_000) if names.shard(f"lock-{n}") == shard)
-
-
-def subject_of(names: Names, shard: int) -> str:
-    return next(f"user-{n}" for n in range(1_000) if names.shard(f"user-{n}") == shard)
-
-
-class Service:
-    """Two nodes of one application, and how late their loop has been."""
-
-    def __init__(self, server: ValkeyServer, namespace: str) -> None:
-        self.settings = Settings(
-            node=NodeSettings(namespace=namespace, shards=SHARDS),
-            valkey=Valkey(url=server.socket_url),
-            workers=Workers(enabled=True, beat_ms=100, flush_delay_ms=0),
-            durable=Durable(),
-        )
-        self.table = Table()
-        self.source: dict[str, int] = {}
-        self.nodes: list[forebay.Node] = []
-        self.items: list[Any] = []
-        self.late_s = 0.0
-
-    def make(self) -> forebay.Node:
-        node = forebay.Node(settings=self.settings)
-
-        @node.cached("item:{id}", ttl=60)
-        async def item(id: str) -> int:
-            return self.source.get(id, 0)
-
-        node.sink("row:{id}", self.table)
-        self.nodes.append(node)
-        self.items.append(item)
-        return node
-
-    async def watch(self) -> None:
-        while True:
-            began = anyio.current_time()
-            await anyio.sleep(0.01)
-            self.late_s = max(self.late_s, anyio.current_time() - began)
-
-
-async def works(service: Service, number: int) -> None:
-    """Reads, invalidations, events, writes and locks of shards in which nothing was planted."""
-    node, other = service.nodes
-    names = node.parts.names
-    shard = next(n for n in range(SHARDS) if n not in PLANTED)
-    key = next(f"item:{n}" for n in range(1_000) if names.shard(f"item:{n}") == shard)
-    row = next(f"row:{n}" for n in range(1_000) if names.shard(f"row:{n}") == shard)
-    item_id = key.partition(":")[2]
-    with anyio.fail_after(20):
-        service.source[item_id] = number
-        await node.invalidate([key])
-        for item in service.items:
-
-            async def is_new(item: Callable[..., Any] = item) -> bool:
-                return bool(await item(item_id) == number)
-
-            await until(is_new)
-        event = {"type": "write", "key": row, "value": number}
-        await other.publish([msgspec.json.encode(event)])
-        await until(lambda: service.table.rows.get(row, (0, -1))[1] == number)
-        async with node.lock(lock_of(names, shard), timeout=10):
-            pass
-        assert await other.limit("api", rate=1_000, per=1).take(subject_of(names, shard))
 
 
 @pytest.mark.parametrize("seed", range(6))
