@@ -40,6 +40,8 @@ __all__ = [
     "Looked",
     "Order",
     "Reading",
+    "Rest",
+    "Rested",
     "Watch",
 ]
 
@@ -119,7 +121,15 @@ class LetGo(msgspec.Struct, frozen=True, tag="let go"):
     subject: str
 
 
-Order = Watch | Crowd | GiveUp | Drive | Look | Hold | LetGo
+class Rest(msgspec.Struct, frozen=True, tag="rest"):
+    """Answered when nobody else gives orders any more, and all that was ordered is done."""
+
+
+class Rested(msgspec.Struct, frozen=True):
+    """All orders are carried out."""
+
+
+Order = Watch | Crowd | GiveUp | Drive | Look | Hold | LetGo | Rest
 Hit = Any  # of forebay: with value, stale, tier
 Read = Callable[[str, int], Awaitable[Hit]]
 
@@ -153,6 +163,7 @@ class Agent:
         self._read_flaky = read_flaky
         self._decode = msgspec.json.Decoder(Order).decode
         self._tasks: set[asyncio.Task[None]] = set()
+        self._clients = 0
         self._server: asyncio.Server | None = None
         self._crowds: dict[int, Sequence[asyncio.Task[str]]] = {}
         self._gates: dict[str, Gate] = {}
@@ -171,6 +182,7 @@ class Agent:
         self._history.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients += 1
         with suppress(asyncio.CancelledError):  # the stop of the node; nobody waits for this task
             async for line in reader:
                 order = self._decode(line)
@@ -185,6 +197,7 @@ class Agent:
                     if isinstance(order, Hold):  # before whatever is ordered next
                         self._gates[order.subject] = Gate()
                     self._spawn(self._answer(order, writer))
+        self._clients -= 1
         writer.close()
 
     async def pass_gate(self, subject: str) -> None:
@@ -240,9 +253,9 @@ class Agent:
         return hit
 
     async def _answer(
-        self, order: Crowd | Drive | Look | Hold, writer: asyncio.StreamWriter
+        self, order: Crowd | Drive | Look | Hold | Rest, writer: asyncio.StreamWriter
     ) -> None:
-        answer: Crowded | Driven | Looked | Held
+        answer: Crowded | Driven | Looked | Held | Rested
         if isinstance(order, Crowd):
             answer = await self._crowd(order)
         elif isinstance(order, Drive):
@@ -250,6 +263,10 @@ class Agent:
         elif isinstance(order, Look):
             hit = await self._read_now(order.subject)
             answer = Looked(hit.value.version, hit.stale, hit.tier)
+        elif isinstance(order, Rest):
+            while self._clients > 1 or len(self._tasks) > 1:  # this one is at work itself
+                await asyncio.sleep(0.01)
+            answer = Rested()
         else:
             await self._gates[order.subject].reached.wait()
             answer = Held(order.subject)
@@ -325,6 +342,9 @@ class AgentClient:
 
     def driven(self) -> Driven:
         return msgspec.json.decode(self._lines.readline(), type=Driven)
+
+    def rested(self) -> Rested:
+        return msgspec.json.decode(self._lines.readline(), type=Rested)
 
     def looked(self) -> Looked:
         return msgspec.json.decode(self._lines.readline(), type=Looked)

@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,10 +26,11 @@ from pathlib import Path
 
 import msgspec
 
+from faults.agent import AgentClient, Rest
 from faults.checker import Findings, check
 from faults.history import Record, read_history
 from faults.nemesis import Fault, Nemesis, plan
-from faults.setting import AIMS, Setup
+from faults.setting import Setup
 from faults.source import Source
 from forebay.coordinator.embedded import bound_to_owner
 from forebay.schemas.keys import Names
@@ -115,6 +115,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     plan: Sequence[Fault]
     bumps_per_s: float
     loads: int
+    watched: int  #: acks that probes of all nodes were to follow, at each aim
+    probed_by_aim_ms: Mapping[int, int]  #: probes that were made, also those that failed
     calm: dict[str, Mapping[str, int]]  #: reads once all is well again, by node and tier
     findings: Findings
 
@@ -135,7 +137,10 @@ def run(
         for number, writer in enumerate(writers):
             code = writer.wait(_PATIENCE_S)
             assert code == 0, (made.setup.path / f"writer-{number}.log").read_text()
-        time.sleep(max(AIMS) * setup.bound_ms / 1000)  # for the probes that are still due
+        for name in setup.nodes:  # until the probes that were still due are done
+            with AgentClient(made.setup.socket(name), patience_s=_WELL_S) as agent:
+                agent.send(Rest())
+                agent.rested()
         calm = {node.name: _calm(node) for node in made.nodes}
         for node in made.nodes:
             assert node.stop() == 0, node.said()[-2_000:]
@@ -150,9 +155,16 @@ def run(
         plan=faults,
         bumps_per_s=round(sum(r.op == "bump" and r.phase == "ok" for r in records) / seconds, 1),
         loads=sum(r.op == "load" and r.phase == "invoke" for r in records),
+        watched=_watched(setup, records),
+        probed_by_aim_ms=Counter(r.aim_ms for r in records if r.op == "probe"),
         calm=calm,
         findings=check(records, bound_ms=setup.bound_ms),
     )
+
+
+def _watched(setup: Setup, records: Sequence[Record]) -> int:
+    watched = {str(subject) for subject, is_watched in setup.all_subjects() if is_watched}
+    return sum(r.op == "bump" and r.phase == "ok" and r.subject in watched for r in records)
 
 
 def _commit() -> str:

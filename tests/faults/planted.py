@@ -46,7 +46,9 @@ def _ignore_gaps() -> None:
 
 
 def _fill_blindly() -> None:
-    async def fill(tier: SharedTier, key: str, token: str, **entry: Any) -> Any:
+    async def fill(
+        tier: SharedTier, key: str, token: str, *, mark: bool = False, **entry: Any
+    ) -> Any:
         return await tier.put(key, **entry)
 
     _replace(SharedTier, "fill", fill)

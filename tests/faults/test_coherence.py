@@ -36,6 +36,8 @@ def test_no_answer_is_older_than_promised_whatever_goes_wrong() -> None:
     assert {fault.kind for fault in outcome.plan} == set(KINDS)
     assert findings.sound, findings.violations
     assert findings.acknowledged == findings.bumps
+    # Each ack of a watched subject was followed by a probe of each node at each aim.
+    assert outcome.probed_by_aim_ms == dict.fromkeys((50, 500, 1_000, 5_000), 3 * outcome.watched)
     assert set(findings.probes_by_process) == {"one", "two", "three"}
     aimed = {aim_ms: count for aim_ms, count in findings.probes_by_aim_ms.items() if aim_ms >= 500}
     assert set(aimed) == {500, 1_000, 5_000}

@@ -120,7 +120,8 @@ async def main(number: int, seconds: float) -> None:
             agents.append(agent)
         await Writer(number, setup, node, agents).run(seconds)
         for agent in agents:
-            await agent.drain()
+            agent.close()
+            await agent.wait_closed()  # all has been sent
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import anyio
@@ -11,6 +12,7 @@ import pytest
 
 import forebay
 from forebay.coordinator.backend import Backend
+from forebay.nodes.explain import collect
 from forebay.nodes.explain.asking import ANSWER_BYTES_MAX, ask
 from forebay.nodes.explain.collect import LOOK_BACK, explain, names_at
 from forebay.nodes.explain.document import NOTICES_SHOWN_MAX, Explanation, NearState
@@ -22,6 +24,7 @@ from forebay.schemas.settings import CacheDefaults, NodeSettings, Settings, Valk
 from valkeyd import ValkeyServer
 
 SHARDS = 4
+PATIENCE_S = 30.0
 TOO_LARGE = b"1" * (ANSWER_BYTES_MAX + 1)
 
 
@@ -65,37 +68,29 @@ def near_of(document: Explanation, id: str = "a") -> NearState:
     return next(each for each in document.nodes.answers if each.node.startswith(f"{id}~"))
 
 
-async def explained(node: forebay.Node, key: str) -> Explanation:
-    """The explanation once all nodes answer in time; on a busy machine one may be late."""
-    with anyio.fail_after(30):
-        while True:
-            document = await node.explain(key)
-            if not document.nodes.silent and len(document.nodes.answers) == 2:
-                return document
-
-
-async def test_it_works_on_every_kind_of_server(backend_settings: Valkey, namespace: str) -> None:
-    """A miss, a load, a read elsewhere, an invalidated tag: each is told as it is."""
+async def test_it_works_on_every_kind_of_server(
+    backend_settings: Valkey, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A miss, a load, a read elsewhere, an invalidated tag: each is told as it is, by all nodes."""
+    # Asked once, and awaited for longer than a busy machine takes: nobody may stay silent.
+    monkeypatch.setattr(collect, "ask", partial(ask, wait_s=PATIENCE_S))
     one, two = (made(namespace, backend_settings, each) for each in ("a", "b"))
     async with one, two:
-        absent = await explained(one, "product:42")
+        absent = await one.explain("product:42")
         await product_of(one)(42)
-        loaded = await explained(two, "product:42")
+        loaded = await two.explain("product:42")
         await one.invalidate(tags=["catalog"])
-        outdated = await explained(two, "product:42")
+        outdated = await two.explain("product:42")
 
-    assert (absent.entry.state, absent.lease.state, len(absent.nodes.answers)) == (
-        "absent",
-        "free",
-        2,
-    )
+    for document in (absent, loaded, outdated):
+        assert (len(document.nodes.answers), document.nodes.silent) == (2, 0)
+    assert (absent.entry.state, absent.lease.state) == ("absent", "free")
     assert (loaded.entry.state, [tag.state for tag in loaded.entry.tags]) == ("fresh", ["holds"])
     assert (near_of(loaded, "a").state, near_of(loaded, "b").state) == ("fresh", "absent")
     assert near_of(loaded, "a").version == loaded.entry.version
     assert outdated.entry.state == "outdated"
     assert (near_of(outdated, "a").state, near_of(outdated, "a").tag) == ("behind", "catalog")
     assert [line.kind for line in outdated.log.notices] == ["bumped", "changed"]
-    assert outdated.nodes.silent == 0
 
 
 async def test_nothing_is_changed_by_looking(
