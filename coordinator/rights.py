@@ -74,7 +74,7 @@ PARTLY: Mapping[str, str] = {
     "echo": _EXPLAIN,
     "pubsub|numsub": "the number of processes that share a limit, other than workers",
     "rename": "the recovery of a stream whose largest possible id was used",
-    "scan": "the number of the namespace's keys in /stats",
+    "scan": "the number of the namespace's keys in /stats, and forebay import",
     "script|load": "one round trip, the first time that a script is used",
     "strlen": _EXPLAIN,
     "type": "the name of a key of another type, in errors, health and the log",

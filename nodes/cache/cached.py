@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, Unpack, overload
 
 import structlog
+from msgspec import structs
 
 from ...schemas.errors import ConfigError, ForebayError, InvalidEntry, NoJsonForm, PartialFailure
 from ...schemas.jobs import RefreshJob
@@ -253,6 +254,15 @@ class Cached(Writable[T], Generic[P, T]):
             return self._copies.codec.json(value)
         except InvalidEntry as error:
             raise NoJsonForm(self.name, key, error.problem) from error
+
+    def bring_over_from(self, legacy_key: str) -> None:
+        """Declare the old names afterwards, before the node starts; raises ConfigError."""
+        self.declared = structs.replace(self.declared, legacy_key=legacy_key)
+        self.keying = Keying(self._loader, self.declared, self.name)
+
+    async def import_key(self, key: str, *, dry_run: bool) -> str:
+        """Bring over the old value of this key: what came of it; see ``imports``."""
+        return await self.path.import_old(key, self._call_of(key).tags, dry_run=dry_run)
 
     async def do_refresh(self, job: RefreshJob) -> bool:
         """Load a key again under the lease that the job carries; false: it was refused."""

@@ -75,6 +75,7 @@ class LegacyEntries(Generic[T]):
         name_of: Callable[[str], str],
     ) -> None:
         self.name_of = name_of
+        self.late = 0  #: shards with changes from before marks began
         self.until_ms = 0  #: old values are used until then, on the server's clock
         self._core = core
         self._names = core.shared.names
@@ -90,6 +91,10 @@ class LegacyEntries(Generic[T]):
         """Use up the lease to store the old value as the key's entry; None if there is none to
         use, and the lease is as before.
         """
+        return (await self.attempt(lease, reservation))[1]
+
+    async def attempt(self, lease: Lease, reservation: Reservation) -> tuple[Result, Hit[T] | None]:
+        """As ``bring_over``, with what came of it."""
         hit = None
         try:
             found, tags = await self._found(lease)
@@ -105,7 +110,7 @@ class LegacyEntries(Generic[T]):
             await self._loads.leases.give_back(lease.key, lease.token)
             raise
         self._core.instruments.counts["legacy_entries", self._loads.name, result] += 1
-        return hit
+        return result, hit
 
     async def look(self, key: str, tags: Sequence[str]) -> Result:
         """What ``bring_over`` would come to, without storing anything."""
@@ -267,6 +272,8 @@ async def begin_marks(
     heads = [names.part(shard, "head") for shard in range(names.shards)]
     calls = [Call(script=scripts["legacy_begin"], keys=[head], args=[until_ms]) for head in heads]
     late = sum(int(reply[1]) for reply in granted(await run_many(commands, calls)))
+    for each in entries.values():
+        each.late = late
     if late:
         reason = "keys were invalidated or written before: old values of these may be used"
         log.warning("legacy.late", shards=late, reason=reason)

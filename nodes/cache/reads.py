@@ -225,6 +225,24 @@ class ReadPath(Generic[T]):
             call.waits()
         return hit
 
+    async def import_old(self, key: str, tags: Sequence[str], *, dry_run: bool) -> str:
+        """Bring over the old value of a key without an entry, and load nothing: what came of it."""
+        legacy, leases, core = self.legacy, self.loads.leases, self._core
+        assert legacy is not None
+        if dry_run:
+            return "present" if await core.shared.get(key) else await legacy.look(key, tags)
+        token, reservation = core.ids(), self.near.reserve(key)
+        try:
+            lease = await leases.begin(key, token, tags, seen=_ABSENT)
+            if not isinstance(lease, Lease):
+                return "present" if isinstance(lease, Newer) else "held"
+            result, hit = await legacy.attempt(lease, reservation)
+            if hit is None:
+                await leases.give_back(key, token)
+            return result
+        finally:
+            self.near.release(reservation)
+
     async def _found_or_leased(
         self, key: str, call: LoadCall[T], todo: Todo[Hit[T]], reservation: Reservation
     ) -> Lease | Hit[T] | None:

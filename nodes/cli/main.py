@@ -43,6 +43,7 @@ COMMANDS = {
     "locks": Listed(".locks:command", "Show locks, or release one by force."),
     "limits": Listed(".limits:command", "Show rate limits, or take of one."),
     "warm": Listed(".warm:command", "Load keys into the shared tier ahead of their readers."),
+    "import": Listed(".import_:command", "Bring over what another service has stored."),
     "health": Listed(".health:command", "Ask a running node whether it is well."),
     "config": Listed(
         ".config:command", "Show or check the settings in force; print the users Valkey needs."
