@@ -28,7 +28,6 @@ from ...coordinator.background import BackgroundTasks
 from ...coordinator.breaker import Breaker
 from ...coordinator.link import Commands
 from ...coordinator.log_once import LogOnce
-from ...coordinator.scripting import granted
 from ...schemas.errors import BreakerOpen, ForebayError, SourceFailing, Unavailable
 from ...schemas.keys import Names
 from ...schemas.settings import CacheDefaults
@@ -140,11 +139,12 @@ class Source:
         name = self._names.failing(self.cache)
         take = ("SET", name, self._node_id, "NX", "PX", self._recovery_ms)
         try:
-            taken, left_ms = granted(await self._commands.call_many([take, ("PTTL", name)]))
+            if await self._commands.call(*take) is not None:
+                return True
+            if await self._commands.call("PTTL", name) != _NEVER:
+                return False
         except ForebayError:
             return True
-        if left_ms != _NEVER:
-            return taken is not None
         self._foreign.say(log, "source.not_shared", ForebayError("it does not expire"), key=name)
         return True
 

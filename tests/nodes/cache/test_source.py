@@ -54,6 +54,8 @@ class Cluster:
             assert args[1] == NAMES.work
             self.said.append(args[2])
             return 1
+        if args == ("PTTL", NAMES.failing("product")):
+            return RECOVERY_MS if self.right is not None else -2
         command, name, node, *more = args
         assert (command, name, more) == ("SET", NAMES.failing("product"), ["NX", "PX", RECOVERY_MS])
         if self.right is not None and self.clock.now_s < self.right[1]:
