@@ -37,7 +37,7 @@ async def test_the_record_is_written_again_after_a_flush(make_node, own_server, 
 
 
 async def test_marks_begin_again_after_a_flush(make_node, own_server) -> None:
-    """B2: what another service stores after the flush is used; what was invalidated since is not."""
+    """B2: what another service stores after the flush is used, unless it was invalidated since."""
     node = make_node(valkey=Valkey(url=own_server.socket_url))
 
     @node.cached("product:{id}", ttl=60, legacy_key="v1:product:{id}")
