@@ -18,7 +18,9 @@ One prefix, not one for each shard: the server compares every key that anybody c
 every prefix. Per change of an entry, 64 of them cost it 4.3 microseconds, 1,024 cost 59, and
 the one they have in common 1.1, though it brings the names of leases and logs as well. NOLOOP
 is not asked for: nothing is changed through this connection, and the server would write each
-message twice. Key patterns of an ACL are not applied to what is told. Only keys of the server
+message twice. Key patterns of an ACL are not applied to what is told, and neither is the
+database: a key of the same name in another one is told too, and a FLUSHDB of another one as a
+flush. Only keys of the server
 that was dialed are told: in a cluster, each primary wants a connection.
 """
 

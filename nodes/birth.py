@@ -1,13 +1,14 @@
 """The record of a namespace: its number of shards, fixed when its first node started.
 
 B1  The first node decides; one with another number refuses to start.
-B2  When logs were lost, as after FLUSHALL, the record is written again. If another node was first
-    with another number of shards, this one is not ready, and says why.
+B2  When logs were lost, as after FLUSHALL, the record is written again, and marks for values of
+    another service begin again. If another node was first with another number of shards, this one
+    is not ready, and says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
 import structlog
@@ -49,13 +50,19 @@ class NamespaceRecord:
     """``tasks.start_soon(record.run)``; ``record.lost()`` when keys of the namespace were lost."""
 
     def __init__(
-        self, link: Commands, names: Names, scripts: Scripts, origins: Mapping[str, str]
+        self,
+        link: Commands,
+        names: Names,
+        scripts: Scripts,
+        origins: Mapping[str, str],
+        begin_marks: Callable[[], Awaitable[None]],
     ) -> None:
         self.problem = ""  #: empty: the record is as this node was told
         self._link = link
         self._names = names
         self._scripts = scripts
         self._origins = origins
+        self._begin_marks = begin_marks
         self._lost = anyio.Event()
 
     def lost(self) -> None:
@@ -73,6 +80,7 @@ class NamespaceRecord:
         before = self.problem
         try:
             await check_birth(self._link, self._names, self._scripts, self._origins)
+            await self._begin_marks()
         except ConfigError as error:
             self.problem = f"{error.problem}; {error.fix}"
             if not before:

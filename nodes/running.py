@@ -410,7 +410,9 @@ async def running(
         tasks = await stack.enter_async_context(background_tasks())
         stack.callback(_unbind, routes)
         self = Running(settings, backend, routes, instruments, node_id, tasks)
-        self.record = NamespaceRecord(backend.link, self.names, self.scripts, origins)
+        self.record = NamespaceRecord(
+            backend.link, self.names, self.scripts, origins, self.begin_legacy
+        )
         stack.push_async_callback(self.writing.aclose)
         patience = Patience(_target(backend, settings, origins), self.clock, give_up_at)
         with _faults_of(patience.target):

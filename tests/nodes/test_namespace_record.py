@@ -36,6 +36,24 @@ async def test_the_record_is_written_again_after_a_flush(make_node, own_server, 
             await check_birth(link, other, node.parts.scripts, {})
 
 
+async def test_marks_begin_again_after_a_flush(make_node, own_server) -> None:
+    """B2: what another service stores after the flush is used, unless it was invalidated since."""
+    node = make_node(valkey=Valkey(url=own_server.socket_url))
+
+    @node.cached("product:{id}", ttl=60, legacy_key="v1:product:{id}")
+    async def product(id: int) -> int:
+        return -id
+
+    async with node:
+        own_server.execute("FLUSHALL")
+        heads = [node.parts.names.part(shard, "head") for shard in range(4)]
+        await until(lambda: all(own_server.execute("HEXISTS", head, "l") for head in heads))
+        await product.invalidate(2)
+        for number in (1, 2):
+            own_server.execute("SET", f"v1:product:{number}", 10 * number)
+        assert [await product(1), await product(2)] == [10, -2]
+
+
 async def test_a_namespace_that_is_born_anew_with_other_shards_is_told(
     make_node, own_server
 ) -> None:
