@@ -15,7 +15,7 @@ from forebay.coordinator.scripting import load_scripts
 from forebay.nodes.cache.shared import Granted, Held, Newer, SharedTier, Stamp
 from forebay.nodes.cache.tags import Captured
 from forebay.schemas.entry import EntryMeta, make_tail, read_entry, version_of
-from forebay.schemas.errors import Backpressure, Disconnected, Unavailable
+from forebay.schemas.errors import Backpressure, Disconnected, ServerRefused, Unavailable
 from forebay.schemas.jobs import WriteJob
 from forebay.schemas.keys import Names, dependents_of
 from forebay.schemas.notices import Bumped, Dropped, Extended, read_notice
@@ -323,13 +323,19 @@ async def test_a_full_stream_refuses_a_write_and_changes_nothing(link: Link, nam
     assert await tier.get("k") == before
 
 
-async def test_a_refused_invalidation_is_told(link: Link, names: Names, tier: SharedTier) -> None:
-    """The caller repeats it; nothing is claimed to be done."""
-    await link.call("SET", names.part(names.shard("k"), "log"), "no stream")
-    with pytest.raises(Exception, match="WRONGTYPE"):
-        await tier.invalidate(keys=["k"])
-    with pytest.raises(Exception, match="WRONGTYPE"):
+async def test_a_put_that_is_refused_names_the_key_and_an_invalidation_takes_effect(
+    link: Link, names: Names, tier: SharedTier
+) -> None:
+    """The caller learns which key is at fault; what is outdated goes all the same."""
+    log = names.part(names.shard("k"), "log")
+    await tier.put("k", **LIFETIME)
+    await link.call("DEL", log)
+    await link.call("SET", log, "no stream")
+    with pytest.raises(ServerRefused, match="WRONGTYPE") as caught:
         await tier.put("k", **LIFETIME)
+    assert log in caught.value.key
+    assert await tier.get("k") is not None
+    await tier.invalidate(keys=["k"])
     assert await tier.get("k") is None
 
 
