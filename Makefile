@@ -4,7 +4,7 @@
 PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3; do \
 	$$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
 	{ command -v $$each; break; }; done)
-JOBS ?= 2
+JOBS ?= 3  # on two cores: many tests wait for a process or a server
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
@@ -21,7 +21,7 @@ help:  ## what there is to make
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: $(VENV)/for-test  ## all tests
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # What differs most between versions of Python: tasks and cancellation, annotations, encoding.
 PART := tests/schemas tests/nodes/cache tests/nodes/test_life.py tests/nodes/test_node.py \
@@ -40,7 +40,7 @@ test-others:  ## a part of the tests, on each other Python that is supported and
 	done
 
 test-part: $(VENV)/for-test  ## the tests that test-others runs, on this Python
-	$(BIN)/python -m pytest -n $(JOBS) -q -m "not slow" $(PART)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not slow" $(PART)
 
 SOAK_SECONDS ?= 120
 

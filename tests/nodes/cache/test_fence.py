@@ -615,9 +615,8 @@ async def test_a_dependency_that_had_no_tag_is_found(link: Link, monkeypatch) ->
 
 async def test_a_change_that_leaves_no_trace_in_the_head_is_found(link: Link) -> None:
     """The negative control: as before there was one."""
-    traceless = planted(
-        "entries_invalidate", (r"^  redis.call\(\"HSET\", head, \"o\", version\)$", "")
-    )
+    trace = r"^  accepted\(true, redis.pcall\(\"HSET\", head, \"o\", version\)\)$"
+    traceless = planted("entries_invalidate", (trace, ""))
     verdict = await told(link, World(entries_invalidate=traceless), ["finder", "rebaser"])
     assert verdict.stale_entries > 0
 
