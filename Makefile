@@ -40,7 +40,7 @@ test-others:  ## a part of the tests, on each other Python that is supported and
 	done
 
 test-part: $(VENV)/for-test  ## the tests that test-others runs, on this Python
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not slow" $(PART)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not slow" --ignore tests/nodes/cache/test_fence.py $(PART)
 
 SOAK_SECONDS ?= 120
 
