@@ -5,7 +5,8 @@
 ``python``   XADD by valkey-py; repeats events that were not accepted, with the same id
 ``service``  a node without workers that calls write_behind; such a call has no event id, so one of
              unknown outcome is not repeated
-``gates``    the same as version 2 of the application, whose events go both ways
+``gates``    the same as version 2 of the application, before a worker of it runs: every second
+             event is an XADD, since ``publish`` refuses keys that no live worker has a sink for
 
 A publisher writes down each attempt before it makes it, and each answer. It ends with exit code 1
 where an event is not accepted within ``GIVE_UP_S``.
@@ -155,7 +156,8 @@ async def _call(service: Application, notes: _Notes, event: Published) -> bool:
         if called:
             await service.write_behind(event.key, event.value)
         else:
-            await service.node.publish([event.raw.encode()])
+            parts = service.node.parts
+            await parts.backend.link.call("XADD", parts.names.events, "*", "event", event.raw)
     except ForebayError as error:
         refused = isinstance(error, Backpressure | ServerRefused)
         unknown = not refused and getattr(error, "outcome_unknown", True)
