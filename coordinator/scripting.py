@@ -52,7 +52,12 @@ class Script(Struct, frozen=True, kw_only=True):
     def of(cls, name: str, source: str, wrong_keys: WrongKeys | None = None) -> Script:
         # SHA-1 is how the server names scripts; nothing rests on its strength.
         sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
-        return cls(name=name, source=source, sha=sha, wrong_keys=wrong_keys or WrongKeys())
+        return cls(
+            name=name,
+            source=source,
+            sha=sha,
+            wrong_keys=WrongKeys() if wrong_keys is None else wrong_keys,
+        )
 
     def __repr__(self) -> str:
         return f"<Script {self.name} {self.sha[:8]}>"
@@ -77,7 +82,7 @@ class Scripts(Mapping[str, Script]):
 
     def __init__(self, scripts: Sequence[Script], wrong_keys: WrongKeys | None = None) -> None:
         self._by_name = {script.name: script for script in scripts}
-        self.wrong_keys = wrong_keys or WrongKeys()
+        self.wrong_keys = WrongKeys() if wrong_keys is None else wrong_keys
 
     def __getitem__(self, name: str) -> Script:
         return self._by_name[name]

@@ -284,3 +284,30 @@ async def test_asking_writes_nothing(make_server: Any) -> None:
     assert asked.refusal is None
     assert server.execute("EXISTS", "none") == 0
     assert changes() == before > 0
+
+
+async def test_a_key_of_another_type_is_named_until_it_is_gone(
+    make_node: Any, valkey_server: ValkeyServer
+) -> None:
+    """A refused put shows the key and the type that it should have; readiness stays as it is."""
+    node = make_node()
+
+    @node.cached("row:{id}", ttl=60)
+    async def row(id: int) -> int:
+        return id
+
+    async with node:
+        names = node.parts.names
+        log = names.part(names.shard("row:1"), "log")
+
+        def check() -> Check:
+            return next(each for each in node.checks() if each.name == "keys")
+
+        assert check().state == "pass"
+        valkey_server.execute("SET", log, "x")
+        with pytest.raises(ServerRefused):
+            await row.put(1, 7)
+        assert (check().state, check().gates) == ("warn", frozenset())
+        assert check().detail == f"{log} is a string, and should be a stream"
+        valkey_server.execute("DEL", log)
+        await until(lambda: check().state == "pass")
