@@ -62,7 +62,7 @@ class ForeignEntries:
         server_clock: ServerClock,
         lifetimes: Lifetimes | None = None,
     ) -> None:
-        self.lifetimes = lifetimes or Lifetimes()
+        self.lifetimes = Lifetimes() if lifetimes is None else lifetimes
         self._commands = commands
         self._names = names
         self._scripts = scripts
