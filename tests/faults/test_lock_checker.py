@@ -103,6 +103,14 @@ async def test_our_locks_pass(make: MakeForge) -> None:
     """A thousand critical sections of four processes, undisturbed, are without fault."""
     forges = [await make(name) for name in ("one", "two", "three", "four")]
     history: list[Granted] = []
+    slowest_s = 0.0  # two questions this close may reach the server in the other order
+
+    async def ping(forge: Forge) -> None:
+        nonlocal slowest_s
+        while True:
+            began = forge._clock.monotonic()
+            await forge.link.call("PING")
+            slowest_s = max(slowest_s, forge._clock.monotonic() - began)
 
     async def work(forge: Forge, number: int) -> None:
         rng = random.Random(number)
@@ -123,8 +131,12 @@ async def test_our_locks_pass(make: MakeForge) -> None:
                 )
             )
 
-    async with anyio.create_task_group() as tasks:
-        for number in range(32):
-            tasks.start_soon(work, forges[number % 4], number)
+    async with anyio.create_task_group() as pings:
+        for forge in forges:
+            pings.start_soon(ping, forge)
+        async with anyio.create_task_group() as tasks:
+            for number in range(32):
+                tasks.start_soon(work, forges[number % 4], number)
+        pings.cancel_scope.cancel()
     assert len(history) == 1_024
-    assert faults_of(history) == []
+    assert faults_of(history, margin_s=0.05 + slowest_s) == []
