@@ -334,7 +334,7 @@ async def test_a_key_of_another_type_costs_its_part_only(
             await works(shop, next(numbers), events=not case.stops_events)
             await start_another(shop, case, key)
         assert all(node.is_running for node in shop.nodes[:2])
-        assert all(verdict(checks(node), "ready") != "fail" for node in shop.nodes[:2])
+        await until(lambda: all(verdict(checks(n), "ready") != "fail" for n in shop.nodes[:2]))
         await link.call("DEL", key)
         await until(partial(is_well, shop, numbers))
         await works(shop, next(numbers))

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 import forebay
 from forebay.nodes.cancellation import run_apart
 from forebay.schemas.errors import CancelledInside
-from noded import NodeProcess
+from noded import NodeProcess, until
 from valkeyd import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
@@ -246,7 +246,7 @@ def test_process_goes_on(process: NodeProcess) -> None:
     with process as node:
         assert node.get("/v1/cache/a:1").status == 504
         assert node.get("/v1/cache/a:3").status == 200
-        assert node.get("/readyz").status == 200
+        until(lambda: node.get("/readyz").status == 200, what="readiness")
 
 
 def test_process_never_ends_unasked_without_an_error(process: NodeProcess) -> None:

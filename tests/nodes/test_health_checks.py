@@ -111,7 +111,7 @@ async def test_a_paused_sink_says_for_how_long_which_attempt_and_why(
     assert detail.startswith("the sink is paused: ")
     assert "connection refused" in detail
     assert "(for " in detail
-    assert verdict(checks(node), "ready") == "warn"
+    await until(lambda: verdict(checks(node), "ready") == "warn")
     assert (await stats(node))["workers"]["sinks"][name].startswith("the sink is paused")
     shown = {(each[0], *each[1]): each[2] for each in gauges(node)}
     assert shown["sink_paused_seconds", name] > 0

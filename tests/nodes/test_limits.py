@@ -187,7 +187,7 @@ def test_a_hangup_reloads(tmp_path: Path, valkey_server: ValkeyServer, namespace
         config.write_text("[limits.api]\nrate = -2\n")
         node.signal(signal.SIGHUP)
         assert "rate" in until(lambda: node.event("limits.not_reloaded"))["reason"]
-        assert node.get("/readyz").status == 200
+        until(lambda: node.get("/readyz").status == 200, what="readiness")
         assert node.stop() == 0
 
 

@@ -118,8 +118,8 @@ def test_writes_that_wait_for_their_sink_are_seen_and_are_not_lost(rollout: Roll
     until(lambda: rollout.sunk("order") == {"order:1"}, what="the order in its sink")
     until(lambda: held(old) == WRITES, what="all invoices held")
     health = old.get("/healthz?verbose")
-    assert health.status == 200
     assert f"{WRITES} writes are held" in health.body.decode()
+    until(lambda: old.get("/healthz").status == 200, what="readiness")
     metrics = old.get("/metrics").body.decode()
     assert f"forebay_writebehind_held_entries {WRITES}.0" in metrics
     assert "forebay_writebehind_held_age_seconds" in metrics
