@@ -60,7 +60,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .coordinator.locks.lease import Lease
     from .nodes.cache.loading import Loading, loading
-    from .nodes.cache.scope import request_scope
+    from .nodes.cache.request_scope import request_scope
     from .nodes.node import Node
     from .nodes.sinks.base import Write
     from .nodes.sinks.sql import SqlSink
@@ -121,7 +121,7 @@ _HOMES = {
     "Write": ".nodes.sinks.base",
     "loading": ".nodes.cache.loading",
     "rate_limit_middleware": ".nodes.web.limit_aiohttp",
-    "request_scope": ".nodes.cache.scope",
+    "request_scope": ".nodes.cache.request_scope",
     "request_scope_middleware": ".nodes.web.aiohttp_middleware",
 }
 

@@ -26,8 +26,8 @@ from msgspec import Struct
 from ..schemas.errors import RIGHTS, ForebayError, ServerRefused
 from ..schemas.keys import Names
 from ..schemas.replies import array, integer
-from .link import Arg, Commands
-from .scripting import Script, Scripts
+from .valkey.link import Arg, Commands
+from .valkey.scripting import Script, Scripts
 
 __all__ = [
     "EVERY_S",

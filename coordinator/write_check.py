@@ -16,8 +16,8 @@ from anyio.abc import TaskStatus
 
 from ..schemas.errors import ForebayError, ServerRefused
 from .clock import Clock
-from .link import Commands
 from .log_once import Failing, LogOnce
+from .valkey.link import Commands
 
 __all__ = ["WriteCheck"]
 

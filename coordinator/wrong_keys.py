@@ -17,8 +17,8 @@ import structlog
 from ..schemas.errors import ForebayError, ServerRefused
 from ..schemas.keys import type_of
 from .clock import Clock, SystemClock
-from .link import Commands
 from .log_once import LogOnce
+from .valkey.link import Commands
 
 __all__ = ["WrongKeys", "wrong_types"]
 

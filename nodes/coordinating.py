@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import secrets
 
-from .running import Running
-from .web.face import Coordination
-from .web.lock_desk import LockDesk
+from .runtime import Running
+from .web.lock_service import LockService
+from .web.protocols import Coordination
 
 __all__ = ["coordination_of"]
 
@@ -22,9 +22,9 @@ def coordination_of(parts: Running) -> Coordination | None:
     if not wanted:
         return None
     backend = parts.backend
-    desk = LockDesk(
+    desk = LockService(
         backend.link,
-        backend.doorbell,
+        backend.pubsub,
         parts.names,
         parts.scripts,
         node_id=parts.node_id,

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..coordinator.breaker import Breaker
+from ..coordinator.valkey.breaker import Breaker
 from .cache.cached import Cached
 from .health_checks import sink_delivery_state
-from .running import Running
+from .runtime import Running
 
 if TYPE_CHECKING:
     from .node import Node
-    from .workers.crew import Crew
+    from .workers.group import WorkerGroup
 
 __all__ = ["bring_up_to_date", "gauges"]
 
@@ -106,7 +106,7 @@ def _of_caches(parts: Running, caches: Sequence[Cached[Any, Any]]) -> Iterator[G
     yield "load_waiters_max", (), float(limits.waiters_max)
 
 
-def _of_work(parts: Running, crew: Crew) -> Iterator[Gauge]:
+def _of_work(parts: Running, crew: WorkerGroup) -> Iterator[Gauge]:
     settings, shards = parts.settings, crew.ownership.statistics().shards
     yield "owned_shards", (), float(shards)
     for state, count in crew.ownership.members().items():
@@ -124,7 +124,7 @@ def _of_work(parts: Running, crew: Crew) -> Iterator[Gauge]:
     yield "writebehind_held_age_seconds", (), held.oldest_age_s
 
 
-def _of_sinks(crew: Crew, now: float) -> Iterator[Gauge]:
+def _of_sinks(crew: WorkerGroup, now: float) -> Iterator[Gauge]:
     for name, delivery in crew.deliveries.items():
         paused = delivery.paused
         state = sink_delivery_state(delivery)
@@ -133,10 +133,10 @@ def _of_sinks(crew: Crew, now: float) -> Iterator[Gauge]:
         yield "sink_locked_rows", (name,), float(len(delivery.locked))
 
 
-def _of_cluster(parts: Running, crew: Crew) -> Iterator[Gauge]:
+def _of_cluster(parts: Running, crew: WorkerGroup) -> Iterator[Gauge]:
     """Of the leader only."""
-    yield from crew.chores.gauges()
-    if not crew.chores.leading:
+    yield from crew.leader_metrics.gauges()
+    if not crew.leader_metrics.leading:
         return
     durable, shards = parts.settings.durable, parts.names.shards
     bounds: Mapping[str, int] = {

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Literal
 
 from ..coordinator.log_once import Failing
 from ..coordinator.rights import Missing
-from .web.face import Check, Gate, State
+from .web.protocols import Check, Gate, State
 from .workers.delivery import Delivery, Outage
 
 if TYPE_CHECKING:
-    from .running import Running
-    from .workers.crew import Crew
+    from .runtime import Running
+    from .workers.group import WorkerGroup
 
 __all__ = ["sink_delivery_state", "sink_state", "work_checks"]
 
@@ -57,7 +57,7 @@ def _rights(missing: Missing) -> Check:
     return Check(name="rights", state=state, detail=detail, gates=_READY)
 
 
-def _checks_of(crew: Crew, refreshes: str, now: float) -> Iterator[Check]:
+def _checks_of(crew: WorkerGroup, refreshes: str, now: float) -> Iterator[Check]:
     ownership, late = crew.ownership, crew.backlog.late
     yield _warning(
         "ownership",

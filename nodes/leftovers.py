@@ -11,8 +11,8 @@ from __future__ import annotations
 import structlog
 from msgspec import Struct
 
-from ..coordinator.link import Commands
-from ..coordinator.scripting import ask_many, granted
+from ..coordinator.valkey.link import Commands
+from ..coordinator.valkey.scripting import ask_many, granted
 from ..schemas.keys import EVENTS, Names
 from ..schemas.replies import integer
 

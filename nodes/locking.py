@@ -14,11 +14,11 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol, Unpack
 
 from ..coordinator.locks.guards import Guards
-from ..coordinator.locks.kinds import LockOptions, ReadWriteLock, Semaphore, Wanted
+from ..coordinator.locks.handles import LockHandle, LockOptions, ReadWriteLock, Semaphore
 from ..coordinator.locks.lease import Lease
 from ..coordinator.locks.locks import Locks
-from ..coordinator.replication import Confirms
-from ..coordinator.scripting import Scripts
+from ..coordinator.log.replication import Confirms
+from ..coordinator.valkey.scripting import Scripts
 from ..schemas.keys import Names, refuse_one_string
 from .cache.core import Core
 
@@ -63,7 +63,7 @@ class Locking:
         """Keys that refuse writes under an old token: set, delete."""
         return self._parts_with_locks.locks.guards
 
-    def lock(self, name: str, **options: Unpack[LockOptions]) -> Wanted:
+    def lock(self, name: str, **options: Unpack[LockOptions]) -> LockHandle:
         """A lock that one in the cluster has at a time; ``async with`` it.
 
         Args:

@@ -39,7 +39,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 from ..coordinator.instruments import Instruments
 from ..coordinator.modules import load
-from ..coordinator.scripting import run
+from ..coordinator.valkey.scripting import run
 from ..schemas.errors import Backpressure, ForebayError, InvalidKey, LoaderError
 from ..schemas.keys import EVENTS, check_key, refuse_one_string
 from ..schemas.settings import Settings
@@ -52,13 +52,13 @@ from .coordinating import coordination_of
 from .declarations import Declarations
 from .explain.document import Explanation
 from .gauges import gauges
-from .life import Life, refuse_other_loops
+from .lifespan import Life, refuse_other_loops
 from .locking import Locking
 from .logs import configure_embedded
 from .publishing import Event, as_json
-from .running import Running, running
+from .runtime import Running, running
 from .secret_files import exposed_secrets
-from .web.face import Check, Coordination, Read
+from .web.protocols import Check, Coordination, Read
 
 __all__ = ["Node"]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..coordinator.sink_directory import SinkDirectory
+from ..coordinator.log.sink_directory import SinkDirectory
 from ..schemas.errors import InvalidEvent
 from ..schemas.events import Event as Published
 from ..schemas.events import NewerSchema, Write, read_event

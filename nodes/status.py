@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..coordinator.link import Arg, Reply
-from ..coordinator.private_server import FIX
-from ..coordinator.scripting import ask_many
+from ..coordinator.valkey.link import Arg, Reply
+from ..coordinator.valkey.private_server import FIX
+from ..coordinator.valkey.scripting import ask_many
 from ..schemas.errors import ForebayError, ServerRefused
 from ..schemas.keys import EVENTS
 from .gauges import bring_up_to_date
 from .health_checks import sink_state, work_checks
-from .running import Running
-from .web.face import Check, Gate
+from .runtime import Running
+from .web.protocols import Check, Gate
 from .workers.held import HeldStatistics
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ async def stats(node: Node) -> dict[str, object]:
         if crew is None
         else {
             **msgspec.to_builtins(crew.ownership.statistics()),
-            "leading": crew.chores.leading,
+            "leading": crew.leader_metrics.leading,
             "dead_letters": parts.dead_letters.buried,
             "held": msgspec.to_builtins(crew.writes.held.statistics),
             "sinks": {

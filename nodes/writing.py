@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import anyio
 import structlog
 
-from ..coordinator.backend import Backend
-from ..coordinator.link import Reply
-from ..coordinator.replication import Replication
-from ..coordinator.scripting import Scripts, run
+from ..coordinator.log.replication import Replication
+from ..coordinator.valkey.backend import Backend
+from ..coordinator.valkey.link import Reply
+from ..coordinator.valkey.scripting import Scripts, run
 from ..schemas.keys import Names, dependents_of
 from ..schemas.settings import Valkey
 from .cache.confirmations import Confirmations
@@ -23,9 +23,9 @@ from .cache.core import Core
 from .cache.packing import Packed
 from .cache.shared import TAG_KEEP_MS, Stamp
 from .cache.waits import KeyWaits
+from .cache.write import WriteParts
 from .cache.write_leases import WriteLease, WriteLeases
-from .cache.writes import WriteParts
-from .sinks.outlet import Outlet
+from .sinks.serialized import Outlet
 from .workers.routes import Routes
 
 __all__ = ["Writing"]

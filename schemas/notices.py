@@ -1,7 +1,7 @@
 """Notices: what the shard log says of a change. They name what changed, never its value.
 
 On the wire a log entry has two fields: ``v``, the version that the script gave to the
-change (decimal), and ``n``, the msgpack of one of these. The doorbell carries the same as
+change (decimal), and ``n``, the msgpack of one of these. The pubsub carries the same as
 ``<shard> <epoch> <seq> <version> <n>``.
 
 I1  Applying a notice twice, or one that is older than what is known, changes nothing.
@@ -16,15 +16,15 @@ from .errors import UnreadableRecord
 from .replies import ID_MAX, integer, order
 
 __all__ = [
-    "Bell",
     "Bumped",
     "Changed",
     "Dropped",
     "Extended",
     "Notice",
+    "Notification",
     "Position",
-    "read_bell",
     "read_notice",
+    "read_notification",
     "write_notice",
 ]
 
@@ -96,8 +96,8 @@ def read_notice(raw: bytes) -> Notice | None:
     return notice
 
 
-class Bell(Struct, frozen=True):
-    """A doorbell message."""
+class Notification(Struct, frozen=True):
+    """A pubsub message."""
 
     shard: int
     position: Position
@@ -105,11 +105,11 @@ class Bell(Struct, frozen=True):
     notice: bytes
 
 
-def read_bell(payload: bytes) -> Bell | None:
-    """What a doorbell message says; None if it is none."""
+def read_notification(payload: bytes) -> Notification | None:
+    """What a pubsub message says; None if it is none."""
     try:
         *numbers, notice = payload.split(b" ", 4)
         shard, epoch, seq, version = [integer(each, "a bell", high=ID_MAX) for each in numbers]
-        return Bell(shard, Position(epoch, seq), version, notice)
+        return Notification(shard, Position(epoch, seq), version, notice)
     except (ValueError, UnreadableRecord):
         return None

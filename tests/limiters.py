@@ -17,8 +17,8 @@ from forebay.coordinator.background import BackgroundTasks, background_tasks
 from forebay.coordinator.clock import Clock, SystemClock
 from forebay.coordinator.instruments import Instruments
 from forebay.coordinator.limits.limiter import Limiter
-from forebay.coordinator.link import Commands, Link
-from forebay.coordinator.scripting import load_scripts
+from forebay.coordinator.valkey.link import Commands, Link
+from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.schemas.keys import Names
 from forebay.schemas.limits import Limit
 from links import link_to, running

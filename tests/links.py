@@ -1,4 +1,4 @@
-"""Links and doorbells to test servers, with limits short enough to wait for."""
+"""Links and pubsubs to test servers, with limits short enough to wait for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import anyio
 
-from forebay.coordinator.breaker import Breaker
 from forebay.coordinator.clock import Clock, SystemClock
-from forebay.coordinator.dialer import Dialer
-from forebay.coordinator.doorbell import Doorbell
-from forebay.coordinator.link import Link
+from forebay.coordinator.valkey.breaker import Breaker
+from forebay.coordinator.valkey.dialer import Dialer
+from forebay.coordinator.valkey.link import Link
+from forebay.coordinator.valkey.pubsub import PubSub
 from forebay.schemas.settings import Secret, Valkey
 from forebay.schemas.urls import Endpoint, parse_url
 
@@ -87,8 +87,8 @@ def link_to(
 
 def doorbell_to(
     url: str, *, interval_s: float = 1.0, username: str = "", password: str = "", **options: Any
-) -> Doorbell:
-    return Doorbell(
+) -> PubSub:
+    return PubSub(
         dialer_to(url, username=username, password=password, **options),
         Valkey(**SPEEDY | options),
         clock=SystemClock(),
@@ -98,7 +98,7 @@ def doorbell_to(
 
 
 @asynccontextmanager
-async def running(*loops: Link | Doorbell, ready: bool = True) -> AsyncIterator[None]:
+async def running(*loops: Link | PubSub, ready: bool = True) -> AsyncIterator[None]:
     async with anyio.create_task_group() as tasks:
         for loop in loops:
             await tasks.start(loop.run)

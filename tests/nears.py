@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from forebay.coordinator.log import ShardView
+from forebay.coordinator.log.follower import ShardView
 from forebay.nodes.cache.near import NearCache, NearEntry
 from forebay.nodes.cache.tags import TagTable
 from forebay.schemas.keys import Names

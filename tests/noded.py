@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from forebay.coordinator.embedded import bound_to_owner
+from forebay.coordinator.valkey.embedded import bound_to_owner
 
 __all__ = ["Answer", "NodeProcess", "Shop", "environ", "stands_still", "until"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from forebay.coordinator.link import Arg, Commands, Reply
-from forebay.coordinator.scripting import load_scripts, run
+from forebay.coordinator.valkey.link import Arg, Commands, Reply
+from forebay.coordinator.valkey.scripting import load_scripts, run
 from forebay.schemas.entry import Entry, EntryMeta, make_tail, read_entry
 from forebay.schemas.keys import EVENTS, Names, dependents_of
 from forebay.schemas.notices import (

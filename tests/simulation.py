@@ -21,8 +21,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from forebay.coordinator.roster import Profile
-from forebay.coordinator.succession import Gained, Lost, Succession, Tenure
+from forebay.coordinator.log.claims import Claim, ClaimState, Gained, Lost
+from forebay.coordinator.log.roster import Profile
 from forebay.schemas.keys import EVENTS
 
 __all__ = ["BEAT_MS", "Broken", "Cluster", "Server"]
@@ -144,7 +144,7 @@ class Node:
     ) -> None:
         self.id, self.label, self.sinks = id, label, sinks
         self.rate = rng.uniform(0.99, 1.01)
-        self.core = Succession(
+        self.core = ClaimState(
             id, shards, ttl_ms=TTL_MS, profile=Profile(incarnation=id, label=label, sinks=sinks)
         )
         self.grace_ms = GRACE_MS if label else 0
@@ -318,7 +318,7 @@ class Cluster:
     def _claimed(
         self,
         node: Node,
-        claims: list[tuple[int, Tenure | None]],
+        claims: list[tuple[int, Claim | None]],
         replies: list[Any],
         sent_at: float,
     ) -> None:
@@ -337,7 +337,7 @@ class Cluster:
             self._drain(node, surplus)
         self._pause(node)
 
-    def _gained(self, node: Node, tenure: Tenure) -> None:
+    def _gained(self, node: Node, tenure: Claim) -> None:
         self.moves += 1
         resource, epoch = tenure.resource, tenure.epoch
         if self._owners.setdefault((resource, epoch), node.id) != node.id:
@@ -358,7 +358,7 @@ class Cluster:
         if len(active) > 1:
             raise Broken(f"Z2: {active} hand out work of {resource}")
 
-    def _drain(self, node: Node, tenures: list[Tenure], *, last: bool = False) -> None:
+    def _drain(self, node: Node, tenures: list[Claim], *, last: bool = False) -> None:
         slow = self.faulty and self.rng.random() < 0.1
         takes = self.rng.uniform(0, 2 * FORCED_MS / 1000 if slow else 1.0) if self.drains else 0.0
         under_way = [node.busy.get(tenure.resource, 0.0) - self.now for tenure in tenures]
@@ -373,7 +373,7 @@ class Cluster:
             return
         self.at(takes, self._drained, node, tenures, last)
 
-    def _drained(self, node: Node, tenures: list[Tenure], last: bool) -> None:
+    def _drained(self, node: Node, tenures: list[Claim], last: bool) -> None:
         if node.crashed:
             return
         if node.paused_until > self.now:
@@ -381,7 +381,7 @@ class Cluster:
             return
         self._handed(node, tenures, last)
 
-    def _handed(self, node: Node, tenures: list[Tenure], last: bool) -> None:
+    def _handed(self, node: Node, tenures: list[Claim], last: bool) -> None:
         for tenure in tenures:
             if node.core.tenures.get(tenure.resource) is not tenure:
                 continue

@@ -1,4 +1,4 @@
-"""Locks of several processes, played in one loop: each with a link, a doorbell and a name.
+"""Locks of several processes, played in one loop: each with a link, a pubsub and a name.
 
 async with smithy(server, namespace) as make:
     one, two = await make("one"), await make("two")
@@ -18,9 +18,9 @@ from prometheus_client import CollectorRegistry
 
 from forebay.coordinator.clock import Clock, SystemClock
 from forebay.coordinator.instruments import Instruments
-from forebay.coordinator.link import Commands, Link
 from forebay.coordinator.locks.locks import Locks
-from forebay.coordinator.scripting import load_scripts
+from forebay.coordinator.valkey.link import Commands, Link
+from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.schemas.keys import Names
 from links import doorbell_to, link_to, running
 from valkeyd import ValkeyServer

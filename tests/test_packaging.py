@@ -76,7 +76,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_wheel_works_where_it_is_unpacked(unpacked: Path) -> None:
     """Scripts are found beside the code, and the command runs."""
     code = (
-        "import forebay; from forebay.coordinator.scripting import load_scripts; "
+        "import forebay; from forebay.coordinator.valkey.scripting import load_scripts; "
         "print(forebay.__file__); print(len(load_scripts()))"
     )
     place, scripts = python("-c", code, cwd=unpacked.parent, path=unpacked).splitlines()

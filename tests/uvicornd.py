@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from forebay.coordinator.embedded import bound_to_owner
+from forebay.coordinator.valkey.embedded import bound_to_owner
 from noded import PATIENCE_S, environ
 from valkeyd import free_port
 

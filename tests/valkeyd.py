@@ -23,8 +23,8 @@ from typing import Any, Literal, Self
 
 import valkey
 
-from forebay.coordinator.binary import find_binary
-from forebay.coordinator.embedded import bound_to_owner
+from forebay.coordinator.valkey.binary import find_binary
+from forebay.coordinator.valkey.embedded import bound_to_owner
 
 __all__ = ["Flavour", "ValkeyServer", "free_port", "pings_of", "program"]
 

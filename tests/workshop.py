@@ -20,14 +20,14 @@ from anyio.abc import TaskStatus
 
 import forebay
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.link import Arg, Commands, Reply
-from forebay.coordinator.ownership import Ownership
-from forebay.nodes.running import Running
+from forebay.coordinator.log.ownership import Ownership
+from forebay.coordinator.valkey.link import Arg, Commands, Reply
+from forebay.nodes.runtime import Running
 from forebay.nodes.sinks.base import SinkBatch, Write
 from forebay.nodes.workers.dead_letters import DeadLetters
 from forebay.nodes.workers.delivery import Delivery
 from forebay.nodes.workers.ingress import Ingress
-from forebay.nodes.workers.writes import WriteBehind
+from forebay.nodes.workers.write_behind import WriteBehind
 from forebay.schemas.errors import BusySinkError, Fenced, PoisonSinkError
 from forebay.schemas.jobs import read_write
 from forebay.schemas.keys import EVENTS
@@ -281,7 +281,7 @@ class Workshop:
             if channel == self.names.work.encode() and kind == b"w":
                 made.bell(int(shard))
 
-        parts.backend.doorbell.on_message(ring)
+        parts.backend.pubsub.on_message(ring)
         _tell(owner, made)
         return made
 

@@ -20,12 +20,12 @@ from ...schemas.errors import Unavailable
 from ...schemas.errors_limits import InvalidLimit
 from ...schemas.keys import check_key
 from ...schemas.limits import Limit, Source, Verdict, check_cost, terms_of
-from ..link import Arg
-from . import store_down
-from .coalescing import Answer, Lane, Run
-from .desk import Desk
-from .ledger import Costs, Decided, Mode, Outcome, limit_args
-from .token_leases import Stock
+from ..valkey.link import Arg
+from . import outage as store_down
+from .local_tokens import LocalTokens
+from .shared_state import LimiterState
+from .store import Costs, Decided, Mode, Outcome, limit_args
+from .subject_queue import Answer, Lane, Run
 
 __all__ = ["LANES_MAX", "LimitSet"]
 
@@ -36,7 +36,7 @@ Cost = int | Mapping[str, int]
 
 
 class LimitSet:
-    def __init__(self, desk: Desk, limits: Sequence[Limit]) -> None:
+    def __init__(self, desk: LimiterState, limits: Sequence[Limit]) -> None:
         self._desk = desk
         self._lanes: dict[str, Lane] = {}
         self.now = desk.clock.monotonic
@@ -71,7 +71,7 @@ class LimitSet:
             self._unload(lane, lane.stock)
             lane.stock = None
 
-    def _unload(self, lane: Lane, stock: Stock) -> None:
+    def _unload(self, lane: Lane, stock: LocalTokens) -> None:
         if tokens := stock.take_all():
             lane.give_back(tokens, (1,))
 
@@ -156,7 +156,7 @@ class LimitSet:
         costs = tuple(check_cost(limit, cost) for limit in self.limits)
         return (costs[0], (1,) * len(costs)) if partial else (1, costs)
 
-    def _leased(self, lane: Lane, stock: Stock, cost: int) -> Verdict:
+    def _leased(self, lane: Lane, stock: LocalTokens, cost: int) -> Verdict:
         self.leased += 1
         if stock.low:
             lane.restock()
@@ -181,8 +181,8 @@ class LimitSet:
         self._lanes[word] = lane
         return lane
 
-    def _stock(self) -> Stock:
-        return Stock(self.lease_hold_s(), self.now())
+    def _stock(self) -> LocalTokens:
+        return LocalTokens(self.lease_hold_s(), self.now())
 
     def _evict(self) -> None:
         """Forget the oldest that nobody waits for; look at a few only."""

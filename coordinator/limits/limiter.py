@@ -24,13 +24,13 @@ from ...schemas.limits import Limit, check_limit
 from ..background import BackgroundTasks
 from ..clock import Clock
 from ..instruments import Instruments
-from ..link import Commands
-from ..scripting import Scripts
-from .desk import Desk
-from .ledger import Ledger
+from ..valkey.link import Commands
+from ..valkey.scripting import Scripts
 from .limit_set import LimitSet
 from .reservations import Reservations
+from .shared_state import LimiterState
 from .slots import Slots
+from .store import LimitStore
 
 __all__ = ["Limiter"]
 
@@ -55,9 +55,13 @@ class Limiter:
         members: Callable[[], int] = lambda: 1,
         test_clock_us: Callable[[], int] | None = None,
     ) -> None:
-        ledger = Ledger(commands, names, scripts, budget_ms=budget_ms, test_clock_us=test_clock_us)
+        ledger = LimitStore(
+            commands, names, scripts, budget_ms=budget_ms, test_clock_us=test_clock_us
+        )
         self.check_loop = tasks.check_loop
-        self.desk = Desk(ledger, clock=clock, tasks=tasks, instruments=instruments, members=members)
+        self.desk = LimiterState(
+            ledger, clock=clock, tasks=tasks, instruments=instruments, members=members
+        )
         self.reservations = Reservations(self.desk, ids=ids)
         self.slots = Slots(self.desk, scripts, ids=ids)
         self._commands = commands

@@ -16,9 +16,9 @@ from msgspec import Struct
 
 from ...schemas.errors_limits import InvalidLimit, RateLimited, UnknownReservation
 from ...schemas.limits import Verdict
-from .desk import Desk
-from .ledger import Costs
 from .limit_set import Cost, LimitSet
+from .shared_state import LimiterState
+from .store import Costs
 
 __all__ = ["Reservation", "Reservations"]
 
@@ -38,7 +38,7 @@ class Reservation(Struct, frozen=True, kw_only=True):
 class Reservations:
     """``ids`` gives 32 hexadecimal digits, never the same twice."""
 
-    def __init__(self, desk: Desk, *, ids: Callable[[], str]) -> None:
+    def __init__(self, desk: LimiterState, *, ids: Callable[[], str]) -> None:
         self._desk = desk
         self._ids = ids
 

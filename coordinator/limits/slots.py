@@ -29,11 +29,11 @@ from ...schemas.errors_limits import InvalidLimit, RateLimited, SlotLost
 from ...schemas.keys import check_key
 from ...schemas.limits import Limit
 from ..background import background_tasks
-from ..link import Arg, Reply
 from ..log_once import LogOnce
-from ..scripting import Scripts, run
-from .desk import Desk
-from .store_down import CLOSED_RETRY_MS
+from ..valkey.link import Arg, Reply
+from ..valkey.scripting import Scripts, run
+from .outage import CLOSED_RETRY_MS
+from .shared_state import LimiterState
 
 __all__ = ["Slot", "Slots"]
 
@@ -55,7 +55,7 @@ class Slot(Struct):
 
 
 class Slots:
-    def __init__(self, desk: Desk, scripts: Scripts, *, ids: Callable[[], str]) -> None:
+    def __init__(self, desk: LimiterState, scripts: Scripts, *, ids: Callable[[], str]) -> None:
         self._desk = desk
         self._script = scripts["slot_take"]
         self._ids = ids

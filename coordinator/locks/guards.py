@@ -15,8 +15,8 @@ from __future__ import annotations
 from ...schemas.errors_locks import StaleToken
 from ...schemas.keys import check_key
 from ...schemas.replies import WHOLE_MAX, integer
-from ..link import Arg, Commands, Reply
-from ..scripting import Scripts, run
+from ..valkey.link import Arg, Commands, Reply
+from ..valkey.scripting import Scripts, run
 from .lease import Lease
 
 __all__ = ["Guards", "fence_of", "token_of"]

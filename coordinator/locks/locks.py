@@ -35,21 +35,21 @@ from ...schemas.keys import Names, check_key
 from ...schemas.locks import LockView
 from ..clock import Clock
 from ..instruments import Instruments
-from ..link import Commands
-from ..replication import Confirms
-from ..scripting import Scripts
-from ..server_info import read_info
+from ..log.replication import Confirms
 from ..stalls import Stalls
-from .grants import Grants
+from ..valkey.link import Commands
+from ..valkey.scripting import Scripts
+from ..valkey.server_info import read_info
+from .acquire import Acquisitions
 from .guards import Guards
-from .kinds import LockOptions, LockSource, ReadWriteLock, Semaphore, Wanted
+from .handles import LockHandle, LockOptions, LockSource, ReadWriteLock, Semaphore
 from .lease import Lease
 from .queue import LockQueue
 from .reaper import Reaper
-from .records import LockRecords
 from .renewals import Renewals
+from .store import LockStore
 
-__all__ = ["Bell", "Locks"]
+__all__ = ["Locks", "Notification"]
 
 log = structlog.get_logger(__name__)
 
@@ -63,8 +63,8 @@ class Connects(Protocol):
     def on_state(self, listener: Callable[[bool], None]) -> Callable[[], None]: ...
 
 
-class Bell(Protocol):
-    """What is needed of the doorbell."""
+class Notification(Protocol):
+    """What is needed of the pubsub."""
 
     def subscribe(self, *channels: bytes) -> None: ...
 
@@ -99,7 +99,7 @@ class Locks:
         process = names.process(process)
         self._channel = f"{names.wake}{process}".encode()
         self._queue = LockQueue(rng)
-        self._records = records = LockRecords(
+        self._records = records = LockStore(
             commands, names, scripts, clock=clock, handed=self._queue.handed
         )
         self._clock = clock
@@ -115,7 +115,7 @@ class Locks:
             abandoned=self._abandoned,
             replication=lambda: self.replication,
         )
-        grants = Grants(
+        grants = Acquisitions(
             records,
             self._queue,
             self._renewals,
@@ -136,12 +136,12 @@ class Locks:
             held=len(self._renewals.held), waiting=len(self._queue), reaping=len(self._reaper)
         )
 
-    def lock(self, name: str, **options: Unpack[LockOptions]) -> Wanted:
+    def lock(self, name: str, **options: Unpack[LockOptions]) -> LockHandle:
         """A lock for one at a time; ``async with`` it.
 
         Raises:
             InvalidLock, InvalidKey: what was given cannot be. Entering the block raises as
-                ``Grants.acquire``, leaving it LeaseLost.
+                ``Acquisitions.acquire``, leaving it LeaseLost.
         """
         return self._source.want(name, options)
 
@@ -211,7 +211,7 @@ class Locks:
 
     async def run(
         self,
-        bell: Bell,
+        bell: Notification,
         link: Connects,
         run_id: Callable[[], Awaitable[str]],
         *,

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import anyio
 
-from .records import Grant, Refusal
+from .store import Grant, Refusal
 
 __all__ = ["BEAT_S", "LockQueue", "Place"]
 

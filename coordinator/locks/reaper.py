@@ -14,7 +14,7 @@ from anyio.abc import TaskStatus
 from ...schemas.errors import ForebayError
 from ..clock import Clock
 from ..instruments import Instruments
-from .records import LockRecords
+from .store import LockStore
 
 __all__ = ["Reaper"]
 
@@ -26,7 +26,7 @@ _PAUSE_S = 0.5
 
 
 class Reaper:
-    def __init__(self, records: LockRecords, *, clock: Clock, instruments: Instruments) -> None:
+    def __init__(self, records: LockStore, *, clock: Clock, instruments: Instruments) -> None:
         self._records = records
         self._clock = clock
         self._instruments = instruments

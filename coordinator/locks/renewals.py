@@ -29,11 +29,11 @@ from ...schemas.errors import ForebayError
 from ...schemas.errors_locks import LossReason
 from ..clock import Clock
 from ..instruments import Instruments
+from ..log.replication import Confirms
 from ..log_once import LogOnce
-from ..replication import Confirms
 from ..stalls import Stalls
 from .lease import Lease
-from .records import Held, LockRecords
+from .store import Held, LockStore
 
 __all__ = ["AT_ONCE", "Renewals"]
 
@@ -69,7 +69,7 @@ class _Alarm:
 class Renewals:
     def __init__(
         self,
-        records: LockRecords,
+        records: LockStore,
         *,
         shard_of: Callable[[str], int],
         stalls: Stalls,

@@ -30,7 +30,7 @@ from ..cancellation import run_apart
 from .failures import CallFailed, own_copy
 from .flights import flying, flying_with
 from .loading import under_way
-from .scope import outside
+from .request_scope import outside
 
 __all__ = ["BatchLoader", "Batches", "Group"]
 

@@ -18,7 +18,7 @@ import anyio
 from .batches import Batches, Member
 from .core import Hit, LoadCall
 from .flights import Todo
-from .reads import ReadPath
+from .read import ReadPath
 
 __all__ = ["BulkReads"]
 

@@ -32,7 +32,7 @@ from ...schemas.errors import ConfigError, ForebayError, InvalidEntry, NoJsonFor
 from ...schemas.jobs import RefreshJob
 from ...schemas.keys import dependents_of, refuse_one_string
 from ...schemas.settings import CacheDefaults, Limits
-from . import scope
+from . import request_scope as scope
 from .async_functions import name_of_function, refuse_sync
 from .batches import Batches, BatchLoader, Member
 from .bulk import BulkReads
@@ -40,14 +40,14 @@ from .copies import Copies
 from .core import Core, Hit, LoadCall
 from .declaration import Declaration, policy_of
 from .keying import Keying
-from .loads import LoadPath
+from .load import LoadPath
 from .near import NearCache, NearEntry
 from .policy import Policy
-from .reads import ReadPath
+from .read import ReadPath
 from .source import source_of
 from .warming import How, Items, WarmReport, warm
 from .writable import NOT_RUNNING, Takes1, Takes2, Takes3, Writable
-from .writes import WriteParts, WritePath
+from .write import WriteParts, WritePath
 
 __all__ = ["Cached"]
 

@@ -14,8 +14,8 @@ import anyio
 from msgspec.structs import replace
 
 from ...coordinator.clock import Clock
-from ...coordinator.link import Commands
-from ...coordinator.replication import Replication
+from ...coordinator.log.replication import Replication
+from ...coordinator.valkey.link import Commands
 from ...schemas.errors import DeadLettered, ForebayError, Level, Unconfirmed
 from ...schemas.keys import Names
 from ...schemas.replies import field_map, order

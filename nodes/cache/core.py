@@ -11,8 +11,8 @@ from msgspec import Struct
 from ...coordinator.background import BackgroundTasks
 from ...coordinator.clock import Clock, ServerClock
 from ...coordinator.instruments import Instruments
-from ...coordinator.link import Commands
-from ...coordinator.log import Follower
+from ...coordinator.log.follower import Follower
+from ...coordinator.valkey.link import Commands
 from ...schemas.entry import Entry
 from ...schemas.notices import Notice
 from .shared import SharedTier

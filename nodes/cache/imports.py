@@ -17,7 +17,7 @@ from typing import Any
 
 import anyio
 
-from ...coordinator.link import Commands
+from ...coordinator.valkey.link import Commands
 from ...schemas.errors import InvalidKey
 from ...schemas.keys import KeyTemplate
 from ...schemas.replies import array, integer

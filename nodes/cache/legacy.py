@@ -27,16 +27,16 @@ from typing import Any, Generic, Literal, TypeVar, cast
 import structlog
 from msgspec import Struct
 
-from ...coordinator.link import Commands, Reply
 from ...coordinator.log_once import LogOnce
-from ...coordinator.scripting import Call, Scripts, granted, run, run_many
+from ...coordinator.valkey.link import Commands, Reply
+from ...coordinator.valkey.scripting import Call, Scripts, granted, run, run_many
 from ...schemas.entry import FOREVER_MS, Entry, read_legacy
 from ...schemas.errors import ForebayError, InvalidEntry, ServerRefused
 from ...schemas.keys import Names, dependents_of
 from ...schemas.replies import INTEGER_MAX, integer
 from .core import Core, Hit, Lease
 from .declaration import LONGEST_S
-from .loads import LoadPath
+from .load import LoadPath
 from .near import Reservation
 from .packing import Packed
 from .policy import Policy

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 from msgspec import Struct
 
 from ...coordinator.clock import Clock
-from ...coordinator.log import Follower, ShardView
+from ...coordinator.log.follower import Follower, ShardView
 from ...schemas.settings import CacheDefaults
 from .eviction import EvictionOrder, Linked, Lru, Sieve
 from .reservations import Reservation, Reservations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ...coordinator.log import ShardView
+from ...coordinator.log.follower import ShardView
 from ...schemas.keys import shard_of
 
 __all__ = ["Reservation", "Reservations"]

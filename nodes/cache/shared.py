@@ -15,15 +15,15 @@ from typing import Literal
 
 from msgspec import Struct
 
-from ...coordinator.link import Arg, Commands, Reply
-from ...coordinator.scripting import Call, Scripts, granted, run, run_many
+from ...coordinator.valkey.link import Arg, Commands, Reply
+from ...coordinator.valkey.scripting import Call, Scripts, granted, run, run_many
 from ...schemas.errors import Backpressure, Level
 from ...schemas.errors_locks import StaleToken
 from ...schemas.jobs import RefreshJob, WriteJob, write_job
 from ...schemas.keys import Names, dependents_of
 from ...schemas.notices import Bumped, Changed, Dropped, Extended, Notice, write_notice
 from ...schemas.settings import Durable
-from .lookups import Lookups
+from .batched_lookups import Lookups
 from .tags import Captured
 
 __all__ = ["Granted", "Held", "Newer", "Receipt", "SharedTier", "Stamp"]

@@ -25,9 +25,9 @@ import anyio
 import structlog
 
 from ...coordinator.background import BackgroundTasks
-from ...coordinator.breaker import Breaker
-from ...coordinator.link import Commands
 from ...coordinator.log_once import LogOnce
+from ...coordinator.valkey.breaker import Breaker
+from ...coordinator.valkey.link import Commands
 from ...schemas.errors import BreakerOpen, ForebayError, SourceFailing, Unavailable
 from ...schemas.keys import Names
 from ...schemas.settings import CacheDefaults

@@ -26,8 +26,8 @@ from ...coordinator.clock import Clock
 from ...schemas.errors import ConfigError, LoaderError
 from .core import Hit
 from .keying import Keying
-from .reads import ReadPath
-from .scope import outside
+from .read import ReadPath
+from .request_scope import outside
 
 __all__ = [
     "FAILURES_KEPT",

@@ -23,7 +23,7 @@ from ...schemas.keys import check_key, refuse_one_string
 from .declaration import lifetime_ms
 from .packing import Packed
 from .shared import Receipt
-from .writes import WritePath
+from .write import WritePath
 
 __all__ = ["NOT_RUNNING", "Writable"]
 

@@ -20,7 +20,7 @@ import anyio
 from msgspec import Struct
 
 from ...coordinator.clock import Clock
-from ...coordinator.link import Reply
+from ...coordinator.valkey.link import Reply
 from ...schemas.errors import KeyBusy
 from .waits import KeyWaits
 

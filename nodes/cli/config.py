@@ -18,7 +18,7 @@ import msgspec
 
 from ...coordinator.clock import SystemClock
 from ...coordinator.rights import users_file
-from ...coordinator.scripting import load_scripts
+from ...coordinator.valkey.scripting import load_scripts
 from ...schemas.errors import ConfigError
 from ...schemas.keys import Names
 from ...schemas.settings_env import misspelt_names

@@ -16,14 +16,14 @@ import anyio
 import click
 import msgspec
 
-from ...coordinator.backend import Backend
 from ...coordinator.clock import SystemClock
+from ...coordinator.valkey.backend import Backend
 from ...schemas.errors import InvalidKey, Unavailable
 from ...schemas.keys import Names, check_key
 from ...schemas.settings_sources import Resolved
 from ..explain.collect import explain, names_at
 from ..explain.document import Explanation
-from ..explain.words import words
+from ..explain.renderer import words
 from .namespaces import must_be_born
 from .options import setting_options
 from .sources import load, log_to_stderr, must_be_shared

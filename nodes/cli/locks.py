@@ -17,11 +17,11 @@ import anyio
 import click
 import msgspec
 
-from ...coordinator.backend import Backend
 from ...coordinator.clock import SystemClock
 from ...coordinator.locks.locks import LISTED_MAX
-from ...coordinator.locks.records import LockRecords
-from ...coordinator.scripting import load_scripts
+from ...coordinator.locks.store import LockStore
+from ...coordinator.valkey.backend import Backend
+from ...coordinator.valkey.scripting import load_scripts
 from ...schemas.errors import InvalidKey
 from ...schemas.keys import Names, check_key
 from ...schemas.locks import Holder, LockView, Waiting
@@ -99,7 +99,7 @@ def _checked(name: str) -> str:
 
 
 def _asked(
-    question: Callable[[LockRecords], Awaitable[T]],
+    question: Callable[[LockStore], Awaitable[T]],
     config: str | None,
     flags: Mapping[str, object],
 ) -> T:
@@ -109,7 +109,7 @@ def _asked(
     return anyio.run(partial(_ask, resolved, question))
 
 
-async def _ask(resolved: Resolved, question: Callable[[LockRecords], Awaitable[T]]) -> T:
+async def _ask(resolved: Resolved, question: Callable[[LockStore], Awaitable[T]]) -> T:
     settings, clock = resolved.settings, SystemClock()
     async with Backend(
         settings.valkey, client_name=_NAME, origins=resolved.origins, clock=clock
@@ -118,21 +118,19 @@ async def _ask(resolved: Resolved, question: Callable[[LockRecords], Awaitable[T
         await must_be_born(backend.link, asked, resolved)
         names = await names_at(backend.link, asked)
         scripts = load_scripts()
-        records = LockRecords(
-            backend.link, names, scripts, clock=clock, handed=lambda *_handed: None
-        )
+        records = LockStore(backend.link, names, scripts, clock=clock, handed=lambda *_handed: None)
         return await question(records)
 
 
-async def _list(records: LockRecords) -> list[LockView]:
+async def _list(records: LockStore) -> list[LockView]:
     return await records.held(LISTED_MAX)
 
 
-async def _show(records: LockRecords, *, names: Sequence[str]) -> list[LockView]:
+async def _show(records: LockStore, *, names: Sequence[str]) -> list[LockView]:
     return await records.show(names)
 
 
-async def _force(records: LockRecords, *, name: str) -> int:
+async def _force(records: LockStore, *, name: str) -> int:
     return await records.force(name)
 
 

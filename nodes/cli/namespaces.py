@@ -6,7 +6,7 @@ A command that only talks to a namespace must not be misled by a slip of the pen
 
 from __future__ import annotations
 
-from ...coordinator.link import Commands
+from ...coordinator.valkey.link import Commands
 from ...schemas.errors import ConfigError
 from ...schemas.keys import Names
 from ...schemas.settings_sources import Resolved

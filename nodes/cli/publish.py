@@ -20,10 +20,10 @@ import anyio
 import click
 import msgspec
 
-from ...coordinator.backend import Backend
 from ...coordinator.clock import SystemClock
-from ...coordinator.scripting import load_scripts, run
-from ...coordinator.sink_directory import SinkDirectory
+from ...coordinator.log.sink_directory import SinkDirectory
+from ...coordinator.valkey.backend import Backend
+from ...coordinator.valkey.scripting import load_scripts, run
 from ...schemas.errors import Backpressure, InvalidEvent
 from ...schemas.events import read_event
 from ...schemas.keys import EVENTS, Names

@@ -27,7 +27,7 @@ import click
 import structlog
 
 from ...coordinator.background import background_tasks
-from ...coordinator.embedded import EmbeddedServer
+from ...coordinator.valkey.embedded import EmbeddedServer
 from ...schemas.errors import ConfigError, ForebayError, ProcessFailed
 from ..logs import configure_logs
 from ..node import Node

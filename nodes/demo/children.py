@@ -21,7 +21,7 @@ import structlog
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from ...coordinator.embedded import bound_to_owner
+from ...coordinator.valkey.embedded import bound_to_owner
 
 __all__ = ["Child", "tail_of"]
 

@@ -22,10 +22,10 @@ import anyio
 import anyio.to_thread
 from msgspec import Struct
 
-from ...coordinator.backend import Backend
 from ...coordinator.background import BackgroundTasks, background_tasks
 from ...coordinator.clock import Clock
-from ...coordinator.data_dir import claim_temporary
+from ...coordinator.valkey.backend import Backend
+from ...coordinator.valkey.data_dir import claim_temporary
 from ...schemas.errors import ProcessFailed
 from ...schemas.keys import Names
 from ...schemas.settings import Settings

@@ -17,7 +17,7 @@ import anyio.to_thread
 import msgspec
 from msgspec import Struct, structs
 
-from ...coordinator.link import Commands
+from ...coordinator.valkey.link import Commands
 from ...schemas.keys import EVENTS, Names
 from .boards import Board, board_of
 from .cluster import Cluster, NodeProcess

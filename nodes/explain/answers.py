@@ -19,7 +19,7 @@ import structlog
 from ...coordinator.background import BackgroundTasks
 from ...coordinator.clock import Clock
 from ...coordinator.instruments import Instruments
-from ...coordinator.link import Commands
+from ...coordinator.valkey.link import Commands
 from ...schemas.errors import ForebayError, InvalidKey, Unavailable
 from ...schemas.keys import Names, check_key
 from .document import NearState

@@ -16,14 +16,13 @@ from collections.abc import Sequence
 import structlog
 from msgspec import Struct, structs
 
-from ...coordinator.backend import Backend
-from ...coordinator.link import Commands, Reply
-from ...coordinator.scripting import ask_many, granted
+from ...coordinator.valkey.backend import Backend
+from ...coordinator.valkey.link import Commands, Reply
+from ...coordinator.valkey.scripting import ask_many, granted
 from ...schemas.entry import Entry
 from ...schemas.errors import ForebayError, InvalidEntry, ServerRefused
 from ...schemas.keys import Names
 from ...schemas.replies import SHARDS_MAX, digits, field_map, integer
-from .asking import WAIT_S, ask
 from .document import (
     NOTICES_SHOWN_MAX,
     EntryState,
@@ -33,8 +32,9 @@ from .document import (
     NodesState,
     NoticeLine,
 )
+from .questions import WAIT_S, ask
+from .renderer import verdict
 from .shared_state import entry_state, lease_state, notice_line, read_stored, tag_state
-from .words import verdict
 
 __all__ = ["LOGS_MAX", "LOOK_BACK", "explain", "names_at"]
 
@@ -82,7 +82,7 @@ async def explain(
         Unavailable, ServerRefused: the server could not be asked.
     """
     link = backend.link
-    nodes = await ask(link, backend.doorbell, names, key, nonce=nonce, wait_s=wait_s)
+    nodes = await ask(link, backend.pubsub, names, key, nonce=nonce, wait_s=wait_s)
     stored = await _stored(link, names, key, bytes_max)
     entry, tags = await _entry(link, names, stored, bytes_max)
     document = Explanation(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...coordinator.backend import AnyLink
+from ...coordinator.valkey.backend import AnyLink
 from ...schemas.errors import InvalidKey
 from ..cache.cached import Cached
 from ..cache.core import Core

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ...coordinator.backend import Backend
+from ...coordinator.valkey.backend import Backend
 from ...schemas.errors import Backpressure
 from ...schemas.keys import check_key
 from ...schemas.settings import CacheDefaults

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import assert_never
 
-from ...coordinator.link import Reply
+from ...coordinator.valkey.link import Reply
 from ...schemas.entry import FOREVER_MS, Entry, decompressed, read_entry
 from ...schemas.errors import ForebayError, InvalidEntry
 from ...schemas.notices import Bumped, Changed, Dropped, Extended, Notice, Position, read_notice

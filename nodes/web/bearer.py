@@ -21,7 +21,7 @@ from ...coordinator.clock import Clock
 from ...coordinator.files import open_to_others, read_file
 from ...coordinator.log_once import LogOnce
 from ...schemas.errors import ConfigError, ForebayError
-from .refusals import refuse
+from .error_responses import refuse
 
 __all__ = ["Bearer", "bearer_of"]
 

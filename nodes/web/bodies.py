@@ -14,7 +14,7 @@ from aiohttp import web
 
 from ...coordinator.instruments import Instruments
 from ...schemas.settings import Http
-from .refusals import refuse
+from .error_responses import refuse
 
 __all__ = ["ALL_BYTES_MAX", "Bodies"]
 

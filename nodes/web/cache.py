@@ -23,9 +23,9 @@ from aiohttp import web
 from ...schemas.errors import ForebayError, InvalidKey
 from ...schemas.keys import check_key
 from .context import CONTEXT, Context
-from .face import Read
+from .error_responses import answer, of_error, refuse
 from .openapi import ReadKey, ReadKeys, Refusal
-from .refusals import answer, of_error, refuse
+from .protocols import Read
 
 __all__ = ["BYTES_MAX", "KEYS_MAX", "MANY", "PREFIX", "key_in", "read", "read_many"]
 

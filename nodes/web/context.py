@@ -10,8 +10,8 @@ from msgspec import Struct
 from ...coordinator.clock import Clock
 from ...schemas.settings import Http
 from .bodies import Bodies
-from .face import Coordination, Served
 from .heartbeat import Heartbeat
+from .protocols import Coordination, Served
 
 __all__ = ["CONTEXT", "Context"]
 

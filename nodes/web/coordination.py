@@ -14,8 +14,8 @@ from msgspec import Struct
 from ...schemas.limits import Limit, Verdict
 from ...schemas.locks import LEASE_DEFAULT_S
 from .context import CONTEXT
-from .face import Coordination
-from .refusals import Refused
+from .error_responses import Refused
+from .protocols import Coordination
 
 __all__ = [
     "Acquire",

@@ -26,7 +26,7 @@ from aiohttp import web
 from ...schemas.errors import InvalidEvent
 from ...schemas.events import NewerSchema, read_event
 from .context import CONTEXT, Context
-from .refusals import answer, refuse
+from .error_responses import answer, refuse
 
 __all__ = ["post_events", "read_bodies"]
 

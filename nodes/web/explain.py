@@ -11,10 +11,10 @@ from __future__ import annotations
 from aiohttp import web
 
 from ...schemas.keys import check_key
-from ..explain.words import words
+from ..explain.renderer import words
 from .cache import key_in
 from .context import CONTEXT
-from .refusals import answer
+from .error_responses import answer
 
 __all__ = ["PREFIX", "explain"]
 

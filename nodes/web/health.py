@@ -18,8 +18,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from .context import CONTEXT
-from .face import Check, Gate, State
-from .refusals import answer, refuse
+from .error_responses import answer, refuse
+from .protocols import Check, Gate, State
 
 __all__ = ["ROUTES", "health", "is_probe", "probe", "verdict"]
 

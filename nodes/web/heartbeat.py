@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...coordinator.clock import Clock
-from .face import Check
+from .protocols import Check
 
 __all__ = ["BEAT_S", "STALLED_S", "WINDOW_S", "Heartbeat"]
 

@@ -21,8 +21,8 @@ from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
 from ...schemas.settings import Http
+from .error_responses import refuse
 from .health import is_probe
-from .refusals import refuse
 
 __all__ = ["Names", "hosts_of", "malformed"]
 

@@ -28,9 +28,9 @@ from .coordination import (
     decoder,
     serving,
 )
+from .error_responses import answer, refuse
 from .limit_answers import fields_of
 from .locks import segment
-from .refusals import answer, refuse
 
 __all__ = ["list_all", "reserve", "settle", "take"]
 

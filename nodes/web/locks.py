@@ -20,9 +20,10 @@ import anyio
 import msgspec
 from aiohttp import web
 
-from ...coordinator.locks.records import Grant
+from ...coordinator.locks.store import Grant
 from ...schemas.errors import ForebayError, InvalidKey
 from ...schemas.locks import LockView
+from .aiohttp_internals import client_gone
 from .context import CONTEXT
 from .coordination import (
     Acquire,
@@ -36,9 +37,8 @@ from .coordination import (
     decoder,
     serving,
 )
-from .guards import client_gone
-from .lock_desk import LockDesk, Wish
-from .refusals import answer
+from .error_responses import answer
+from .lock_service import LockService, Wish
 
 __all__ = ["acquire", "list_all", "release", "renew", "segment", "show"]
 
@@ -70,7 +70,7 @@ async def acquire(request: web.Request) -> web.StreamResponse:
     return told
 
 
-async def _while_there(request: web.Request, desk: LockDesk, wish: Wish) -> Grant:
+async def _while_there(request: web.Request, desk: LockService, wish: Wish) -> Grant:
     """The lease; a ConnectionResetError if the client does not wait for it."""
     grant: Grant | None = None
     failed: Exception = ConnectionResetError("the client is gone")

@@ -29,14 +29,14 @@ from ...coordinator.clock import Clock
 from ...schemas.errors import ConfigError, ForebayError
 from ...schemas.settings import Http
 from . import cache, events, explain, health, limits, locks, metrics, openapi, stats
+from .aiohttp_internals import GuardedRunner, count_request, spare_for_probes
 from .bearer import bearer_of
 from .bodies import Bodies
 from .context import CONTEXT, Context
-from .face import Served
-from .guards import GuardedRunner, count_request, spare_for_probes
+from .error_responses import SECURITY_HEADERS, Refused, answer, of_error, of_http, refuse
 from .heartbeat import Heartbeat
 from .hosts import hosts_of
-from .refusals import SECURITY_HEADERS, Refused, answer, of_error, of_http, refuse
+from .protocols import Served
 
 __all__ = ["Address", "make_app", "serve"]
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from .context import CONTEXT
-from .refusals import answer
+from .error_responses import answer
 
 __all__ = ["stats"]
 

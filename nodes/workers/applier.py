@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 import anyio
 import structlog
 
-from ...coordinator.link import Commands, Reply
 from ...coordinator.log_once import LogOnce
-from ...coordinator.scripting import Call, run_many
-from ...coordinator.server_info import read_info
+from ...coordinator.valkey.link import Commands, Reply
+from ...coordinator.valkey.scripting import Call, run_many
+from ...coordinator.valkey.server_info import read_info
 from ...schemas.errors import (
     Backpressure,
     ForebayError,

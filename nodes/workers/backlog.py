@@ -19,9 +19,9 @@ from anyio.abc import TaskStatus
 from msgspec import Struct
 
 from ...coordinator.clock import Clock, ServerClock
-from ...coordinator.link import Commands
+from ...coordinator.log.ownership import Ownership
 from ...coordinator.log_once import LogOnce
-from ...coordinator.ownership import Ownership
+from ...coordinator.valkey.link import Commands
 from ...schemas.errors import ForebayError
 from ...schemas.keys import EVENTS, Names
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 import structlog
 
-from ...coordinator.link import Reply
-from ...coordinator.ownership import Tenure
-from ...coordinator.scripting import Call, Scripts
+from ...coordinator.log.ownership import Claim
+from ...coordinator.valkey.link import Reply
+from ...coordinator.valkey.scripting import Call, Scripts
 from ...schemas.errors import UnreadableRecord
 from ...schemas.keys import Names, Part
 from ...schemas.replies import following, stream_id
-from .holdings import Holding
-from .stretches import Queued
+from .coalescer import Queued
+from .owned_shards import OwnedShard
 
 __all__ = ["checkpoint_call", "checkpoint_in", "trim_call"]
 
@@ -24,7 +24,7 @@ def checkpoint_call(
     scripts: Scripts,
     names: Names,
     node_id: str,
-    tenure: Tenure,
+    tenure: Claim,
     *,
     checkpoint: str,
     position: str,
@@ -63,7 +63,7 @@ def checkpoint_call(
     )
 
 
-def trim_call(scripts: Scripts, names: Names, holding: Holding) -> Call:
+def trim_call(scripts: Scripts, names: Names, holding: OwnedShard) -> Call:
     """Deletes the writes that all lanes are past."""
     return Call(
         script=scripts["writes_trim"],

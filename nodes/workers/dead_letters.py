@@ -20,8 +20,8 @@ import structlog
 from msgspec import Struct
 
 from ...coordinator.instruments import Instruments
-from ...coordinator.link import Arg, Commands
-from ...coordinator.scripting import Call, Scripts, run_many
+from ...coordinator.valkey.link import Arg, Commands
+from ...coordinator.valkey.scripting import Call, Scripts, run_many
 from ...schemas.errors import ForebayError, InvalidEvent, ServerRefused
 from ...schemas.keys import Names
 from ...schemas.replies import integer

@@ -30,11 +30,11 @@ import structlog
 from anyio.abc import TaskStatus
 
 from ...coordinator.clock import Clock
-from ...coordinator.dialer import Dialer
 from ...coordinator.instruments import Instruments
+from ...coordinator.log.ownership import Claim
 from ...coordinator.log_once import LogOnce
-from ...coordinator.ownership import Tenure
-from ...coordinator.tracking import Tracking
+from ...coordinator.valkey.dialer import Dialer
+from ...coordinator.valkey.tracking import Tracking
 from ...schemas.errors import ForebayError
 from ...schemas.keys import EVENTS, Names
 from ...schemas.notices import Notice
@@ -142,7 +142,7 @@ class ExternalWriters:
         self._counts = instruments.counts
         self._told_per_s_max = told_per_s_max
         self._changes = ChangedEntries(names, instruments, queue_max=queue_max)
-        self._tenure: Tenure | None = None
+        self._tenure: Claim | None = None
         self._turn = anyio.Event()
         self._reset_from = float("-inf")
         self._failing = LogOnce(clock)
@@ -157,18 +157,18 @@ class ExternalWriters:
         state = "idle" if self._tenure is None else "at work"
         return f"<ExternalWriters {state}, {len(self._changes)} to look at>"
 
-    def gained(self, tenure: Tenure) -> None:
+    def gained(self, tenure: Claim) -> None:
         if tenure.resource == EVENTS:
             self._elect(tenure)
 
-    def lost(self, tenure: Tenure) -> None:
+    def lost(self, tenure: Claim) -> None:
         if tenure.resource == EVENTS:
             self._elect(None)
 
-    async def yielding(self, tenures: Sequence[Tenure]) -> None:
+    async def yielding(self, tenures: Sequence[Claim]) -> None:
         """Nothing has to be finished: whoever takes over doubts everything (V3)."""
 
-    def _elect(self, tenure: Tenure | None) -> None:
+    def _elect(self, tenure: Claim | None) -> None:
         self._tenure = tenure
         self._turn.set()
         self._turn = anyio.Event()
@@ -191,7 +191,7 @@ class ExternalWriters:
             reason = str(self.tracking.refused)
         log.warning("external_writers.off", reason=reason)
 
-    async def _serve(self, tenure: Tenure, tracking: Tracking) -> None:
+    async def _serve(self, tenure: Claim, tracking: Tracking) -> None:
         """Follow until another node is elected, or the server refuses."""
         self._changes.clear()
         self._foreign.lifetimes.clear()

@@ -20,9 +20,9 @@ import msgspec
 from msgspec import Struct
 
 from ...coordinator.clock import Clock, ServerClock
-from ...coordinator.link import Arg, Commands, Reply
-from ...coordinator.log import Follower
-from ...coordinator.scripting import Call, Scripts, run_many
+from ...coordinator.log.follower import Follower
+from ...coordinator.valkey.link import Arg, Commands, Reply
+from ...coordinator.valkey.scripting import Call, Scripts, run_many
 from ...schemas.entry import FOREVER_MS, MAGIC, version_of
 from ...schemas.errors import ForebayError, InvalidKey, ServerRefused
 from ...schemas.keys import Names, check_key

@@ -23,18 +23,18 @@ import structlog
 from msgspec import Struct
 
 from ...coordinator.clock import ServerClock
-from ...coordinator.link import Commands, Reply
+from ...coordinator.log.ownership import Claim, Ownership
 from ...coordinator.log_once import LogOnce
-from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Scripts, ask_many, granted, run_many
+from ...coordinator.valkey.link import Commands, Reply
+from ...coordinator.valkey.scripting import Scripts, ask_many, granted, run_many
 from ...schemas.errors import ForebayError, InvalidEvent, ServerRefused
 from ...schemas.keys import Names
 from ...schemas.settings import Workers
+from .coalescer import Queued, queued
 from .commits import checkpoint_call
 from .dead_letters import DeadLetter, DeadLetters
-from .holdings import Holding
+from .owned_shards import OwnedShard
 from .routes import Routes
-from .stretches import Queued, queued
 
 __all__ = ["Held", "HeldStatistics"]
 
@@ -57,7 +57,7 @@ class HeldStatistics(Struct, frozen=True, kw_only=True):
 class Held:
     def __init__(
         self,
-        holdings: Mapping[int, Holding],
+        holdings: Mapping[int, OwnedShard],
         commands: Commands,
         names: Names,
         scripts: Scripts,
@@ -148,7 +148,7 @@ class Held:
             for (raw_id, fields), tried in zip(entries.items(), tokens, strict=True)
         ]
 
-    async def _judge_all(self, tenure: Tenure, page: Sequence[Queued]) -> None:
+    async def _judge_all(self, tenure: Claim, page: Sequence[Queued]) -> None:
         now_ms, dead, deferred = self._server_clock.now_ms(), list[DeadLetter](), False
         gone: list[Queued] = []
         for entry in page:
@@ -194,7 +194,7 @@ class Held:
         fix = "declare one with @node.sink, and start a worker that has it"
         return InvalidEvent("no_sink", problem, field="key", fix=fix)
 
-    async def _forget(self, tenure: Tenure, gone: Sequence[Queued]) -> None:
+    async def _forget(self, tenure: Claim, gone: Sequence[Queued]) -> None:
         """They are dead letters: reads of their keys ask the source from now on."""
         newest = {entry.job.key: entry for entry in gone if entry.job is not None}
         if newest:
@@ -221,7 +221,7 @@ class Held:
             ]
         )
 
-    def _in_force(self, tenure: Tenure) -> bool:
+    def _in_force(self, tenure: Claim) -> bool:
         return self._ownership.in_force(tenure.resource) is tenure
 
     def _tell(self, count: int, oldest: Sequence[Queued]) -> None:

@@ -28,10 +28,10 @@ import anyio
 import structlog
 from anyio.abc import TaskStatus
 
-from ...coordinator.link import Arg, Commands, Reply
+from ...coordinator.log.ownership import Claim, Ownership
 from ...coordinator.log_once import LogOnce
-from ...coordinator.ownership import Ownership, Tenure
-from ...coordinator.scripting import Scripts, ask_many, granted, run
+from ...coordinator.valkey.link import Arg, Commands, Reply
+from ...coordinator.valkey.scripting import Scripts, ask_many, granted, run
 from ...schemas.errors import (
     Fenced,
     ForebayError,
@@ -126,15 +126,15 @@ class Ingress:
         state = "yielding" if self._yielding else "busy" if self._busy else "idle"
         return f"<Ingress of {self._names.events} {state}>"
 
-    def gained(self, tenure: Tenure) -> None:
+    def gained(self, tenure: Claim) -> None:
         if tenure.resource == EVENTS:
             self._yielding = False
             self._owner.set()
 
-    def lost(self, tenure: Tenure) -> None:
+    def lost(self, tenure: Claim) -> None:
         """Seen by itself: the tenure is looked at before every step."""
 
-    async def yielding(self, tenures: Sequence[Tenure]) -> None:
+    async def yielding(self, tenures: Sequence[Claim]) -> None:
         """Take no further batch, and wait for the one under way, unless that waits itself."""
         if any(tenure.resource == EVENTS for tenure in tenures):
             self._yielding = True
@@ -182,7 +182,7 @@ class Ingress:
                 self.failing.say(log, "ingress.interrupted", error)
                 await anyio.sleep(_RETRY_S)
 
-    async def _serve(self, tenure: Tenure) -> None:
+    async def _serve(self, tenure: Claim) -> None:
         """Apply batch after batch as long as the tenure is in force."""
         await self._take_over(tenure, ())  # so that there is room behind the last id
         await self._try_to_publish_held(tenure)
@@ -223,7 +223,7 @@ class Ingress:
             [read_mark(reply) for reply in replies if isinstance(reply, bytes)] or [_NO_MARK]
         )
 
-    async def _take_over(self, tenure: Tenure, entries: Sequence[Sequence[Reply]]) -> int:
+    async def _take_over(self, tenure: Claim, entries: Sequence[Sequence[Reply]]) -> int:
         """Announce that these are applied next; returns the generation of the stream."""
         first, last = (_id(entries[0]), _id(entries[-1])) if entries else ("", "")
         highest, (ms, seq) = self._newest
@@ -249,16 +249,16 @@ class Ingress:
                 log.info("ingress.id_current", stream=stream)
         self.ahead_ms = ahead_ms if ahead_ms > _AHEAD_MS else 0
 
-    def _ours(self, tenure: Tenure) -> bool:
+    def _ours(self, tenure: Claim) -> bool:
         return self._ownership.in_force(EVENTS) is tenure and not self._yielding
 
-    def _check(self, tenure: Tenure, waiting: bool) -> None:
+    def _check(self, tenure: Claim, waiting: bool) -> None:
         """A batch under way is finished before yielding, but not if it has to wait."""
         if self._ownership.in_force(EVENTS) is not tenure or (waiting and self._yielding):
             raise Fenced("the ingress stream", tenure.epoch, 0)
 
     async def _apply(
-        self, tenure: Tenure, entries: Sequence[Sequence[Reply]], generation: int
+        self, tenure: Claim, entries: Sequence[Sequence[Reply]], generation: int
     ) -> None:
         started = self._clock.monotonic()
         batch: list[Taken] = []
@@ -320,14 +320,14 @@ class Ingress:
         log.error("event.held", entry=entry_id, error=str(error))
         return None
 
-    async def _try_to_publish_held(self, tenure: Tenure) -> None:
+    async def _try_to_publish_held(self, tenure: Claim) -> None:
         """Events that the server refuses stay held: new events must not wait for them."""
         try:
             await self._publish_held(tenure)
         except ServerRefused as error:
             log.warning("event.still_held", error=str(error))
 
-    async def _publish_held(self, tenure: Tenure) -> None:
+    async def _publish_held(self, tenure: Claim) -> None:
         """Give events that this node can read, and an older one could not, another try."""
         held, start = self._names.part(EVENTS, "held"), "-"
         while page := await self._held_page(held, start):
@@ -359,13 +359,13 @@ class Ingress:
         reply = await run(self._commands, script, [stream], [entry_id, 0, *fields])
         return bool(reply[0])
 
-    async def _commit(self, tenure: Tenure, last_id: str) -> None:
+    async def _commit(self, tenure: Claim, last_id: str) -> None:
         reply = await self._run("ingress_commit", tenure, last_id, following(last_id))
         if reply[1] == b"drained":
             log.info("ingress.stream_renewed", stream=self._names.events, last_id=last_id)
             self._instruments.counts["ingress_generations", "drained"] += 1
 
-    async def _run(self, script: str, tenure: Tenure, *args: Arg) -> Sequence[Reply]:
+    async def _run(self, script: str, tenure: Claim, *args: Arg) -> Sequence[Reply]:
         """Run a script that only the owner may run.
 
         Raises:

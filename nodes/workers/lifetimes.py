@@ -1,7 +1,7 @@
 """When entries will be gone, as far as one node knows: what makes their absence no wonder.
 
 J1  An absence is explained only by the newest that is known of the key: an invalidation, or
-    the end of the entry's lifetime. Versions order what comes in by different ways.
+    the end of the entry's lifetime. Coalescer order what comes in by different ways.
 J2  Of the ``known_max`` keys learned of last; of others nothing is known.
 """
 

@@ -23,8 +23,8 @@ import structlog
 from anyio.abc import TaskStatus
 
 from ...coordinator.instruments import Instruments
-from ...coordinator.link import Commands
 from ...coordinator.log_once import LogOnce
+from ...coordinator.valkey.link import Commands
 from ...schemas.errors import ForebayError, ServerRefused
 from ...schemas.jobs import RefreshJob, read_refresh
 from ...schemas.keys import Names

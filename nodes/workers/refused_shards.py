@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import structlog
 
-from ...coordinator.link import Reply
 from ...coordinator.log_once import LogOnce
+from ...coordinator.valkey.link import Reply
 from ...schemas.errors import ForebayError, ServerRefused
 
 __all__ = ["RefusedShards"]

@@ -26,7 +26,7 @@ from ..cache.cached import Cached
 from ..cache.packing import Packed
 from ..cache.values import ValueCodec
 from ..sinks.base import Sink
-from ..sinks.outlet import Outlet
+from ..sinks.serialized import Outlet
 
 __all__ = ["Routes", "SinkRoute", "refused_value"]
 

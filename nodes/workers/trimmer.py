@@ -14,10 +14,10 @@ import anyio
 import structlog
 from anyio.abc import TaskStatus
 
-from ...coordinator.link import Commands
-from ...coordinator.log import Follower
-from ...coordinator.ownership import Ownership
-from ...coordinator.scripting import granted
+from ...coordinator.log.follower import Follower
+from ...coordinator.log.ownership import Ownership
+from ...coordinator.valkey.link import Commands
+from ...coordinator.valkey.scripting import granted
 from ...schemas.errors import ForebayError
 from ...schemas.keys import EVENTS, Names
 from ...schemas.replies import integer, order

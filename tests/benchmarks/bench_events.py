@@ -8,7 +8,7 @@ usage: python tests/benchmarks/bench_events.py [--events 60000] [--rounds 3] [--
 
 Consumers take turns, round by round, on one server. An event names one of 5,000 keys. Forebay
 reads it, decides, merges, invalidates in the shared tier, writes the shards' logs, rings the
-doorbell and moves its checkpoint. XREADGROUP with XACK by valkey-py decodes the JSON and does
+pubsub and moves its checkpoint. XREADGROUP with XACK by valkey-py decodes the JSON and does
 nothing with it: that is the limit of the wire, not a rival. FastStream does as little, and
 takes part if it is installed. Events are published 500 at a time, by a pipeline or by
 ``node.publish``; FastStream's publisher takes one, so 64 tasks use it.
@@ -225,7 +225,7 @@ async def forebay_latencies(server: ValkeyServer, events: int) -> list[float]:
 
 
 async def raw_latencies(server: ValkeyServer, events: int) -> list[float]:
-    """PUBLISH, heard by a subscriber: what the doorbell itself costs."""
+    """PUBLISH, heard by a subscriber: what the pubsub itself costs."""
     bell, heard = doorbell_to(server.url), dict[int, float]()
     bell.on_message(lambda _, payload: heard.setdefault(int(payload), time.perf_counter()))
     bell.subscribe(b"raw")

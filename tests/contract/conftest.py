@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from forebay.coordinator.backend import Backend
+from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.settings import Valkey
 from scriptdesk import Desk
 

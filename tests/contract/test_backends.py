@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conftest import require
-from forebay.coordinator.backend import Backend, UseFake, UseUrl
+from forebay.coordinator.valkey.backend import Backend, UseFake, UseUrl
 from scriptdesk import Desk
 from valkeyd import Flavour
 

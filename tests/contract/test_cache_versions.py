@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 import forebay
-from forebay.coordinator.backend import Backend
+from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.settings import CacheDefaults, NodeSettings, Settings, Valkey, Workers
 from scriptdesk import MINUTE_MS, Desk
 from workshop import until

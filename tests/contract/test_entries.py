@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 import anyio
 import pytest
 
-from forebay.coordinator.backend import Backend
+from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.entry import EntryMeta, read_entry
 from forebay.schemas.keys import dependents_of
-from forebay.schemas.notices import Changed, Dropped, Extended, read_bell
+from forebay.schemas.notices import Changed, Dropped, Extended, read_notification
 from scriptdesk import MINUTE_MS, Desk
 
 # entry_begin, entry_fill, lease_release
@@ -709,9 +709,9 @@ async def test_every_change_is_announced_with_its_place_in_the_log(
 ) -> None:
     """C2: dense ids, versions that grow; the bell says what the log says, in its order."""
     heard: list[bytes] = []
-    backend.doorbell.on_message(lambda _, payload: heard.append(payload))
-    backend.doorbell.subscribe(desk.names.bell.encode())
-    await backend.doorbell.ready()
+    backend.pubsub.on_message(lambda _, payload: heard.append(payload))
+    backend.pubsub.subscribe(desk.names.bell.encode())
+    await backend.pubsub.ready()
     tag = next(t for n in range(99) if desk.names.shard(t := f"t{n}") == desk.shard)
     await desk.log_begin()
     await desk.begin("mine")
@@ -730,7 +730,7 @@ async def test_every_change_is_announced_with_its_place_in_the_log(
     with anyio.fail_after(10):
         while len(heard) < 6:
             await anyio.sleep(0.002)
-    bells = [bell for payload in heard if (bell := read_bell(payload)) is not None]
+    bells = [bell for payload in heard if (bell := read_notification(payload)) is not None]
     assert [bell.shard for bell in bells] == [desk.shard] * 6
     assert [(bell.position, bell.version) for bell in bells] == [
         (each.position, each.version) for each in logged

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from forebay.coordinator.backend import Backend
+from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.keys import EVENTS
 from scriptdesk import SCRIPTS, Desk

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from forebay.coordinator.backend import Backend
+from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.replies import LAST_ID
 from scriptdesk import Desk

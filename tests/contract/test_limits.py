@@ -7,12 +7,12 @@ import uuid
 
 from prometheus_client import CollectorRegistry
 
-from forebay.coordinator.backend import Backend
 from forebay.coordinator.background import background_tasks
 from forebay.coordinator.instruments import Instruments
 from forebay.coordinator.limits import gcra
 from forebay.coordinator.limits.limiter import Limiter
-from forebay.coordinator.scripting import load_scripts
+from forebay.coordinator.valkey.backend import Backend
+from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.schemas.keys import Names
 from forebay.schemas.limits import Limit, check_limit, terms_of
 from forebay.schemas.settings import Valkey

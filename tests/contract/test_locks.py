@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.locks.records import Grant, Held, LockRecords, Refusal
+from forebay.coordinator.locks.store import Grant, Held, LockStore, Refusal
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.errors_locks import InvalidLock, LockNotAcquired
 from forebay.schemas.locks import PERMITS_MAX, Terms
@@ -24,7 +24,7 @@ def semaphore(weight: int, capacity: int = 3) -> Terms:
     return Terms(name="k", kind="s", capacity=capacity, weight=weight)
 
 
-class Records(LockRecords):
+class Records(LockStore):
     def __init__(self, desk: Desk) -> None:
         self.told: list[tuple[str, int]] = []
         super().__init__(

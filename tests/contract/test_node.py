@@ -10,7 +10,7 @@ import pytest
 from msgspec import Struct
 
 import forebay
-from forebay.coordinator.backend import Backend
+from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.entry import read_entry
 from forebay.schemas.errors import InvalidEvent
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 import forebay
-from forebay.coordinator.backend import Backend
+from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.errors import Unconfirmed
 from forebay.schemas.keys import dependents_of
 from forebay.schemas.notices import Changed
@@ -134,9 +134,9 @@ async def test_what_depends_on_a_key_is_outdated_by_its_write(desk: Desk) -> Non
 async def test_a_commit_is_told_on_the_channel_of_jobs(desk: Desk, backend: Backend) -> None:
     """checkpoint_commit I4: to whoever waits for it; one that is fenced off tells nothing."""
     heard: list[tuple[bytes, bytes]] = []
-    doorbell = backend.doorbell
-    doorbell.on_message(lambda channel, payload: heard.append((channel, payload)))
-    doorbell.subscribe(desk.names.work.encode())
+    pubsub = backend.pubsub
+    pubsub.on_message(lambda channel, payload: heard.append((channel, payload)))
+    pubsub.subscribe(desk.names.work.encode())
     with anyio.fail_after(20):
         while not await desk.commands.call("PUBLISH", desk.names.work, "hello"):
             await anyio.sleep(0.005)

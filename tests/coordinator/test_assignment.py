@@ -1,4 +1,4 @@
-"""Who should own what: coordinator/assignment.py."""
+"""Who should own what: coordinator/log/assignment.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.coordinator.assignment import Candidate, assign
+from forebay.coordinator.log.assignment import Candidate, assign
 
 IDS = tuple("abcdef")
 GOLDEN, GOLDEN_WITH_D = "abbacabccccc", "abbacabccdcc"

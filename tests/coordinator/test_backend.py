@@ -13,12 +13,12 @@ import pytest
 from anyio.abc import SocketStream
 from libvalkey import Reader
 
-from forebay.coordinator.backend import Backend
-from forebay.coordinator.binary import FoundBinary, find_binary
-from forebay.coordinator.choice import UseEmbedded, UseFake, UseUrl, choose
 from forebay.coordinator.clock import ServerClock, SystemClock
-from forebay.coordinator.data_dir import command_line
-from forebay.coordinator.introduction import ServerFacts, findings
+from forebay.coordinator.valkey.backend import Backend
+from forebay.coordinator.valkey.binary import FoundBinary, find_binary
+from forebay.coordinator.valkey.choice import UseEmbedded, UseFake, UseUrl, choose
+from forebay.coordinator.valkey.data_dir import command_line
+from forebay.coordinator.valkey.handshake import ServerFacts, findings
 from forebay.schemas.errors import ConfigError, StartupError, Unavailable
 from forebay.schemas.settings import Secret, Valkey
 from valkeyd import ValkeyServer, free_port
@@ -155,7 +155,7 @@ def test_a_url_that_cannot_be_read_is_a_config_error() -> None:
 
 
 async def test_a_started_backend_knows_its_server(backend_settings: Valkey, namespace: str) -> None:
-    """I1: facts, link and doorbell are there, on every kind of backend."""
+    """I1: facts, link and pubsub are there, on every kind of backend."""
     async with Backend(backend_settings, client_name="test") as backend:
         facts = backend.facts
         assert facts.kind in ("valkey", "redis", "fakeredis")
@@ -166,7 +166,7 @@ async def test_a_started_backend_knows_its_server(backend_settings: Valkey, name
         assert facts.clock.known
         assert "spublish" in facts.has
         assert await backend.link.call("SET", namespace, "1") == b"OK"
-        await backend.doorbell.ready()
+        await backend.pubsub.ready()
 
 
 async def test_newer_commands_are_probed(valkey_server: ValkeyServer) -> None:

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from forebay.coordinator.breaker import Breaker
+from forebay.coordinator.valkey.breaker import Breaker
 from forebay.schemas.errors import BreakerOpen
 
 FAILURES = 3

@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from forebay.coordinator.clock import ServerClock, SystemClock
-from forebay.coordinator.clock_sync import JUMP_S, ClockSync
 from forebay.coordinator.instruments import Instruments
-from forebay.coordinator.link import Arg, Reply
+from forebay.coordinator.log.clock_sync import JUMP_S, ClockSync
+from forebay.coordinator.valkey.link import Arg, Reply
 from forebay.schemas.errors import Disconnected
 from links import link_to, running
 from shardlogs import Between, ManualClock
@@ -176,7 +176,7 @@ async def test_a_server_that_is_away_costs_no_more_than_the_look(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The estimate stays what it was, and the looking goes on."""
-    monkeypatch.setattr("forebay.coordinator.clock_sync._EVERY_S", 0.001)
+    monkeypatch.setattr("forebay.coordinator.log.clock_sync._EVERY_S", 0.001)
     ours = ManualClock()
     told = ToldTimes(ours)
     clock = ServerClock(ours)

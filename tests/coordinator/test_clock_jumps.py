@@ -15,8 +15,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from forebay.coordinator.clock import ServerClock, SystemClock
-from forebay.coordinator.clock_sync import ClockSync
 from forebay.coordinator.instruments import Instruments
+from forebay.coordinator.log.clock_sync import ClockSync
 from links import link_to, running
 from programs import tool
 from scriptdesk import Desk

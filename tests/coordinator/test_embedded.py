@@ -1,4 +1,4 @@
-"""The embedded server: coordinator/embedded.py, data_dir.py and binary.py."""
+"""The embedded server: coordinator/valkey/embedded.py, data_dir.py and binary.py."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import pytest
 import valkey
 
 from forebay.coordinator.background import background_tasks
-from forebay.coordinator.binary import FoundBinary, find_binary, new_enough
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.data_dir import DirectoryInUse, claim, claim_temporary, command_line
-from forebay.coordinator.embedded import EmbeddedServer
+from forebay.coordinator.valkey.binary import FoundBinary, find_binary, new_enough
+from forebay.coordinator.valkey.data_dir import DirectoryInUse, claim, claim_temporary, command_line
+from forebay.coordinator.valkey.embedded import EmbeddedServer
 from forebay.schemas.errors import StartupError
 
 OWNER = """
 import sys, anyio
 from pathlib import Path
-from forebay.coordinator.embedded import EmbeddedServer
-from forebay.coordinator.binary import find_binary
+from forebay.coordinator.valkey.embedded import EmbeddedServer
+from forebay.coordinator.valkey.binary import find_binary
 from forebay.coordinator.clock import SystemClock
 
 async def main():
@@ -188,7 +188,7 @@ async def test_a_frozen_server_is_killed(
     binary: FoundBinary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """I4: a server that does not heed SIGTERM is killed after a bounded wait."""
-    monkeypatch.setattr("forebay.coordinator.embedded._STOP_LIMIT_S", 0.2)
+    monkeypatch.setattr("forebay.coordinator.valkey.embedded._STOP_LIMIT_S", 0.2)
     async with EmbeddedServer(binary, clock=SystemClock()) as server:
         directory = Path(server.socket_path).parent
         os.kill(server.pid, signal.SIGSTOP)
@@ -322,7 +322,7 @@ def test_programs_are_sought_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         path.write_text(f"#!/bin/sh\necho '{says}'\n")
         path.chmod(0o755)
 
-    monkeypatch.setattr("forebay.coordinator.binary.find_spec", lambda _: None)
+    monkeypatch.setattr("forebay.coordinator.valkey.binary.find_spec", lambda _: None)
     assert find_binary(str(tmp_path)) is None
     program("redis-server", "Redis server v=6.2.7 sha=0")
     assert find_binary(str(tmp_path)) is None

@@ -1,4 +1,4 @@
-"""fakeredis behind our faces: coordinator/fake.py and fake_doorbell.py.
+"""fakeredis behind our faces: coordinator/valkey/fake.py and fake_doorbell.py.
 
 The first part holds on every kind of backend: there the fake must do as the others do.
 """
@@ -14,11 +14,11 @@ from inspect import Parameter, signature
 import anyio
 import pytest
 
-from forebay.coordinator.backend import Backend
-from forebay.coordinator.doorbell import Doorbell
-from forebay.coordinator.fake import FakeLink, shared_server
-from forebay.coordinator.fake_doorbell import FakeDoorbell
-from forebay.coordinator.link import Link
+from forebay.coordinator.valkey.backend import Backend
+from forebay.coordinator.valkey.fake import FakeLink, shared_server
+from forebay.coordinator.valkey.fake_pubsub import FakePubSub
+from forebay.coordinator.valkey.link import Link
+from forebay.coordinator.valkey.pubsub import PubSub
 from forebay.schemas.errors import Disconnected, NotShareable, ServerRefused
 from forebay.schemas.settings import Valkey
 
@@ -161,7 +161,7 @@ async def test_a_blocking_read_waits_for_entries(backend: Backend, namespace: st
 
 async def test_the_doorbell_rings(backend: Backend, namespace: str) -> None:
     """Subscribed while running, confirmed by ``live``, heard in order, then no more."""
-    bell, channel = backend.doorbell, namespace.encode()
+    bell, channel = backend.pubsub, namespace.encode()
     heard: list[tuple[bytes, bytes]] = []
     bell.on_message(lambda *message: heard.append(message))
     bell.subscribe(channel, b"other-" + channel)
@@ -184,15 +184,15 @@ async def test_the_doorbell_rings(backend: Backend, namespace: str) -> None:
 
 
 async def test_state_listeners_are_told(backend_settings: Valkey) -> None:
-    """The doorbell tells when it becomes live and when it ends."""
+    """The pubsub tells when it becomes live and when it ends."""
     states: list[bool] = []
     async with Backend(backend_settings, client_name="test") as backend:
-        await backend.doorbell.ready()
-        backend.doorbell.on_state(states.append)
-        backend.doorbell.subscribe(b"test-states")
-        await backend.doorbell.ready()
+        await backend.pubsub.ready()
+        backend.pubsub.on_state(states.append)
+        backend.pubsub.subscribe(b"test-states")
+        await backend.pubsub.ready()
     assert states[:2] == [False, True]
-    assert not backend.doorbell.live
+    assert not backend.pubsub.live
     assert not backend.link.connected
     with pytest.raises(Disconnected):
         await backend.link.call("PING")
@@ -209,7 +209,7 @@ def faces(kind: type) -> dict[str, tuple[str, ...]]:
     return found
 
 
-@pytest.mark.parametrize("real, stand_in", [(Link, FakeLink), (Doorbell, FakeDoorbell)])
+@pytest.mark.parametrize("real, stand_in", [(Link, FakeLink), (PubSub, FakePubSub)])
 def test_the_faces_are_the_same(real: type, stand_in: type) -> None:
     """Whoever works with the real one works with the fake one."""
     assert faces(stand_in) == faces(real)
@@ -228,9 +228,9 @@ async def test_nodes_of_one_name_share_the_data() -> None:
         assert first.facts.run_id != other.facts.run_id
 
         heard: list[bytes] = []
-        second.doorbell.on_message(lambda _, payload: heard.append(payload))
-        second.doorbell.subscribe(b"bell")
-        await second.doorbell.ready()
+        second.pubsub.on_message(lambda _, payload: heard.append(payload))
+        second.pubsub.subscribe(b"bell")
+        await second.pubsub.ready()
         await first.link.call("PUBLISH", "bell", "ring")
         with anyio.fail_after(5):
             while not heard:
@@ -249,13 +249,13 @@ async def test_the_data_go_with_the_last_user() -> None:
 
 
 async def test_an_outage_can_be_played() -> None:
-    """I2: calls fail while it lasts; afterwards the doorbell is live again by itself."""
+    """I2: calls fail while it lasts; afterwards the pubsub is live again by itself."""
     server = shared_server("outage")
     async with fake("outage") as backend:
-        backend.doorbell.subscribe(b"bell")
-        await backend.doorbell.ready()
+        backend.pubsub.subscribe(b"bell")
+        await backend.pubsub.ready()
         states: list[bool] = []
-        backend.doorbell.on_state(states.append)
+        backend.pubsub.on_state(states.append)
 
         server.connected = False
         with pytest.raises(Disconnected):
@@ -264,13 +264,13 @@ async def test_an_outage_can_be_played() -> None:
             await backend.link.call_many([["PING"]])
         assert not backend.link.connected
         with anyio.fail_after(5):
-            while backend.doorbell.live:
+            while backend.pubsub.live:
                 await anyio.sleep(0.005)
         server.connected = True
-        await backend.doorbell.ready()
+        await backend.pubsub.ready()
 
         heard: list[bytes] = []
-        backend.doorbell.on_message(lambda _, payload: heard.append(payload))
+        backend.pubsub.on_message(lambda _, payload: heard.append(payload))
         for payload in (b"1", b"2"):
             await backend.link.call("PUBLISH", "bell", payload)
         with anyio.fail_after(5):
@@ -290,5 +290,5 @@ async def test_a_fake_is_warned_of() -> None:
 
 def test_fakeredis_is_not_imported_unless_used() -> None:
     """It is an extra, and slow to import."""
-    program = "import sys, forebay.coordinator.backend; sys.exit('fakeredis' in sys.modules)"
+    program = "import sys, forebay.coordinator.valkey.backend; sys.exit('fakeredis' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from anyio.lowlevel import checkpoint
 
-from forebay.coordinator.breaker import Breaker
+from forebay.coordinator.valkey.breaker import Breaker
 from forebay.schemas.errors import (
     Disconnected,
     NotShareable,

@@ -9,7 +9,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from forebay.coordinator.link import Link
+from forebay.coordinator.valkey.link import Link
 from forebay.schemas.errors import (
     BreakerOpen,
     Disconnected,

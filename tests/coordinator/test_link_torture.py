@@ -9,9 +9,9 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from forebay.coordinator.dialer import Dialed
-from forebay.coordinator.link import Link
-from forebay.coordinator.wire import CommandWire
+from forebay.coordinator.valkey.dialer import Dialed
+from forebay.coordinator.valkey.link import Link
+from forebay.coordinator.valkey.wire import CommandWire
 from forebay.schemas.errors import Unavailable
 from links import link_to, running
 from valkeyd import ValkeyServer

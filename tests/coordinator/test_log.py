@@ -1,4 +1,4 @@
-"""Following the shard logs, on a real server: coordinator/log.py.
+"""Following the shard logs, on a real server: coordinator/log/follower.py.
 
 The rule for all interleavings of bells and sweeps is in test_log_interleavings.py.
 """
@@ -14,10 +14,10 @@ import pytest
 
 from conftest import MakeServer
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.doorbell import Doorbell
-from forebay.coordinator.link import Arg, Link
-from forebay.coordinator.log import Follower
-from forebay.coordinator.server_info import ASK_HISTORY, history_of
+from forebay.coordinator.log.follower import Follower
+from forebay.coordinator.valkey.link import Arg, Link
+from forebay.coordinator.valkey.pubsub import PubSub
+from forebay.coordinator.valkey.server_info import ASK_HISTORY, history_of
 from forebay.schemas.errors import ForebayError, ServerRefused
 from forebay.schemas.notices import Dropped, write_notice
 from links import doorbell_to, link_to, running
@@ -65,8 +65,8 @@ async def until(true: Callable[[], bool], *, limit_s: float = 20.0) -> None:
 @asynccontextmanager
 async def following(
     server: ValkeyServer, namespace: str, *, staleness_ms: int = 500
-) -> AsyncIterator[tuple[Shelf, Journal, Follower, Link, Doorbell]]:
-    """A follower at work, with link and doorbell of its own; another link does the writing."""
+) -> AsyncIterator[tuple[Shelf, Journal, Follower, Link, PubSub]]:
+    """A follower at work, with link and pubsub of its own; another link does the writing."""
     link, writer, bell = (
         link_to(server.socket_url, command_timeout_ms=300, connect_timeout_ms=300),
         link_to(server.socket_url),
@@ -133,7 +133,7 @@ async def test_sweeps_at_the_same_time_apply_each_notice_once(scene: Scene) -> N
 
 
 async def test_the_next_bell_is_applied_without_asking_the_server(scene: Scene) -> None:
-    """I3: what the doorbell brings in order needs no read, and proves nothing either."""
+    """I3: what the pubsub brings in order needs no read, and proves nothing either."""
     live_until = scene.follower.live_until
     bells = [await scene.shelf.write(0) for _ in range(3)]
     calls = scene.link.statistics().calls
@@ -383,7 +383,7 @@ async def test_more_bells_than_can_be_kept_are_left_to_a_read(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What bells told is remembered until it was read, and so has a limit."""
-    monkeypatch.setattr("forebay.coordinator.shard_view._TOLD_MAX", 3)
+    monkeypatch.setattr("forebay.coordinator.log.shard_view._TOLD_MAX", 3)
     for _ in range(5):
         scene.follower.bell(await scene.shelf.write(0))
     assert scene.journal.applied == {0: [0, 1, 2]}

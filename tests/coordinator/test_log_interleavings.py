@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
-from forebay.coordinator.link import Arg
-from forebay.coordinator.log import Follower
-from forebay.coordinator.shard_view import ShardView
-from forebay.schemas.notices import Bell, read_bell
+from forebay.coordinator.log.follower import Follower
+from forebay.coordinator.log.shard_view import ShardView
+from forebay.coordinator.valkey.link import Arg
+from forebay.schemas.notices import Notification, read_notification
 from links import link_to, running
 from shardlogs import Between, Broken, Journal, Shelf
 from valkeyd import ValkeyServer
@@ -155,8 +155,8 @@ class NoGaps(Follower):
     """Takes whatever is later than what it knows."""
 
     def bell(self, payload: bytes) -> None:
-        message = read_bell(payload)
-        assert isinstance(message, Bell)
+        message = read_notification(payload)
+        assert isinstance(message, Notification)
         view = self.views[message.shard]
         if message.position > view.position:
             view.start_over(message.position)
@@ -167,8 +167,8 @@ class NoMemory(Follower):
     """Applies what a bell brings though it was read already."""
 
     def bell(self, payload: bytes) -> None:
-        message = read_bell(payload)
-        assert isinstance(message, Bell)
+        message = read_notification(payload)
+        assert isinstance(message, Notification)
         view = self.views[message.shard]
         view.tell(message.position, message.version)
         self._take_in(view, message.version, message.notice)

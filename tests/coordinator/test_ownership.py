@@ -1,4 +1,4 @@
-"""Who owns what, on a real server with several owners: coordinator/ownership.py."""
+"""Who owns what, on a real server with several owners: coordinator/log/ownership.py."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 from conftest import MakeServer
 from forebay.coordinator.clock import Clock, SystemClock
-from forebay.coordinator.link import Arg, Commands, Link, Reply
-from forebay.coordinator.ownership import Ownership, Tenure
-from forebay.coordinator.roster import Profile
-from forebay.coordinator.scripting import run
+from forebay.coordinator.log.ownership import Claim, Ownership
+from forebay.coordinator.log.roster import Profile
+from forebay.coordinator.valkey.link import Arg, Commands, Link, Reply
+from forebay.coordinator.valkey.scripting import run
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.keys import EVENTS, Names
 from forebay.schemas.settings import Workers
@@ -31,19 +31,19 @@ class Diary:
 
     def __init__(self) -> None:
         self.said: list[tuple[str, int, int]] = []
-        self.yielded: list[Sequence[Tenure]] = []
+        self.yielded: list[Sequence[Claim]] = []
         self.may_yield = anyio.Event()
         self.may_yield.set()
-        self.at_gain: Callable[[Tenure], None] = lambda tenure: None
+        self.at_gain: Callable[[Claim], None] = lambda tenure: None
 
-    def gained(self, tenure: Tenure) -> None:
+    def gained(self, tenure: Claim) -> None:
         self.said.append(("gained", tenure.resource, tenure.epoch))
         self.at_gain(tenure)
 
-    def lost(self, tenure: Tenure) -> None:
+    def lost(self, tenure: Claim) -> None:
         self.said.append(("lost", tenure.resource, tenure.epoch))
 
-    async def yielding(self, tenures: Sequence[Tenure]) -> None:
+    async def yielding(self, tenures: Sequence[Claim]) -> None:
         self.yielded.append(tenures)
         self.said += [("yielding", tenure.resource, tenure.epoch) for tenure in tenures]
         await self.may_yield.wait()
@@ -102,7 +102,7 @@ class House:
         await self.link.call("ZREM", self.names.nodes, owner._node_id)
         await self.link.call("HDEL", self.names.members, owner._node_id)
 
-    async def commit(self, node_id: str, tenure: Tenure, position: str = "5-0") -> Reply:
+    async def commit(self, node_id: str, tenure: Claim, position: str = "5-0") -> Reply:
         part = self.names.part
         keys = [part(tenure.resource, name) for name in ("own", "done", "writes", "head")]
         ms, _, seq = position.partition("-")
@@ -244,7 +244,7 @@ async def test_a_crash_with_a_label_keeps_the_shards_for_the_grace(house: House)
 
 
 async def test_a_newcomer_waits_when_the_roster_was_lost(house: House) -> None:
-    """Succession S4: owners in force that are not in it yet keep what they own."""
+    """ClaimState S4: owners in force that are not in it yet keep what they own."""
     one, two = house.owner("one"), house.owner("two")
     async with at_work(one, two):
         await until(lambda: held(one, two) == [33, 32] or held(one, two) == [32, 33])
@@ -483,7 +483,7 @@ async def test_a_hand_over_that_was_cancelled_leaves_its_leases_to_end(house: Ho
 
 
 async def test_a_release_that_is_not_answered_is_not_claimed_over(house: House) -> None:
-    """Succession S5: a claim that overtook it would renew what is then given away."""
+    """ClaimState S5: a claim that overtook it would renew what is then given away."""
     between = Between(house.link)
     owner = house.owner("a", commands=between)
     await know_scripts(house)

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from forebay.coordinator import succession
-from forebay.coordinator.roster import Member, wanted
+from forebay.coordinator.log import claims
+from forebay.coordinator.log.roster import Member, wanted
 from forebay.schemas.keys import EVENTS
 from links import link_to, running
 from scriptdesk import Desk
@@ -72,7 +72,7 @@ def test_a_cluster_that_gives_shards_to_whoever_has_fewer_sinks_is_found(
         }
         return wanted(alike, shards)
 
-    monkeypatch.setattr(succession, "wanted", blind)
+    monkeypatch.setattr(claims, "wanted", blind)
     with pytest.raises(Broken, match="Z6"):
         for seed in range(300):
             live(seed, Rollout)
@@ -123,7 +123,7 @@ def test_an_assignment_that_is_not_sticky_is_found(monkeypatch: pytest.MonkeyPat
         active = sorted(each.id for each in members.values() if each.state == "active")
         return {each: active[(each + 1) % len(active)] for each in range(EVENTS, shards)}
 
-    monkeypatch.setattr(succession, "wanted", dealt)
+    monkeypatch.setattr(claims, "wanted", dealt)
     with pytest.raises(Broken, match="Z5"):
         for seed in range(300):
             live(seed)
@@ -131,7 +131,7 @@ def test_an_assignment_that_is_not_sticky_is_found(monkeypatch: pytest.MonkeyPat
 
 def test_a_cluster_that_never_claims_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control, Z4: nobody takes what is free."""
-    monkeypatch.setattr(succession, "wanted", lambda members, shards: {})
+    monkeypatch.setattr(claims, "wanted", lambda members, shards: {})
     with pytest.raises(Broken, match="Z4"):
         live(1)
 

@@ -15,8 +15,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from forebay.coordinator.background import background_tasks
-from forebay.coordinator.embedded import bound_to_owner
-from forebay.coordinator.private_server import (
+from forebay.coordinator.valkey.embedded import bound_to_owner
+from forebay.coordinator.valkey.private_server import (
     FIX,
     PrivateServer,
     Supervisor,
@@ -86,7 +86,7 @@ def process(namespace: str, directory: Path) -> Iterator[subprocess.Popen[bytes]
     """Another process that has announced its private server."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from forebay.coordinator.private_server import announced\n"
+        "from forebay.coordinator.valkey.private_server import announced\n"
         f"with announced({namespace!r}, Path({str(directory)!r})):\n"
         "    print('ready', flush=True); sys.stdin.read()\n"
     )

@@ -11,9 +11,9 @@ from typing import Any
 import anyio
 import pytest
 
-from forebay.coordinator.backend import Backend
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.replication import Replication
+from forebay.coordinator.log.replication import Replication
+from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.errors import Unconfirmed
 from forebay.schemas.settings import Valkey
 from valkeyd import ValkeyServer

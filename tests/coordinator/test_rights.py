@@ -15,9 +15,9 @@ from structlog.testing import capture_logs
 import forebay
 from conftest import MakeServer
 from forebay.coordinator import rights
-from forebay.coordinator.backend import Backend
 from forebay.coordinator.rights import Missing, RightsCheck, commands_of, needed, users_file
-from forebay.coordinator.scripting import Script, load_scripts
+from forebay.coordinator.valkey.backend import Backend
+from forebay.coordinator.valkey.scripting import Script, load_scripts
 from forebay.schemas.errors import ServerRefused, Unavailable
 from forebay.schemas.keys import Names
 from users import SHIPPED, as_node, restore, shipped_users

@@ -1,4 +1,4 @@
-"""What a member knows of the others, and what follows from it: coordinator/roster.py."""
+"""What a member knows of the others, and what follows from it: coordinator/log/roster.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.coordinator.roster import (
+from forebay.coordinator.log.roster import (
     SINKS_MAX,
     Member,
     Profile,
@@ -117,7 +117,7 @@ def test_who_has_no_weight_is_seen_and_owns_nothing() -> None:
 
 
 def test_news_is_taken_in_and_a_lost_roster_is_noticed() -> None:
-    """Succession S4 rests on it: to a newcomer the whole is no loss."""
+    """ClaimState S4 rests on it: to a newcomer the whole is no loss."""
     roster = Roster()
     one, two = b'3 active 1000 0 {"held":"3"}', b"4 suspect 1000 0 {}"
     assert not roster.learn([b"4", 1, b"a", one, b"b", two])

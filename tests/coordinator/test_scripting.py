@@ -1,4 +1,4 @@
-"""Running scripts: coordinator/scripting.py, on every kind of backend."""
+"""Running scripts: coordinator/valkey/scripting.py, on every kind of backend."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from forebay.coordinator.backend import Backend
-from forebay.coordinator.scripting import Call, Script, load_scripts, run, run_many
+from forebay.coordinator.valkey.backend import Backend
+from forebay.coordinator.valkey.scripting import Call, Script, load_scripts, run, run_many
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.settings import Valkey
 

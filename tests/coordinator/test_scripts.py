@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forebay.coordinator.limits.ledger import Ledger
 from forebay.coordinator.limits.slots import Slots
+from forebay.coordinator.limits.store import LimitStore
 from forebay.coordinator.locks.guards import Guards
-from forebay.coordinator.locks.records import LockRecords
+from forebay.coordinator.locks.store import LockStore
 from forebay.coordinator.rights import RightsCheck
-from forebay.coordinator.scripting import load_scripts
+from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.schemas.errors import ServerRefused
 from links import link_to, running
 from scriptdesk import Desk
@@ -202,7 +202,7 @@ def test_every_script_is_looked_at_here_or_in_the_contract() -> None:
     """A new script comes with its tests: the desk, or the class whose contract it is, names it."""
     methods = {
         name
-        for kind in (Desk, LockRecords, Guards, Ledger, RightsCheck, Slots)
+        for kind in (Desk, LockStore, Guards, LimitStore, RightsCheck, Slots)
         for method in vars(kind).values()
         if hasattr(method, "__code__")
         for name in method.__code__.co_consts

@@ -12,7 +12,7 @@ from importlib.resources import files
 
 import pytest
 
-from forebay.coordinator.scripting import load_scripts
+from forebay.coordinator.valkey.scripting import load_scripts
 
 FOLDER = files("forebay.coordinator") / "scripts"
 TEXTS = {each.name: each.read_text() for each in FOLDER.iterdir() if each.name.endswith(".lua")}

@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 
 from conftest import MakeServer, require
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.scripting import load_scripts
-from forebay.coordinator.tracking import Tracking
+from forebay.coordinator.valkey.scripting import load_scripts
+from forebay.coordinator.valkey.tracking import Tracking
 from forebay.schemas.settings import Valkey
 from links import SPEEDY, dialer_to
 from valkeyd import ValkeyServer, pings_of

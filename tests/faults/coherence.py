@@ -32,7 +32,7 @@ from faults.history import Record, read_history
 from faults.nemesis import Fault, Nemesis, plan
 from faults.setting import Setup
 from faults.source import Source
-from forebay.coordinator.embedded import bound_to_owner
+from forebay.coordinator.valkey.embedded import bound_to_owner
 from forebay.schemas.keys import Names
 from noded import NodeProcess, environ, until
 from valkeyd import ValkeyServer
@@ -40,7 +40,7 @@ from valkeyd import ValkeyServer
 __all__ = ["Cluster", "Outcome", "cluster", "run"]
 
 ON_DISCONNECTED = ("bypass", "stale", "fail")
-#: Connections come back soon enough for there to be doorbells to lose every two seconds.
+#: Connections come back soon enough for there to be pubsubs to lose every two seconds.
 RECONNECT_MAX_MS = 1_000
 SERVER = {"appendonly": "yes", "appendfsync": "everysec"}
 _PATIENCE_S = 30.0

@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 
-import forebay.nodes.running as wiring
+import forebay.nodes.runtime as wiring
 from faults.lock_setting import PlantedInLocks
 from forebay.coordinator.locks.lease import Lease
 from forebay.coordinator.locks.renewals import Renewals
-from forebay.coordinator.scripting import Script, Scripts, load_scripts
+from forebay.coordinator.valkey.scripting import Script, Scripts, load_scripts
 
 __all__ = ["plant"]
 

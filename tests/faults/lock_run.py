@@ -37,7 +37,7 @@ from faults.lock_nemesis import (
 from faults.lock_setting import LockSetup, Order
 from faults.relay import Relay
 from faults.sentinel import Sentinel
-from forebay.coordinator.embedded import bound_to_owner
+from forebay.coordinator.valkey.embedded import bound_to_owner
 from forebay.schemas.keys import Names
 from noded import environ, until
 from valkeyd import ValkeyServer

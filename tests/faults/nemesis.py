@@ -1,16 +1,16 @@
 """What goes wrong in a run, planned from a seed, and done to the processes.
 
-``kill pubsub``    all doorbells lose their connections; every two seconds, whatever else happens
+``kill pubsub``    all pubsubs lose their connections; every two seconds, whatever else happens
 ``kill normal``    so do all links, with what is under way on them
 ``stop node``      a node sleeps for five seconds (SIGSTOP), and is not told
-``trim asleep``    as above, and meanwhile doorbells are killed, and the logs trimmed to their end
+``trim asleep``    as above, and meanwhile pubsubs are killed, and the logs trimmed to their end
 ``freeze server``  Valkey sleeps
 ``restart kept``   Valkey ends in good order, and comes back with its data
 ``restart lost``   Valkey is killed, and comes back empty
 
 N1  The same seed and length give the same plan.
 N2  Each kind comes once in the first 25 seconds, in an order of the seed's; one at a time, but
-    for the doorbells.
+    for the pubsubs.
 N3  After ``execute`` everything runs again.
 """
 
@@ -112,7 +112,7 @@ class Nemesis:
         self._wait_until(self._started + seconds)
 
     def _wait_until(self, at: float) -> None:
-        """Wait, and kill doorbells meanwhile."""
+        """Wait, and kill pubsubs meanwhile."""
         while (left_s := at - time.monotonic()) > 0:
             kill_in_s = self._next_kill - time.monotonic()
             if kill_in_s <= 0:

@@ -1,7 +1,7 @@
 """Faults that are put into a node on purpose: a checker that does not find them proves nothing.
 
 ``gaps``        a bell is applied whatever came before it, and what lies before it is never
-                read; the loss of a doorbell or a link is not heeded, nor another run id; and
+                read; the loss of a pubsub or a link is not heeded, nor another run id; and
                 the node always says that it is current
 ``blind fill``  what a loader returned is stored, whether its lease is there or not
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from faults.setting import Planted
-from forebay.coordinator.log import Follower
-from forebay.coordinator.shard_view import ShardView
+from forebay.coordinator.log.follower import Follower
+from forebay.coordinator.log.shard_view import ShardView
 from forebay.nodes.cache.shared import SharedTier
 from forebay.schemas.notices import Position
 

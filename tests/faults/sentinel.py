@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import valkey
 
-from forebay.coordinator.embedded import bound_to_owner
+from forebay.coordinator.valkey.embedded import bound_to_owner
 from noded import until
 from valkeyd import ValkeyServer, free_port, program
 

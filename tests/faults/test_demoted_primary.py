@@ -114,7 +114,7 @@ async def test_every_connection_follows_an_address_that_moved(pair: Pair, namesp
         assert pair.second.execute("GET", node.parts.names.entry("p:1"))
         await accepted(other, 1, 3)
         await until(lambda: reads(price, 1, 3))
-        assert node.parts.backend.doorbell.live
+        assert node.parts.backend.pubsub.live
         clients = pair.first.execute("CLIENT", "LIST").decode().splitlines()
         assert [line for line in clients if "name=forebay-" in line] == []
         await price.write_behind(2, 4)

@@ -25,13 +25,13 @@ from structlog.testing import capture_logs
 
 import forebay
 from faults.service import SHARDS, Service, lock_of, subject_of, works
-from forebay.coordinator.link import Commands
-from forebay.coordinator.scripting import granted
+from forebay.coordinator.valkey.link import Commands
+from forebay.coordinator.valkey.scripting import granted
 from forebay.nodes.explain.collect import explain
 from forebay.nodes.gauges import gauges
 from forebay.nodes.status import checks
-from forebay.nodes.web.face import Check
 from forebay.nodes.web.health import verdict
+from forebay.nodes.web.protocols import Check
 from forebay.schemas.errors import ForebayError, StartupError
 from forebay.schemas.errors_limits import UnknownReservation
 from forebay.schemas.errors_locks import LockNotAcquired
@@ -280,7 +280,7 @@ class Shop(Service):
         await parts.locks.list()
         assert (await node.stats())["keys"]
         assert list(gauges(node))
-        await parts.crew.chores.round()
+        await parts.crew.leader_metrics.round()
 
     async def use(self, number: int) -> list[ForebayError]:
         """Everything in the planted shard; what was refused."""

@@ -104,7 +104,7 @@ async def test_refunds_are_told_in_the_database_only(
             if channel.endswith(b":limits") and payload != b"x-probe":
                 own.append(payload)
 
-        shop.node.parts.backend.doorbell.on_message(listen)
+        shop.node.parts.backend.pubsub.on_message(listen)
     limit = giving.node.limit("api", rate=10, per=1, burst=10)
     assert await limit.take("tenant")
     await limit.refund("tenant")
@@ -162,7 +162,7 @@ async def _round_trip(shop: Shop) -> None:
         if payload == b"x-probe":
             arrived.set()
 
-    parts.backend.doorbell.on_message(listen)
+    parts.backend.pubsub.on_message(listen)
     await parts.backend.link.call("PUBLISH", shop.names.limits, b"x-probe")
     with anyio.fail_after(20):
         await arrived.wait()

@@ -11,12 +11,12 @@ from structlog.testing import capture_logs
 
 import forebay
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.introduction import read_info
+from forebay.coordinator.valkey.handshake import read_info
 from forebay.coordinator.write_check import WriteCheck
 from forebay.nodes.gauges import gauges
 from forebay.nodes.status import checks, stats
-from forebay.nodes.web.face import Check
 from forebay.nodes.web.health import verdict
+from forebay.nodes.web.protocols import Check
 from forebay.nodes.workers.backlog import Backlog
 from forebay.schemas.errors import ServerRefused, TransientSinkError
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers

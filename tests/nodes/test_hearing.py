@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forebay.nodes.cache.tags import Captured, TagTable
-from forebay.nodes.hearing import Hearing
+from forebay.nodes.notice_dispatch import NoticeDispatcher
 from forebay.schemas.keys import Names, dependents_of
 from forebay.schemas.notices import Bumped, Changed, Dropped, Extended, Notice
 
@@ -47,7 +47,7 @@ class Told:
         waits: Any = SimpleNamespace(wake=lambda key: self.told.append(("wake", key)))
         clock: Any = SimpleNamespace(monotonic=lambda: self.now_s)
         server_clock: Any = SimpleNamespace(offset_s=OFFSET_S)
-        self.hearing = Hearing(self.tags, waits, clock, server_clock, shards=NAMES.shards)
+        self.hearing = NoticeDispatcher(self.tags, waits, clock, server_clock, shards=NAMES.shards)
         paths: Any = [Path("a", self.told), Path("b", self.told)]
         self.hearing.paths = paths
 

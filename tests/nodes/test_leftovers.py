@@ -1,4 +1,4 @@
-"""Work that a node leaves undone when it stops, and its report: nodes/leftovers.py, Crew K2."""
+"""Work that a node leaves undone when it stops, and its report: nodes/leftovers.py."""
 
 from __future__ import annotations
 

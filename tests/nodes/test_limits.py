@@ -51,7 +51,7 @@ async def test_a_limit_is_declared_and_asked(make_node: MakeNode) -> None:
 
 
 async def test_two_nodes_share_a_limit_and_hear_of_refunds(make_node: MakeNode) -> None:
-    """F3: by the doorbell, what one gives back the other may grant."""
+    """F3: by the pubsub, what one gives back the other may grant."""
     one, other = make_node(), make_node()
     here, there = (each.limit("api", rate=0.01, burst=5) for each in (one, other))
     async with one, other:
@@ -209,7 +209,7 @@ def test_a_changed_file_is_read(
 
 
 async def test_nodes_that_do_no_work_share_limits_too(make_node: MakeNode) -> None:
-    """Headcount N1: whoever listens for refunds is a member, also without workers."""
+    """MemberCount N1: whoever listens for refunds is a member, also without workers."""
     one, other = make_node(), make_node()
     async with one, other:
         assert one.parts.crew is None

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import forebay
 from forebay.coordinator.catalogue import CATALOGUE, Instrument
 from forebay.coordinator.instruments import PREFIX
-from forebay.coordinator.log import ResetReason
+from forebay.coordinator.log.follower import ResetReason
 from forebay.nodes.workers.delivery import Outage
 from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey, Workers
 from programs import tool
@@ -91,7 +91,7 @@ async def cluster(valkey_server: ValkeyServer, namespace: str) -> AsyncIterator[
         await stack.enter_async_context(node)
         crew = node.parts.crew
         assert crew is not None
-        await until(lambda: crew.chores.leading)
+        await until(lambda: crew.leader_metrics.leading)
         for other in others:
             await stack.enter_async_context(other)
         await until(lambda: crew.ownership.members().get("active") == 4)

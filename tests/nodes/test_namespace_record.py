@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from forebay.coordinator.clock import SystemClock
-from forebay.nodes.birth import check_birth
-from forebay.nodes.key_count import PAGE_KEYS, PAGES_MAX, KeyCount
-from forebay.nodes.web.face import Check
+from forebay.nodes.namespace import check_birth
+from forebay.nodes.namespace_keys import PAGE_KEYS, PAGES_MAX, KeyCount
+from forebay.nodes.web.protocols import Check
 from forebay.schemas.errors import ConfigError
 from forebay.schemas.keys import Names
 from forebay.schemas.settings import Valkey

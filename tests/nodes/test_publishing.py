@@ -15,8 +15,8 @@ import pytest
 
 import forebay
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.ownership import Ownership
-from forebay.coordinator.roster import Profile
+from forebay.coordinator.log.ownership import Ownership
+from forebay.coordinator.log.roster import Profile
 from forebay.schemas.settings import Http, Workers
 
 MakeNode = Callable[..., forebay.Node]

@@ -18,7 +18,7 @@ import forebay
 from conftest import require
 from forebay.coordinator import rights
 from forebay.coordinator.rights import needed
-from forebay.coordinator.scripting import load_scripts
+from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.nodes.cli.main import Invocation, root
 from forebay.schemas.errors import ForebayError, StartupError
 from forebay.schemas.settings import CacheDefaults, Http, NodeSettings, Settings

@@ -13,7 +13,7 @@ import pytest
 from rich.pretty import pretty_repr
 
 import forebay
-from forebay.coordinator.dialer import _check_readable
+from forebay.coordinator.valkey.dialer import _check_readable
 from forebay.nodes.cli.sources import load
 from forebay.nodes.logs import configure_logs
 from forebay.nodes.secret_files import exposed_secrets

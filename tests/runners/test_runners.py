@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from forebay.coordinator.embedded import bound_to_owner
+from forebay.coordinator.valkey.embedded import bound_to_owner
 from noded import environ, until
 from runners.story import EXPECTED
 from valkeyd import ValkeyServer

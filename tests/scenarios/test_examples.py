@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
-from forebay.coordinator.embedded import bound_to_owner
+from forebay.coordinator.valkey.embedded import bound_to_owner
 from noded import PATIENCE_S, environ, until
 from valkeyd import ValkeyServer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forebay.coordinator.private_server import FIX
+from forebay.coordinator.valkey.private_server import FIX
 from noded import until
 from uvicornd import Uvicorn
 from valkeyd import ValkeyServer

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay.schemas.notices import (
-    Bell,
     Bumped,
     Changed,
     Dropped,
     Extended,
+    Notification,
     Position,
-    read_bell,
     read_notice,
+    read_notification,
     write_notice,
 )
 
@@ -82,20 +82,20 @@ def test_any_bytes_are_a_notice_or_none(raw: bytes) -> None:
 def test_a_bell_says_what_the_script_said(shard, epoch, seq, version, notice) -> None:
     """The notice is binary and may hold spaces."""
     payload = b"%d %d %d %d %b" % (shard, epoch, seq, version, notice)
-    assert read_bell(payload) == Bell(shard, Position(epoch, seq), version, notice)
+    assert read_notification(payload) == Notification(shard, Position(epoch, seq), version, notice)
 
 
 @given(st.binary(max_size=100))
 def test_any_bytes_are_a_bell_or_none(payload: bytes) -> None:
     """Anybody may publish on the channel."""
-    found = read_bell(payload)
+    found = read_notification(payload)
     assert found is None or payload.endswith(found.notice)
 
 
 @pytest.mark.parametrize("payload", [b"", b"1 2 3 4", b"a b c d e", b"1 2 x 4 n", b"9" * 5_000])
 def test_what_is_no_bell_is_none(payload: bytes) -> None:
     """Too few parts, or parts that are no numbers."""
-    assert read_bell(payload) is None
+    assert read_notification(payload) is None
 
 
 @given(st.integers(0, 2**60), st.integers(0, 2**60))

@@ -1,4 +1,4 @@
-"""Asks that share a script, and callers that leave: coordinator/limits/coalescing.py."""
+"""Asks that share a script, and callers that leave: coordinator/limits/subject_queue.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.coordinator.limits import coalescing
-from forebay.coordinator.limits.coalescing import runs_of
+from forebay.coordinator.limits import subject_queue as coalescing
+from forebay.coordinator.limits.subject_queue import runs_of
 from forebay.schemas.errors import Unavailable
 from forebay.schemas.limits import Limit, Verdict
 from limiters import House, ServerTime

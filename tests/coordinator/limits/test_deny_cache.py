@@ -1,4 +1,4 @@
-"""Refusals from memory: coordinator/limits/deny_cache.py, on a real server."""
+"""Refusals from memory: coordinator/limits/denials.py, on a real server."""
 
 from __future__ import annotations
 

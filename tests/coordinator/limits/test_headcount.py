@@ -1,10 +1,10 @@
-"""Who shares the limits: coordinator/limits/headcount.py."""
+"""Who shares the limits: coordinator/limits/member_count.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from forebay.coordinator.limits.headcount import Headcount
+from forebay.coordinator.limits.member_count import MemberCount
 from forebay.schemas.errors import ServerRefused, Unavailable
 from forebay.schemas.keys import Names
 
@@ -25,7 +25,7 @@ class Told:
 
 
 async def counts(*replies: int | Exception) -> list[int]:
-    headcount = Headcount(Told(*replies), Names("shop", 4))
+    headcount = MemberCount(Told(*replies), Names("shop", 4))
     found = [headcount.count]
     for _ in replies:
         await headcount.look()

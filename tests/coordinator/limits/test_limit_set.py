@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from forebay.coordinator.limits import limit_set
-from forebay.coordinator.limits.deny_cache import MEMORY_S
+from forebay.coordinator.limits.denials import MEMORY_S
 from forebay.schemas.errors import InvalidKey
 from forebay.schemas.errors_limits import InvalidLimit
 from forebay.schemas.limits import Limit

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from forebay.coordinator.limits import gcra
-from forebay.coordinator.scripting import load_scripts
+from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.schemas.limits import Limit, check_limit, terms_of
 from valkeyd import ValkeyServer
 

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from forebay.coordinator.limits.slots import Slots
-from forebay.coordinator.link import Commands
+from forebay.coordinator.valkey.link import Commands
 from forebay.schemas.errors import Unavailable
 from forebay.schemas.errors_limits import InvalidLimit, RateLimited, SlotLost
 from forebay.schemas.limits import Limit

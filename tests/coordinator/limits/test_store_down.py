@@ -1,4 +1,4 @@
-"""Limits without their server: coordinator/limits/store_down.py."""
+"""Limits without their server: coordinator/limits/outage.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from conftest import MakeServer
 from forebay.coordinator.limits.limiter import Limiter
-from forebay.coordinator.limits.store_down import Outage, share_of
+from forebay.coordinator.limits.outage import Outage, share_of
 from forebay.schemas.errors import ServerRefused, Unavailable
 from forebay.schemas.limits import Limit, terms_of
 from limiters import House, ServerTime, house_of

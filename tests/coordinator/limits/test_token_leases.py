@@ -1,4 +1,4 @@
-"""Tokens fetched ahead: coordinator/limits/token_leases.py."""
+"""Tokens fetched ahead: coordinator/limits/local_tokens.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from forebay.coordinator.limits import limit_set
 from forebay.coordinator.limits.limiter import Limiter
-from forebay.coordinator.limits.token_leases import Stock
+from forebay.coordinator.limits.local_tokens import LocalTokens
 from forebay.schemas.limits import Limit
 from limiters import House, ServerTime
 from shardlogs import Between
@@ -28,7 +28,7 @@ def test_a_stock_never_holds_more_than_it_may(
     steps: list[tuple[int, float, bool]], most: int
 ) -> None:
     """T2: whatever the demand was, and whether or not all that was wanted came."""
-    stock, at = Stock(1.0, 0.0), 0.0
+    stock, at = LocalTokens(1.0, 0.0), 0.0
     for cost, wait_s, all_of_it in steps:
         at += wait_s
         before = stock.tokens

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from forebay.coordinator.link import Commands
+from forebay.coordinator.valkey.link import Commands
 from smithy import Forge, MakeForge, smithy
 from valkeyd import ValkeyServer
 from workshop import Cut, until

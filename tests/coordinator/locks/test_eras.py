@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from conftest import MakeServer
-from forebay.coordinator.link import Arg, Commands, Reply
+from forebay.coordinator.valkey.link import Arg, Commands, Reply
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.errors_locks import LeaseLost, LockNotAcquired
 from smithy import Forge, MakeForge, smithy

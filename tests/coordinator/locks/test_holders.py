@@ -15,7 +15,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from prometheus_client import CollectorRegistry
 
 from forebay.coordinator.instruments import Instruments
-from forebay.coordinator.locks.records import Held
+from forebay.coordinator.locks.store import Held
 from forebay.coordinator.stalls import Stalls
 from forebay.schemas.errors import ServerRefused, TimedOut
 from forebay.schemas.errors_locks import LeaseLost, LockNotAcquired

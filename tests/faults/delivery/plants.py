@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from forebay.nodes.running import Running
+from forebay.nodes.runtime import Running
 from forebay.nodes.sinks.base import Sink, SinkBatch, Write
 from forebay.schemas.errors import PoisonSinkError, TransientSinkError
 

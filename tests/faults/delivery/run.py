@@ -37,7 +37,7 @@ from faults.delivery.publishers import settings_of, write_events
 from faults.delivery.readers import Progress, Reader
 from faults.delivery.setting import DeliverySetup
 from faults.delivery.workload import EVENT_ID, Published, gates, workload
-from forebay.coordinator.embedded import bound_to_owner
+from forebay.coordinator.valkey.embedded import bound_to_owner
 from forebay.schemas.keys import EVENTS, Names
 from noded import NodeProcess, environ, until
 from postgresd import PostgresServer

@@ -69,7 +69,7 @@ async def worlds(make_node, source) -> AsyncIterator[list[World]]:
 
 
 async def test_a_fill_outdates_nothing(worlds) -> None:
-    """Hearing E3: what was loaded replaces what has ended, and the rest stays near."""
+    """NoticeDispatcher E3: what was loaded replaces what has ended, and the rest stays near."""
     for world in worlds:
         assert await world.old() == []
         world.user.path.near.clear()

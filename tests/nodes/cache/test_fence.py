@@ -21,8 +21,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from forebay.coordinator.link import Link
-from forebay.coordinator.scripting import Call, Script, load_scripts, run_many
+from forebay.coordinator.valkey.link import Link
+from forebay.coordinator.valkey.scripting import Call, Script, load_scripts, run_many
 from forebay.nodes.cache.shared import TAG_KEEP_MS, SharedTier
 from forebay.nodes.cache.tags import Captured, TagTable, TagVersions, standing
 from forebay.schemas.entry import EntryMeta, make_tail, read_entry

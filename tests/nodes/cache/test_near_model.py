@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from forebay.coordinator.log import ShardView
+from forebay.coordinator.log.follower import ShardView
 from forebay.nodes.cache.eviction import EvictionOrder, Linked
 from forebay.nodes.cache.near import NearCache, NearEntry, Reservation
 from nears import FOREVER, NAMES, OVERHEAD, SHARDS, TAGS, Near

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from msgspec import Struct, field
 
 import forebay
-from forebay.nodes.cache import looks as looks_module
+from forebay.nodes.cache import shared_lookup as looks_module
 from forebay.nodes.cache import tags as tags_module
 from forebay.nodes.cache.cached import Cached
 from forebay.nodes.cache.near import NearCache

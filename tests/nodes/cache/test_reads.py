@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 import forebay
-from forebay.nodes.cache import reads as reads_module
+from forebay.nodes.cache import read as reads_module
 from forebay.nodes.cache.cached import Cached
 from forebay.schemas.entry import read_entry
 from forebay.schemas.errors import Backpressure, InvalidKey, LoaderError, Unavailable

@@ -10,8 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
-from forebay.coordinator.link import Link
-from forebay.coordinator.scripting import load_scripts
+from forebay.coordinator.valkey.link import Link
+from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.nodes.cache.shared import Granted, Held, Newer, SharedTier, Stamp
 from forebay.nodes.cache.tags import Captured
 from forebay.schemas.entry import EntryMeta, make_tail, read_entry, version_of

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay.coordinator.background import BackgroundTasks, background_tasks
-from forebay.coordinator.breaker import Breaker
+from forebay.coordinator.valkey.breaker import Breaker
 from forebay.nodes.cache.source import Source
 from forebay.schemas.errors import Disconnected, LoaderError, ServerRefused, SourceFailing
 from forebay.schemas.keys import Names

@@ -11,13 +11,13 @@ import anyio
 import pytest
 
 import forebay
-from forebay.coordinator.backend import Backend
+from forebay.coordinator.valkey.backend import Backend
 from forebay.nodes.explain import collect
-from forebay.nodes.explain.asking import ANSWER_BYTES_MAX, ask
 from forebay.nodes.explain.collect import LOOK_BACK, explain, names_at
 from forebay.nodes.explain.document import NOTICES_SHOWN_MAX, Explanation, NearState
 from forebay.nodes.explain.node_part import ASKING_MAX
-from forebay.nodes.explain.words import words
+from forebay.nodes.explain.questions import ANSWER_BYTES_MAX, ask
+from forebay.nodes.explain.renderer import words
 from forebay.schemas.errors import Backpressure, InvalidKey
 from forebay.schemas.keys import Names
 from forebay.schemas.settings import CacheDefaults, NodeSettings, Settings, Valkey, Workers
@@ -181,14 +181,14 @@ async def test_those_who_do_not_answer_are_counted(
     """K1: one who listens and says nothing, as an older version does, is silent."""
     names, parts = node.parts.names, node.parts
     async with Backend(Valkey(url=valkey_server.socket_url), client_name="old") as other:
-        other.doorbell.subscribe(names.work.encode())
-        await other.doorbell.ready()
+        other.pubsub.subscribe(names.work.encode())
+        await other.pubsub.ready()
         found = await ask(
-            parts.backend.link, parts.backend.doorbell, names, "a", nonce="ab" * 8, wait_s=0.3
+            parts.backend.link, parts.backend.pubsub, names, "a", nonce="ab" * 8, wait_s=0.3
         )
 
     assert (len(found.answers), found.silent) == (1, 1)
-    assert names.reply("ab" * 8).encode() not in parts.backend.doorbell.channels
+    assert names.reply("ab" * 8).encode() not in parts.backend.pubsub.channels
 
 
 async def test_false_answers_are_left_out(node: forebay.Node, valkey_server: ValkeyServer) -> None:
@@ -205,11 +205,11 @@ async def test_false_answers_are_left_out(node: forebay.Node, valkey_server: Val
             ):
                 valkey_server.execute("PUBLISH", channel, answer)
 
-        liar.doorbell.on_message(lie)
-        liar.doorbell.subscribe(names.work.encode())
-        await liar.doorbell.ready()
+        liar.pubsub.on_message(lie)
+        liar.pubsub.subscribe(names.work.encode())
+        await liar.pubsub.ready()
         parts = node.parts.backend
-        found = await ask(parts.link, parts.doorbell, names, "a", nonce="cd" * 8, wait_s=0.3)
+        found = await ask(parts.link, parts.pubsub, names, "a", nonce="cd" * 8, wait_s=0.3)
 
     assert [each.node for each in found.answers] == [node.parts.node_id]
     assert found.silent == 1
@@ -219,13 +219,13 @@ async def test_cancelled_while_it_waits_for_answers(
     node: forebay.Node, valkey_server: ValkeyServer
 ) -> None:
     """K3: the channel is given up, and the place of the caller is free again."""
-    doorbell, names = node.parts.backend.doorbell, node.parts.names
+    pubsub, names = node.parts.backend.pubsub, node.parts.names
     async with Backend(Valkey(url=valkey_server.socket_url), client_name="old") as other:
         asked = anyio.Event()
-        other.doorbell.on_message(lambda *_: asked.set())
-        other.doorbell.subscribe(names.work.encode())
-        await other.doorbell.ready()
-        before = doorbell.channels
+        other.pubsub.on_message(lambda *_: asked.set())
+        other.pubsub.subscribe(names.work.encode())
+        await other.pubsub.ready()
+        before = pubsub.channels
         async with anyio.create_task_group() as tasks:
             for _ in range(ASKING_MAX):
                 tasks.start_soon(node.explain, "a")
@@ -234,7 +234,7 @@ async def test_cancelled_while_it_waits_for_answers(
                 await node.explain("a")
             tasks.cancel_scope.cancel()
 
-    assert doorbell.channels == before
+    assert pubsub.channels == before
     assert (await node.explain("a")).nodes.silent == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.coordinator.log import ShardView
+from forebay.coordinator.log.follower import ShardView
 from forebay.nodes.cache.near import NearCache, NearEntry
 from forebay.nodes.cache.tags import TagState
 from forebay.nodes.explain.near_state import judged

@@ -17,7 +17,7 @@ from forebay.nodes.explain.document import (
     NoticeLine,
     TagState,
 )
-from forebay.nodes.explain.words import span, verdict, words
+from forebay.nodes.explain.renderer import span, verdict, words
 
 FRESH = EntryState(
     state="fresh",

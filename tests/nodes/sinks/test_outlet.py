@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from forebay.nodes.sinks.base import SinkBatch, Write
-from forebay.nodes.sinks.outlet import Outlet
+from forebay.nodes.sinks.serialized import Outlet
 from forebay.schemas.errors import FatalSinkError
 
 ONE = SinkBatch(writes=(Write(key="k:1", params={}, value=1, version=1),))

@@ -20,7 +20,7 @@ from forebay.nodes.explain.document import (
     LogState,
     NodesState,
 )
-from forebay.nodes.web.face import Check, Read
+from forebay.nodes.web.protocols import Check, Read
 from forebay.nodes.web.server import Address, serve
 from forebay.schemas.errors import ForebayError
 from forebay.schemas.settings import Http

@@ -12,8 +12,8 @@ import anyio
 import pytest
 from anyio.abc import SocketStream
 
-from forebay.nodes.web.face import Read
-from forebay.nodes.web.guards import SPARE, GuardedHandler, connections_within
+from forebay.nodes.web.aiohttp_internals import SPARE, GuardedHandler, connections_within
+from forebay.nodes.web.protocols import Read
 from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:

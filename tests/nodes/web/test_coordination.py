@@ -18,7 +18,7 @@ from yarl import URL
 
 import forebay
 from forebay.coordinator.clock import SystemClock
-from forebay.nodes.web import lock_desk
+from forebay.nodes.web import lock_service as lock_desk
 from forebay.nodes.web.server import serve
 from forebay.schemas.errors import ConfigError
 from forebay.schemas.errors_locks import LockNotAcquired

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from forebay.coordinator.clock import SystemClock
 from forebay.nodes.web import bodies
-from forebay.nodes.web.face import Read
+from forebay.nodes.web.protocols import Read
 from forebay.nodes.web.server import serve
 from forebay.schemas.settings import Http
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from forebay.nodes.web.face import Check, Gate, State
 from forebay.nodes.web.heartbeat import BEAT_S, STALLED_S, WINDOW_S, Heartbeat
+from forebay.nodes.web.protocols import Check, Gate, State
 
 if TYPE_CHECKING:
     from tests.nodes.web.conftest import Station

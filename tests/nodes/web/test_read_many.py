@@ -10,7 +10,7 @@ from yarl import URL
 
 import forebay
 from forebay.nodes.web.cache import BYTES_MAX, KEYS_MAX
-from forebay.nodes.web.face import Read
+from forebay.nodes.web.protocols import Read
 from forebay.schemas.errors import LoaderError, Unavailable
 from forebay.schemas.settings import Http
 

@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from forebay.nodes.web.face import Read
+from forebay.nodes.web.protocols import Read
 from forebay.schemas.errors import ConfigError, Disconnected, LoaderError
 from forebay.schemas.settings import Http
 

@@ -1,4 +1,4 @@
-"""The leader's chores: the cluster's own figures, from one node at a time."""
+"""The leader's leader_metrics: the cluster's own figures, from one node at a time."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 import anyio
 import pytest
 
-from forebay.nodes.workers import chores as chores_module
-from forebay.nodes.workers.chores import LEADER, Chores
+from forebay.nodes.workers import leader_metrics as chores_module
+from forebay.nodes.workers.leader_metrics import LEADER, LeaderMetrics
 from forebay.schemas.errors import Unavailable
 from workshop import at_work, until, workshop, write
 
 
-def chores(shop: Any, **options: Any) -> Chores:
+def leader_metrics(shop: Any, **options: Any) -> LeaderMetrics:
     parts = shop.parts
     limits = {"log_retain": 10_000, "round_s": 0.02} | options
-    return Chores(shop.link, shop.names, parts.locks, parts.server_clock, **limits)
+    return LeaderMetrics(shop.link, shop.names, parts.locks, parts.server_clock, **limits)
 
 
-def figures(made: Chores) -> dict[tuple[str, ...], float]:
+def figures(made: LeaderMetrics) -> dict[tuple[str, ...], float]:
     return {(name, *labels): value for name, labels, value in made.gauges()}
 
 
 async def test_one_node_leads_and_the_next_takes_over(valkey_server, namespace) -> None:
     """C2: of two, one gives figures; when it stops, the other does."""
     async with workshop(valkey_server, namespace) as shop:
-        one, two = chores(shop), chores(shop)
+        one, two = leader_metrics(shop), leader_metrics(shop)
         async with at_work(one):
             await until(lambda: one.leading)
             async with at_work(two):
@@ -42,7 +42,7 @@ async def test_one_node_leads_and_the_next_takes_over(valkey_server, namespace) 
 async def test_what_waits_is_counted_over_all_shards(valkey_server, namespace) -> None:
     """Also how long the oldest has waited; what is done does not wait."""
     async with workshop(valkey_server, namespace) as shop:
-        made = chores(shop)
+        made = leader_metrics(shop)
         await made.round()
         assert {name: value for name, value in figures(made).items() if value} == {}
         ids = await shop.publish(write("flight:1", 1), write("flight:2", 2))
@@ -64,7 +64,7 @@ async def test_what_waits_is_counted_over_all_shards(valkey_server, namespace) -
 async def test_a_leader_that_is_released_stops_and_another_begins(valkey_server, namespace) -> None:
     """C2: whoever lost the lock gives no figures, until it leads again."""
     async with workshop(valkey_server, namespace) as shop:
-        made = chores(shop, round_s=0.2)
+        made = leader_metrics(shop, round_s=0.2)
         async with at_work(made):
             await until(lambda: made.leading)
             await shop.parts.locks.force_release(LEADER)
@@ -75,7 +75,7 @@ async def test_a_leader_that_is_released_stops_and_another_begins(valkey_server,
 async def test_a_round_that_fails_is_tried_again(valkey_server, namespace, monkeypatch) -> None:
     """C3: the node goes on leading, with what it found before."""
     async with workshop(valkey_server, namespace) as shop:
-        made = chores(shop)
+        made = leader_metrics(shop)
         failures = [Unavailable("away")] * 3
         ask = made._asked
 
@@ -101,7 +101,7 @@ async def test_a_log_that_nobody_trims_is_told(
         lambda event, **fields: told.append({"event": event, **fields}),
     )
     async with workshop(valkey_server, namespace) as shop:
-        made = chores(shop, log_retain=1)
+        made = leader_metrics(shop, log_retain=1)
         await made.round()
         assert told == []
         for _ in range(6):

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 import forebay
 from conftest import MakeServer
 from forebay.coordinator.background import background_tasks
-from forebay.coordinator.dialer import Dialed, Dialer
+from forebay.coordinator.valkey.dialer import Dialed, Dialer
 from forebay.nodes.workers.external import ExternalWriters
 from forebay.nodes.workers.foreign import RESET, ForeignEntries
 from forebay.schemas.entry import EntryMeta, make_tail

@@ -13,10 +13,10 @@ import pytest
 
 import forebay
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.ownership import Ownership
-from forebay.coordinator.roster import Profile
+from forebay.coordinator.log.ownership import Ownership
+from forebay.coordinator.log.roster import Profile
 from forebay.nodes.workers import held as held_module
-from forebay.nodes.workers.writes import WriteBehind
+from forebay.nodes.workers.write_behind import WriteBehind
 from forebay.schemas.jobs import WriteJob, write_job
 from forebay.schemas.settings import Workers
 from workshop import SHARDS, Cut, Table, Workshop, at_work, until, write

@@ -13,8 +13,8 @@ import pytest
 
 import forebay
 from forebay.nodes.sinks.base import SinkBatch
-from forebay.nodes.workers import lane as lane_module
-from forebay.nodes.workers.holdings import Holding
+from forebay.nodes.workers import sink_worker as lane_module
+from forebay.nodes.workers.owned_shards import OwnedShard
 from forebay.schemas.errors import FatalSinkError, Fenced, PoisonSinkError, TransientSinkError
 from forebay.schemas.jobs import WriteJob, write_job
 from forebay.schemas.notices import Bumped, Dropped, read_notice
@@ -581,7 +581,7 @@ async def test_a_sink_that_was_cancelled_from_within_ends_nobodys_work(
 
 def test_the_slowest_lane_decides_what_was_passed() -> None:
     """An entry is trimmed when every lane is past it; one that has not begun is past nothing."""
-    holding = Holding(object(), ["a", "b", "c"])  # type: ignore[arg-type]
+    holding = OwnedShard(object(), ["a", "b", "c"])  # type: ignore[arg-type]
     holding.places[0].position, holding.places[1].position = "10-9", "9-30"
     assert holding.passed == "0-0"
     holding.places[2].position = "10-10"

@@ -1,0 +1,54 @@
+"""Which commands must not go on a connection that many callers share.
+
+A command that blocks holds up everybody's replies; one that changes the connection's
+mode or sends no reply, or one reply too many, would make replies go to the wrong
+callers. ``GUARDED`` is the one set lookup that every call pays for; only the commands
+in it are looked at closer. It is a guard against mistakes, not malice: odd spellings
+such as ``SuBsCrIbE`` pass, scripts cannot do any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...schemas.errors import NotShareable
+
+__all__ = ["ALONE", "BLOCKING_READS", "GUARDED", "check_shareable"]
+
+_HOLDS_UP = "holds up the replies of everybody else"
+_CHANGES = "changes the connection for everybody else"
+_KINDS = {
+    "BLPOP BRPOP BRPOPLPUSH BLMOVE BLMPOP BZPOPMIN BZPOPMAX BZMPOP WAIT WAITAOF": _HOLDS_UP,
+    "SUBSCRIBE PSUBSCRIBE SSUBSCRIBE UNSUBSCRIBE PUNSUBSCRIBE SUNSUBSCRIBE": _CHANGES,
+    "SELECT AUTH HELLO RESET QUIT ASKING READONLY READWRITE": _CHANGES,
+    "MULTI EXEC DISCARD WATCH UNWATCH": "opens a transaction for everybody else",
+    "MONITOR SYNC PSYNC": "has replies without end",
+}
+_PROBLEMS = {name: problem for names, problem in _KINDS.items() for name in names.split()}
+BLOCKING_READS = ("XREAD", "XREADGROUP")
+ALONE = (*BLOCKING_READS, "WAIT")  #: may hold up the connection of whoever has it alone
+_CLIENT_MODES = ("REPLY", "TRACKING", "CACHING", "NO-TOUCH")
+
+
+def _spellings(name: str) -> tuple[str | bytes, ...]:
+    return name, name.lower(), name.encode(), name.lower().encode()
+
+
+GUARDED = frozenset(
+    spelling for name in (*_PROBLEMS, *BLOCKING_READS, "CLIENT") for spelling in _spellings(name)
+)
+
+
+def check_shareable(args: Sequence[str | bytes | int | float]) -> None:
+    """Raise NotShareable for a command that needs a connection of its own."""
+    name, *rest = (_upper(arg) for arg in args[:6])
+    if problem := _PROBLEMS.get(name):
+        raise NotShareable(name, problem)
+    if name in BLOCKING_READS and "BLOCK" in rest:
+        raise NotShareable(f"{name} BLOCK", _HOLDS_UP)
+    if name == "CLIENT" and rest and rest[0] in _CLIENT_MODES:
+        raise NotShareable(f"CLIENT {rest[0]}", _CHANGES)
+
+
+def _upper(arg: str | bytes | int | float) -> str:
+    return (arg.decode("ascii", "replace") if isinstance(arg, bytes) else str(arg)).upper()
