@@ -16,7 +16,7 @@ import structlog
 from hypothesis import HealthCheck, settings
 
 from forebay.schemas.settings import Valkey
-from valkeyd import Flavour, ValkeyServer, program
+from support.valkey_server import Flavour, ValkeyServer, program
 
 BackendFlavour = Literal["valkey", "fake", "redis7"]
 MakeServer = Callable[..., ValkeyServer]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import forebay
-from noded import environ
+from support.node_process import environ
 
 
 def test_every_public_name_is_there() -> None:

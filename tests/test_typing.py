@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from programs import installed
+from support.programs import installed
 
 TESTS = Path(__file__).parent
-FILE = TESTS / "users_file.py"
+FILE = TESTS / "support/users_file.py"
 EXPECTED = {
     number
     for number, line in enumerate(FILE.read_text().splitlines(), start=1)

@@ -29,11 +29,11 @@ from typing import Any
 import msgspec
 import structlog
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for valkeyd
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests/support
 
 import forebay
 from forebay.schemas.settings import CacheDefaults, Settings, Valkey
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 VALUE = {"id": 1, "name": "x" * 50}
 KEYS = 1_000

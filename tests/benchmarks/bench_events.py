@@ -35,12 +35,12 @@ from typing import Any
 import structlog
 import valkey.asyncio
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for links and valkeyd
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests/support
 
 import forebay
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
-from links import doorbell_to, running
-from valkeyd import ValkeyServer
+from support.links import doorbell_to, running
+from support.valkey_server import ValkeyServer
 
 TOGETHER = 500
 KEYS = 5_000

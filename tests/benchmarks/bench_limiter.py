@@ -32,11 +32,11 @@ from typing import Any
 
 import structlog
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for limiters and valkeyd
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests/support
 
 from forebay.schemas.limits import Limit
-from limiters import House, house_of
-from valkeyd import ValkeyServer
+from support.limiters import House, house_of
+from support.valkey_server import ValkeyServer
 
 Ask = Callable[[], Awaitable[Any]]
 PER_S = 10_000_000

@@ -28,10 +28,10 @@ from typing import Any
 
 import structlog
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for links and valkeyd
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests/support
 
-from links import link_to, running
-from valkeyd import ValkeyServer
+from support.links import link_to, running
+from support.valkey_server import ValkeyServer
 
 Get = Callable[[str], Awaitable[Any]]
 BASELINE = "valkey-py pool"

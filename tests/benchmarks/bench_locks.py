@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 
 import structlog
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for valkeyd
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests/support
 
 import forebay
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 Lock = Callable[[str], AbstractAsyncContextManager[Any]]
 OURS, BASELINE = "forebay", "valkey-py"

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from forebay.nodes.sinks.base import Progress, SinkBatch, Write
 from forebay.nodes.sinks.sql import SqlSink
-from postgresd import PostgresServer
+from support.postgres import PostgresServer
 
 BATCH_ROWS = 1_000
 BATCHES = 20

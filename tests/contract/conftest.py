@@ -12,7 +12,7 @@ import pytest
 
 from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.settings import Valkey
-from scriptdesk import Desk
+from support.scripts import Desk
 
 Unless = Callable[[str], None]
 

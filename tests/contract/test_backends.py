@@ -6,8 +6,8 @@ import pytest
 
 from conftest import require
 from forebay.coordinator.valkey.backend import Backend, UseFake, UseUrl
-from scriptdesk import Desk
-from valkeyd import Flavour
+from support.scripts import Desk
+from support.valkey_server import Flavour
 
 FLAVOURS: tuple[Flavour, ...] = ("valkey", "redis7")
 

@@ -10,8 +10,8 @@ import pytest
 import forebay
 from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.settings import CacheDefaults, NodeSettings, Settings, Valkey, Workers
-from scriptdesk import MINUTE_MS, Desk
-from workshop import until
+from support.eventually import until
+from support.scripts import MINUTE_MS, Desk
 
 # The scripts
 

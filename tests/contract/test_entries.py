@@ -11,7 +11,7 @@ from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.entry import EntryMeta, read_entry
 from forebay.schemas.keys import dependents_of
 from forebay.schemas.notices import Changed, Dropped, Extended, read_notification
-from scriptdesk import MINUTE_MS, Desk
+from support.scripts import MINUTE_MS, Desk
 
 # entry_begin, entry_fill, lease_release
 

@@ -16,7 +16,7 @@ import pytest
 from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.keys import EVENTS
-from scriptdesk import SCRIPTS, Desk
+from support.scripts import SCRIPTS, Desk
 
 Full = Callable[[], "asynccontextmanager[None]"]
 Act = Callable[[Desk], Awaitable[object]]

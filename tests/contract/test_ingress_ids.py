@@ -9,7 +9,7 @@ import pytest
 from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.replies import LAST_ID
-from scriptdesk import Desk
+from support.scripts import Desk
 
 
 async def add(desk: Desk, entry_id: str, event: str = "x") -> str:

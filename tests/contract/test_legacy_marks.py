@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from scriptdesk import Desk
+from support.scripts import Desk
 
 DAY_MS = 86_400_000
 MARKS_MAX = 100_000

@@ -16,7 +16,7 @@ from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.schemas.keys import Names
 from forebay.schemas.limits import Limit, check_limit, terms_of
 from forebay.schemas.settings import Valkey
-from limiters import ServerTime
+from support.limiters import ServerTime
 
 ODD = check_limit(Limit(name="odd", rate=7, per=3, burst=5, concurrency=2))
 

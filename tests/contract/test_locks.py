@@ -12,7 +12,7 @@ from forebay.coordinator.locks.store import Grant, Held, LockStore, Refusal
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.errors_locks import InvalidLock, LockNotAcquired
 from forebay.schemas.locks import PERMITS_MAX, Terms
-from scriptdesk import SCRIPTS, Desk
+from support.scripts import SCRIPTS, Desk
 
 pytestmark = pytest.mark.usefixtures("begun")
 MUTEX = Terms(name="k", about=b'{"by":"me"}')

@@ -14,6 +14,7 @@ from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.entry import read_entry
 from forebay.schemas.errors import InvalidEvent
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
+from support.eventually import until
 
 SHARDS = 8
 
@@ -83,12 +84,6 @@ async def opened(backend_settings: Valkey, namespace: str) -> AsyncIterator[Make
 @pytest.fixture
 async def shops(opened: MakeShop) -> tuple[Shop, Shop]:
     return await opened("a", workers=True), await opened("b")
-
-
-async def until(true: Callable[[], Awaitable[bool]]) -> None:
-    with anyio.fail_after(20):
-        while not await true():
-            await anyio.sleep(0.01)
 
 
 def shards_owned(shop: Shop) -> int:

@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from forebay.schemas.notices import Bumped, Dropped
-from scriptdesk import MINUTE_MS, Desk
+from support.scripts import MINUTE_MS, Desk
 
 # tags_bump, tags_capture
 

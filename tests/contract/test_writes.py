@@ -15,8 +15,9 @@ from forebay.schemas.errors import Unconfirmed
 from forebay.schemas.keys import dependents_of
 from forebay.schemas.notices import Changed
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
-from scriptdesk import MINUTE_MS, Desk
-from workshop import Table, until
+from support.eventually import until
+from support.scripts import MINUTE_MS, Desk
+from support.workers import Table
 
 # write_begin
 

@@ -21,7 +21,7 @@ from forebay.coordinator.valkey.data_dir import command_line
 from forebay.coordinator.valkey.handshake import ServerFacts, findings
 from forebay.schemas.errors import ConfigError, StartupError, Unavailable
 from forebay.schemas.settings import Secret, Valkey
-from valkeyd import ValkeyServer, free_port
+from support.valkey_server import ValkeyServer, free_port
 
 SECRET = "s3cr3t-canary"
 ORIGINS = {

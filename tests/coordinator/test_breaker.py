@@ -9,17 +9,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from forebay.coordinator.valkey.breaker import Breaker
 from forebay.schemas.errors import BreakerOpen
+from support.clock import ManualClock
 
 FAILURES = 3
 RECOVERY_MS = 1_000
-
-
-class ManualClock:
-    def __init__(self) -> None:
-        self.now_s = 50.0
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 def make() -> tuple[Breaker, ManualClock]:

@@ -14,9 +14,10 @@ from forebay.coordinator.instruments import Instruments
 from forebay.coordinator.log.clock_sync import JUMP_S, ClockSync
 from forebay.coordinator.valkey.link import Arg, Reply
 from forebay.schemas.errors import Disconnected
-from links import link_to, running
-from shardlogs import Between, ManualClock
-from valkeyd import ValkeyServer
+from support.clock import ManualClock
+from support.links import link_to, running
+from support.shard_logs import Between
+from support.valkey_server import ValkeyServer
 
 EPOCH_S = 1_700_000_000.0
 
@@ -45,9 +46,9 @@ class ToldTimes:
         await anyio.sleep(0)
         if self.away:
             raise Disconnected("not now")
-        self.clock.now += self.takes_s / 2
-        seconds, rest = divmod(self.clock.now + self.ahead_s, 1.0)
-        self.clock.now += self.takes_s / 2
+        self.clock.now_s += self.takes_s / 2
+        seconds, rest = divmod(self.clock.now_s + self.ahead_s, 1.0)
+        self.clock.now_s += self.takes_s / 2
         return [str(int(seconds)).encode(), str(int(rest * 1e6)).encode()]
 
     async def call_many(self, *args: object, **options: object) -> list[Reply]:

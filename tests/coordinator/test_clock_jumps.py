@@ -17,10 +17,10 @@ from prometheus_client import CollectorRegistry
 from forebay.coordinator.clock import ServerClock, SystemClock
 from forebay.coordinator.instruments import Instruments
 from forebay.coordinator.log.clock_sync import ClockSync
-from links import link_to, running
-from programs import tool
-from scriptdesk import Desk
-from valkeyd import ValkeyServer
+from support.links import link_to, running
+from support.programs import tool
+from support.scripts import Desk
+from support.valkey_server import ValkeyServer
 
 JUMP_S = 60
 SECOND_US = 1_000_000

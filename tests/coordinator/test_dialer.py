@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from forebay.schemas.errors import Disconnected, ForebayError, ServerRefused, TimedOut, Unavailable
-from links import dialer_to, link_to, running
-from valkeyd import ValkeyServer, free_port
+from support.links import dialer_to, link_to, running
+from support.valkey_server import ValkeyServer, free_port
 
 MakeServer = Callable[..., ValkeyServer]
 

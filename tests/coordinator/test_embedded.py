@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from forebay.coordinator.valkey.binary import FoundBinary, find_binary, new_enou
 from forebay.coordinator.valkey.data_dir import DirectoryInUse, claim, claim_temporary, command_line
 from forebay.coordinator.valkey.embedded import EmbeddedServer
 from forebay.schemas.errors import StartupError
+from support.eventually import wait_until
 
 OWNER = """
 import sys, anyio
@@ -78,14 +78,6 @@ def owner(program: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str]
             os.kill(pid, signal.SIGKILL)
         if pid:
             shutil.rmtree(directory, ignore_errors=True)
-
-
-def until(condition: object, *, limit_s: float = 10.0) -> None:
-    """Wait for what another process does; there is nothing to await."""
-    give_up_at = time.monotonic() + limit_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < give_up_at, "it did not happen"
-        time.sleep(0.005)
 
 
 def gone(pid: int, directory: Path) -> bool:
@@ -201,7 +193,7 @@ def test_the_server_dies_with_a_killed_owner(binary: FoundBinary) -> None:
         pytest.skip("only Linux signals a child when its parent ends")
     with owner(OWNER) as (process, pid, directory):
         process.kill()
-        until(lambda: gone(pid, directory))
+        wait_until(lambda: gone(pid, directory))
 
 
 async def test_an_orphan_is_ended_at_the_next_start(binary: FoundBinary, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from forebay.schemas.errors import (
     TimedOut,
     Unavailable,
 )
-from links import link_to, running
-from valkeyd import ValkeyServer, free_port
+from support.links import link_to, running
+from support.valkey_server import ValkeyServer, free_port
 
 MakeServer = Callable[..., ValkeyServer]
 

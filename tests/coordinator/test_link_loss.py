@@ -15,8 +15,9 @@ from forebay.schemas.errors import (
     Disconnected,
     TimedOut,
 )
-from links import ManualClock, link_to, running
-from valkeyd import ValkeyServer, free_port
+from support.clock import ManualClock
+from support.links import link_to, running
+from support.valkey_server import ValkeyServer, free_port
 
 MakeServer = Callable[..., ValkeyServer]
 

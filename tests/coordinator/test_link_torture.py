@@ -13,8 +13,8 @@ from forebay.coordinator.valkey.dialer import Dialed
 from forebay.coordinator.valkey.link import Link
 from forebay.coordinator.valkey.wire import CommandWire
 from forebay.schemas.errors import Unavailable
-from links import link_to, running
-from valkeyd import ValkeyServer
+from support.links import link_to, running
+from support.valkey_server import ValkeyServer
 
 KEYS = 500
 

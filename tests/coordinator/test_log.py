@@ -6,7 +6,7 @@ The rule for all interleavings of bells and sweeps is in test_log_interleavings.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -20,9 +20,11 @@ from forebay.coordinator.valkey.pubsub import PubSub
 from forebay.coordinator.valkey.server_info import ASK_HISTORY, history_of
 from forebay.schemas.errors import ForebayError, ServerRefused
 from forebay.schemas.notices import Dropped, write_notice
-from links import doorbell_to, link_to, running
-from shardlogs import SCRIPTS, Between, Journal, ManualClock, Shelf
-from valkeyd import ValkeyServer, free_port
+from support.clock import ManualClock
+from support.eventually import until
+from support.links import doorbell_to, link_to, running
+from support.shard_logs import SCRIPTS, Between, Journal, Shelf
+from support.valkey_server import ValkeyServer, free_port
 
 NEVER = float("-inf")
 
@@ -53,13 +55,6 @@ async def scene(valkey_server: ValkeyServer, namespace: str) -> AsyncIterator[Sc
         scene = Scene(link, namespace)
         await scene.follower.sweep()
         yield scene
-
-
-async def until(true: Callable[[], bool], *, limit_s: float = 20.0) -> None:
-    """Wait for what another task or process brings about."""
-    with anyio.fail_after(limit_s):
-        while not true():
-            await anyio.sleep(0.002)
 
 
 @asynccontextmanager
@@ -162,7 +157,7 @@ async def test_more_than_a_page_is_read_to_its_end(scene: Scene) -> None:
     assert scene.journal.resets == []
     assert len(seen) == 2
     assert set(seen) == {NEVER}
-    assert scene.follower.live_until == scene.clock.now + 0.5
+    assert scene.follower.live_until == scene.clock.now_s + 0.5
 
 
 def scene_write(shelf: Shelf) -> list[Arg]:
@@ -189,7 +184,7 @@ async def test_a_lost_bell_makes_its_shard_suspect_and_a_sweep_brings_both(scene
     await scene.follower.sweep()
     assert scene.journal.applied == {1: [0, 1]}
     assert scene.journal.resets == []
-    assert scene.follower.live_until == scene.clock.now + 0.5
+    assert scene.follower.live_until == scene.clock.now_s + 0.5
     assert scene.follower.statistics().suspect == 0
 
 
@@ -205,9 +200,9 @@ async def test_a_read_sent_before_the_doubt_does_not_end_it(scene: Scene) -> Non
 
     scene.between.then = write_unseen
     await scene.follower.sweep()
-    assert seen == [scene.clock.now + 0.5, NEVER]
+    assert seen == [scene.clock.now_s + 0.5, NEVER]
     assert scene.journal.applied == {2: [0, 1]}
-    assert scene.follower.live_until == scene.clock.now + 0.5
+    assert scene.follower.live_until == scene.clock.now_s + 0.5
 
 
 async def test_a_bell_during_a_read_is_not_applied_again_by_its_reply(scene: Scene) -> None:
@@ -415,16 +410,16 @@ async def test_the_promise_counts_from_sending(scene: Scene) -> None:
     """I1: the time that the reply took is taken off."""
 
     async def take_long(_: Sequence[Sequence[Arg]]) -> None:
-        scene.clock.now += 0.3
+        scene.clock.now_s += 0.3
 
-    scene.clock.now += 10.0
-    sent_at = scene.clock.now
+    scene.clock.now_s += 10.0
+    sent_at = scene.clock.now_s
     scene.between.then = take_long
     await scene.follower.sweep()
     assert scene.follower.live_until == sent_at + 0.5
     assert scene.follower.staleness_s() == pytest.approx(0.3)
     assert scene.follower.statistics().suspect == 0
-    scene.clock.now += 0.2
+    scene.clock.now_s += 0.2
     assert scene.follower.statistics().suspect == 3
 
 
@@ -435,7 +430,7 @@ async def test_a_read_that_failed_proves_nothing(scene: Scene) -> None:
         await scene.link.call("DEL", log_name)
         await scene.link.call("SET", log_name, "no stream")
     live_until = scene.follower.live_until
-    scene.clock.now += 1.0
+    scene.clock.now_s += 1.0
     with pytest.raises(ServerRefused) as caught:
         await scene.follower.sweep()
     assert caught.value.code == "WRONGTYPE"
@@ -524,7 +519,7 @@ async def test_a_reply_that_outlived_its_connection_is_not_taken(scene: Scene) -
     await follower.sweep()
     assert log == [("read", 0), ("asked", 0)]
     assert scene.journal.applied == {0: [0]}
-    assert follower.live_until == scene.clock.now + 0.5
+    assert follower.live_until == scene.clock.now_s + 0.5
 
 
 async def test_a_connection_lost_while_it_is_verified_is_verified_again(scene: Scene) -> None:
@@ -555,7 +550,7 @@ async def test_a_replica_proves_nothing(make_server: MakeServer, namespace: str)
         await scene.follower.sweep()
         live_until = scene.follower.live_until
         server.execute("REPLICAOF", "127.0.0.1", free_port())
-        scene.clock.now += 10
+        scene.clock.now_s += 10
         with pytest.raises(ServerRefused, match="READONLY it is a replica of"):
             await scene.follower.sweep()
         assert scene.follower.live_until == live_until
@@ -638,7 +633,7 @@ async def test_a_namespace_may_be_joined_while_memory_is_full(
         scene = Scene(link, namespace)
         for _ in range(2):
             await scene.follower.sweep()
-        assert scene.follower.live_until == scene.clock.now + 0.5
+        assert scene.follower.live_until == scene.clock.now_s + 0.5
         assert scene.journal.resets == []
         await link.call("CONFIG", "SET", "maxmemory", "0")
         await scene.shelf.write(0)
@@ -661,9 +656,9 @@ async def test_a_log_of_another_type_costs_its_shard_only(
         await link.call("SET", name, "text")
         await scene.shelf.write(0)
         for _ in range(2):
-            scene.clock.now += 0.2
+            scene.clock.now_s += 0.2
             await scene.follower.sweep()
-            assert scene.follower.live_until == scene.clock.now + 0.5
+            assert scene.follower.live_until == scene.clock.now_s + 0.5
         assert scene.journal.applied[0][-1:] == ([0] if joined else [])
         assert set(scene.journal.resets) == {1}
         assert name in scene.follower.views[1].refused
@@ -717,7 +712,7 @@ async def test_an_id_in_a_log_that_is_ahead_stops_no_change(
     journal.check()
     assert journal.applied[1][-2:] == [2, 3]
     assert set(journal.resets) == {1}
-    assert scene.follower.live_until > scene.clock.now
+    assert scene.follower.live_until > scene.clock.now_s
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from forebay.coordinator.log.follower import Follower
 from forebay.coordinator.log.shard_view import ShardView
 from forebay.coordinator.valkey.link import Arg
 from forebay.schemas.notices import Notification, read_notification
-from links import link_to, running
-from shardlogs import Between, Broken, Journal, Shelf
-from valkeyd import ValkeyServer
+from support.links import link_to, running
+from support.shard_logs import Between, Broken, Journal, Shelf
+from support.valkey_server import ValkeyServer
 
 SHARDS = 2
 Step = tuple[str, int, tuple["Step", ...]]

@@ -10,25 +10,18 @@ from structlog.testing import capture_logs
 
 from forebay.coordinator.log_once import EVERY_S, Failing, LogOnce
 from forebay.schemas.errors import BreakerOpen, Disconnected, ForebayError, ServerRefused, TimedOut
+from support.clock import ManualClock
 
 log = structlog.get_logger(__name__)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.time = 1_000.0
-
-    def monotonic(self) -> float:
-        return self.time
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(1_000.0)
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def once(clock: Clock) -> LogOnce:
+def once(clock: ManualClock) -> LogOnce:
     return LogOnce(clock, connection=True)
 
 
@@ -51,15 +44,15 @@ def test_first_failure_is_a_warning_and_the_same_again_is_not(once: LogOnce) -> 
     assert again["log_level"] == "debug"
 
 
-def test_five_minutes_of_failures_are_five_lines(once: LogOnce, clock: Clock) -> None:
+def test_five_minutes_of_failures_are_five_lines(once: LogOnce, clock: ManualClock) -> None:
     """F1: each but the first tells how many were left out, and none is left uncounted."""
     lines = []
     for _ in range(300):
         lines += said(once, TimedOut(1))
-        clock.time += 1.0
+        clock.now_s += 1.0
     shown = [line for line in lines if line["log_level"] == "warning"]
     assert [line.get("left_out") for line in shown] == [None, 59, 59, 59, 59]
-    assert clock.time - 1_000 == 5 * EVERY_S
+    assert clock.now_s - 1_000 == 5 * EVERY_S
 
 
 def test_an_unreachable_server_is_one_kind_and_each_refusal_another(once: LogOnce) -> None:
@@ -100,11 +93,11 @@ def test_the_level_is_the_callers(once: LogOnce) -> None:
     assert said(once, TimedOut(1), level="error")[0]["log_level"] == "error"
 
 
-def test_without_a_connection_only_the_connection_repeats(clock: Clock) -> None:
+def test_without_a_connection_only_the_connection_repeats(clock: ManualClock) -> None:
     """F4: an outage is one line a minute, and not one for each loop; silence is each loop's own."""
     once = LogOnce(clock)
     levels = []
     for error in (TimedOut(1), Disconnected("x"), BreakerOpen("primary", 5), TimedOut(1)):
         levels += [line["log_level"] for line in said(once, error)]
-        clock.time += EVERY_S
+        clock.now_s += EVERY_S
     assert levels == ["warning", "debug", "debug", "warning"]

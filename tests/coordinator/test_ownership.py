@@ -18,9 +18,11 @@ from forebay.coordinator.valkey.scripting import run
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.keys import EVENTS, Names
 from forebay.schemas.settings import Workers
-from links import link_to, running
-from shardlogs import SCRIPTS, Between, ManualClock, instruments
-from valkeyd import ValkeyServer
+from support.clock import ManualClock
+from support.eventually import until
+from support.links import link_to, running
+from support.shard_logs import SCRIPTS, Between, instruments
+from support.valkey_server import ValkeyServer
 
 ALL = set(range(EVENTS, 64))
 TTL_S = 1.0
@@ -127,12 +129,6 @@ async def at_work(*owners: Ownership) -> AsyncIterator[None]:
             await tasks.start(owner.run)
         yield
         tasks.cancel_scope.cancel()
-
-
-async def until(true: Callable[[], bool], *, limit_s: float = 20.0) -> None:
-    with anyio.fail_after(limit_s):
-        while not true():
-            await anyio.sleep(0.005)
 
 
 def held(*owners: Ownership) -> list[int]:
@@ -311,22 +307,22 @@ async def test_a_tenure_is_in_force_for_two_thirds_of_its_lease_since_sending(
     clock, between = ManualClock(), Between(house.link)
 
     async def take_long(_: Sequence[Sequence[Arg]]) -> None:
-        clock.now += 0.1
+        clock.now_s += 0.1
 
     owner = house.owner("a", commands=between, clock=clock)
     between.then = take_long
     await owner.beat()
     between.then = None
     # The roster and the claim took a tenth of a second each.
-    clock.now = 100.1 + TTL_S * 2 / 3 - 0.001
+    clock.now_s = 100.1 + TTL_S * 2 / 3 - 0.001
     assert owner.in_force(7) is owner.tenures[7]
-    clock.now += 0.002
+    clock.now_s += 0.002
     assert owner.in_force(7) is None
     assert owner.in_force(64) is None
 
     await owner.beat()
     assert owner.in_force(7) is owner.tenures[7]
-    assert owner.tenures[7].valid_until == pytest.approx(clock.now + TTL_S * 2 / 3)
+    assert owner.tenures[7].valid_until == pytest.approx(clock.now_s + TTL_S * 2 / 3)
 
 
 async def test_the_same_owner_keeps_its_epochs(house: House) -> None:

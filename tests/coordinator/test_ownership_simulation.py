@@ -19,10 +19,10 @@ from msgspec.structs import replace
 from forebay.coordinator.log import claims
 from forebay.coordinator.log.roster import Member, wanted
 from forebay.schemas.keys import EVENTS
-from links import link_to, running
-from scriptdesk import Desk
-from simulation import BEAT_MS, FORCED_MS, FRESH_MS, TTL_MS, Broken, Cluster, Server, live
-from valkeyd import ValkeyServer
+from support.links import link_to, running
+from support.scripts import Desk
+from support.simulation import BEAT_MS, FORCED_MS, FRESH_MS, TTL_MS, Broken, Cluster, Server, live
+from support.valkey_server import ValkeyServer
 
 SEEDS = int(os.environ.get("FOREBAY_TEST_SEEDS", "10000"))
 PARTS = 10  #: of the seeds, each a test: short enough for the time limit on a busy machine

@@ -24,7 +24,7 @@ from forebay.coordinator.valkey.private_server import (
     others,
     supervisor_of,
 )
-from noded import environ
+from support.node_process import environ
 
 PYTHON = "/usr/bin/python3.11"
 GUNICORN_TITLE = "gunicorn: master [shop.web:app]"

@@ -9,8 +9,8 @@ import pytest
 
 from forebay.coordinator.valkey.pubsub import PubSub
 from forebay.schemas.errors import Disconnected, ServerRefused
-from links import doorbell_to, link_to, running
-from valkeyd import ValkeyServer, free_port, pings_of
+from support.links import doorbell_to, link_to, running
+from support.valkey_server import ValkeyServer, free_port, pings_of
 
 
 class Recorder:

@@ -16,8 +16,8 @@ from forebay.coordinator.log.replication import Replication
 from forebay.coordinator.valkey.backend import Backend
 from forebay.schemas.errors import Unconfirmed
 from forebay.schemas.settings import Valkey
-from valkeyd import ValkeyServer
-from workshop import until
+from support.eventually import until
+from support.valkey_server import ValkeyServer
 
 LONG_MS = 20_000
 MARKER = "forebay:t:mark:n"

@@ -20,8 +20,8 @@ from forebay.coordinator.valkey.backend import Backend
 from forebay.coordinator.valkey.scripting import Script, load_scripts
 from forebay.schemas.errors import ServerRefused, Unavailable
 from forebay.schemas.keys import Names
-from users import SHIPPED, as_node, restore, shipped_users
-from valkeyd import Flavour, ValkeyServer
+from support.acl_users import SHIPPED, as_node, restore, shipped_users
+from support.valkey_server import Flavour, ValkeyServer
 
 pytestmark = pytest.mark.anyio
 

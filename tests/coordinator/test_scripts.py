@@ -22,9 +22,9 @@ from forebay.coordinator.locks.store import LockStore
 from forebay.coordinator.rights import RightsCheck
 from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.schemas.errors import ServerRefused
-from links import link_to, running
-from scriptdesk import Desk
-from valkeyd import ValkeyServer
+from support.links import link_to, running
+from support.scripts import Desk
+from support.valkey_server import ValkeyServer
 
 _numbers = count(1)
 _run = uuid4().hex[:8]

@@ -16,8 +16,8 @@ from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.coordinator.valkey.tracking import Tracking
 from forebay.schemas.settings import Valkey
-from links import SPEEDY, dialer_to
-from valkeyd import ValkeyServer, pings_of
+from support.links import SPEEDY, dialer_to
+from support.valkey_server import ValkeyServer, pings_of
 
 
 class Journal:

@@ -25,26 +25,6 @@ from faults.history import History
 from faults.setting import AIMS, Setup
 from forebay.schemas.errors import ForebayError
 
-__all__ = [
-    "Agent",
-    "AgentClient",
-    "Crowd",
-    "Crowded",
-    "Drive",
-    "Driven",
-    "GiveUp",
-    "Held",
-    "Hold",
-    "LetGo",
-    "Look",
-    "Looked",
-    "Order",
-    "Reading",
-    "Rest",
-    "Rested",
-    "Watch",
-]
-
 _PROBES_MAX = 50_000
 
 

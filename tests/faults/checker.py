@@ -27,8 +27,6 @@ from msgspec import Struct
 
 from .history import Record
 
-__all__ = ["CROSSED", "Findings", "Violation", "check"]
-
 CROSSED = "crossed"  #: the note of a probe that got another subject's value
 _SHOWN = 20
 

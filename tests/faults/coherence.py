@@ -34,10 +34,9 @@ from faults.setting import Setup
 from faults.source import Source
 from forebay.coordinator.valkey.embedded import bound_to_owner
 from forebay.schemas.keys import Names
-from noded import NodeProcess, environ, until
-from valkeyd import ValkeyServer
-
-__all__ = ["Cluster", "Outcome", "cluster", "run"]
+from support.eventually import wait_until
+from support.node_process import NodeProcess, environ
+from support.valkey_server import ValkeyServer
 
 ON_DISCONNECTED = ("bypass", "stale", "fail")
 #: Connections come back soon enough for there to be pubsubs to lose every two seconds.
@@ -188,9 +187,9 @@ def _calm(node: NodeProcess) -> Mapping[str, int]:
         found["stale" if stale else tier] += 1
         return "stale" if stale else tier
 
-    until(lambda: node.get("/readyz").status == 200, limit_s=_WELL_S, what="readiness")
+    wait_until(lambda: node.get("/readyz").status == 200, limit_s=_WELL_S, what="readiness")
     for number in range(_CALM_KEYS):
-        until(lambda n=number: read(n) == "near", limit_s=_WELL_S, what="a near hit")
+        wait_until(lambda n=number: read(n) == "near", limit_s=_WELL_S, what="a near hit")
     return found
 
 

@@ -29,10 +29,8 @@ import msgspec
 import structlog
 
 from forebay.schemas.limits import Limit
-from limiters import house_of
-from valkeyd import ValkeyServer
-
-__all__ = ["Figures", "Grant", "flood", "worst_excess"]
+from support.limiters import house_of
+from support.valkey_server import ValkeyServer
 
 RATE, BURST = 400, 100
 _TICK_S = 0.01

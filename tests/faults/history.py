@@ -17,8 +17,6 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["History", "Op", "Phase", "Record", "read_history"]
-
 Op = Literal["bump", "probe", "load", "read"]
 Phase = Literal["invoke", "ok", "fail", "unknown"]
 _SUFFIX = ".history.jsonl"

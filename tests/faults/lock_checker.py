@@ -24,8 +24,6 @@ from itertools import pairwise
 
 from msgspec import Struct
 
-__all__ = ["Granted", "Written", "faults_of"]
-
 Times = Sequence[tuple[float, float]]  #: from, until; monotonic seconds
 
 

@@ -15,8 +15,6 @@ import msgspec
 
 from faults.lock_checker import Granted, Written
 
-__all__ = ["Began", "Ended", "LockHistory", "Refused", "Wrote", "grants_of", "read", "writes_of"]
-
 _SUFFIX = ".locks.jsonl"
 
 

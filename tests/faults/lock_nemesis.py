@@ -28,10 +28,8 @@ from faults.lock_setting import LEASE_S
 from faults.relay import Relay
 from faults.sentinel import Sentinel
 from forebay.schemas.keys import Names
-from noded import until
-from valkeyd import ValkeyServer
-
-__all__ = ["LOCK_FAULTS", "LockFault", "LockNemesis", "Workers", "in_step", "order_of"]
+from support.eventually import wait_until
+from support.valkey_server import ValkeyServer
 
 LockFault = Literal["stop holder", "kill holder", "kill clients", "restart", "fail over"]
 #: How long things may take to be right again after each.
@@ -138,7 +136,7 @@ class LockNemesis:
 
     def lag(self) -> None:
         """From now on the replica learns of nothing; what was before it knows."""
-        until(lambda: in_step(self.primary, self.replica), what="the replica")
+        wait_until(lambda: in_step(self.primary, self.replica), what="the replica")
         # A replica that sleeps still receives: its connection has to go, too.
         self.replica.sigstop()
         self.primary.execute("CLIENT", "KILL", "TYPE", "replica")
@@ -154,7 +152,7 @@ class LockNemesis:
         """The replica is promoted for these processes; the primary goes on for the others."""
         self._spare.start()
         self._spare.execute("REPLICAOF", "127.0.0.1", self.replica.port)
-        until(lambda: in_step(self.replica, self._spare), what="the replica of the replica")
+        wait_until(lambda: in_step(self.replica, self._spare), what="the replica of the replica")
         self.replica.execute("REPLICAOF", "NO", "ONE")
         self._relay.lead(self.replica.port, processes)
 
@@ -217,8 +215,8 @@ class LockNemesis:
     def _fail_over(self) -> str:
         self._sentinel.watch(self.primary)
         holder = self._lose_primary_of_a_holder()
-        until(lambda: self._sentinel.primary_port() == self.replica.port, what="the promotion")
-        until(self._promoted, what="the promotion")
+        wait_until(lambda: self._sentinel.primary_port() == self.replica.port, what="the promotion")
+        wait_until(self._promoted, what="the promotion")
         self._follow(holder)
         self._sentinel.forget()
         return holder

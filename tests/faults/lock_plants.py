@@ -13,8 +13,6 @@ from forebay.coordinator.locks.lease import Lease
 from forebay.coordinator.locks.renewals import Renewals
 from forebay.coordinator.valkey.scripting import Script, Scripts, load_scripts
 
-__all__ = ["plant"]
-
 _TOKEN = re.compile(r"math\.max\(lock\.t \+ 1, now\)")
 _SHORTCUT = 'redis.call("HMGET", KEYS[1], "t"'
 _FLOOR = re.compile(r"lock\.t = math\.max\(lock\.t, (floor|tonumber\(ARGV\[\d\]\))\)")

@@ -39,10 +39,9 @@ from faults.relay import Relay
 from faults.sentinel import Sentinel
 from forebay.coordinator.valkey.embedded import bound_to_owner
 from forebay.schemas.keys import Names
-from noded import environ, until
-from valkeyd import ValkeyServer
-
-__all__ = ["BOUND_S", "MARGIN_S", "LockOutcome", "lock_cluster", "lock_run"]
+from support.eventually import wait_until
+from support.node_process import environ
+from support.valkey_server import ValkeyServer
 
 SERVER = {
     "appendonly": "yes",
@@ -81,7 +80,7 @@ class WorkerProcesses:
 
     def until_ready(self) -> None:
         for name in self.running():
-            until(lambda name=name: self._is_ready(name), what=f"readiness of {name}")
+            wait_until(lambda name=name: self._is_ready(name), what=f"readiness of {name}")
 
     def running(self) -> Sequence[str]:
         return list(self._processes)
@@ -163,7 +162,7 @@ def lock_cluster(setup: LockSetup, processes: Sequence[str]) -> Iterator[LockNem
         sentinel = stack.enter_context(Sentinel())
         names = Names(setup.namespace, setup.shards)
         _have_short_graces(primary, names, setup.lease_s)
-        until(lambda: in_step(primary, replica), what="the replica")
+        wait_until(lambda: in_step(primary, replica), what="the replica")
         workers = WorkerProcesses(setup, relay)
         stack.callback(workers.close)
         for name in processes:

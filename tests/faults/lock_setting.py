@@ -11,8 +11,6 @@ import msgspec
 
 from forebay.schemas.locks import LockLevel
 
-__all__ = ["LEASE_S", "BeBusy", "Give", "LockSetup", "Order", "PlantedInLocks", "Take"]
-
 ENVIRON = "LOCK_FAULTS"
 LEASE_S = 2.0
 

@@ -20,9 +20,8 @@ from faults.lock_history import Began, Ended, Line, Refused, grants_of, read, wr
 from faults.lock_nemesis import LockNemesis
 from faults.lock_run import BOUND_S, MARGIN_S, lock_cluster
 from faults.lock_setting import BeBusy, Give, LockSetup, Take
-from noded import stands_still, until
-
-__all__ = ["LockSteps", "lock_steps"]
+from support.eventually import wait_until
+from support.node_process import stands_still
 
 _ANSWERS = (Began, Refused)
 
@@ -36,7 +35,7 @@ class LockSteps:
         """It is taken and held, or it is refused."""
         before = len(self._lines(process, *_ANSWERS))
         self._workers.order(process, Take(name, timeout_s))
-        *_, answer = until(
+        *_, answer = wait_until(
             lambda: self._lines(process, *_ANSWERS)[before:], what=f"{name} of {process}"
         )
         return answer
@@ -44,7 +43,9 @@ class LockSteps:
     def give(self, process: str, name: str) -> None:
         before = len(self._lines(process, Ended))
         self._workers.order(process, Give(name))
-        until(lambda: self._lines(process, Ended)[before:], what=f"the end of {name} of {process}")
+        wait_until(
+            lambda: self._lines(process, Ended)[before:], what=f"the end of {name} of {process}"
+        )
 
     def be_busy(self, process: str, pass_s: float) -> None:
         """From now on each pass of its event loop takes so long."""
@@ -52,7 +53,7 @@ class LockSteps:
 
     def until_lost(self, process: str) -> Ended:
         """A lease of this process is lost."""
-        (lost, *_) = until(
+        (lost, *_) = wait_until(
             lambda: [line for line in self._lines(process, Ended) if line.lost], what="a loss"
         )
         return lost
@@ -60,7 +61,9 @@ class LockSteps:
     @contextmanager
     def asleep(self, process: str) -> Iterator[None]:
         self._workers.signal(process, signal.SIGSTOP)
-        until(lambda: stands_still(self._workers.pid(process)), what="a process that stands still")
+        wait_until(
+            lambda: stands_still(self._workers.pid(process)), what="a process that stands still"
+        )
         yield
         self._workers.signal(process, signal.SIGCONT)
 

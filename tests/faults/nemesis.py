@@ -26,9 +26,7 @@ from typing import Literal, Protocol
 from msgspec import Struct
 
 from forebay.schemas.keys import Names
-from valkeyd import ValkeyServer
-
-__all__ = ["KINDS", "Fault", "Kind", "Nemesis", "Victim", "plan"]
+from support.valkey_server import ValkeyServer
 
 Kind = Literal[
     "kill pubsub",

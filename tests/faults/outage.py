@@ -34,8 +34,6 @@ from faults.setting import Setup
 from faults.source import Source
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 
-__all__ = ["KEYS", "TTL_S", "Figures", "run"]
-
 KEYS = 20
 TTL_S = 1.0  #: of the cache ``flaky`` in app.py
 FAILURES, RECOVERY_S = 5, 1.0  #: of the nodes' breakers

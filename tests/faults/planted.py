@@ -16,8 +16,6 @@ from forebay.coordinator.log.shard_view import ShardView
 from forebay.nodes.cache.shared import SharedTier
 from forebay.schemas.notices import Position
 
-__all__ = ["plant"]
-
 
 def plant(fault: Planted) -> None:
     """Do it in this process; nothing, if the name is empty."""

@@ -16,8 +16,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["Relay"]
-
 _CHUNK = 65_536
 _PATIENCE_S = 10.0
 

@@ -13,10 +13,8 @@ from typing import Any, Self
 import valkey
 
 from forebay.coordinator.valkey.embedded import bound_to_owner
-from noded import until
-from valkeyd import ValkeyServer, free_port, program
-
-__all__ = ["Sentinel"]
+from support.eventually import wait_until
+from support.valkey_server import ValkeyServer, free_port, program
 
 _NAME = "watched"
 _DOWN_AFTER_MS = 500
@@ -43,7 +41,7 @@ class Sentinel:
                 stderr=output,
                 process_group=0,
             )
-        until(self._answers, what="the sentinel")
+        wait_until(self._answers, what="the sentinel")
         return self
 
     def __exit__(
@@ -62,7 +60,7 @@ class Sentinel:
         self._execute("SENTINEL", "MONITOR", _NAME, "127.0.0.1", primary.port, 1)
         self._execute("SENTINEL", "SET", _NAME, "down-after-milliseconds", _DOWN_AFTER_MS)
         self._execute("SENTINEL", "SET", _NAME, "failover-timeout", 5_000)
-        until(self._knows_replica, what="the replica at the sentinel")
+        wait_until(self._knows_replica, what="the replica at the sentinel")
 
     def forget(self) -> None:
         self._execute("SENTINEL", "REMOVE", _NAME)

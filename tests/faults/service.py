@@ -11,10 +11,9 @@ import msgspec
 import forebay
 from forebay.schemas.keys import Names
 from forebay.schemas.settings import Durable, NodeSettings, Settings, Valkey, Workers
-from valkeyd import ValkeyServer
-from workshop import Table, until
-
-__all__ = ["PLANTED", "SHARDS", "Service", "lock_of", "subject_of", "works"]
+from support.eventually import until
+from support.valkey_server import ValkeyServer
+from support.workers import Table
 
 SHARDS = 4
 PLANTED = (0, 1)  #: shards in which records are planted

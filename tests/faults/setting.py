@@ -14,8 +14,6 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["AIMS", "ITEMS", "Planted", "Setup", "Subject"]
-
 ENVIRON = "FAULTS"
 ITEMS = 3  #: keys that carry one tag
 AIMS = (0.1, 1.0, 2.0, 10.0)  #: when to probe after an ack, in bounds; the first fills near caches

@@ -10,8 +10,6 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-__all__ = ["Source", "SourceDown"]
-
 _PATIENCE_S = 10.0
 
 

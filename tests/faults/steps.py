@@ -20,9 +20,8 @@ from faults.nemesis import Nemesis
 from faults.setting import Planted, Setup
 from faults.source import Source
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
-from noded import stands_still, until
-
-__all__ = ["Steps", "step_by_step"]
+from support.eventually import wait_until
+from support.node_process import stands_still
 
 _NODE = "one"
 
@@ -65,7 +64,7 @@ class Steps:
     def asleep(self) -> Iterator[None]:
         """The node stands still; what is said meanwhile it never hears, and the log has lost it."""
         self._node.signal(signal.SIGSTOP)
-        until(lambda: stands_still(self._node.pid), what="a node that stands still")
+        wait_until(lambda: stands_still(self._node.pid), what="a node that stands still")
         self._made.server.execute("CLIENT", "KILL", "TYPE", "pubsub")
         yield
         Nemesis(self._made.server, self._made.nodes, self._made.names).trim()

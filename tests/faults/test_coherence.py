@@ -20,7 +20,7 @@ from faults.setting import Planted, Setup
 from faults.source import Source
 from faults.steps import step_by_step
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
-from noded import until
+from support.eventually import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -104,7 +104,7 @@ async def test_log_that_was_trimmed_to_its_end_is_a_gap() -> None:
         async with forebay.Node(settings=settings) as writer:
             assert versions() == {0}
             swept = one.stats()["log"]["sweeps"] + 2  # until reads have confirmed the bells
-            until(lambda: one.stats()["log"]["sweeps"] >= swept, what="a sweep")
+            wait_until(lambda: one.stats()["log"]["sweeps"] >= swept, what="a sweep")
             one.signal(signal.SIGSTOP)
             made.server.execute("CLIENT", "KILL", "TYPE", "pubsub")
             for key in keys:
@@ -113,6 +113,6 @@ async def test_log_that_was_trimmed_to_its_end_is_a_gap() -> None:
             Nemesis(made.server, made.nodes, made.names).trim()
         time.sleep(made.setup.bound_ms / 1000)  # until what the node promised is over
         one.signal(signal.SIGCONT)
-        until(lambda: one.get("/readyz").status == 200, what="readiness")
+        wait_until(lambda: one.get("/readyz").status == 200, what="readiness")
         assert versions() == {1}
         source.close()

@@ -13,8 +13,9 @@ import pytest
 import forebay
 from conftest import MakeServer
 from forebay.schemas.settings import CacheDefaults, NodeSettings, Settings, Valkey, Workers
-from valkeyd import ValkeyServer, free_port
-from workshop import Table, until
+from support.eventually import until
+from support.valkey_server import ValkeyServer, free_port
+from support.workers import Table
 
 from .relay import Relay
 

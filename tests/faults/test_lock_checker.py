@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from faults.lock_checker import Granted, Written, faults_of
-from smithy import Forge, MakeForge, smithy
-from valkeyd import ValkeyServer
+from support.lock_processes import Forge, MakeForge, smithy
+from support.valkey_server import ValkeyServer
 
 
 def grant(number: int, **changes: object) -> Granted:

@@ -14,7 +14,7 @@ from faults.coherence import Cluster, cluster
 from faults.history import Record
 from faults.setting import Setup
 from faults.source import Source
-from noded import until
+from support.eventually import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -36,7 +36,7 @@ class Nodes(NamedTuple):
         ]
 
     def until_loading(self, key: int) -> None:
-        until(lambda: self.loads(key), what="a load")
+        wait_until(lambda: self.loads(key), what="a load")
 
 
 @pytest.fixture

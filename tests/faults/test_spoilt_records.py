@@ -19,7 +19,7 @@ import pytest
 from faults.service import PLANTED, Service, lock_of, subject_of, works
 from forebay.schemas.keys import EVENTS, Names
 from forebay.schemas.notices import Dropped, write_notice
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 LAST = b"18446744073709551615"
 SPOILT: tuple[bytes, ...] = (

@@ -36,8 +36,8 @@ from forebay.schemas.errors import ForebayError, StartupError
 from forebay.schemas.errors_limits import UnknownReservation
 from forebay.schemas.errors_locks import LockNotAcquired
 from forebay.schemas.keys import EVENTS, TYPES, Names, Part, type_of
-from valkeyd import ValkeyServer
-from workshop import until
+from support.eventually import until
+from support.valkey_server import ValkeyServer
 
 SHARD = 0
 POISON = 666_666

@@ -9,7 +9,7 @@ import pytest
 
 import forebay
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
 

@@ -17,8 +17,9 @@ from structlog.testing import capture_logs
 import forebay
 from forebay.nodes.cancellation import run_apart
 from forebay.schemas.errors import CancelledInside
-from noded import NodeProcess, until
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import NodeProcess
+from support.valkey_server import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
 Fault = Callable[[], Awaitable[object]]
@@ -246,7 +247,7 @@ def test_process_goes_on(process: NodeProcess) -> None:
     with process as node:
         assert node.get("/v1/cache/a:1").status == 504
         assert node.get("/v1/cache/a:3").status == 200
-        until(lambda: node.get("/readyz").status == 200, what="readiness")
+        wait_until(lambda: node.get("/readyz").status == 200, what="readiness")
 
 
 def test_process_never_ends_unasked_without_an_error(process: NodeProcess) -> None:

@@ -19,7 +19,7 @@ from forebay.schemas.settings import (
 )
 from forebay.schemas.settings import Workers as WorkerSettings
 from forebay.schemas.settings_sources import Resolved
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
 

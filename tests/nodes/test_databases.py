@@ -15,8 +15,8 @@ import forebay
 from forebay.schemas.errors import SourceFailing
 from forebay.schemas.keys import Names
 from forebay.schemas.settings import CacheDefaults, NodeSettings, Settings, Valkey
-from valkeyd import ValkeyServer
-from workshop import until
+from support.eventually import until
+from support.valkey_server import ValkeyServer
 
 SHARDS = 4
 

@@ -20,8 +20,8 @@ from forebay.nodes.web.protocols import Check
 from forebay.nodes.workers.backlog import Backlog
 from forebay.schemas.errors import ServerRefused, TransientSinkError
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
-from valkeyd import ValkeyServer
-from workshop import until
+from support.eventually import until
+from support.valkey_server import ValkeyServer
 
 WORK = ("ingress", "ownership", "writes", "refreshes")
 

@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 import forebay
 from forebay.nodes.leftovers import DrainOutcome, Leftovers, left_of
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
-from noded import NodeProcess, Shop, until
-from valkeyd import ValkeyServer
-from workshop import SHARDS, Table, write
-from workshop import until as reached
+from support.eventually import until, wait_until
+from support.node_process import NodeProcess, Shop
+from support.valkey_server import ValkeyServer
+from support.workers import SHARDS, Table, write
 
 COUNT = 200
 Logged = Callable[[], Sequence[Any]]
@@ -100,7 +100,7 @@ async def test_what_other_workers_do_is_not_told(
     async with second:
         async with first:
             crew = first.parts.crew
-            await reached(lambda: len(crew.ownership.nodes) == 2)
+            await until(lambda: len(crew.ownership.nodes) == 2)
         assert first.drained is True
         assert logged() == []
         async with failing(namespace, away(), valkey, enabled=False)[0] as writer:
@@ -125,9 +125,9 @@ async def test_a_waiter_for_the_sink_is_not_told_of_a_write_that_is_held(
         since = confirmations.since
         terms: dict[str, Any] = {"since": since, "sink": "table", "timeout_ms": 300}
         with pytest.raises(forebay.Unconfirmed):
-            await confirmations.reached("flight:1", receipt, "sink", **terms)
+            await confirmations.until("flight:1", receipt, "sink", **terms)
         await link.call("DEL", held)
-        found = await confirmations.reached("flight:1", receipt, "sink", **terms)
+        found = await confirmations.until("flight:1", receipt, "sink", **terms)
         assert found.reached == "sink"
 
 
@@ -167,7 +167,7 @@ def test_events_that_are_left_unapplied_are_counted_and_exit_4(
     """The drain had no time for them: it does not say that it was finished."""
     node = shop.node(sink="hang", workers__drain_ms=500, durable__writes_max=1).start()
     fill(valkey_server, shop, 1_000)
-    until(lambda: shop.sink_reached, what="a write in the sink")
+    wait_until(lambda: shop.sink_reached, what="a write in the sink")
     assert node.stop() == 4
     said = left(node)
     assert said["outcome"] == "left to others"

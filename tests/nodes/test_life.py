@@ -14,7 +14,7 @@ import forebay
 from conftest import MakeServer
 from forebay.schemas.settings import Secret, Valkey
 from forebay.schemas.settings import Workers as WorkerSettings
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
 

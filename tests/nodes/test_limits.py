@@ -15,9 +15,9 @@ from forebay.schemas.errors import ConfigError, InvalidKey
 from forebay.schemas.errors_limits import InvalidLimit
 from forebay.schemas.limits import Limit
 from forebay.schemas.settings import Limiter
-from noded import Shop, until
-from valkeyd import ValkeyServer
-from workshop import until as soon
+from support.eventually import until, wait_until
+from support.node_process import Shop
+from support.valkey_server import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
 
@@ -55,7 +55,7 @@ async def test_two_nodes_share_a_limit_and_hear_of_refunds(make_node: MakeNode) 
     one, other = make_node(), make_node()
     here, there = (each.limit("api", rate=0.01, burst=5) for each in (one, other))
     async with one, other:
-        await soon(lambda: one.parts.limiter.desk.hears and other.parts.limiter.desk.hears)
+        await until(lambda: one.parts.limiter.desk.hears and other.parts.limiter.desk.hears)
         assert (await here.take("x", 5)).allowed
         assert not (await there.take("x")).allowed
         assert (await there.take("x")).source == "deny_cache"
@@ -64,7 +64,7 @@ async def test_two_nodes_share_a_limit_and_hear_of_refunds(make_node: MakeNode) 
         async def granted() -> bool:
             return (await there.take("x")).allowed
 
-        await soon(granted)
+        await until(granted)
 
 
 async def test_outside_a_running_node_nobody_is_asked(make_node: MakeNode) -> None:
@@ -154,12 +154,12 @@ async def test_metrics_tell_who_decided(make_node: MakeNode) -> None:
     shadow = node.limit("dark", rate=0.01, burst=1, shadow=True)
     leased = node.limit("fast", rate=1_000, burst=1_000, lease=True)
     async with node:
-        await soon(lambda: node.parts.limiter.desk.hears)
+        await until(lambda: node.parts.limiter.desk.hears)
         for _ in range(5):
             await api.take("x")
             assert (await shadow.take("x")).allowed
         await leased.take("x")
-        await soon(lambda: node.registry.get_sample_value("forebay_limiter_leased_tokens",
+        await until(lambda: node.registry.get_sample_value("forebay_limiter_leased_tokens",
                                                           {"limit": "fast"}) > 0)  # fmt: skip
 
         def decided(limit: str, source: str, result: str) -> float | None:
@@ -183,11 +183,11 @@ def test_a_hangup_reloads(tmp_path: Path, valkey_server: ValkeyServer, namespace
         node = shop.node().start()
         config.write_text("[limits.api]\nrate = 2\n")
         node.signal(signal.SIGHUP)
-        assert until(lambda: node.event("limits.reloaded"))["changed"] == ["api"]
+        assert wait_until(lambda: node.event("limits.reloaded"))["changed"] == ["api"]
         config.write_text("[limits.api]\nrate = -2\n")
         node.signal(signal.SIGHUP)
-        assert "rate" in until(lambda: node.event("limits.not_reloaded"))["reason"]
-        until(lambda: node.get("/readyz").status == 200, what="readiness")
+        assert "rate" in wait_until(lambda: node.event("limits.not_reloaded"))["reason"]
+        wait_until(lambda: node.get("/readyz").status == 200, what="readiness")
         assert node.stop() == 0
 
 
@@ -200,11 +200,11 @@ def test_a_changed_file_is_read(
     with Shop(tmp_path, namespace, valkey__url=valkey_server.url) as shop:
         node = shop.node().start()
         config.write_text("[limits.api]\nrate = -2\n")
-        assert "rate" in until(lambda: node.event("limits.not_reloaded"))["reason"]
+        assert "rate" in wait_until(lambda: node.event("limits.not_reloaded"))["reason"]
         aside = tmp_path / "new"
         aside.write_text("[limits.api]\nrate = 2\n")
         aside.rename(config)
-        assert until(lambda: node.event("limits.reloaded"))["changed"] == ["api"]
+        assert wait_until(lambda: node.event("limits.reloaded"))["changed"] == ["api"]
         assert node.stop() == 0
 
 
@@ -218,4 +218,4 @@ async def test_nodes_that_do_no_work_share_limits_too(make_node: MakeNode) -> No
             await one.parts.headcount.look()
             return one.parts.members() == 2
 
-        await soon(both)
+        await until(both)

@@ -15,16 +15,9 @@ import structlog
 
 from forebay.nodes.logs import configure_embedded, configure_logs
 from forebay.schemas.settings import Log, Secret, Valkey
+from support.clock import ManualClock
 
 CANARY = "canary-7f3a"
-
-
-class ManualClock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 class Terminal(io.StringIO):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from forebay.coordinator.instruments import PREFIX
 from forebay.coordinator.log.follower import ResetReason
 from forebay.nodes.workers.delivery import Outage
 from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey, Workers
-from programs import tool
-from valkeyd import ValkeyServer
+from support.eventually import until
+from support.programs import tool
+from support.valkey_server import ValkeyServer
 
 PATIENCE_S = 40.0
 SERIES_MAX = 900
@@ -65,12 +66,6 @@ class Cluster:
         ):
             assert response.status == 200
             return await response.text()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    with anyio.fail_after(PATIENCE_S):
-        while not condition():
-            await anyio.sleep(0.01)
 
 
 @pytest.fixture

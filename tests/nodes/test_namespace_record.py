@@ -11,7 +11,7 @@ from forebay.nodes.web.protocols import Check
 from forebay.schemas.errors import ConfigError
 from forebay.schemas.keys import Names
 from forebay.schemas.settings import Valkey
-from workshop import until
+from support.eventually import until
 
 
 @pytest.fixture

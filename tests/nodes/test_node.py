@@ -20,8 +20,8 @@ from structlog.testing import capture_logs
 import forebay
 from conftest import MakeServer
 from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey
-from noded import environ
-from valkeyd import ValkeyServer
+from support.node_process import environ
+from support.valkey_server import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
 
@@ -278,7 +278,7 @@ async def test_port_of_an_embedded_node_that_is_taken_is_told(
 
 def test_a_running_loop_waits_for_no_import(valkey_server: ValkeyServer, tmp_path: Path) -> None:
     """Web server, driver, compression: to load them takes longer than a promise may lapse."""
-    program = Path(__file__).parents[1] / "late_imports.py"
+    program = Path(__file__).parents[1] / "support/late_imports.py"
     done = subprocess.run(
         [sys.executable, str(program), valkey_server.socket_url, str(tmp_path / "shop.db")],
         capture_output=True,

@@ -12,7 +12,7 @@ import forebay
 from forebay.nodes.sinks.base import Write
 from forebay.schemas.errors import ForebayError
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
-from workshop import until
+from support.eventually import until
 
 
 async def test_an_outage_is_one_line_for_each_loop(make_server: Any, namespace: str) -> None:

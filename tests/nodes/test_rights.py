@@ -22,9 +22,9 @@ from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.nodes.cli.main import Invocation, root
 from forebay.schemas.errors import ForebayError, StartupError
 from forebay.schemas.settings import CacheDefaults, Http, NodeSettings, Settings
-from users import as_node, restore, shipped_users
-from valkeyd import ValkeyServer
-from workshop import until
+from support.acl_users import as_node, restore, shipped_users
+from support.eventually import until
+from support.valkey_server import ValkeyServer
 
 pytestmark = pytest.mark.anyio
 

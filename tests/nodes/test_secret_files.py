@@ -23,8 +23,8 @@ from forebay.schemas.settings import Http, Log, Settings, Valkey
 from forebay.schemas.settings_env import Found
 from forebay.schemas.settings_sources import FileSource
 from forebay.schemas.urls import endpoint_of
-from noded import environ
-from valkeyd import ValkeyServer
+from support.node_process import environ
+from support.valkey_server import ValkeyServer
 
 PASSWORD = "hunter2hunter2"
 URL = f"valkey://app:{PASSWORD}@db:6379/0"

@@ -13,7 +13,7 @@ import pytest
 import forebay
 from forebay.schemas.errors import ConfigError, StartupError
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 
 class Silence:

@@ -16,7 +16,7 @@ from forebay.nodes.status import checks
 from forebay.nodes.workers.delivery import Outage
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 from forebay.schemas.settings import Workers as WorkerSettings
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 ALWAYS = {
     "version": str,

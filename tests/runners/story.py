@@ -25,8 +25,6 @@ from aiohttp import web
 import forebay
 from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey
 
-__all__ = ["EXPECTED", "Story"]
-
 _numbers = itertools.count(1)
 
 EXPECTED = {

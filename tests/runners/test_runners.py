@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 
 from forebay.coordinator.valkey.embedded import bound_to_owner
-from noded import environ, until
 from runners.story import EXPECTED
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import environ
+from support.valkey_server import ValkeyServer
 
 HERE = Path(__file__).parent
 PROGRAMS = {
@@ -87,7 +88,7 @@ def served(command: list[str], log: Path, env: dict[str, str]) -> Iterator[str]:
             found = re.search(r"unning on (http://\S*:[1-9]\d*)", log.read_text())
             return found[1] if found else ""
 
-        yield until(url, what="the server")
+        yield wait_until(url, what="the server")
         process.terminate()
         process.wait(30)
     finally:

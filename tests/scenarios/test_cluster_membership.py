@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from noded import NodeProcess, Shop, until
-from publisher import Publisher, assert_in_order
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import NodeProcess, Shop
+from support.publisher import Publisher, assert_in_order
+from support.valkey_server import ValkeyServer
 
 SHARDS = 64
 OWNED_WITHIN_S = 6.0
@@ -36,11 +37,11 @@ def load(server: ValkeyServer, shop: Shop) -> Iterator[Publisher]:
     publisher = Publisher(server, shop.stream)
     publisher.start()
     try:
-        until(lambda: publisher.count > 50, what="some events")
+        wait_until(lambda: publisher.count > 50, what="some events")
         yield publisher
     finally:
         publisher.end()
-    until(lambda: shop.stored() == publisher.published, what="every last write in the sink")
+    wait_until(lambda: shop.stored() == publisher.published, what="every last write in the sink")
     assert_in_order(shop)
 
 
@@ -85,7 +86,7 @@ class Owners:
 
 def seconds_until(owned: Callable[[], bool]) -> float:
     began = time.monotonic()
-    until(owned, what="an owner of everything")
+    wait_until(owned, what="an owner of everything")
     return time.monotonic() - began
 
 
@@ -113,11 +114,11 @@ def test_every_shard_is_owned_whoever_comes_and_goes(
     owners = Owners(valkey_server, namespace)
     nodes = [shop.node(f"node-{number}") for number in range(5)]
     start(nodes)
-    until(lambda: owners.fair_among(5), what="a fair share for each of five")
+    wait_until(lambda: owners.fair_among(5), what="a fair share for each of five")
     with load(valkey_server, shop):
         before = owners.now()
         newcomer = shop.node("node-5").start()
-        until(lambda: owners.fair_among(6), what="a fair share for the newcomer")
+        wait_until(lambda: owners.fair_among(6), what="a fair share for the newcomer")
         newcomers = id_of(newcomer, owners)
         after = owners.now()
         overload = sum(max(0, before[:-1].count(owner) - 11) for owner in set(before))
@@ -149,7 +150,7 @@ def test_a_rolling_restart_with_ids_moves_no_shard(
     owners = Owners(valkey_server, namespace)
     nodes = [shop.node(f"node-{n}", node__id=f"web-{n}") for n in range(3)]
     start(nodes)
-    until(lambda: owners.fair_among(3), what="a fair share for each of three")
+    wait_until(lambda: owners.fair_among(3), what="a fair share for each of three")
 
     def labels() -> list[str]:
         return [owner.split("~")[0] for owner in owners.now()[:-1]]
@@ -160,7 +161,7 @@ def test_a_rolling_restart_with_ids_moves_no_shard(
             assert node.stop() == 0
             seen.update(map(str, zip(range(SHARDS), labels(), strict=True)))
             node.start()
-            until(lambda: labels() == before, what=f"the return of {node}")
+            wait_until(lambda: labels() == before, what=f"the return of {node}")
     assert seen <= set(map(str, zip(range(SHARDS), before, strict=True))) | {
         str((shard, "")) for shard in range(SHARDS)
     }

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from valkeyd import ValkeyServer, free_port
+from support.eventually import wait_until
+from support.valkey_server import ValkeyServer, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -62,13 +62,6 @@ def listens(address: str) -> bool:
     port = int(address.rpartition(":")[2])
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def until(condition: Callable[[], object], *, limit_s: float = 60) -> None:
-    give_up_at = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < give_up_at, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def played(mark: str, directory: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
@@ -176,7 +169,7 @@ def test_a_signal_ends_it_in_order(namespace: str, tmp_path: Path, number: int) 
 def test_a_signal_while_starting(namespace: str, tmp_path: Path) -> None:
     """Before the nodes are ready: exit 0, and nothing is left."""
     with running(namespace, tmp_path) as process:
-        until(lambda: any("demo.app:node" in line for line in processes_of(namespace)))
+        wait_until(lambda: any("demo.app:node" in line for line in processes_of(namespace)))
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
 
@@ -192,7 +185,7 @@ def test_a_second_signal_ends_it_at_once(namespace: str, tmp_path: Path) -> None
         (frozen, *_) = _pids(namespace, "demo.app:node")
         os.kill(frozen, signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
-        until(lambda: not _pids(namespace, "demo.replayer"))
+        wait_until(lambda: not _pids(namespace, "demo.replayer"))
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=15)
 
@@ -220,7 +213,7 @@ def test_killed_itself_it_leaves_nothing(namespace: str, tmp_path: Path) -> None
         process.kill()
         process.wait(10)
 
-        until(lambda: processes_of(namespace) == [] and not listens(address), limit_s=10)
+        wait_until(lambda: processes_of(namespace) == [] and not listens(address), limit_s=10)
 
 
 def test_the_printed_lines_do_what_they_say(namespace: str, tmp_path: Path) -> None:
@@ -241,7 +234,7 @@ def test_the_printed_lines_do_what_they_say(namespace: str, tmp_path: Path) -> N
 
         assert "FB 1" not in board()
         subprocess.run(publish, shell=True, capture_output=True, check=True)
-        until(lambda: "FB 1" in board(), limit_s=10)
+        wait_until(lambda: "FB 1" in board(), limit_s=10)
 
 
 def test_a_closed_port_is_one_line(namespace: str, tmp_path: Path) -> None:

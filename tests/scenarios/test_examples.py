@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple
 import pytest
 
 from forebay.coordinator.valkey.embedded import bound_to_owner
-from noded import PATIENCE_S, environ, until
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import PATIENCE_S, environ
+from support.valkey_server import ValkeyServer
 
 Example = Literal["fastapi", "aiohttp"]
 MakeService = Callable[[], "Service"]
@@ -60,8 +61,8 @@ class Service:
             )
 
     def until_ready(self) -> None:
-        until(lambda: self.port, what="a port")
-        until(lambda: self.get("/readyz").status == 200, what="readiness")
+        wait_until(lambda: self.port, what="a port")
+        wait_until(lambda: self.get("/readyz").status == 200, what="readiness")
 
     @property
     def said(self) -> str:
@@ -148,18 +149,18 @@ def test_what_is_put_through_one_process_is_read_from_the_other(
     put = one.put("/products/1", KETTLE)
     assert put.status in (200, 202)
     assert put.json == one.get("/products/1").json == {**KETTLE, "id": 1}
-    until(lambda: other.get("/products/1") == (200, {**KETTLE, "id": 1}), what="the product")
-    until(lambda: names_in(other.get("/catalog")) == ["kettle"], what="the new catalog")
+    wait_until(lambda: other.get("/products/1") == (200, {**KETTLE, "id": 1}), what="the product")
+    wait_until(lambda: names_in(other.get("/catalog")) == ["kettle"], what="the new catalog")
 
     other.put("/products/1", {"name": "teapot", "price": 2500})
     assert other.get("/products/1").json["price"] == 2500
-    until(lambda: one.get("/products/1").json["price"] == 2500, what="the new price")
-    until(lambda: names_in(one.get("/catalog")) == ["teapot"], what="the new name")
+    wait_until(lambda: one.get("/products/1").json["price"] == 2500, what="the new price")
+    wait_until(lambda: names_in(one.get("/catalog")) == ["teapot"], what="the new name")
 
     assert one.request("DELETE", "/products/1").status in (202, 204)
     assert one.get("/products/1").status == 404
-    until(lambda: other.get("/products/1").status == 404, what="the deletion")
-    until(lambda: other.get("/catalog").json == [], what="the empty catalog")
+    wait_until(lambda: other.get("/products/1").status == 404, what="the deletion")
+    wait_until(lambda: other.get("/catalog").json == [], what="the empty catalog")
 
 
 def test_what_is_no_offer_is_refused_and_stored_nowhere(

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import pytest
 
-from noded import TESTS, NodeProcess, until
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import TESTS, NodeProcess
+from support.valkey_server import ValkeyServer
 
 GOOD = b'{"type":"invalidate","keys":["product:1"]}'
 HEADER_TIMEOUT_MS = 1_000
@@ -189,7 +190,7 @@ def slow_header(target: Target) -> None:
     reached = target.reached("http_headers")
     with target.connect() as link:
         link.sendall(GET[:-2])
-        until(lambda: _drips(link, b"X: a\r\n"), what="the end of the connection")
+        wait_until(lambda: _drips(link, b"X: a\r\n"), what="the end of the connection")
     assert target.reached("http_headers") > reached
 
 
@@ -197,7 +198,7 @@ def slow_body(target: Target) -> None:
     """It is answered with 408, though bytes keep coming."""
     with target.connect() as link:
         link.sendall(posted(b"100"))
-        until(lambda: _drips(link, b" ") or select([link], [], [], 0)[0], what="an answer")
+        wait_until(lambda: _drips(link, b" ") or select([link], [], [], 0)[0], what="an answer")
         assert status_of(link.recv(65_536)) == 408
     assert target.reached("http_body_time") > 0
 
@@ -238,7 +239,7 @@ def unread_answers(target: Target) -> None:
         with suppress(BlockingIOError):
             for _ in range(50_000):
                 link.send(KEPT.replace(b"/livez", b"/openapi.json"))
-        until(lambda: target.reached("http_unread_answer") > reached, what="the cut")
+        wait_until(lambda: target.reached("http_unread_answer") > reached, what="the cut")
 
 
 SLOW: dict[str, Callable[[Target], None]] = {

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from conftest import MakeServer
-from noded import NodeProcess, Shop, until
-from publisher import KEYS, Publisher, assert_in_order, write_event
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import NodeProcess, Shop
+from support.publisher import KEYS, Publisher, assert_in_order, write_event
+from support.valkey_server import ValkeyServer
 
 QUICK = {"workers__ownership_ttl_ms": 1_000, "workers__beat_ms": 200}
 IMPATIENT = {
@@ -34,10 +35,10 @@ def test_draining_node_is_alive_but_not_ready_and_a_second_signal_ends_it(shop: 
     """P1, P2: during a drain /livez is 200 and /readyz 503; the second SIGTERM ends it: 143."""
     node = shop.node(sink="hang", workers__drain_ms=30_000).start()
     assert node.post(write_event(1, 5)).status == 202
-    until(lambda: shop.sink_reached, what="the write in the sink")
+    wait_until(lambda: shop.sink_reached, what="the write in the sink")
 
     node.signal(signal.SIGTERM)
-    until(lambda: node.get("/readyz").status == 503, what="unreadiness")
+    wait_until(lambda: node.get("/readyz").status == 503, what="unreadiness")
 
     assert node.get("/livez").status == 200
     assert node.get("/startupz").status == 200
@@ -51,14 +52,14 @@ def test_second_signal_ends_a_node_whose_event_loop_is_held_up(shop: Shop) -> No
     """P2: a sink that blocks the loop does not keep the process: 130 after a second SIGINT."""
     node = shop.node(sink="block").start()
     node.post(write_event(1, 5))
-    until(lambda: shop.sink_reached, what="the write in the sink")
+    wait_until(lambda: shop.sink_reached, what="the write in the sink")
 
     def signalled() -> bool:
         node.signal(signal.SIGINT)
         time.sleep(0.05)  # two that come together are one
         return node.ended() is not None
 
-    until(signalled, what="the end")
+    wait_until(signalled, what="the end")
     assert node.ended() == 128 + signal.SIGINT
 
 
@@ -68,7 +69,7 @@ def test_signal_during_the_start_ends_it(make_server: MakeServer, tmp_path: Path
     server.sigstop()
     node = NodeProcess(tmp_path, valkey__url=server.url, valkey__startup_timeout_ms=60_000)
     node.spawn()
-    until(lambda: node.event("backend.chosen"), what="the start")
+    wait_until(lambda: node.event("backend.chosen"), what="the start")
 
     node.signal(signal.SIGTERM)
 
@@ -80,7 +81,7 @@ def test_drain_empties_the_queues_of_the_last_node(shop: Shop) -> None:
     """U3: what was accepted before the signal is in the sink when the process has ended."""
     node = shop.node(workers__flush_delay_ms=500).start()
     node.post(*[write_event(number, 100 + number) for number in range(KEYS)])
-    until(lambda: node.stats()["backlog"]["events"] == 0, what="all events applied")
+    wait_until(lambda: node.stats()["backlog"]["events"] == 0, what="all events applied")
 
     assert node.stop() == 0
     assert shop.stored() == {f"product:{n}": 100 + n for n in range(KEYS)}
@@ -101,9 +102,9 @@ def test_node_bridges_an_outage_of_valkey(
             server.sigstop()
         else:
             server.kill9()
-        until(lambda: node.get("/readyz").status == 503, what="unreadiness")
+        wait_until(lambda: node.get("/readyz").status == 503, what="unreadiness")
         shop.price(1, 20)
-        degraded = until(lambda: node.get("/v1/cache/product:1"), what="an answer")
+        degraded = wait_until(lambda: node.get("/v1/cache/product:1"), what="an answer")
 
         assert (degraded.status, degraded.json["price"]) == (200, 20)
         assert degraded.headers["X-Forebay-Tier"] == "source"
@@ -116,10 +117,10 @@ def test_node_bridges_an_outage_of_valkey(
             server.sigcont()
         else:
             server.start()
-        until(lambda: node.get("/readyz").status == 200, what="readiness")
+        wait_until(lambda: node.get("/readyz").status == 200, what="readiness")
         assert node.post(write_event(1, 30)).status == 202
-        until(lambda: node.get("/v1/cache/product:1").json["price"] == 30, what="the write")
-        until(lambda: shop.stored().get("product:1") == 30, what="the write in the sink")
+        wait_until(lambda: node.get("/v1/cache/product:1").json["price"] == 30, what="the write")
+        wait_until(lambda: shop.stored().get("product:1") == 30, what="the write in the sink")
         assert node.stop() == 0
 
 
@@ -132,18 +133,20 @@ def test_rolling_restart_under_load_loses_nothing(shop: Shop, valkey_server: Val
     publisher = Publisher(valkey_server, shop.stream)
     publisher.start()
     try:
-        until(lambda: publisher.count > 50, what="some events")
+        wait_until(lambda: publisher.count > 50, what="some events")
         for node in nodes:
             assert node.stop() == 0
             node.start()
     finally:
         publisher.end()
 
-    until(lambda: shop.stored() == publisher.published, what="every last write in the sink")
+    wait_until(lambda: shop.stored() == publisher.published, what="every last write in the sink")
     assert_in_order(shop)
     assert [node.stats()["dead_letters"] for node in nodes] == [0, 0, 0]
     for node in nodes:
-        until(lambda node=node: served(node) == publisher.published, what=f"all of it on {node}")
+        wait_until(
+            lambda node=node: served(node) == publisher.published, what=f"all of it on {node}"
+        )
 
 
 def served(node: NodeProcess) -> dict[str, int]:
@@ -160,20 +163,20 @@ def owned(node: NodeProcess) -> tuple[int, bool]:
 def test_work_of_a_killed_node_is_taken_over(shop: Shop, valkey_server: ValkeyServer) -> None:
     """kill -9 under load: the other node owns all soon, no write is lost, order is kept."""
     nodes = [shop.node(f"node-{number}").start() for number in (1, 2)]
-    until(lambda: all(owned(node)[0] > 20 for node in nodes), what="a fair share for each")
+    wait_until(lambda: all(owned(node)[0] > 20 for node in nodes), what="a fair share for each")
     victim, heir = sorted(nodes, key=lambda node: not owned(node)[1])
     assert owned(victim)[1]
     publisher = Publisher(valkey_server, shop.stream)
     publisher.start()
     try:
-        until(lambda: publisher.count > 100, what="some events")
+        wait_until(lambda: publisher.count > 100, what="some events")
         victim.signal(signal.SIGKILL)
         assert victim.wait() == -signal.SIGKILL
-        until(lambda: owned(heir) == (64, True), what="all in the hands of the other")
+        wait_until(lambda: owned(heir) == (64, True), what="all in the hands of the other")
     finally:
         publisher.end()
 
-    until(lambda: shop.stored() == publisher.published, what="every last write in the sink")
+    wait_until(lambda: shop.stored() == publisher.published, what="every last write in the sink")
     assert_in_order(shop)
 
 
@@ -181,7 +184,9 @@ def test_two_processes_with_one_id_are_two_owners(shop: Shop) -> None:
     """I4 of the node: a node id given twice does not make two processes own the same shards."""
     nodes = [shop.node(f"node-{number}", node__id="web").start() for number in (1, 2)]
 
-    until(lambda: all(20 < owned(node)[0] < 45 for node in nodes), what="a fair share for each")
+    wait_until(
+        lambda: all(20 < owned(node)[0] < 45 for node in nodes), what="a fair share for each"
+    )
 
     assert sum(owned(node)[0] for node in nodes) <= 64
     assert [node.stats()["instance"] for node in nodes] == ["web", "web"]
@@ -225,4 +230,4 @@ def test_loader_that_fails_is_not_the_nodes_fault(lone_node: NodeProcess) -> Non
 
     assert (answer.status, answer.json["error"]["code"]) == (504, "loader_failed")
     assert "no database" not in answer.body.decode()
-    until(lambda: "no database" in lone_node.said(), what="the reason in the log")
+    wait_until(lambda: "no database" in lone_node.said(), what="the reason in the log")

@@ -17,10 +17,11 @@ import msgspec
 import pytest
 import valkey
 
-from noded import PATIENCE_S, until
-from uvicornd import Uvicorn
-from valkeyd import ValkeyServer, free_port
-from webshop import LOADS
+from support.eventually import wait_until
+from support.node_process import PATIENCE_S
+from support.uvicorn_server import Uvicorn
+from support.valkey_server import ValkeyServer, free_port
+from support.webshop import LOADS
 
 WORKERS, DB, PASSWORD = 4, 3, "canary-7f3a"
 STALENESS_MS = 200  #: the promise: from then on, nobody reads what is older than an applied event
@@ -81,7 +82,7 @@ class Migration:
         return Uvicorn(self.directory, *count, name=version, CACHE_VER=version, **self.environ)
 
     def until_running(self, web: Uvicorn) -> None:
-        until(lambda: len(web.events("node.running")) == WORKERS, what="all workers")
+        wait_until(lambda: len(web.events("node.running")) == WORKERS, what="all workers")
         self.released.append(web)
 
     def change(self, *changed: int) -> None:
@@ -92,7 +93,7 @@ class Migration:
         keys = [f"product:{row}" for row in rows]
         event = msgspec.json.encode({"type": "invalidate", "keys": keys})
         self.client.xadd(EVENTS, {"event": event})
-        until(lambda: self.client.xlen(EVENTS) == 0, what="the end of the event")
+        wait_until(lambda: self.client.xlen(EVENTS) == 0, what="the end of the event")
         applied_at = time.monotonic()
         for row, value in rows.items():
             self.known[row].append((applied_at + STALENESS_MS / 1_000, value))
@@ -136,7 +137,7 @@ class Migration:
         for row in MOVING:
             for web in self.released:
                 read = partial(self._is_read, row, web.port, self.known[row][-1][0])
-                until(read, what=f"a read of {row}")
+                wait_until(read, what=f"a read of {row}")
 
     def _is_read(self, row: int, port: int, known_at: float) -> bool:
         latest = self.seen[-500:]

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from noded import Answer, NodeProcess, Shop, until
-from programs import tool
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import Answer, NodeProcess, Shop
+from support.programs import tool
+from support.valkey_server import ValkeyServer
 
 Publish = Callable[[dict[str, Any]], None]
 PROMISE_S = 1.0  #: from the publisher's return to the last node
@@ -122,7 +123,7 @@ def test_invalidation_from_outside_shows_on_every_node_in_a_second(
 
     keys = {"keys": [f"product:{number}"]} if what == "key" else {"tags": ["catalog"]}
     publish({"type": "invalidate", **keys})
-    until(
+    wait_until(
         lambda: prices(all_of(nodes, number)) == [200] * 3, limit_s=PROMISE_S, what="the new price"
     )
 
@@ -139,10 +140,12 @@ def test_write_from_outside_shows_on_every_node_and_reaches_the_sink(
     assert prices(before) == [1] * 3
 
     publish({"type": "write", "key": f"product:{number}", "value": {"id": number, "price": 7}})
-    until(lambda: prices(all_of(nodes, number)) == [7] * 3, limit_s=PROMISE_S, what="the new price")
+    wait_until(
+        lambda: prices(all_of(nodes, number)) == [7] * 3, limit_s=PROMISE_S, what="the new price"
+    )
 
     assert min(versions(all_of(nodes, number))) > max(versions(before))
-    until(lambda: shop.stored().get(f"product:{number}") == 7, what="the write in the sink")
+    wait_until(lambda: shop.stored().get(f"product:{number}") == 7, what="the write in the sink")
 
 
 def test_what_can_never_be_applied_stops_nobody(
@@ -156,7 +159,7 @@ def test_what_can_never_be_applied_stops_nobody(
         valkey_server.execute("XADD", shop.stream, "*", *fields)
     publish({"type": "write", "key": f"product:{number}", "value": {"id": number, "price": 7}})
 
-    until(lambda: shop.stored().get(f"product:{number}") == 7, what="the write in the sink")
+    wait_until(lambda: shop.stored().get(f"product:{number}") == 7, what="the write in the sink")
     found = [
         dict(zip(fields[::2], fields[1::2], strict=True))
         for _, fields in valkey_server.execute("XRANGE", letters, "-", "+")

@@ -21,9 +21,10 @@ import pytest
 import forebay
 from forebay.schemas.errors_locks import LeaseLost
 from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey
-from noded import NodeProcess, Shop, environ, until
-from programs import tool
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import NodeProcess, Shop, environ
+from support.programs import tool
+from support.valkey_server import ValkeyServer
 
 TOKEN = "a-token-for-these-tests"
 #: fetch(METHOD, URL, BODY) with what is in Node.js; prints the status and the body.
@@ -131,7 +132,9 @@ async def test_a_lock_goes_from_python_to_a_program_and_back(
         async with own.lock(name, lease=30) as first:
             process = program.start("POST", url, {"timeout": 30, "lease": 30})
             await anyio.to_thread.run_sync(
-                lambda: until(lambda: waiting(nodes[1], name) == 1, what="the program in the queue")
+                lambda: wait_until(
+                    lambda: waiting(nodes[1], name) == 1, what="the program in the queue"
+                )
             )
         status, lease = await anyio.to_thread.run_sync(told, process)
         assert (status, lease["name"]) == (200, name)
@@ -142,7 +145,7 @@ async def test_a_lock_goes_from_python_to_a_program_and_back(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_hold, own, name, lease["token"])
             await anyio.to_thread.run_sync(
-                lambda: until(lambda: waiting(nodes[0], name) == 1, what="Python in the queue")
+                lambda: wait_until(lambda: waiting(nodes[0], name) == 1, what="Python in the queue")
             )
             answer = await anyio.to_thread.run_sync(program.ask, "DELETE", release)
             assert answer == (200, {"name": name, "released": True})
@@ -183,10 +186,10 @@ def test_a_program_that_is_killed_waits_no_more(nodes: list[NodeProcess], progra
     url = f"{nodes[0].url}/v1/locks/{name}"
     held = program.ask("POST", url, {"lease": 30}).body
     process = program.start("POST", url, {"timeout": 60, "lease": 30})
-    until(lambda: waiting(nodes[1], name) == 1, what="the program in the queue")
+    wait_until(lambda: waiting(nodes[1], name) == 1, what="the program in the queue")
     process.kill()
     process.communicate()
-    until(lambda: waiting(nodes[1], name) == 0, what="its place given up")
+    wait_until(lambda: waiting(nodes[1], name) == 0, what="its place given up")
     assert program.ask("DELETE", f"{url}?nonce={held['nonce']}").status == 200
     assert program.ask("POST", url, {}).status == 200
 

@@ -9,10 +9,11 @@ import anyio
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from noded import NodeProcess, Shop, until
-from programs import tool
-from prometheusd import prometheus_on, query
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import NodeProcess, Shop
+from support.programs import tool
+from support.prometheus import prometheus_on, query
+from support.valkey_server import ValkeyServer
 
 SERIES_MAX = 500
 WRITES = 20
@@ -37,10 +38,10 @@ def node(
         assert node.post(*writes, *others).status == 202
         assert node.post({"type": "juggle"}).status == 422
         valkey_server.execute("XADD", shop.stream, "*", "event", "no event")
-        until(lambda: len(shop.stored()) == WRITES, what="the writes in the sink")
+        wait_until(lambda: len(shop.stored()) == WRITES, what="the writes in the sink")
         for key in ("product:1", "product:1", "product:999", "broken:1", "nobodys:1"):
             node.get(f"/v1/cache/{key}")
-        until(lambda: node.stats()["dead_letters"] == 1, what="the dead letter")
+        wait_until(lambda: node.stats()["dead_letters"] == 1, what="the dead letter")
         yield node
 
 

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from forebay.schemas.keys import shard_of
-from noded import NodeProcess, until
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import NodeProcess
+from support.valkey_server import ValkeyServer
 
 WRITES, SHARDS = 40, 64
 
@@ -36,7 +37,7 @@ class Rollout:
         node = NodeProcess(
             self._directory,
             name=f"{release}-{self._count}",
-            app=f"rollout:{release}",
+            app=f"support.rollout:{release}",
             environ={"ROLLOUT_DIR": str(self._directory), "ROLLOUT_WRITES": str(writes)},
             valkey__url=self.server.url,
             node__namespace=self.namespace,
@@ -100,7 +101,7 @@ def test_writes_of_a_new_sink_reach_it_while_the_old_release_works(rollout: Roll
     """Three processes of v1, then one of v2 that writes 40 invoices: all of them are sunk."""
     rollout.start_all("v1", "v1", "v1")
     rollout.start("v2", writes=WRITES)
-    until(
+    wait_until(
         lambda: rollout.sunk("invoice") == INVOICES or rollout.dead(),
         what="each invoice in the sink",
     )
@@ -115,18 +116,18 @@ def test_writes_that_wait_for_their_sink_are_seen_and_are_not_lost(rollout: Roll
         total = {"id": number, "total": 1}
         rollout.publish({"type": "write", "key": f"invoice:{number}", "value": total})
     rollout.publish({"type": "write", "key": "order:1", "value": 1})
-    until(lambda: rollout.sunk("order") == {"order:1"}, what="the order in its sink")
-    until(lambda: held(old) == WRITES, what="all invoices held")
+    wait_until(lambda: rollout.sunk("order") == {"order:1"}, what="the order in its sink")
+    wait_until(lambda: held(old) == WRITES, what="all invoices held")
     health = old.get("/healthz?verbose")
     assert f"{WRITES} writes are held" in health.body.decode()
-    until(lambda: old.get("/healthz").status == 200, what="readiness")
+    wait_until(lambda: old.get("/healthz").status == 200, what="readiness")
     metrics = old.get("/metrics").body.decode()
     assert f"forebay_writebehind_held_entries {WRITES}.0" in metrics
     assert "forebay_writebehind_held_age_seconds" in metrics
     assert old.event("writes.held")["count"] > 0
     new = rollout.start("v2")
-    until(lambda: rollout.sunk("invoice") == INVOICES, what="each invoice in the sink")
-    until(lambda: held(new) == 0 and held(old) == 0, what="nothing held")
+    wait_until(lambda: rollout.sunk("invoice") == INVOICES, what="each invoice in the sink")
+    wait_until(lambda: held(new) == 0 and held(old) == 0, what="nothing held")
     assert owned(old) == 0
     assert rollout.dead() == []
 
@@ -136,11 +137,13 @@ def test_a_worker_without_sinks_says_so_and_owns_no_shard(rollout: Rollout) -> N
     bare = rollout.start("bare")
     assert bare.event("workers.without_sinks")
     rollout.publish({"type": "write", "key": "order:1", "value": 1})
-    until(lambda: bare.stats()["backlog"] == {"events": 0, "writes": 1}, what="the event applied")
+    wait_until(
+        lambda: bare.stats()["backlog"] == {"events": 0, "writes": 1}, what="the event applied"
+    )
     assert owned(bare) == 0
     worker = rollout.start("v1")
-    until(lambda: owned(worker) == SHARDS, what="all shards owned by the worker with the sink")
-    until(lambda: rollout.sunk("order") == {"order:1"}, what="the order in its sink")
+    wait_until(lambda: owned(worker) == SHARDS, what="all shards owned by the worker with the sink")
+    wait_until(lambda: rollout.sunk("order") == {"order:1"}, what="the order in its sink")
     assert owned(bare) == 0
     assert bare.stop() == 0
     assert rollout.dead() == []
@@ -151,7 +154,7 @@ def test_values_that_one_release_cannot_decode_go_to_the_other(rollout: Rollout)
     old = rollout.start("v2")
     rollout.start("v3")
     rollout.start("v3", writes=WRITES)
-    until(
+    wait_until(
         lambda: rollout.sunk("invoice") == INVOICES or rollout.dead(),
         what="each invoice in the sink",
     )
@@ -166,5 +169,5 @@ def test_values_that_no_release_can_decode_are_dead_letters(rollout: Rollout) ->
     shard = shard_of("invoice:1", SHARDS)
     stream = f"{{{rollout.namespace}:{shard:02}}}:writes"
     rollout.server.execute("XADD", stream, "*", "v", "7", "j", job)
-    until(lambda: bool(rollout.dead()), what="the dead letter")
+    wait_until(lambda: bool(rollout.dead()), what="the dead letter")
     assert [each[b"reason"] for each in rollout.dead()] == [b"undecodable"]

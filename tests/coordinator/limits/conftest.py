@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from limiters import House, house_of
-from valkeyd import ValkeyServer
+from support.limiters import House, house_of
+from support.valkey_server import ValkeyServer
 
 
 @pytest.fixture

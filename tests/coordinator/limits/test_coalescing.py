@@ -16,9 +16,10 @@ from forebay.coordinator.limits import subject_queue as coalescing
 from forebay.coordinator.limits.subject_queue import runs_of
 from forebay.schemas.errors import Unavailable
 from forebay.schemas.limits import Limit, Verdict
-from limiters import House, ServerTime
-from shardlogs import Between
-from workshop import Cut, until
+from support.eventually import until
+from support.limiters import House, ServerTime
+from support.shard_logs import Between
+from support.workers import Cut
 
 API = Limit(name="api", rate=10, burst=10)
 

@@ -8,8 +8,8 @@ import anyio
 import pytest
 
 from forebay.schemas.limits import Limit, Verdict
-from limiters import House, ServerTime
-from shardlogs import Between
+from support.limiters import House, ServerTime
+from support.shard_logs import Between
 
 API = Limit(name="api", rate=10, burst=5)
 

@@ -11,7 +11,7 @@ from forebay.coordinator.limits.denials import MEMORY_S
 from forebay.schemas.errors import InvalidKey
 from forebay.schemas.errors_limits import InvalidLimit
 from forebay.schemas.limits import Limit
-from limiters import House, ServerTime
+from support.limiters import House, ServerTime
 
 A = Limit(name="a", rate=10, burst=10)
 B = Limit(name="b", rate=1, burst=3)

@@ -10,8 +10,9 @@ import pytest
 from forebay.schemas.errors import InvalidKey, Unavailable
 from forebay.schemas.errors_limits import InvalidLimit, RateLimited, UnknownReservation
 from forebay.schemas.limits import Limit
-from limiters import House, ServerTime
-from workshop import Cut, until
+from support.eventually import until
+from support.limiters import House, ServerTime
+from support.workers import Cut
 
 REQUESTS = Limit(name="requests", rate=1, burst=10)
 TOKENS = Limit(name="tokens", rate=1, burst=1_000)

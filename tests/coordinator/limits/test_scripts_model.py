@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from forebay.coordinator.limits import gcra
 from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.schemas.limits import Limit, check_limit, terms_of
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 SCRIPTS = load_scripts()
 START_US = 1_800_000_000_000_000

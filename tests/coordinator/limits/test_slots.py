@@ -13,8 +13,9 @@ from forebay.coordinator.valkey.link import Commands
 from forebay.schemas.errors import Unavailable
 from forebay.schemas.errors_limits import InvalidLimit, RateLimited, SlotLost
 from forebay.schemas.limits import Limit
-from limiters import House
-from workshop import Cut, until
+from support.eventually import until
+from support.limiters import House
+from support.workers import Cut
 
 JOBS = Limit(name="jobs", rate=1, concurrency=3)
 

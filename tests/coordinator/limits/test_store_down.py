@@ -13,7 +13,7 @@ from forebay.coordinator.limits.limiter import Limiter
 from forebay.coordinator.limits.outage import Outage, share_of
 from forebay.schemas.errors import ServerRefused, Unavailable
 from forebay.schemas.limits import Limit, terms_of
-from limiters import House, ServerTime, house_of
+from support.limiters import House, ServerTime, house_of
 
 
 class Away:

@@ -13,9 +13,9 @@ from forebay.coordinator.limits import limit_set
 from forebay.coordinator.limits.limiter import Limiter
 from forebay.coordinator.limits.local_tokens import LocalTokens
 from forebay.schemas.limits import Limit
-from limiters import House, ServerTime
-from shardlogs import Between
-from workshop import until
+from support.eventually import until
+from support.limiters import House, ServerTime
+from support.shard_logs import Between
 
 API = Limit(name="api", rate=1_000, burst=1_000, lease=True)
 

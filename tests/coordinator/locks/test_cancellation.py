@@ -10,9 +10,10 @@ import anyio
 import pytest
 
 from forebay.coordinator.valkey.link import Commands
-from smithy import Forge, MakeForge, smithy
-from valkeyd import ValkeyServer
-from workshop import Cut, until
+from support.eventually import until
+from support.lock_processes import Forge, MakeForge, smithy
+from support.valkey_server import ValkeyServer
+from support.workers import Cut
 
 
 @pytest.fixture

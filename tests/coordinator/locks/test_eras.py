@@ -11,9 +11,9 @@ from conftest import MakeServer
 from forebay.coordinator.valkey.link import Arg, Commands, Reply
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.errors_locks import LeaseLost, LockNotAcquired
-from smithy import Forge, MakeForge, smithy
-from valkeyd import ValkeyServer
-from workshop import until
+from support.eventually import until
+from support.lock_processes import Forge, MakeForge, smithy
+from support.valkey_server import ValkeyServer
 
 RECONNECTS = {"breaker_failures": 1_000}
 

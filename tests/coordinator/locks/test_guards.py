@@ -9,8 +9,8 @@ import pytest
 from forebay.coordinator.locks.guards import Guards, fence_of
 from forebay.schemas.errors import InvalidKey
 from forebay.schemas.errors_locks import LeaseLost, StaleToken
-from smithy import SCRIPTS, Forge, smithy
-from valkeyd import ValkeyServer
+from support.lock_processes import SCRIPTS, Forge, smithy
+from support.valkey_server import ValkeyServer
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from forebay.coordinator.locks.store import Held
 from forebay.coordinator.stalls import Stalls
 from forebay.schemas.errors import ServerRefused, TimedOut
 from forebay.schemas.errors_locks import LeaseLost, LockNotAcquired
-from noded import environ
-from smithy import MakeForge, smithy
-from valkeyd import ValkeyServer
-from workshop import until
+from support.eventually import until
+from support.lock_processes import MakeForge, smithy
+from support.node_process import environ
+from support.valkey_server import ValkeyServer
 
 PATIENCE_S = 20.0
 ReadLine = Callable[[], Awaitable[list[str]]]

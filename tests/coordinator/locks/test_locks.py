@@ -9,9 +9,9 @@ import pytest
 
 from forebay.schemas.errors import InvalidKey
 from forebay.schemas.errors_locks import InvalidLock, LeaseLost, LockNotAcquired, LockNotHeld
-from smithy import Forge, MakeForge, smithy
-from valkeyd import ValkeyServer
-from workshop import until
+from support.eventually import until
+from support.lock_processes import Forge, MakeForge, smithy
+from support.valkey_server import ValkeyServer
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import forebay
 from conftest import MakeServer
 from forebay.schemas.keys import Names
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
-from valkeyd import ValkeyServer
-from workshop import until
+from support.eventually import until
+from support.valkey_server import ValkeyServer
 
 LEVEL = {"level": "replicated", "lease": 2}
 SHARDS = 4

@@ -18,8 +18,6 @@ from faults.delivery.workload import workload
 from forebay.nodes.sinks.base import Sink
 from forebay.schemas.settings import Settings
 
-__all__ = ["Application", "Flight", "Gate"]
-
 _TTL_S = 3_600
 
 

@@ -42,8 +42,6 @@ from .history import (
     Sent,
 )
 
-__all__ = ["RULES", "Findings", "Violation", "check"]
-
 RULES = ("D1", "D2", "D3", "D4", "D5", "D6", "D7")
 _SHOWN = 20
 _NEVER = -1

@@ -19,8 +19,6 @@ import asyncpg
 
 from faults.delivery.history import Effect, Mark, Row
 
-__all__ = ["POISON_WAIT_S", "Database"]
-
 POISON_WAIT_S = 0.01
 _SCHEMA = f"""
 CREATE TABLE flight (id TEXT PRIMARY KEY, event TEXT NOT NULL, seq BIGINT NOT NULL,

@@ -16,23 +16,6 @@ from typing import Literal
 
 import msgspec
 
-__all__ = [
-    "Acted",
-    "Answered",
-    "Cut",
-    "Dead",
-    "Effect",
-    "History",
-    "Left",
-    "Line",
-    "Mark",
-    "Read",
-    "Recovered",
-    "Row",
-    "Sent",
-    "read_history",
-]
-
 SUFFIX = ".delivery.jsonl"
 
 

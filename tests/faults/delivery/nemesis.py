@@ -31,10 +31,9 @@ from faults.delivery.history import Acted, Answered, Cut, History, Recovered, Se
 from faults.delivery.tail import lose_tail
 from faults.delivery.workload import probes
 from forebay.schemas.keys import Names
-from noded import NodeProcess, until
-from valkeyd import ValkeyServer
-
-__all__ = ["KINDS", "RECOVERY_BOUND_S", "Fault", "Kind", "Nemesis", "Workers", "is_ready", "plan"]
+from support.eventually import wait_until
+from support.node_process import NodeProcess
+from support.valkey_server import ValkeyServer
 
 Kind = Literal[
     "kill workers", "lose tail", "lose both", "terminate backends", "fill memory", "deploy"
@@ -156,7 +155,7 @@ class Nemesis:
             self._history.write(
                 Sent(t_ns=time.monotonic_ns(), event=event.event, key=event.key, seq=event.seq)
             )
-            until(lambda raw=event.raw: self._add(raw), what="a probe in the stream")
+            wait_until(lambda raw=event.raw: self._add(raw), what="a probe in the stream")
             self._history.write(
                 Answered(t_ns=time.monotonic_ns(), event=event.event, outcome="accepted")
             )
@@ -279,7 +278,7 @@ class Nemesis:
 
     def _deploy(self, fault: Fault) -> str:
         service = self._publish_gates()
-        until(
+        wait_until(
             lambda: self._gates_accepted() >= _GATES_FIRST or service.poll() is not None,
             limit_s=_PATIENCE_S,
             what="the next version's first events",

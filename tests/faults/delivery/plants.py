@@ -24,8 +24,6 @@ from forebay.nodes.runtime import Running
 from forebay.nodes.sinks.base import Sink, SinkBatch, Write
 from forebay.schemas.errors import PoisonSinkError, TransientSinkError
 
-__all__ = ["PLANTS", "Plant", "hit", "invented", "plant", "planted"]
-
 Plant = Literal["drops", "swaps", "doubles", "refuses", "swallows", "deaf", "invents", "stuck"]
 PLANTS: Sequence[Plant] = (
     "drops",

@@ -31,8 +31,6 @@ from faults.delivery.workload import Published, by_call
 from forebay.schemas.errors import Backpressure, ForebayError, ServerRefused
 from forebay.schemas.settings import Log, NodeSettings, Settings, Valkey, Workers
 
-__all__ = ["read_events", "settings_of", "write_events"]
-
 GIVE_UP_S = 180.0
 _BATCH = 16
 _PAUSE_S = 0.05

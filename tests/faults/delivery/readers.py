@@ -11,9 +11,7 @@ from typing import Protocol, Self
 
 from faults.delivery.history import SUFFIX
 from faults.delivery.workload import KEY
-from noded import NodeProcess
-
-__all__ = ["Progress", "Reader"]
+from support.node_process import NodeProcess
 
 _ACCEPTED = b'"outcome":"accepted"'
 _RECENT = 500

@@ -39,12 +39,11 @@ from faults.delivery.setting import DeliverySetup
 from faults.delivery.workload import EVENT_ID, Published, gates, workload
 from forebay.coordinator.valkey.embedded import bound_to_owner
 from forebay.schemas.keys import EVENTS, Names
-from noded import NodeProcess, environ, until
-from postgresd import PostgresServer
-from programs import tool
-from valkeyd import ValkeyServer
-
-__all__ = ["Outcome", "delivery_run"]
+from support.eventually import wait_until
+from support.node_process import NodeProcess, environ
+from support.postgres import PostgresServer
+from support.programs import tool
+from support.valkey_server import ValkeyServer
 
 SERVER = {
     "appendonly": "yes",
@@ -88,7 +87,9 @@ class WorkerProcesses:
 
     def until_ready(self) -> None:
         for node in self.running:
-            until(lambda node=node: is_ready(node), limit_s=_START_S, what=f"{node.name} ready")
+            wait_until(
+                lambda node=node: is_ready(node), limit_s=_START_S, what=f"{node.name} ready"
+            )
 
     def kill_all(self) -> None:
         for node in self.running:
@@ -160,7 +161,7 @@ class _Run:
         for name, each in events.items():
             self._spawn(name, each, self.setup.rate * len(each) / self.setup.events, 1)
         for name in events:
-            until(
+            wait_until(
                 lambda name=name: self.ended() or self.progress.accepted(name),
                 limit_s=_PATIENCE_S,
                 what=f"the first event of {name}",

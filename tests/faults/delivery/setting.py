@@ -10,8 +10,6 @@ import msgspec
 
 from faults.delivery.plants import Plant
 
-__all__ = ["DeliverySetup"]
-
 _ENVIRON = "DELIVERY"
 
 

@@ -17,9 +17,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from faults.delivery.workload import EVENT_ID, KEY, by_call
-from valkeyd import ValkeyServer
-
-__all__ = ["LostTail", "commands_in", "lose_tail", "lost_in"]
+from support.valkey_server import ValkeyServer
 
 _TRUNCATED = re.compile(rb"Truncating the AOF \S+ at offset (\d+)")
 

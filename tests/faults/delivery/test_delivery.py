@@ -12,7 +12,7 @@ from faults.delivery.plants import Plant, hit, invented
 from faults.delivery.run import delivery_run
 from faults.delivery.setting import DeliverySetup
 from faults.delivery.workload import Published, workload
-from programs import installed, tool
+from support.programs import installed, tool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 EVENTS = 700

@@ -11,7 +11,7 @@ from faults.delivery.history import Answered, History, Sent, read_history
 from faults.delivery.nemesis import KINDS, plan
 from faults.delivery.tail import commands_in, lose_tail, lost_in
 from faults.delivery.workload import EVENT_ID, KEY, by_call, gates, workload
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 STREAM = "forebay:delivery:events"
 

@@ -26,8 +26,6 @@ from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["EVENT_ID", "KEY", "Poison", "Published", "by_call", "gates", "probes", "workload"]
-
 DATA = Path(__file__).parents[1] / "data" / "flights-2013-01-02-to-07.csv.gz"
 EVENT_ID = re.compile(rb"\b(?:node|python|service|gates|probe)-[0-9]{7}\b")
 KEY = re.compile(rb"\b(?:flight|gate):[A-Za-z0-9-]+")

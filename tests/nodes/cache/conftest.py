@@ -19,7 +19,8 @@ from forebay.schemas.settings import (
     Valkey,
     Workers,
 )
-from valkeyd import ValkeyServer
+from support.eventually import until
+from support.valkey_server import ValkeyServer
 
 PATIENCE_S = 20.0  #: for whatever has to come; not what is promised
 
@@ -57,19 +58,6 @@ class Source:
         if error is not None:
             raise error
         return value
-
-
-async def until(found: Callable[[], Any], *, what: str = "it") -> Any:
-    """What ``found`` gives as soon as it is true."""
-    with anyio.move_on_after(PATIENCE_S):
-        while True:
-            got = found()
-            if isinstance(got, Awaitable):
-                got = await got
-            if got:
-                return got
-            await anyio.sleep(0.005)
-    pytest.fail(f"{what} did not come within {PATIENCE_S:g} s")
 
 
 @pytest.fixture

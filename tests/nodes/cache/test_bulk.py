@@ -15,7 +15,7 @@ from forebay.nodes.cache.cached import Cached
 from forebay.nodes.cache.core import Hit
 from forebay.nodes.cache.request_scope import outside
 from forebay.schemas.errors import LoaderError, PartialFailure
-from workshop import until
+from support.eventually import until
 
 Row = dict[str, int]
 

@@ -10,7 +10,7 @@ import pytest
 import forebay
 from forebay.nodes.cache.cached import Cached
 from forebay.schemas.errors import ServerRefused, Unavailable
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 Row = dict[str, int]
 LOSSES = ["frozen", "killed"]

@@ -30,7 +30,7 @@ from forebay.schemas.jobs import RefreshJob, WriteJob, write_job
 from forebay.schemas.keys import Names, dependents_of
 from forebay.schemas.notices import Changed, Extended, write_notice
 from forebay.schemas.settings import Durable
-from links import link_to, running
+from support.links import link_to, running
 
 Steps = Generator[Any, Any, None]  #: yields what is to be run in this step; None: nothing
 

@@ -18,8 +18,8 @@ from forebay.nodes.cache.legacy import WINDOW_S, lifetimes
 from forebay.nodes.cache.policy import Policy
 from forebay.schemas.entry import read_legacy
 from forebay.schemas.errors import ConfigError
-from workshop import invalidate as invalidation
-from workshop import write as write_event
+from support.workers import invalidate as invalidation
+from support.workers import write as write_event
 
 Row = dict[str, int]
 OLD, NEW = {"n": 1}, {"n": 2}

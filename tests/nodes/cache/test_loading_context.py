@@ -14,7 +14,7 @@ from forebay.nodes.cache.cached import Cached
 from forebay.schemas.entry import Entry, read_entry
 from forebay.schemas.errors import ConfigError, InvalidKey, LoaderError
 from forebay.schemas.jobs import RefreshJob
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 
 class Page:

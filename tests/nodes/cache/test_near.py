@@ -8,7 +8,7 @@ import pytest
 
 from forebay.nodes.cache.near import NearCache
 from forebay.schemas.settings import CacheDefaults
-from nears import NAMES, OVERHEAD, Near
+from support.near import NAMES, OVERHEAD, Near
 
 
 def test_a_scan_does_not_wash_out_what_is_used() -> None:

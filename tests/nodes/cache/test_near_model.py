@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from forebay.coordinator.log.follower import ShardView
 from forebay.nodes.cache.eviction import EvictionOrder, Linked
 from forebay.nodes.cache.near import NearCache, NearEntry, Reservation
-from nears import FOREVER, NAMES, OVERHEAD, SHARDS, TAGS, Near
+from support.near import FOREVER, NAMES, OVERHEAD, SHARDS, TAGS, Near
 
 KEYS = [f"k{number}" for number in range(4)]
 TTLS = st.sampled_from([(5.0, 0.0), (50.0, 0.0), (50.0, 49.0), (5.0, 4.0)])

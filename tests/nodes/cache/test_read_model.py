@@ -31,7 +31,7 @@ from forebay.nodes.cache.cached import Cached
 from forebay.nodes.cache.near import NearCache
 from forebay.nodes.cache.tags import TagTable
 from forebay.schemas.notices import Position
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 TTL_S, STALE_S, ERROR_S = 100.0, 100.0, 300.0
 AGE_S = 110.0  #: one step of ageing: stale after one, for errors only after two, gone after three

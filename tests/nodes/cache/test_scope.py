@@ -16,16 +16,9 @@ from forebay.nodes.cache import request_scope as scope
 from forebay.nodes.cache.core import Hit
 from forebay.nodes.cache.request_scope import RequestScope, current, outside, request_scope
 from forebay.schemas.errors import ForebayError
+from support.clock import ManualClock
 
 CACHE, OTHER = object(), object()
-
-
-class ManualClock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 class Source:

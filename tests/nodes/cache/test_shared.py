@@ -20,7 +20,7 @@ from forebay.schemas.jobs import WriteJob
 from forebay.schemas.keys import Names, dependents_of
 from forebay.schemas.notices import Bumped, Dropped, Extended, read_notice
 from forebay.schemas.settings import Durable
-from links import link_to, running
+from support.links import link_to, running
 
 TAIL = make_tail(b"\x01", kind="v", codec="m", meta=EntryMeta())
 LIFETIME = {"soft_ms": 60_000, "hard_ms": 60_000, "tail": TAIL}

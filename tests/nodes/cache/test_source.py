@@ -15,17 +15,10 @@ from forebay.coordinator.valkey.breaker import Breaker
 from forebay.nodes.cache.source import Source
 from forebay.schemas.errors import Disconnected, LoaderError, ServerRefused, SourceFailing
 from forebay.schemas.keys import Names
+from support.clock import ManualClock
 
 FAILURES, RECOVERY_MS = 3, 1_000
 NAMES = Names("shop", 4)
-
-
-class ManualClock:
-    def __init__(self) -> None:
-        self.now_s = 50.0
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 class Cluster:

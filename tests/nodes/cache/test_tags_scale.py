@@ -9,7 +9,7 @@ import pytest
 import forebay
 from forebay.schemas.entry import EntryMeta
 from forebay.schemas.settings import CacheDefaults, Http, NodeSettings, Settings, Valkey
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 FEW, MANY = 10, 1_000_000
 TOGETHER = 5_000

@@ -35,8 +35,9 @@ from forebay.schemas.settings import (
     Valkey,
     Workers,
 )
-from valkeyd import ValkeyServer
-from workshop import Cut, Table, until
+from support.eventually import until
+from support.valkey_server import ValkeyServer
+from support.workers import Cut, Table
 
 KEY = "row:1"
 LEASE_MS = 60_000

@@ -14,7 +14,7 @@ import pytest
 import forebay
 from forebay.nodes.cli.main import main
 from forebay.schemas.errors_locks import LeaseLost
-from valkeyd import ValkeyServer, free_port
+from support.valkey_server import ValkeyServer, free_port
 
 
 class Ended(NamedTuple):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from forebay.nodes.cli.main import main
-from noded import Shop
-from valkeyd import ValkeyServer, free_port
+from support.node_process import Shop
+from support.valkey_server import ValkeyServer, free_port
 
 
 class Ended(NamedTuple):

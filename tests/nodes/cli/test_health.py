@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from forebay.nodes.cli.health import command
-from valkeyd import free_port
+from support.valkey_server import free_port
 
 ANSWERS = {
     "/readyz": (503, b"valkey: not reached\nsecond line\n"),

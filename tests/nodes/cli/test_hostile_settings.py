@@ -31,8 +31,9 @@ from forebay.nodes.logs import configure_logs
 from forebay.nodes.sinks.sql import SqlSink
 from forebay.schemas.settings import Http, Log, NodeSettings, Settings, Valkey, Workers
 from forebay.schemas.settings_names import FIELDS
-from noded import environ, until
-from valkeyd import ValkeyServer
+from support.eventually import wait_until
+from support.node_process import environ
+from support.valkey_server import ValkeyServer
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\nError: forged"
@@ -420,7 +421,7 @@ def test_80_a_node_runs_without_standard_streams(
         stderr=subprocess.DEVNULL,
     )
     try:
-        until((alone / "started").exists, what="the start")
+        wait_until((alone / "started").exists, what="the start")
         module, *kinds = (alone / "started").read_text().split()
         assert module.startswith(loop)
         assert kinds == ["/dev/null"] * 3

@@ -13,7 +13,7 @@ from forebay.nodes.cache.imports import OldNames
 from forebay.schemas.errors import InvalidKey
 from forebay.schemas.keys import KeyTemplate, Names
 from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey, Workers
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 APP = """
 import forebay

@@ -13,7 +13,7 @@ import pytest
 from forebay.nodes.cli.main import main
 from forebay.schemas.events import Event, Invalidate, Refresh, Write, read_event
 from forebay.schemas.keys import Names
-from valkeyd import ValkeyServer, free_port
+from support.valkey_server import ValkeyServer, free_port
 
 Publish = Callable[..., "Ended"]
 

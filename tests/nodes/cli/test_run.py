@@ -14,8 +14,9 @@ import pytest
 from conftest import MakeServer
 from forebay.nodes.cli.run import load_app
 from forebay.schemas.errors import ConfigError
-from noded import NodeProcess, Shop, until
-from valkeyd import ValkeyServer, free_port
+from support.eventually import wait_until
+from support.node_process import NodeProcess, Shop
+from support.valkey_server import ValkeyServer, free_port
 
 APPS = {
     "wrong_name.py": "import nowhere",
@@ -78,13 +79,13 @@ def test_drain_that_takes_too_long_exits_4(shop: Shop) -> None:
     """P1: what a hanging sink did not take is left to others, and the exit code says so."""
     node = shop.node(sink="hang", workers__drain_ms=200).start()
     node.post({"type": "write", "key": "product:1", "value": {"id": 1, "price": 5}})
-    until(lambda: shop.sink_reached, what="the write in the sink")
+    wait_until(lambda: shop.sink_reached, what="the write in the sink")
 
     assert node.stop() == 4
     assert node.event("node.stopped")["drained"] is False
 
     successor = shop.node("successor").start()
-    until(lambda: shop.stored() == {"product:1": 5}, what="the write in the successor's sink")
+    wait_until(lambda: shop.stored() == {"product:1": 5}, what="the write in the successor's sink")
     assert successor.stop() == 0
 
 
@@ -172,7 +173,7 @@ def test_a_full_server_does_not_keep_a_node_from_starting(
     server = make_server(config={"maxmemory": "1"})
     node = NodeProcess(tmp_path, valkey__url=server.url).spawn()
     try:
-        until(lambda: node.event("node.started"), what="node.started")
+        wait_until(lambda: node.event("node.started"), what="node.started")
         assert node.stop() == 0
     finally:
         node.close()

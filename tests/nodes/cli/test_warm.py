@@ -1,4 +1,4 @@
-"""`forebay warm` as a process, with the application in shop.py."""
+"""`forebay warm` as a process, with the application in tests/support/shop.py."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import pytest
 
 from forebay.nodes.cache.warming import WarmReport
 from forebay.nodes.cli.warm_view import PlainView
-from noded import environ, until
-from valkeyd import ValkeyServer, free_port
+from support.eventually import wait_until
+from support.node_process import environ
+from support.valkey_server import ValkeyServer, free_port
 
 Warm = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def words_of(server_url: str, namespace: str, *words: str) -> list[str]:
-    start = [sys.executable, "-m", "forebay.nodes.cli", "warm", "--app", "shop:node"]
+    start = [sys.executable, "-m", "forebay.nodes.cli", "warm", "--app", "support.shop:node"]
     return [*start, "--url", server_url, "--namespace", namespace, *words]
 
 
@@ -154,7 +155,7 @@ def test_interrupted_it_ends_soon(
     )
     try:
         pattern = f"{{{namespace}:*}}:e0:product:*"
-        until(lambda: valkey_server.execute("KEYS", pattern), what="the first entry")
+        wait_until(lambda: valkey_server.execute("KEYS", pattern), what="the first entry")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=45)
     finally:

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from forebay.nodes.demo.flights import read_day
 from forebay.nodes.demo.readers import Readers, Tally, airport_weights
-from valkeyd import free_port
+from support.valkey_server import free_port
 
 DAY = read_day()
 

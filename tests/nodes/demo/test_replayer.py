@@ -17,7 +17,7 @@ from forebay.nodes.demo.flights import events_of, read_day
 from forebay.nodes.demo.replayer import QUIET_MIN_MAX, Publisher, Replayer, main, offsets_s
 from forebay.nodes.demo.wire import Refused, Wire
 from forebay.schemas.events import Write, read_event
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 DAY = read_day()
 EVENTS = events_of(DAY)

@@ -21,7 +21,7 @@ from forebay.nodes.explain.renderer import words
 from forebay.schemas.errors import Backpressure, InvalidKey
 from forebay.schemas.keys import Names
 from forebay.schemas.settings import CacheDefaults, NodeSettings, Settings, Valkey, Workers
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 SHARDS = 4
 PATIENCE_S = 30.0

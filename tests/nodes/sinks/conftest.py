@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from forebay.nodes.sinks.sql import SqlSink
-from postgresd import PostgresServer
+from support.postgres import PostgresServer
 
 COLUMNS = "id {} PRIMARY KEY, gate VARCHAR(8), delay INTEGER, departs TIMESTAMP, version BIGINT"
 

@@ -35,8 +35,8 @@ from forebay.schemas.errors import (
 )
 from forebay.schemas.keys import Names
 from forebay.schemas.settings import NodeSettings, Secret, Settings, Valkey, Workers
-from postgresd import PostgresServer
-from valkeyd import ValkeyServer
+from support.postgres import PostgresServer
+from support.valkey_server import ValkeyServer
 
 SECRET = "hunter2"
 PATIENCE_S = 40.0  #: for whatever has to come

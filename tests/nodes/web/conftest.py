@@ -10,7 +10,6 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
-import programs
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.instruments import Instruments
 from forebay.nodes.explain.document import (
@@ -24,6 +23,7 @@ from forebay.nodes.web.protocols import Check, Read
 from forebay.nodes.web.server import Address, serve
 from forebay.schemas.errors import ForebayError
 from forebay.schemas.settings import Http
+from support import programs
 
 Listening = Callable[[Http], AbstractAsyncContextManager[Address]]
 

@@ -23,7 +23,7 @@ from forebay.nodes.web.server import serve
 from forebay.schemas.errors import ConfigError
 from forebay.schemas.errors_locks import LockNotAcquired
 from forebay.schemas.settings import Http, Valkey
-from valkeyd import ValkeyServer
+from support.valkey_server import ValkeyServer
 
 MakeNode = Callable[..., forebay.Node]
 NONCE, OTHER = "a" * 16, "b" * 16

@@ -9,6 +9,7 @@ import pytest
 
 from forebay.nodes.web.heartbeat import BEAT_S, STALLED_S, WINDOW_S, Heartbeat
 from forebay.nodes.web.protocols import Check, Gate, State
+from support.clock import ManualClock
 
 if TYPE_CHECKING:
     from tests.nodes.web.conftest import Station
@@ -87,25 +88,17 @@ async def test_one_check_can_be_asked_for(client: aiohttp.ClientSession, station
     assert statuses == {"valkey": 200, "sink": 503, "nothing": 404}
 
 
-class ManualClock:
-    def __init__(self) -> None:
-        self.seconds = 100.0
-
-    def monotonic(self) -> float:
-        return self.seconds
-
-
 async def test_the_longest_delay_is_of_the_last_15_seconds() -> None:
     """I1: neither the latest beat alone, nor a stall of long ago, however few beats came since."""
     clock = ManualClock()
     heartbeat = Heartbeat(clock)
     with heartbeat.beating():
         for late_s in (0.1, 0.7, 0.2):
-            clock.seconds += BEAT_S + late_s
+            clock.now_s += BEAT_S + late_s
             heartbeat._beat()
         assert heartbeat.lag_max_s() == pytest.approx(0.7)
         for _ in range(int(WINDOW_S / BEAT_S) + 1):
-            clock.seconds += BEAT_S
+            clock.now_s += BEAT_S
             heartbeat._beat()
         assert heartbeat.lag_max_s() == 0
 
@@ -116,8 +109,8 @@ async def test_the_heartbeat_fails_when_it_is_long_overdue() -> None:
     heartbeat = Heartbeat(clock)
     with heartbeat.beating():
         assert (heartbeat.lag_max_s(), heartbeat.check().state) == (0.0, "pass")
-        clock.seconds += BEAT_S + 0.5
+        clock.now_s += BEAT_S + 0.5
         assert heartbeat.lag_max_s() == pytest.approx(0.5)
         assert heartbeat.check().state == "pass"
-        clock.seconds += STALLED_S
+        clock.now_s += STALLED_S
         assert heartbeat.check().state == "fail"

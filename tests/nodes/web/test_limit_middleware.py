@@ -22,8 +22,8 @@ from forebay.nodes.web.limit_answers import fields_of, subject_of
 from forebay.schemas.keys import check_key
 from forebay.schemas.limits import Limit, Verdict
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
-from valkeyd import ValkeyServer
-from workshop import until
+from support.eventually import until
+from support.valkey_server import ValkeyServer
 
 
 class Uvicorn(uvicorn.Server):

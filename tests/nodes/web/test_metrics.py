@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from forebay.coordinator.catalogue import CATALOGUE
 from forebay.coordinator.instruments import PREFIX, SERIES_MAX, Instruments
-from prometheusd import prometheus_on, query
+from support.prometheus import prometheus_on, query
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import Address

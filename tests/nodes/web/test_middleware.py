@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from forebay.nodes.cache.core import Hit
 from forebay.nodes.cache.request_scope import current, request_scope
 from forebay.nodes.web.aiohttp_middleware import request_scope_middleware
 from forebay.nodes.web.asgi import RequestScopeMiddleware
+from support.eventually import until
 
 PATIENCE_S = 20.0  #: for whatever has to come; not what is promised
 
@@ -53,12 +54,6 @@ class Desk:
 
     async def until_waiting(self, count: int) -> None:
         await until(lambda: self.waiting >= count)
-
-
-async def until(found: Callable[[], object]) -> None:
-    with anyio.fail_after(PATIENCE_S):
-        while not found():
-            await anyio.sleep(0.002)
 
 
 class Uvicorn(uvicorn.Server):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from valkeyd import ValkeyServer
-from workshop import Workshop, workshop
+from support.valkey_server import ValkeyServer
+from support.workers import Workshop, workshop
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
 

@@ -10,7 +10,8 @@ import pytest
 from forebay.nodes.workers import leader_metrics as chores_module
 from forebay.nodes.workers.leader_metrics import LEADER, LeaderMetrics
 from forebay.schemas.errors import Unavailable
-from workshop import at_work, until, workshop, write
+from support.eventually import until
+from support.workers import at_work, workshop, write
 
 
 def leader_metrics(shop: Any, **options: Any) -> LeaderMetrics:

@@ -12,8 +12,9 @@ import forebay
 from forebay.schemas.errors import FatalSinkError, TransientSinkError
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
-from valkeyd import ValkeyServer
-from workshop import SHARDS, Table, until, write
+from support.eventually import until
+from support.valkey_server import ValkeyServer
+from support.workers import SHARDS, Table, write
 
 
 def node_with(table: Table, server: ValkeyServer, namespace: str, **workers: Any) -> forebay.Node:

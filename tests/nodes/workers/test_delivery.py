@@ -24,25 +24,10 @@ from forebay.schemas.errors import (
     TransientSinkError,
     Unavailable,
 )
-from workshop import Table
+from support.clock import ManualClock
+from support.workers import Table
 
 PROGRESS = (Progress(shard=3, epoch=7, position="5-0"),)
-
-
-class ManualClock:
-    """Time passes when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.time = 100.0
-        self.slept: list[float] = []
-
-    def monotonic(self) -> float:
-        return self.time
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.time += seconds
-        await anyio.lowlevel.checkpoint()
 
 
 class Longest(random.Random):
@@ -97,7 +82,7 @@ async def test_transient_failures_are_tried_again_with_growing_jittered_waits() 
     delivery = delivery_to(sink, clock)
     assert await delivery.deliver(batch_of(1), ours=always) == []
     assert sink.batches == [batch_of(1)] * 13
-    assert clock.time - 100 == pytest.approx(sum(min(5.0, 0.05 * 2**n) for n in range(1, 13)))
+    assert clock.now_s - 100 == pytest.approx(sum(min(5.0, 0.05 * 2**n) for n in range(1, 13)))
     assert max(clock.slept) <= 0.25  # so that giving up takes no longer
 
 
@@ -106,7 +91,7 @@ async def test_waits_are_drawn_between_zero_and_the_limit() -> None:
     sink, clock = Table(), ManualClock()
     sink.faults = [TransientSinkError("away")] * 50
     await delivery_to(sink, clock, rng=random.Random(5)).deliver(batch_of(1), ours=always)
-    assert 0 < clock.time - 100 < 50 * 5.0 * 0.7
+    assert 0 < clock.now_s - 100 < 50 * 5.0 * 0.7
 
 
 async def test_an_outage_of_days_does_not_break_the_counting() -> None:
@@ -120,7 +105,7 @@ async def test_an_outage_of_days_does_not_break_the_counting() -> None:
 
 def _skip(clock: ManualClock) -> Callable[[float], object]:
     async def sleep(seconds: float) -> None:
-        clock.time += 10.0
+        clock.now_s += 10.0
 
     return sleep
 
@@ -133,7 +118,7 @@ async def test_work_that_is_not_ours_any_more_is_given_up_while_waiting(error: E
     with pytest.raises(Fenced):
         await delivery_to(sink, clock).deliver(batch_of(1), ours=lambda: not sink.batches)
     assert len(sink.batches) == 1
-    assert clock.time - 100 <= 0.25
+    assert clock.now_s - 100 <= 0.25
 
 
 async def test_work_that_was_never_ours_is_not_tried() -> None:
@@ -198,7 +183,7 @@ async def test_many_writes_at_fault_wait_no_longer_than_one() -> None:
         sink, clock = Table(), ManualClock()
         sink.poison = set(poison)
         await delivery_to(sink, clock, attempts_max=5).deliver(batch_of(*range(64)), ours=always)
-        return clock.time
+        return clock.now_s
 
     assert await waited(range(0, 64, 2)) == await waited([7])
 
@@ -263,7 +248,7 @@ async def test_a_fatal_failure_stops_the_sink_and_says_why_until_it_works() -> N
     delivery._sleep = look
     assert await delivery.deliver(batch_of(1), ours=always) == []
     assert set(shown) == {"no such table"}
-    assert clock.time - 100 == pytest.approx(20.0)
+    assert clock.now_s - 100 == pytest.approx(20.0)
     assert delivery.stopped == ""
     assert "ok" in repr(delivery)
 
@@ -278,7 +263,7 @@ async def test_a_sink_that_raises_what_it_must_not_is_stopped_not_the_node(
     sink, clock = Table(), ManualClock()
     sink.faults = [error]  # type: ignore[list-item]
     assert await delivery_to(sink, clock).deliver(batch_of(1), ours=always) == []
-    assert clock.time - 100 == pytest.approx(10.0)
+    assert clock.now_s - 100 == pytest.approx(10.0)
     assert sink.values() == {"k:1": 1}
 
 
@@ -289,7 +274,7 @@ async def test_poison_without_a_write_is_fatal() -> None:
     empty = SinkBatch(writes=(), progress=PROGRESS)
     assert await delivery_to(sink, clock).deliver(empty, ours=always) == []
     assert len(sink.batches) == 2
-    assert clock.time - 100 == pytest.approx(10.0)
+    assert clock.now_s - 100 == pytest.approx(10.0)
 
 
 async def test_cancelling_a_delivery_cancels_the_sink_and_nothing_is_made_of_it() -> None:
@@ -395,8 +380,8 @@ async def test_a_locked_row_is_given_up_when_the_work_is_not_ours_any_more(table
     delivery = delivery_to(table, clock)
     table.locked = {"k:1"}
     with pytest.raises(Fenced):
-        await delivery.deliver(batch_of(1), ours=lambda: clock.time < 103, alone=True)
-    assert clock.time < 104
+        await delivery.deliver(batch_of(1), ours=lambda: clock.now_s < 103, alone=True)
+    assert clock.now_s < 104
     assert delivery.locked == {}
 
 
@@ -420,9 +405,9 @@ async def test_a_day_without_the_database_is_a_line_a_minute(table: Table) -> No
     assert shown[-1].attempt == 400
     assert delivery.paused is None
     paused = [each for each in lines if each["log_level"] == "warning"]
-    minutes = (clock.time - 100) / 60
+    minutes = (clock.now_s - 100) / 60
     assert minutes - 2 <= len(paused) <= minutes + 1
     told = sum(each.get("left_out", 0) for each in paused) + len(paused)
     assert 350 < told <= 400
     (resumed,) = [each for each in lines if each["event"] == "sink.resumed"]
-    assert resumed["after_s"] == pytest.approx(clock.time - 100, abs=0.1)
+    assert resumed["after_s"] == pytest.approx(clock.now_s - 100, abs=0.1)

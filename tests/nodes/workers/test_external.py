@@ -22,8 +22,9 @@ from forebay.schemas.entry import EntryMeta, make_tail
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.notices import Dropped, Notice, read_notice
 from forebay.schemas.settings import CacheDefaults, Http, NodeSettings, Settings, Valkey, Workers
-from links import SPEEDY, dialer_to
-from valkeyd import ValkeyServer
+from support.eventually import until
+from support.links import SPEEDY, dialer_to
+from support.valkey_server import ValkeyServer
 
 SHARDS = 4
 PATIENCE_S = 20.0  #: for whatever has to come; not what is promised
@@ -110,14 +111,6 @@ class Gate(Dialer):
     async def dial(self) -> Dialed:
         await self.opened.wait()
         return await super().dial()
-
-
-async def until(found: Callable[[], Any], *, what: str = "it") -> Any:
-    with anyio.move_on_after(PATIENCE_S):
-        while not (got := found()):
-            await anyio.sleep(0.005)
-        return got
-    pytest.fail(f"{what} did not come within {PATIENCE_S:g} s")
 
 
 def worker_of(node: forebay.Node, dialer: Dialer | None, **options: Any) -> ExternalWriters:

@@ -13,10 +13,10 @@ from forebay.nodes.workers.applier import allowance
 from forebay.schemas.errors import ServerRefused
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
-from noded import NodeProcess
-from noded import until as wait_for
-from valkeyd import ValkeyServer
-from workshop import SHARDS, Table, Workshop, at_work, invalidate, until, workshop, write
+from support.eventually import until, wait_until
+from support.node_process import NodeProcess
+from support.valkey_server import ValkeyServer
+from support.workers import SHARDS, Table, Workshop, at_work, invalidate, workshop, write
 
 LIMIT = 6 * 1_048_576
 PADDING = "x" * 1_000  # is not compressed
@@ -140,6 +140,6 @@ def test_a_worker_starts_on_a_full_server(server: ValkeyServer, tmp_path: Path) 
         server, "forebay:shop:events", "product:{}", {"id": 1, "price": 2, "note": PADDING}
     )
     with NodeProcess(tmp_path, valkey__url=server.url) as node:
-        wait_for(lambda: not server.execute("XLEN", "forebay:shop:events"))
-        wait_for(lambda: (tmp_path / "sunk.jsonl").read_bytes().count(b"\n") == count)
+        wait_until(lambda: not server.execute("XLEN", "forebay:shop:events"))
+        wait_until(lambda: (tmp_path / "sunk.jsonl").read_bytes().count(b"\n") == count)
         assert node.get("/livez").status == 200

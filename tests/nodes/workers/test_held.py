@@ -19,7 +19,8 @@ from forebay.nodes.workers import held as held_module
 from forebay.nodes.workers.write_behind import WriteBehind
 from forebay.schemas.jobs import WriteJob, write_job
 from forebay.schemas.settings import Workers
-from workshop import SHARDS, Cut, Table, Workshop, at_work, until, write
+from support.eventually import until
+from support.workers import SHARDS, Cut, Table, Workshop, at_work, write
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
 ORDER, INVOICE = "order:{id}", "invoice:{id}"

@@ -21,7 +21,8 @@ from forebay.schemas.errors import Unavailable
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.notices import Dropped, read_notice
 from forebay.schemas.settings import Durable, NodeSettings, Settings, Valkey
-from workshop import SHARDS, Cut, Table, Workshop, at_work, invalidate, until, workshop, write
+from support.eventually import until
+from support.workers import SHARDS, Cut, Table, Workshop, at_work, invalidate, workshop, write
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
 SINKS = {"flight:{id}": Table()}

@@ -21,8 +21,9 @@ from forebay.schemas.errors import Backpressure, ServerRefused
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.replies import LAST_ID
 from forebay.schemas.settings import Durable, NodeSettings, Settings, Valkey, Workers
-from valkeyd import ValkeyServer
-from workshop import Cut, Table, Workshop, at_work, invalidate, until, write
+from support.eventually import until
+from support.valkey_server import ValkeyServer
+from support.workers import Cut, Table, Workshop, at_work, invalidate, write
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
 SINKS = {"flight:{id}": Table()}

@@ -12,8 +12,9 @@ import pytest
 import forebay
 from conftest import MakeServer
 from forebay.schemas.settings import NodeSettings, Settings, Valkey, Workers
-from valkeyd import ValkeyServer
-from workshop import Table, Workshop, at_work, until, write
+from support.eventually import until
+from support.valkey_server import ValkeyServer
+from support.workers import Table, Workshop, at_work, write
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
 

@@ -16,7 +16,8 @@ import forebay
 from forebay.nodes.workers.refreshes import Refreshes
 from forebay.schemas.jobs import RefreshJob, write_job
 from forebay.schemas.settings import Limits, NodeSettings, Settings, Valkey, Workers
-from workshop import SHARDS, Workshop, at_work, until
+from support.eventually import until
+from support.workers import SHARDS, Workshop, at_work
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
 

@@ -7,7 +7,7 @@ import pytest
 import forebay
 from forebay.nodes.workers.routes import Routes
 from forebay.schemas.errors import ConfigError
-from workshop import Table
+from support.workers import Table
 
 
 def routes(*sinks: tuple[str, Table]) -> Routes:

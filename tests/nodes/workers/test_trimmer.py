@@ -9,7 +9,8 @@ import pytest
 
 from forebay.nodes.workers.trimmer import Trimmer
 from forebay.schemas.keys import EVENTS
-from workshop import SHARDS, Workshop, until
+from support.eventually import until
+from support.workers import SHARDS, Workshop
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
 

@@ -20,7 +20,8 @@ from forebay.schemas.jobs import WriteJob, write_job
 from forebay.schemas.notices import Bumped, Dropped, read_notice
 from forebay.schemas.replies import following
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
-from workshop import SHARDS, Cut, Table, Workshop, at_work, until, write
+from support.eventually import until
+from support.workers import SHARDS, Cut, Table, Workshop, at_work, write
 
 OpenShop = Callable[..., AbstractAsyncContextManager[Workshop]]
 

@@ -10,12 +10,10 @@ from pathlib import Path
 import aiohttp
 import anyio
 
-from programs import tool
-from valkeyd import free_port
+from support.programs import tool
+from support.valkey_server import free_port
 
-__all__ = ["prometheus_on", "query"]
-
-CONFIG = Path(__file__).parents[1] / "deploy" / "prometheus" / "prometheus.yml"
+CONFIG = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yml"
 TARGET = "127.0.0.1:8642"
 
 

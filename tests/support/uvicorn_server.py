@@ -23,10 +23,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from forebay.coordinator.valkey.embedded import bound_to_owner
-from noded import PATIENCE_S, environ
-from valkeyd import free_port
-
-__all__ = ["Uvicorn"]
+from support.node_process import PATIENCE_S, environ
+from support.valkey_server import free_port
 
 
 class Uvicorn:
@@ -42,7 +40,7 @@ class Uvicorn:
         kept = {name: text for name, text in environ().items() if not name.startswith("PYTEST_")}
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(
-                bound_to_owner([*command, *options, "webshop:app"], signal.SIGKILL),
+                bound_to_owner([*command, *options, "support.webshop:app"], signal.SIGKILL),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -17,8 +17,6 @@ import msgspec
 
 import forebay
 
-__all__ = ["LOADS", "app"]
-
 LOADS = "loads"
 
 shop = Path(os.environ.get("WEBSHOP_DIR", "."))

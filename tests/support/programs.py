@@ -9,8 +9,6 @@ from typing import NoReturn
 
 import pytest
 
-__all__ = ["installed", "tool"]
-
 
 def tool(name: str) -> str:
     """The path of a program of the machine."""

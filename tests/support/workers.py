@@ -32,9 +32,8 @@ from forebay.schemas.errors import BusySinkError, Fenced, PoisonSinkError
 from forebay.schemas.jobs import read_write
 from forebay.schemas.keys import EVENTS
 from forebay.schemas.settings import Durable, NodeSettings, Settings, Valkey, Workers
-from valkeyd import ValkeyServer
-
-__all__ = ["Cut", "Table", "Workshop", "at_work", "invalidate", "until", "workshop", "write"]
+from support.eventually import until
+from support.valkey_server import ValkeyServer
 
 PATIENCE_S = 40.0
 SHARDS = 4
@@ -46,16 +45,6 @@ def write(key: str, value: object, **more: object) -> bytes:
 
 def invalidate(*keys: str, **more: object) -> bytes:
     return json.dumps({"type": "invalidate", "keys": keys, **more}).encode()
-
-
-async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
-    """Look until it holds; what is looked at is another process or another task."""
-    with anyio.fail_after(PATIENCE_S):
-        while True:
-            held = condition()
-            if held is True or (not isinstance(held, bool) and await held):
-                return
-            await anyio.sleep(0.005)
 
 
 class Runs(Protocol):

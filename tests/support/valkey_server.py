@@ -26,8 +26,6 @@ import valkey
 from forebay.coordinator.valkey.binary import find_binary
 from forebay.coordinator.valkey.embedded import bound_to_owner
 
-__all__ = ["Flavour", "ValkeyServer", "free_port", "pings_of", "program"]
-
 Flavour = Literal["valkey", "redis7"]
 Words = str | Sequence[str]
 

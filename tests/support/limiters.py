@@ -21,10 +21,8 @@ from forebay.coordinator.valkey.link import Commands, Link
 from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.schemas.keys import Names
 from forebay.schemas.limits import Limit
-from links import link_to, running
-from valkeyd import ValkeyServer
-
-__all__ = ["House", "ServerTime", "house_of"]
+from support.links import link_to, running
+from support.valkey_server import ValkeyServer
 
 
 class ServerTime:

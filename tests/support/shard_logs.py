@@ -23,21 +23,11 @@ from forebay.coordinator.valkey.server_info import read_info
 from forebay.schemas.keys import Names
 from forebay.schemas.notices import Dropped, Notice, read_notice, write_notice
 
-__all__ = ["SCRIPTS", "Between", "Broken", "Journal", "ManualClock", "Shelf", "instruments"]
-
 SCRIPTS = load_scripts()
 
 
 class Broken(AssertionError):
     """The rule of the journal is broken."""
-
-
-class ManualClock:
-    def __init__(self, now: float = 100.0) -> None:
-        self.now = now
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 def instruments() -> Instruments:

@@ -22,10 +22,8 @@ from forebay.coordinator.locks.locks import Locks
 from forebay.coordinator.valkey.link import Commands, Link
 from forebay.coordinator.valkey.scripting import load_scripts
 from forebay.schemas.keys import Names
-from links import doorbell_to, link_to, running
-from valkeyd import ValkeyServer
-
-__all__ = ["SCRIPTS", "Forge", "MakeForge", "smithy"]
+from support.links import doorbell_to, link_to, running
+from support.valkey_server import ValkeyServer
 
 SCRIPTS = load_scripts()
 SHARDS = 4

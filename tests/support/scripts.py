@@ -28,8 +28,6 @@ from forebay.schemas.notices import (
 )
 from forebay.schemas.replies import following
 
-__all__ = ["Desk", "Logged", "tail_of"]
-
 SCRIPTS = load_scripts()
 MINUTE_MS = 60_000
 

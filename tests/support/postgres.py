@@ -21,8 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-__all__ = ["PostgresServer"]
-
 _LIMIT_S = 30.0
 _LAUNCHER = """
 import ctypes, os, pwd, sys

@@ -17,8 +17,6 @@ from forebay.coordinator.valkey.pubsub import PubSub
 from forebay.schemas.settings import Secret, Valkey
 from forebay.schemas.urls import Endpoint, parse_url
 
-__all__ = ["SPEEDY", "ManualClock", "dialer_to", "doorbell_to", "endpoint_at", "link_to", "running"]
-
 #: Reconnects at once, and gives up soon.
 SPEEDY: dict[str, Any] = {
     "command_timeout_ms": 2_000,
@@ -27,17 +25,6 @@ SPEEDY: dict[str, Any] = {
     "reconnect_max_ms": 40,
     "breaker_recovery_ms": 100,
 }
-
-
-class ManualClock:
-    """Time passes when the test says so: what is due by it comes no sooner, however busy the
-    machine."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 def endpoint_at(url: str, *, username: str = "", password: str = "") -> Endpoint:

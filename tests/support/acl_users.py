@@ -10,9 +10,7 @@ from pathlib import Path
 
 import forebay
 from forebay.schemas.settings import Secret, Valkey
-from valkeyd import Flavour, ValkeyServer
-
-__all__ = ["SHIPPED", "as_node", "restore", "shipped_users"]
+from support.valkey_server import Flavour, ValkeyServer
 
 SHIPPED = Path(forebay.__file__).parent / "deploy/valkey/users.acl"
 

@@ -25,8 +25,6 @@ from forebay.coordinator.log.claims import Claim, ClaimState, Gained, Lost
 from forebay.coordinator.log.roster import Profile
 from forebay.schemas.keys import EVENTS
 
-__all__ = ["BEAT_MS", "Broken", "Cluster", "Server"]
-
 TIMEOUT_S, LATE_S = 1.0, 2.0
 BEAT_MS, TTL_MS, FORCED_MS, GRACE_MS = 1_000, 4_000, 8_000, 10_000
 FRESH_MS = 3 * BEAT_MS

@@ -7,10 +7,8 @@ from threading import Event, Thread
 import msgspec
 import valkey
 
-from noded import Shop
-from valkeyd import ValkeyServer
-
-__all__ = ["KEYS", "Publisher", "assert_in_order", "write_event"]
+from support.node_process import Shop
+from support.valkey_server import ValkeyServer
 
 KEYS = 20
 

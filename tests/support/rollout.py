@@ -16,8 +16,6 @@ import msgspec
 
 import forebay
 
-__all__ = ["bare", "v1", "v2", "v3"]
-
 DIR = Path(os.environ.get("ROLLOUT_DIR", "."))
 WRITES = int(os.environ.get("ROLLOUT_WRITES", "0"))
 

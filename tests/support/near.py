@@ -11,8 +11,6 @@ from forebay.nodes.cache.near import NearCache, NearEntry
 from forebay.nodes.cache.tags import TagTable
 from forebay.schemas.keys import Names
 
-__all__ = ["FOREVER", "NAMES", "OVERHEAD", "SHARDS", "TAGS", "Near"]
-
 SHARDS = 2
 OVERHEAD = NearEntry("", 0, version=0, size=0, fresh_until=0, gone_at=0, written_at=0,
                      view=ShardView(0), tags=()).size  # fmt: skip

@@ -15,8 +15,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +25,10 @@ from urllib.parse import urlsplit
 import msgspec
 
 from forebay.coordinator.valkey.embedded import bound_to_owner
-
-__all__ = ["Answer", "NodeProcess", "Shop", "environ", "stands_still", "until"]
+from support.eventually import wait_until
 
 T = TypeVar("T")
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PATIENCE_S = 40.0  #: for whatever has to come; not what is promised
 _FOREIGN = ("FOREBAY_", "VALKEY_", "SHOP_", "CACHE_VER", "RATE_")
 
@@ -43,17 +41,6 @@ class Answer(NamedTuple):
     @property
     def json(self) -> Any:
         return msgspec.json.decode(self.body)
-
-
-def until(found: Callable[[], T], *, limit_s: float = PATIENCE_S, what: str = "it") -> T:
-    """What ``found`` gives as soon as it is true."""
-    give_up_at = time.monotonic() + limit_s
-    while True:
-        got = found()
-        if got:
-            return got
-        assert time.monotonic() < give_up_at, f"{what} did not come within {limit_s:g} s"
-        time.sleep(0.005)
 
 
 def stands_still(pid: int) -> bool:
@@ -76,7 +63,7 @@ class NodeProcess:
         directory: Path,
         *,
         name: str = "node",
-        app: str = "shop:node",
+        app: str = "support.shop:node",
         environ: Mapping[str, str] | None = None,
         **settings: object,
     ) -> None:
@@ -134,8 +121,8 @@ class NodeProcess:
         return self.spawn().until_ready()
 
     def until_ready(self) -> Self:
-        self.url = until(lambda: self.event("node.started"), what="node.started")["url"]
-        until(lambda: self.get("/readyz").status == 200, what=f"readiness of {self.name}")
+        self.url = wait_until(lambda: self.event("node.started"), what="node.started")["url"]
+        wait_until(lambda: self.get("/readyz").status == 200, what=f"readiness of {self.name}")
         return self
 
     def said(self) -> str:
