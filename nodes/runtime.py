@@ -48,9 +48,10 @@ from ..schemas.keys import Names, dependents_of
 from ..schemas.notices import Extended, Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
-from .cache import request_scope as scope
+from . import request_scope as scope
 from .cache.core import Core
 from .cache.legacy import begin_marks
+from .cache.node_writes import Writing
 from .cache.read import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
@@ -68,7 +69,6 @@ from .workers.dead_letters import DeadLetters
 from .workers.group import WorkerGroup, WorkParts, crew
 from .workers.refreshes import Refreshes
 from .workers.routes import Routes
-from .writing import Writing
 
 __all__ = ["Running", "running"]
 

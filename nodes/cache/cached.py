@@ -32,7 +32,7 @@ from ...schemas.errors import ConfigError, ForebayError, InvalidEntry, NoJsonFor
 from ...schemas.jobs import RefreshJob
 from ...schemas.keys import dependents_of, refuse_one_string
 from ...schemas.settings import CacheDefaults, Limits
-from . import request_scope as scope
+from .. import request_scope as scope
 from .async_functions import name_of_function, refuse_sync
 from .batches import Batches, BatchLoader, Member
 from .bulk import BulkReads

@@ -18,10 +18,10 @@ from typing import Any, get_type_hints
 
 from ...schemas.errors import ConfigError, InvalidKey
 from ...schemas.keys import KEY_BYTES_MAX, PLAIN_INT_MAX, KeyTemplate
-from .arguments import TextForm, Textless, text_form_of
+from ..values.introspection import name_of
+from ..values.text_forms import TextForm, Textless, text_form_of
 from .async_functions import called
 from .declaration import Declaration
-from .value_types import name_of
 
 __all__ = ["Keying"]
 

@@ -34,11 +34,11 @@ from ...schemas.entry import FOREVER_MS, Entry, read_legacy
 from ...schemas.errors import ForebayError, InvalidEntry, ServerRefused
 from ...schemas.keys import Names, dependents_of
 from ...schemas.replies import INTEGER_MAX, integer
+from ..values.packing import Packed
 from .core import Core, Hit, Lease
 from .declaration import LONGEST_S
 from .load import LoadPath
 from .near import Reservation
-from .packing import Packed
 from .policy import Policy
 from .refreshing import RefreshRequests
 

@@ -38,18 +38,18 @@ from ...schemas.errors import (
 )
 from ...schemas.keys import dependents_of
 from ..cancellation import run_apart
+from ..request_scope import outside
+from ..values.codec import Made, ValueCodec
+from ..values.packing import Packed, Packer
 from .core import Core, Hit, Lease, LoadCall
 from .fill_leases import FillLeases
 from .inheritance import inherited
 from .loading import NOT_MODIFIED, Loading, under_way
 from .near import NearCache, NearEntry, Reservation
-from .packing import Packed, Packer
 from .policy import Policy, ahead_ms
-from .request_scope import outside
 from .shared import Stamp
 from .source import Source
 from .tags import TagState
-from .values import Made, ValueCodec
 
 __all__ = ["LoadPath"]
 

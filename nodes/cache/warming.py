@@ -24,10 +24,10 @@ from msgspec import Struct
 
 from ...coordinator.clock import Clock
 from ...schemas.errors import ConfigError, LoaderError
+from ..request_scope import outside
 from .core import Hit
 from .keying import Keying
 from .read import ReadPath
-from .request_scope import outside
 
 __all__ = [
     "FAILURES_KEPT",

@@ -20,8 +20,8 @@ from ...coordinator.locks.lease import Lease
 from ...schemas.errors import ForebayError, InvalidKey, Level
 from ...schemas.jobs import Invalidates
 from ...schemas.keys import check_key, refuse_one_string
+from ..values.packing import Packed
 from .declaration import lifetime_ms
-from .packing import Packed
 from .shared import Receipt
 from .write import WritePath
 

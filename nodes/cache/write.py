@@ -49,14 +49,14 @@ from ...schemas.errors import (
 )
 from ...schemas.jobs import Invalidates, WriteJob
 from ...schemas.notices import Changed
+from .. import request_scope as scope
 from ..sinks.base import SinkBatch, Write
 from ..sinks.serialized import Outlet
 from ..strays import asked_to_stop
-from . import request_scope as scope
+from ..values.packing import Packed
 from .confirmations import Confirmations
 from .core import Core
 from .near import Reservation
-from .packing import Packed
 from .read import ReadPath
 from .shared import Receipt, Stamp
 from .write_leases import Turn, WriteLease, WriteLeases

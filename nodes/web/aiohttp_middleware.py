@@ -14,7 +14,7 @@ from __future__ import annotations
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from ..cache.request_scope import request_scope
+from ..request_scope import request_scope
 
 __all__ = ["request_scope_middleware"]
 

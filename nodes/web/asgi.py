@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..cache.request_scope import request_scope
+from ..request_scope import request_scope
 
 __all__ = ["RequestScopeMiddleware"]
 

@@ -23,10 +23,10 @@ from ...schemas.errors import (
 from ...schemas.keys import KeyTemplate, dependents_of
 from ...schemas.settings import CacheDefaults
 from ..cache.cached import Cached
-from ..cache.packing import Packed
-from ..cache.values import ValueCodec
 from ..sinks.base import Sink
 from ..sinks.serialized import Outlet
+from ..values.codec import ValueCodec
+from ..values.packing import Packed
 
 __all__ = ["Routes", "SinkRoute", "refused_value"]
 

@@ -13,7 +13,7 @@ import pytest
 import forebay
 from forebay.nodes.cache.cached import Cached
 from forebay.nodes.cache.core import Hit
-from forebay.nodes.cache.request_scope import outside
+from forebay.nodes.request_scope import outside
 from forebay.schemas.errors import LoaderError, PartialFailure
 from support.eventually import until
 

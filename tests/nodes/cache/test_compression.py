@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay.nodes.cache.compression import compressor
-from forebay.nodes.cache.values import PackedCodec, ValueCodec
+from forebay.nodes.values.codec import PackedCodec, ValueCodec
 from forebay.schemas.entry import Entry, EntryMeta, read_entry
 from forebay.schemas.errors import ConfigError
 from forebay.schemas.settings import CacheDefaults, Compression

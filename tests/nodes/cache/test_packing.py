@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.nodes.cache.packing import Packed, Packer
 from forebay.nodes.cache.policy import Policy
-from forebay.nodes.cache.values import ValueCodec
+from forebay.nodes.values.codec import ValueCodec
+from forebay.nodes.values.packing import Packed, Packer
 from forebay.schemas.entry import Entry, EntryMeta, read_entry
 from forebay.schemas.errors import InvalidEntry
 

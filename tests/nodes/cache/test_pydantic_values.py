@@ -29,8 +29,8 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from forebay.nodes.cache.pydantic_values import has_pydantic
-from forebay.nodes.cache.values import PackedCodec, ValueCodec
+from forebay.nodes.values.codec import PackedCodec, ValueCodec
+from forebay.nodes.values.pydantic_form import has_pydantic
 from forebay.schemas.entry import Entry, EntryMeta, read_entry
 from forebay.schemas.errors import ConfigError, InvalidEntry
 

@@ -11,7 +11,7 @@ import pytest
 import forebay
 from conftest import MakeServer
 from forebay.nodes.cache.cached import Cached
-from forebay.nodes.cache.request_scope import request_scope
+from forebay.nodes.request_scope import request_scope
 from forebay.schemas.errors import Backpressure, SourceFailing, Unavailable
 from forebay.schemas.jobs import RefreshJob
 from forebay.schemas.settings import Limits

@@ -12,9 +12,9 @@ from typing import Any
 import anyio
 import pytest
 
-from forebay.nodes.cache import request_scope as scope
+from forebay.nodes import request_scope as scope
 from forebay.nodes.cache.core import Hit
-from forebay.nodes.cache.request_scope import RequestScope, current, outside, request_scope
+from forebay.nodes.request_scope import RequestScope, current, outside, request_scope
 from forebay.schemas.errors import ForebayError
 from support.clock import ManualClock
 

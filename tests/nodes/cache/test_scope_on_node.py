@@ -10,7 +10,7 @@ import pytest
 
 import forebay
 from conftest import MakeServer
-from forebay.nodes.cache.request_scope import outside, request_scope
+from forebay.nodes.request_scope import outside, request_scope
 
 
 class Shop:

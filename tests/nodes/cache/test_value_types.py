@@ -33,8 +33,8 @@ from pydantic import AnyUrl, BaseModel, EmailStr
 from typing_extensions import TypeAliasType
 from typing_extensions import TypedDict as BackportedTypedDict
 
-from forebay.nodes.cache.value_types import classes_of, fits, name_of, types_in
-from forebay.nodes.cache.values import ValueCodec
+from forebay.nodes.values.codec import ValueCodec
+from forebay.nodes.values.introspection import classes_of, fits, name_of, types_in
 from forebay.schemas.errors import ConfigError, InvalidEntry
 
 T = TypeVar("T")

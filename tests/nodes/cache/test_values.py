@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Struct
 
-from forebay.nodes.cache.values import PackedCodec, ValueCodec
+from forebay.nodes.values.codec import PackedCodec, ValueCodec
 from forebay.schemas.entry import Entry, EntryMeta, read_entry
 from forebay.schemas.errors import InvalidEntry
 

@@ -34,11 +34,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ...coordinator.clock import Clock, SystemClock
-from ...schemas.errors import ForebayError
+from ..coordinator.clock import Clock, SystemClock
+from ..schemas.errors import ForebayError
 
 if TYPE_CHECKING:
-    from .core import Hit  # which imports this module
+    from .cache.core import Hit  # which imports this module
 
 __all__ = [
     "RequestScope",

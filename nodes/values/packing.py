@@ -14,8 +14,8 @@ from msgspec import Struct
 
 from ...schemas.entry import Entry, EntryMeta, decompressed, make_tail
 from ...schemas.errors import InvalidEntry
-from .policy import Policy
-from .values import ValueCodec
+from ..cache.policy import Policy
+from .codec import ValueCodec
 
 __all__ = ["Packed", "Packer"]
 

@@ -30,7 +30,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Meta, Struct
 
-from .value_types import bare, fits, layers, name_of
+from .introspection import bare, fits, layers, name_of
 
 __all__ = ["TextForm", "Textless", "text_form_of"]
 

@@ -27,9 +27,9 @@ from ...schemas.entry import Codec, Entry, EntryMeta, decompressed, make_tail
 from ...schemas.errors import ConfigError, EntryFault, InvalidEntry
 from ...schemas.json_form import not_finite
 from ...schemas.settings import CacheDefaults, Compression
-from .compression import compressor
-from .pydantic_values import PydanticForm, has_pydantic
-from .value_types import classes_of, fits, name_of, refused, unmade_in
+from ..cache.compression import compressor
+from .introspection import classes_of, fits, name_of, refused, unmade_in
+from .pydantic_form import PydanticForm, has_pydantic
 
 __all__ = ["Made", "PackedCodec", "ValueCodec"]
 

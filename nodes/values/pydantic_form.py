@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .value_types import is_struct, name_of, refused, types_in
+from .introspection import is_struct, name_of, refused, types_in
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

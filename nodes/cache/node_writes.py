@@ -12,21 +12,21 @@ from collections.abc import Mapping
 import anyio
 import structlog
 
-from ..coordinator.log.replication import Replication
-from ..coordinator.valkey.backend import Backend
-from ..coordinator.valkey.link import Reply
-from ..coordinator.valkey.scripting import Scripts, run
-from ..schemas.keys import Names, dependents_of
-from ..schemas.settings import Valkey
-from .cache.confirmations import Confirmations
-from .cache.core import Core
-from .cache.packing import Packed
-from .cache.shared import TAG_KEEP_MS, Stamp
-from .cache.waits import KeyWaits
-from .cache.write import WriteParts
-from .cache.write_leases import WriteLease, WriteLeases
-from .sinks.serialized import Outlet
-from .workers.routes import Routes
+from ...coordinator.log.replication import Replication
+from ...coordinator.valkey.backend import Backend
+from ...coordinator.valkey.link import Reply
+from ...coordinator.valkey.scripting import Scripts, run
+from ...schemas.keys import Names, dependents_of
+from ...schemas.settings import Valkey
+from ..sinks.serialized import Outlet
+from ..values.packing import Packed
+from ..workers.routes import Routes
+from .confirmations import Confirmations
+from .core import Core
+from .shared import TAG_KEEP_MS, Stamp
+from .waits import KeyWaits
+from .write import WriteParts
+from .write_leases import WriteLease, WriteLeases
 
 __all__ = ["Writing"]
 
