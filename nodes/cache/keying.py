@@ -18,9 +18,8 @@ from typing import Any, get_type_hints
 
 from ...schemas.errors import ConfigError, InvalidKey
 from ...schemas.keys import KEY_BYTES_MAX, PLAIN_INT_MAX, KeyTemplate
-from ..values.introspection import name_of
+from ..values.introspection import name_of, unwrapped
 from ..values.text_forms import TextForm, Textless, text_form_of
-from .async_functions import called
 from .declaration import Declaration
 
 __all__ = ["Keying"]
@@ -198,11 +197,11 @@ def _key_of_str(template: KeyTemplate, otherwise: Callable[..., str]) -> Callabl
 
 def _hints_of(loader: Callable[..., Any], name: str) -> Mapping[str, Any]:
     try:
-        return get_type_hints(called(loader), include_extras=True)
+        return get_type_hints(unwrapped(loader), include_extras=True)
     except Exception as error:  # a name that is imported for type checkers only, ...
         raise ConfigError(
             setting=f"the annotations of {name}",
-            value=str(getattr(called(loader), "__annotations__", {})),
+            value=str(getattr(unwrapped(loader), "__annotations__", {})),
             origin="the declaration of a cache",
             problem=f"cannot be evaluated: {type(error).__name__}: {error}",
             fix="import and define these names at run time, before the function",

@@ -164,8 +164,8 @@ class LegacyEntries(Generic[T]):
                 return "absent"
             hard_ms = min(hard_ms, policy.negative_ms)
             return Found(None, None, min(soft_ms, hard_ms), hard_ms)
-        made = codec.made_before(entry)
-        return Found(made.kept, codec.fitting(made.payload), soft_ms, hard_ms)
+        made = codec.encoded_in(entry)
+        return Found(made.kept, codec.check_size(made.payload), soft_ms, hard_ms)
 
     async def _stored(
         self, lease: Lease, found: Found, tags: Mapping[str, int], reservation: Reservation

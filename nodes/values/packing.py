@@ -79,7 +79,7 @@ class Packer(Generic[T]):
         # stale_if_error counts from the end of ttl, however long the loader lets it be stale.
         error_ms = max(0, policy.stale_ms + policy.error_ms - stale_ms) if policy.error_ms else 0
         soft_ms = self._jittered(asked_ms)
-        payload = self._codec.fitting(payload)
+        payload = self._codec.check_size(payload)
         meta = EntryMeta(
             tags=dict(tags),
             etag=etag,

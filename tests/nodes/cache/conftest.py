@@ -107,13 +107,13 @@ def grow_old(valkey_server: ValkeyServer):
     """Let a stored entry have lived for so many seconds more, in the eyes of these caches."""
 
     def grow(key: str, seconds: float, *caches: Cached[Any, Any]) -> None:
-        name = caches[0].path.shared.names.entry(key)
+        name = caches[0]._cache.path.shared.names.entry(key)
         raw = valkey_server.execute("GET", name)
         for start, end in ((20, 33), (33, 46)):  # soft_at_ms and hard_at_ms, see entry.py
             at_ms = max(0, int(raw[start:end]) - int(seconds * 1000))
             raw = raw[:start] + b"%013d" % at_ms + raw[end:]
         valkey_server.execute("SET", name, raw, "KEEPTTL")
         for cached in caches:
-            cached.path.near.clear()
+            cached._cache.path.near.clear()
 
     return grow

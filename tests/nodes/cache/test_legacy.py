@@ -70,7 +70,7 @@ def forget(node: forebay.Node, server: Any, key: str) -> None:
     """As if the entry had expired."""
     server.execute("DEL", node.parts.names.entry(key))
     for cached in node.caches:
-        cached.path.near.clear()
+        cached._cache.path.near.clear()
 
 
 @pytest.mark.parametrize("stale_in_s", [None, 3_600.0])
@@ -348,7 +348,7 @@ async def test_a_change_between_reading_and_storing_wins(
     old(1, OLD, left_ms=DAY_MS)
     source.values[1] = NEW
     async with node:
-        legacy = row.path.legacy
+        legacy = row._cache.path.legacy
         read = legacy._read
 
         async def read_then_change(key: str, tags: Any) -> Any:
@@ -425,7 +425,7 @@ async def test_who_is_cancelled_meanwhile_leaves_no_lease(
 
     async with node, anyio.create_task_group() as tasks:
         lease = node.parts.names.lease("row:1")
-        monkeypatch.setattr(row.path.legacy, "_read", hang)
+        monkeypatch.setattr(row._cache.path.legacy, "_read", hang)
         tasks.start_soon(row, 1)
         await reached.wait()
         assert valkey_server.execute("EXISTS", lease) == 1

@@ -118,8 +118,8 @@ async def test_every_reader_gets_the_same(make_node: Any, case: str, mutable: bo
                 tasks.start_soon(read, 1)
         found += [await first(1), (await first.get_with_info(1)).value]
         found += await first.many([1, 2])
-        first.path.near.clear()
-        found += [await first(1), await second(1), (await first.read_key("value:3")).value]
+        first._cache.path.near.clear()
+        found += [await first(1), await second(1), (await first._cache.read_key("value:3")).value]
         found += [await first(404), await first(404)]
         async with forebay.request_scope():
             found += [await first(5), await first(5)]
@@ -144,7 +144,7 @@ async def test_a_batch_loader_s_values_are_no_others(make_node: Any, case: str) 
 
     async with node:
         found = [await cached(1), await cached(1), *await cached.many([1, 2])]
-        cached.path.near.clear()
+        cached._cache.path.near.clear()
         found += await cached.many([1, 2])
     assert len({seen(each) for each in found}) == 1
 
@@ -170,7 +170,7 @@ async def test_what_was_written_is_read_and_sunk_the_same(
         await write(1, CASES[case][1](), **({"until": "sink"} if way == "write_behind" else {}))
         found = [await first(1), await second(1)]
         assert (await first.get_with_info(1)).tier != "source"
-        first.path.near.clear()
+        first._cache.path.near.clear()
         found.append(await first(1))
     assert len({seen(each) for each in found + sunk}) == 1
     assert len(sunk) == (way != "put")

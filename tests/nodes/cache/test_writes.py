@@ -10,8 +10,8 @@ import anyio
 import pytest
 
 import forebay
-from forebay.nodes.cache import confirmations as confirmations_module
-from forebay.nodes.cache import write_leases as leases_module
+from forebay.nodes.cache import node_writes
+from forebay.nodes.cache import write as write_module
 from forebay.nodes.cache.shared import Receipt
 from forebay.nodes.sinks.base import SinkBatch
 from forebay.schemas.entry import Entry, read_entry
@@ -110,7 +110,7 @@ class Place:
         self.loading, self.gate = anyio.Event(), anyio.Event()
 
     def near(self) -> Any:
-        found = self.row.path.near.get(KEY)
+        found = self.row._cache.path.near.get(KEY)
         return None if found is None else found.value
 
     def counted(self, way: str, end: str) -> int:
@@ -474,8 +474,8 @@ async def test_of_two_writers_one_comes_after_the_other(here: Place, there: Plac
 
 async def blind(place: Place, value: str) -> None:
     """What a write-through must not be: the sink, then the entry, without a lease."""
-    path = place.row.writes
-    outlet, params = path._outlet_of(KEY)
+    path = place.row._cache.writes
+    outlet, params = path._sink_of(KEY)
     version = 1 + max(place.table.rows.get(KEY, (0, None))[0], len(place.table.batches))
     write_ = forebay.Write(key=KEY, params=params, value=value, version=version)
     await outlet.write(SinkBatch(writes=(write_,)))
@@ -491,8 +491,8 @@ class Stopped:
 
     def __init__(self, place: Place) -> None:
         self.reached, self.go_on = anyio.Event(), anyio.Event()
-        shared, parts = place.parts.shared, place.parts.writing.parts
-        parts.fill, shared.put = self._after(parts.fill), self._after(shared.put)
+        shared, writes = place.parts.shared, place.parts.writing
+        writes.fill, shared.put = self._after(writes.fill), self._after(shared.put)
 
     def _after(self, change: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def stopped(*args: Any, **options: Any) -> Any:
@@ -514,7 +514,7 @@ async def overtaken(here: Place, there: Place, write_: Callable[..., Awaitable[A
         stopped.go_on.set()
     assert here.table.values()[KEY] == "second"
     entry = await here.entry()
-    return None if entry is None else there.row.path.codec.value(entry)
+    return None if entry is None else there.row._cache.path.codec.value(entry)
 
 
 async def through(place: Place, value: str) -> None:
@@ -775,7 +775,7 @@ async def test_a_node_without_workers_opens_the_sink_when_it_writes(
 
 async def test_until_the_sink_has_it(open_place: OpenPlace, monkeypatch: Any) -> None:
     """P1, P2: not before the row is there, and woken by the commit."""
-    monkeypatch.setattr(confirmations_module, "_POLL_MS", 600_000)
+    monkeypatch.setattr(node_writes, "_POLL_MS", 600_000)
     place = await open_place(workers=True)
     place.table.hang_at = 1
     got: list[Any] = []
@@ -829,7 +829,7 @@ async def test_what_the_sink_refuses_is_said(open_place: OpenPlace) -> None:
 
 async def test_a_letter_is_found_behind_others(open_place: OpenPlace, monkeypatch: Any) -> None:
     """P1: however many of the shard were buried since."""
-    monkeypatch.setattr(confirmations_module, "_LETTERS_TOGETHER", 1)
+    monkeypatch.setattr(node_writes, "_PAGE", 1)
     place = await open_place(workers=True)
     place.table.poison = {"bad"}
     receipt = await place.row.write_behind(1, "bad", until="accepted")
@@ -845,7 +845,7 @@ async def test_a_letter_is_found_behind_others(open_place: OpenPlace, monkeypatc
         await place.call("XADD", dead, "*", "from", "1-1", "reason", "another")
     await place.call("XADD", dead, "*", *fields)
     with pytest.raises(DeadLettered):
-        await place.parts.writing.parts.confirmations._refuse_buried(KEY, receipt)
+        await place.parts.writing._check_dead_letters(KEY, receipt)
 
 
 async def test_a_write_that_a_newer_one_replaced_is_done_with_it(open_place: OpenPlace) -> None:
@@ -901,4 +901,4 @@ async def test_with_a_replica_it_is_replicated(
 
 def test_the_poll_is_bounded() -> None:
     """P2, E2: a quarter of a second at most."""
-    assert confirmations_module._POLL_MS == leases_module._POLL_MS == 250
+    assert node_writes._POLL_MS == write_module._POLL_MS == 250

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.nodes.cache.compression import compressor
-from forebay.nodes.values.codec import PackedCodec, ValueCodec
+from forebay.nodes.values.codec import PackedCodec, ValueCodec, compressor
 from forebay.schemas.entry import Entry, EntryMeta, read_entry
 from forebay.schemas.errors import ConfigError
 from forebay.schemas.settings import CacheDefaults, Compression
@@ -82,7 +81,8 @@ def test_one_codec_serves_several_threads(compression: str) -> None:
 
 async def test_the_near_cache_counts_what_it_holds(make_node) -> None:
     """Near N3, N4: the value, not its compressed form, by whichever way it came."""
-    nodes = [make_node(compress_over_bytes=100, near_value_bytes_max=2_000) for _ in range(2)]
+    defaults = CacheDefaults(compress_over_bytes=100, near_value_bytes_max=2_000)
+    nodes = [make_node(cache=defaults) for _ in range(2)]
     for node in nodes:
 
         @node.cached("text:{id}", ttl=600)
@@ -93,7 +93,7 @@ async def test_the_near_cache_counts_what_it_holds(make_node) -> None:
     async with nodes[0], nodes[1]:
         for node in nodes:
             assert [len(await node.text(n)) for n in (1, 3)] == [1_000, 3_000]
-        loaded, read = (node.text.path.near.statistics() for node in nodes)
+        loaded, read = (node.text._cache.path.near.statistics() for node in nodes)
         assert (read.entries, read.bytes) == (loaded.entries, loaded.bytes)
         assert (read.entries, read.oversized) == (1, 1)
         assert 1_000 < read.bytes < 2_000

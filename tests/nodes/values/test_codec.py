@@ -172,9 +172,9 @@ def test_published_json_is_checked_against_the_type() -> None:
     """The publisher is told what is wrong with it."""
     codec = codec_of(Product)
     raw = b'{"id": 1, "name": "a", "price": "1.50"}'
-    assert codec.convert(raw) == Product(1, "a", Decimal("1.50"))
+    assert codec.from_json(raw) == Product(1, "a", Decimal("1.50"))
     with pytest.raises(msgspec.ValidationError, match="id"):
-        codec.convert(b'{"id": "x", "name": "a", "price": "1"}')
+        codec.from_json(b'{"id": "x", "name": "a", "price": "1"}')
 
 
 class Basket(Struct):
@@ -188,7 +188,7 @@ def packed_codec(of: Any) -> PackedCodec[Any]:
 def test_each_caller_has_a_value_of_its_own() -> None:
     """V5: what one does to it, the next does not see."""
     codec = packed_codec(Basket)
-    payload = codec.made(Basket(["a"])).payload
+    payload = codec.encode(Basket(["a"])).payload
     first = codec.own(payload)
     first.items.append("b")
     assert codec.own(payload) == Basket(["a"])
@@ -199,7 +199,7 @@ def test_packed_values_are_stored_as_all_others(product, compress_over_bytes) ->
     """V5: whether a cache is declared mutable is nothing that its entries know."""
     mutable = PackedCodec[Any](Product, bytes_max=LIMIT, compress_over_bytes=compress_over_bytes)
     shared = codec_of(Product, compress_over_bytes=compress_over_bytes)
-    payload = mutable.made(product).payload
+    payload = mutable.encode(product).payload
     assert payload == mutable.pack(payload) == shared.pack(product)
     assert mutable.own(mutable.value(stored(shared, product)) or b"") == product
     assert shared.value(stored(mutable, payload)) == product
@@ -208,12 +208,12 @@ def test_packed_values_are_stored_as_all_others(product, compress_over_bytes) ->
 def test_packed_published_values_are_converted() -> None:
     """V5: from JSON, old entries too; with the limit and the type of the cache."""
     codec = packed_codec(Basket)
-    payload = codec.convert(b'{"items": ["a"]}')
+    payload = codec.from_json(b'{"items": ["a"]}')
     assert codec.own(payload) == Basket(["a"])
     old = read_entry(b'{"items": ["a"]}', bytes_max=LIMIT)
     assert codec.value(old) == payload
     with pytest.raises(msgspec.ValidationError, match="items"):
-        codec.convert(b'{"items": 1}')
+        codec.from_json(b'{"items": 1}')
     long = packed_codec(list[float])  # "1," is nine bytes of msgpack
     with pytest.raises(InvalidEntry, match="oversized"):
         long.value(read_entry(b"[" + b"1," * 1_000 + b"1]", bytes_max=LIMIT))
@@ -224,13 +224,13 @@ def test_what_is_packed_is_checked() -> None:
     wrong: Any = Basket([1])  # type: ignore[list-item]
     for value in (Product(1, "a", Decimal(1)), wrong):
         with pytest.raises(InvalidEntry, match="wrong_type: declared Basket"):
-            packed_codec(Basket).made(value)
+            packed_codec(Basket).encode(value)
 
 
 def test_what_is_packed_may_be_too_large_only_to_be_stored() -> None:
     """V2: its callers can have it all the same, as in any cache."""
     codec = packed_codec(Basket)
-    payload = codec.made(Basket(["a" * LIMIT])).payload
+    payload = codec.encode(Basket(["a" * LIMIT])).payload
     assert codec.own(payload) == Basket(["a" * LIMIT])
     with pytest.raises(InvalidEntry, match="oversized"):
         codec.pack(payload)
@@ -242,7 +242,7 @@ def test_the_size_of_a_value_is_that_before_compression(kind) -> None:
     codec = codec_of(Any, compress_over_bytes=0)
     entry = stored(codec, "a" * 500)
     assert len(entry.payload) < 100
-    measured = kind(Any, bytes_max=LIMIT, compress_over_bytes=0).measured(entry)
+    measured = kind(Any, bytes_max=LIMIT, compress_over_bytes=0).value_and_size(entry)
     assert measured[1] == len(codec.pack("a" * 500))
 
 

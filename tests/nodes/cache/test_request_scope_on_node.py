@@ -62,7 +62,7 @@ async def test_request_has_one_picture_while_others_change_it(
 
 
 def not_near(shop: Shop, key: str) -> bool:
-    return shop.row.path.near.get(key) is None
+    return shop.row._cache.path.near.get(key) is None
 
 
 async def test_own_write_is_read_in_the_same_request(shops: tuple[Shop, Shop]) -> None:

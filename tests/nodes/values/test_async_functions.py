@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import forebay
-from forebay.nodes.cache.async_functions import name_of_function, refuse_sync
+from forebay.nodes.values.introspection import name_of_function, refuse_sync
 
 
 async def plain(id: int) -> int:
@@ -50,7 +50,7 @@ async def test_whatever_is_async_can_be_a_loader(function: Any) -> None:
     refuse_sync("the loader", function)
     cached = forebay.Node().cached("a:{id}", ttl=60, name="")(functools.partial(function))
     assert cached.name in ("plain", "Caller", "method", "of_two")
-    assert cached.value_type is int
+    assert cached._cache.value_type is int
 
 
 @pytest.mark.parametrize("function", [sync, SyncCaller(), functools.partial(sync, 1), wrapped])
