@@ -70,7 +70,7 @@ class NodeWrites:
             clock=core.clock,
             ids=lambda: secrets.token_hex(8),
         )
-        self._commands = backend.link
+        self._backend = backend
         self._names = names
         self._scripts = scripts
         self._shared = core.shared
@@ -93,12 +93,12 @@ class NodeWrites:
     async def begin_write(self, key: str, token: str, lease_ms: int) -> Reply:
         """Run write_begin.lua: request the key's lease and a version for its row."""
         keys = self._shared.entry_keys(key)
-        return await run(self._commands, self._scripts["write_begin"], keys, [token, lease_ms])
+        return await run(self._backend.link, self._scripts["write_begin"], keys, [token, lease_ms])
 
     async def fill(self, key: str, token: str, packed: Packed) -> Stamp | None:
         """Fill the entry of a written row; None if the lease is no longer held."""
         stored, *stamp = await run(
-            self._commands,
+            self._backend.link,
             self._scripts["write_fill"],
             [*self._shared.entry_keys(key), self._names.tag(dependents_of(key))],
             [
@@ -152,7 +152,7 @@ class NodeWrites:
 
     async def _is_stored(self, key: str, receipt: Receipt, done: str, sink: str) -> bool:
         try:
-            position = await self._commands.call("HGET", done, f"writes:{sink}")
+            position = await self._backend.link.call("HGET", done, f"writes:{sink}")
             if position is None or order(position) < order(receipt.job_id):
                 return False
             # A job is dead-lettered or held after it was accepted and before the checkpoint passes.
@@ -176,7 +176,7 @@ class NodeWrites:
         """The entry of a shard's stream whose field holds the id of the job."""
         stream, job_id = self._names.part(receipt.shard, part), receipt.job_id
         start = job_id.partition("-")[0]
-        while page := await self._commands.call("XRANGE", stream, start, "+", "COUNT", _PAGE):
+        while page := await self._backend.link.call("XRANGE", stream, start, "+", "COUNT", _PAGE):
             for _, fields in page:
                 if (found := field_map(fields)).get(field) == job_id.encode():
                     return found

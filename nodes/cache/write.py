@@ -282,7 +282,7 @@ class WritePath(Generic[T]):
                     raise
                 problem = f"the sink raised {type(error).__name__}: {error}"
                 raise FatalSinkError(problem, outcome_unknown=True) from error
-        problem = f"sink {sink.name} took longer than {limit_s:g} s, its share of the lease"
+        problem = f"sink {sink.name} took longer than its share of the lease, {limit_s:g} s"
         raise TransientSinkError(problem, outcome_unknown=True)
 
     async def _fill(self, lease: WriteLease, packed: Packed) -> Stamp | None:

@@ -6,7 +6,7 @@ M1  Each request has a scope of its own while its handler runs.
 M2  A WebSocket has none: it lasts, and what it reads must not.
 M3  Answers, errors and cancellation pass as they are.
 
-See nodes/cache/request_scope.py for what a scope promises.
+See nodes/request_scope.py for what a scope promises.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ M1  Each HTTP request has a scope of its own, from its first line of code to the
 M2  The lifespan and WebSockets have none: they last, and what they read must not.
 M3  Messages, errors and cancellation pass as they are.
 
-Nothing but ASGI itself is needed. See nodes/cache/request_scope.py for what a scope promises.
+Nothing but ASGI itself is needed. See nodes/request_scope.py for what a scope promises.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def test_what_is_declared_is_the_policy() -> None:
         staleness_ms=100,
         on_disconnected="fail",
     )
-    silent = cached(by_id, "p:{id}").policy(
+    silent = cached(by_id, "p:{id}")._cache.policy(
         CacheDefaults(max_staleness_ms=77, on_disconnected="stale")
     )
     assert (silent.staleness_ms, silent.on_disconnected) == (77, "stale")
@@ -163,7 +163,7 @@ def test_what_is_declared_is_the_policy() -> None:
 def test_a_stale_period_is_also_one_for_errors() -> None:
     """Only what goes beyond it is kept for errors."""
     for stale_if_error, error_ms in ((0, 0), (2, 0), (3, 0), (3.5, 500)):
-        policy = cached(by_id, "p:{id}", stale_for=3, stale_if_error=stale_if_error).policy(
+        policy = cached(by_id, "p:{id}", stale_for=3, stale_if_error=stale_if_error)._cache.policy(
             CacheDefaults()
         )
         assert (policy.stale_ms, policy.error_ms) == (3_000, error_ms)
@@ -187,14 +187,14 @@ async def test_a_refresh_calls_the_loader_with_what_the_key_says() -> None:
     load.__annotations__.update(typed.__annotations__)
     made = cached(load, "x:{a}:{d}:{n}:{f}", tags=["t:{a}:{n}", "all"])
     values = (Airport.NEWARK, Decimal("1.50"), 3, True)
-    call = made._call_of(made.key(*values))
+    call = made._cache.call_of(made.key(*values))
     await call.run()
     assert got == [values]
     assert call.tags == ["t:EWR:3", "all"]
     with pytest.raises(InvalidKey, match=r"no key of.*>= 0"):
-        made._call_of("x:EWR:1.5:-3:True")
+        made._cache.call_of("x:EWR:1.5:-3:True")
     with pytest.raises(InvalidKey, match="no key of"):
-        made._call_of("y:1")
+        made._cache.call_of("y:1")
 
 
 def test_it_looks_like_the_function_it_wraps() -> None:

@@ -104,11 +104,11 @@ async def test_own_change_whose_outcome_is_unknown_is_not_hidden(
     shop = Shop(make_node(server), source)
     async with shop.node, request_scope() as seen:
         await shop.row(1)
-        assert seen.get(shop.row, "row:1") is not None
+        assert seen.get(shop.row._cache, "row:1") is not None
         server.kill9()
         with pytest.raises(forebay.Unavailable):
             await (shop.row.invalidate(1) if how == "invalidate" else shop.row.write_behind(1, "x"))
-        assert seen.get(shop.row, "row:1") is None
+        assert seen.get(shop.row._cache, "row:1") is None
 
 
 async def test_loader_is_not_given_what_the_request_saw_a_while_ago(

@@ -283,7 +283,7 @@ async def test_what_no_entry_can_hold_is_refused_first(open_place: OpenPlace, wa
     with pytest.raises(InvalidValue, match="value_bytes_max") as caught:
         await write(place, way, "x" * 200)
     assert (caught.value.cache, caught.value.key) == ("row", KEY)
-    with pytest.raises(InvalidValue, match="loader is declared to return"):
+    with pytest.raises(InvalidValue, match="return the loader's declared type"):
         await write(place, way, 7)
     assert (place.table.batches, await place.entry(), await place.lease()) == ([], None, None)
     assert place.counted(way, "refused") == 2
@@ -352,7 +352,7 @@ async def test_a_sink_has_no_longer_than_the_lease(open_place: OpenPlace) -> Non
     stored(place.table, "old")
     await place.row(1)
     place.table.hang_at = 1
-    with pytest.raises(TransientSinkError, match="longer than the lease") as caught:
+    with pytest.raises(TransientSinkError, match="longer than its share of the lease") as caught:
         await write(place, "through", "new")
     assert caught.value.outcome_unknown
     assert (place.near(), await place.entry(), await place.lease()) == (None, None, None)

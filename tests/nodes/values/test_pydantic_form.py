@@ -337,7 +337,7 @@ def test_types_without_pydantic_do_not_go_through_it() -> None:
 ALONE = """
 import dataclasses, sys
 from forebay import Node
-from forebay.nodes.cache.values import ValueCodec
+from forebay.nodes.values.codec import ValueCodec
 
 @dataclasses.dataclass
 class Lookalike:
