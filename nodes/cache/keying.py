@@ -1,12 +1,12 @@
-"""From the arguments of a loader to its key, its tags, and back.
+"""Keying: a loader's arguments to its key and tags, and a key back to the arguments.
 
-Y1  Every parameter of the loader is a field of the key template, and the other way round:
-    otherwise two different calls would share an entry.
-Y2  From a key, the loader gets arguments of the types that it declares, or there is InvalidKey.
-Y3  An argument that a key could not give back is refused: a parameter without a type that has a
-    text (see ``arguments``) where the cache is declared, an argument of another type at the call.
-Y4  A loader gets the arguments parsed from the key, also in the load that a caller waits for.
-Y5  One tuple of arguments has one key: the cache refuses any other spelling of it.
+Y1  The parameters of the loader and the fields of the key template are the same: otherwise two
+    different calls would share an entry.
+Y2  The arguments parsed from a key have the declared types; otherwise InvalidKey is raised.
+Y3  A parameter whose type has no text form (see ``text_forms``) is refused when the cache is
+    declared; an argument of another type is refused at the call.
+Y4  A loader always gets the arguments parsed from the key, also when a caller waits for the load.
+Y5  Each tuple of arguments has one key; any other spelling of it is refused.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from ...schemas.keys import KEY_BYTES_MAX, PLAIN_INT_MAX, KeyTemplate
 from ..values.introspection import name_of, unwrapped
 from ..values.text_forms import TextForm, Textless, text_form_of
 from .declaration import Declaration
-
-__all__ = ["Keying"]
 
 Maker = Callable[[Mapping[str, Any]], str]
 
@@ -42,7 +40,7 @@ class Keying:
         self._signature = inspect.signature(loader)
         self.parameters = tuple(self._signature.parameters)
         by_position = [each.kind in _BY_POSITION for each in self._signature.parameters.values()]
-        self._positional = sum(by_position)  #: how many; they come first
+        self._positional = sum(by_position)  #: number of positional parameters; they come first
         hints = _hints_of(loader, name)
         forms = _forms_of(self._signature, hints, name)
         _check_fields(self.template, [*tags, *behind], self.parameters, name)
@@ -55,11 +53,11 @@ class Keying:
         self.key = self._fast_key(hints) or self._key_of
 
     def labels(self, fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """The tags, and the keys depended on, of these fields."""
+        """The tags and the dependency keys of these fields."""
         return [tag(fields) for tag in self._tags], [key(fields) for key in self._behind]
 
     def legacy_name(self, key: str) -> str:
-        """Where another service stored the value of this key; raises InvalidKey."""
+        """The name under which another service stored this key's value; raises InvalidKey."""
         assert self._legacy is not None
         return self._legacy.plain(self.fields(key))
 
@@ -71,7 +69,7 @@ class Keying:
         """The arguments of the loader for this key.
 
         Raises:
-            InvalidKey: it is no key of the template, or not of the declared types.
+            InvalidKey: the key does not match the template or the declared types.
         """
         fields = self.fields(key)
         try:
@@ -81,13 +79,15 @@ class Keying:
             }
             again = self._key_of_values(values)
         except Exception as error:  # a type's own code may raise anything
-            raise InvalidKey("key", key, f"is no key of {self.template.text}: {error}") from error
+            raise InvalidKey("key", key, f"does not match {self.template.text}: {error}") from error
         if again != key:
-            raise InvalidKey("key", key, f"is no key of {self.template.text}: it is spelt {again}")
+            raise InvalidKey(
+                "key", key, f"does not match {self.template.text}: its canonical form is {again}"
+            )
         return {name: values[name] for name in self.parameters}
 
     def call(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """How the loader is called with these: by position, and by name."""
+        """The positional and the keyword arguments of a call of the loader."""
         names = self.parameters
         by_name = {name: values[name] for name in names[self._positional :]}
         return tuple([values[name] for name in names[: self._positional]]), by_name
@@ -96,14 +96,14 @@ class Keying:
         """The fields of the key, as text; raises InvalidKey."""
         fields = self.template.match(key)
         if fields is None:
-            raise InvalidKey("key", key, f"is no key of {self.template.text}")
+            raise InvalidKey("key", key, f"does not match {self.template.text}")
         return fields
 
     def of_item(self, item: Any) -> str:
-        """The key of one item of many: an argument, or the tuple of them.
+        """The key of one item of ``many``: the one argument, or the tuple of arguments.
 
         Raises:
-            InvalidKey: the loader could not be called with it.
+            InvalidKey: the loader cannot be called with it.
         """
         args = item if isinstance(item, tuple) and len(self.parameters) > 1 else (item,)
         try:
@@ -113,7 +113,7 @@ class Keying:
             raise InvalidKey(f"an item of {self.name},", repr(item), problem) from None
 
     def item(self, values: Mapping[str, Any]) -> Any:
-        """The one argument, or the tuple of them: how a batch loader is told of a key."""
+        """The item that a batch loader gets: the one argument, or the tuple of arguments."""
         found = tuple(values[name] for name in self.parameters)
         return found[0] if len(found) == 1 else found
 
@@ -142,7 +142,7 @@ class Keying:
     def _invalid(self, position: int, value: Any, problem: str) -> InvalidKey:
         try:
             shown = value if type(value) is str else repr(value)
-        except ValueError:  # a number of over 4,300 digits
+        except ValueError:  # an int of over 4,300 digits
             shown = "..."
         return InvalidKey(f"{self.template.fields[position]} of {self.name},", shown, problem)
 
@@ -166,7 +166,7 @@ class Keying:
 
 
 def _key_of_int(template: KeyTemplate, otherwise: Callable[..., str]) -> Callable[..., str]:
-    """For a template with one parameter; every hit pays for the checks here."""
+    """The key of a plain int without the general checks; part of every near hit."""
     head, tail = template.ends
 
     def key(*args: Any, **kwargs: Any) -> str:
@@ -180,7 +180,7 @@ def _key_of_int(template: KeyTemplate, otherwise: Callable[..., str]) -> Callabl
 
 
 def _key_of_str(template: KeyTemplate, otherwise: Callable[..., str]) -> Callable[..., str]:
-    """As ``_key_of_int``."""
+    """As ``_key_of_int``, for a str."""
     head, tail = template.ends
     length_max = KEY_BYTES_MAX - len((head + tail).encode())
 
@@ -198,7 +198,7 @@ def _key_of_str(template: KeyTemplate, otherwise: Callable[..., str]) -> Callabl
 def _hints_of(loader: Callable[..., Any], name: str) -> Mapping[str, Any]:
     try:
         return get_type_hints(unwrapped(loader), include_extras=True)
-    except Exception as error:  # a name that is imported for type checkers only, ...
+    except Exception as error:  # such as a name imported for type checkers only
         raise ConfigError(
             setting=f"the annotations of {name}",
             value=str(getattr(unwrapped(loader), "__annotations__", {})),
@@ -211,12 +211,12 @@ def _hints_of(loader: Callable[..., Any], name: str) -> Mapping[str, Any]:
 def _forms_of(
     signature: inspect.Signature, hints: Mapping[str, Any], cache: str
 ) -> Mapping[str, TextForm]:
-    """How each parameter is written in a key; raises ConfigError."""
+    """The text form of each parameter; raises ConfigError."""
     forms = {}
     for position, (name, parameter) in enumerate(signature.parameters.items()):
         value, fix = str(parameter), f"annotate it, such as {name}: int"
         if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
-            problem, fix = "a key cannot give back how many there were", "name each parameter"
+            problem, fix = "their number cannot be parsed from a key", "name each parameter"
         elif name in hints:
             try:
                 forms[name] = text_form_of(hints[name])
@@ -224,10 +224,10 @@ def _forms_of(
                 raise _refused(name, cache, name_of(hints[name]), *error.args) from None
             continue
         elif position == 0 and name in ("self", "cls"):
-            problem = "a key cannot give back the object of a method"
+            problem = "the object of a method cannot be parsed from a key"
             fix = "cache a function, or the method of one object: node.cached(...)(repo.method)"
         else:
-            problem = "has no annotation, so background refreshes could not call with its type"
+            problem = "has no annotation, so background refreshes cannot parse it from a key"
         raise _refused(name, cache, value, problem, fix)
     return forms
 

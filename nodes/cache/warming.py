@@ -1,14 +1,14 @@
-"""Warming: loading what is not fresh in the shared tier, ahead of the readers.
+"""Warming: loads keys that are not fresh in the shared tier, before readers ask for them.
 
-M1  At most ``concurrency`` keys are under way at a time; or one part, where there is a loader
-    for many items at once. At most ``per_second`` begin in a second, but for a burst of a
-    tenth of them; what was not used is not made up for. Nodes that warm one cache share it.
-M2  Items are taken in parts of at most ``TOGETHER``: an endless source of them does no harm.
-M3  A failure is counted, the first ``FAILURES_KEPT`` are kept, and the others go on. A value
-    that was loaded, but could not be stored, is a failure: no other reader will find it.
-M4  Cancelled, nothing further is begun. Loads under way are the node's, and end by themselves.
-M5  Loads go the way of a reader's: under the fill lease, at most one of a key in the cluster. A
-    stale entry is refreshed by whichever node takes the job; its notice is waited for.
+M1  At most ``concurrency`` keys are read at a time, or one part if the cache has a batch loader. At
+    most ``per_second`` keys start per second, in bursts of a tenth of that; unused starts do not
+    accumulate. Nodes that warm the same cache share the rate.
+M2  Items are taken in parts of at most ``TOGETHER``, so the source of items may be endless.
+M3  A failed key is counted and the others go on; the first ``FAILURES_KEPT`` failures are kept.
+    A value that was loaded but could not be stored is a failure: no other reader will find it.
+M4  When warming is cancelled, no further key starts. Running loads belong to the node and finish.
+M5  A key is loaded as a reader would load it: under the fill lease, at most once in the cluster. A
+    stale entry is refreshed by a node that takes the job; warming waits for its notice.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Failure(Struct, frozen=True):
 
 
 class WarmReport(Struct, frozen=True, kw_only=True):
-    """``asked`` is the sum of the three that follow."""
+    """The outcome of a warming. ``asked`` is ``loaded`` + ``fresh`` + ``failed``."""
 
     asked: int = 0
-    loaded: int = 0  #: by whichever node had the lease
-    fresh: int = 0  #: it was there
+    loaded: int = 0  #: by this node or another
+    fresh: int = 0  #: in the shared tier before
     failed: int = 0
     seconds: float = 0.0
-    failures: tuple[Failure, ...] = ()  #: the first ones
+    failures: tuple[Failure, ...] = ()  #: the first ten
 
 
 Progress = Callable[[WarmReport], object]
@@ -57,16 +57,16 @@ Progress = Callable[[WarmReport], object]
 class How(TypedDict, total=False):
     """The options of a warming."""
 
-    concurrency: int  #: keys under way at a time
-    per_second: float | None  #: keys that begin; None: no limit
-    progress: Progress | None  #: told the report so far, as each key ends
+    concurrency: int  #: keys read at a time
+    per_second: float | None  #: keys that start per second; None: no limit
+    progress: Progress | None  #: called with the report so far after each key
 
 
 class Pacer:
-    """Lets at most so many begin in a second; None: as many as will.
+    """Limits the number of keys that start per second; None: no limit.
 
     Raises:
-        ConfigError: the number is not above zero.
+        ConfigError: ``per_second`` is not above zero.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Pacer:
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
     ) -> None:
         if per_second is not None and not 0 < per_second < math.inf:
-            raise _unusable("per_second", per_second, "is not above zero", "give a rate, or none")
+            raise _unusable("per_second", per_second, "must be above zero", "give a rate, or None")
         self._interval_s = 1 / per_second if per_second else 0.0
         self._monotonic = clock.monotonic
         self._sleep = sleep
@@ -85,13 +85,13 @@ class Pacer:
 
     @property
     def burst(self) -> int:
-        """How many may be asked for at once, so that they are spread over the second."""
+        """The number of keys that may start at once: a tenth of a second's keys."""
         if not self._interval_s:
             return TOGETHER
         return min(TOGETHER, max(1, int(1 / self._interval_s / _BURSTS_PER_SECOND)))
 
-    async def turn(self, count: int) -> None:
-        """Return when so many more may begin."""
+    async def wait_turn(self, count: int) -> None:
+        """Return when ``count`` more keys may start."""
         now = self._monotonic()
         starts_at = max(now, self._next_at)
         self._next_at = starts_at + count * self._interval_s
@@ -138,22 +138,23 @@ async def warm(
     per_second: float | None = None,
     progress: Progress | None = None,
 ) -> WarmReport:
-    """Load what is not fresh. An item is the loader's one argument or a tuple of them; or,
-    ``by_key``, a key of the cache.
+    """Load the items that are not fresh in the shared tier.
+
+    An item is the loader's one argument or the tuple of its arguments; with ``by_key``, a key.
 
     Raises:
-        ConfigError: ``concurrency`` or ``per_second`` cannot be used. Whatever ``items`` raises.
+        ConfigError: ``concurrency`` or ``per_second`` is invalid. Any exception of ``items``.
     """
     if not 1 <= concurrency <= _CONCURRENCY_MAX:
-        fix = f"give a number between 1 and {_CONCURRENCY_MAX}"
-        raise _unusable("concurrency", concurrency, "is out of range", fix)
+        problem = f"must be between 1 and {_CONCURRENCY_MAX}"
+        raise _unusable("concurrency", concurrency, problem, "give such a number")
     clock = cache.path.loads.clock
     pacer, tally = Pacer(per_second, clock=clock), _Tally(clock, progress)
     limiter = anyio.CapacityLimiter(concurrency)
     async with aclosing(_parts(items, pacer.burst)) as parts:
         async for part in parts:
-            await pacer.turn(len(part))
-            if per_second is not None:  # and together with whoever else warms this cache
+            await pacer.wait_turn(len(part))
+            if per_second is not None:  # the rate that all nodes share
                 await cache.path.loads.pace(
                     f"forebay.warm.{cache.name}",
                     len(part),

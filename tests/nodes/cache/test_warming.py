@@ -268,7 +268,7 @@ async def test_pacer_keeps_to_the_rate(per_second: float) -> None:
     pacer = Pacer(per_second, clock=hand, sleep=hand.sleep)
     began_at, begun = hand.at, 0
     for _ in range(50):
-        await pacer.turn(pacer.burst)
+        await pacer.wait_turn(pacer.burst)
         begun += pacer.burst
         assert begun <= (hand.at - began_at) * per_second + pacer.burst + 1e-6
 
@@ -280,14 +280,14 @@ async def test_pacer_does_not_make_up_for_idle_time() -> None:
     """After a pause it is no faster; without a rate it never waits."""
     hand = Hand()
     pacer = Pacer(10, clock=hand, sleep=hand.sleep)
-    await pacer.turn(1)
+    await pacer.wait_turn(1)
     hand.at += 60
     for _ in range(3):
-        await pacer.turn(1)
+        await pacer.wait_turn(1)
     assert hand.at == pytest.approx(50 + 60 + 0.2)
 
     free = Pacer(None, clock=hand, sleep=hand.sleep)
     before = hand.at
-    await free.turn(free.burst)
-    await free.turn(free.burst)
+    await free.wait_turn(free.burst)
+    await free.wait_turn(free.burst)
     assert (free.burst, hand.at) == (TOGETHER, before)

@@ -240,8 +240,8 @@ class Holder(BaseModel):
         (Account, "SecretStr is masked"),
         (dict[str, Account] | None, "SecretStr is masked"),
         (list[SecretStr], "SecretStr is masked"),
-        (Partial, "Partial.hidden is left out"),
-        (Holder, "Partial.hidden is left out"),
+        (Partial, "Partial.hidden is excluded"),
+        (Holder, "Partial.hidden is excluded"),
     ],
 )
 def test_what_would_not_come_back_is_refused_when_declared(of: Any, said: str) -> None:
