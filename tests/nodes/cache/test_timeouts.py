@@ -236,6 +236,6 @@ async def test_a_timeout_is_held_against_the_nodes_own_lease(make_node, source) 
         declare(node, source, hard_timeout=20.0)
     async with patient:
         assert patient.is_running
-    with pytest.raises(forebay.ConfigError, match=r"hard_timeout = 20.0 .*lease_ms = 1000"):
+    with pytest.raises(forebay.ConfigError, match=r"hard_timeout = 20.0 .*lease_ms=1000"):
         await hasty.start()
     assert not hasty.is_running
