@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from msgspec import Meta
 
 import forebay
-from forebay.nodes.cache.declaration import Declaration
-from forebay.nodes.cache.keying import Keying
+from forebay.nodes.values.keying import Keying
 from forebay.schemas.errors import ConfigError, InvalidKey
 
 PATIENCE_S = 20.0
@@ -75,7 +74,7 @@ def keying_of(annotation: Any, **options: Any) -> Keying:
         return None
 
     loader.__annotations__["x"] = annotation
-    return Keying(loader, Declaration(template="k:{x}", ttl=60, **options), "the cache")
+    return Keying(loader, "the cache", "k:{x}", **options)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +275,7 @@ def test_a_parameter_that_a_key_cannot_hold_is_refused(function, template, probl
 )
 def test_bound_arguments_are_not_parameters(function) -> None:
     """A bound method, a callable object and a partial have only their free parameters."""
-    made = Keying(function, Declaration(template="k:{x}", ttl=60), "the cache")
+    made = Keying(function, "the cache", "k:{x}")
     assert made.arguments(made.key(7)) == {"x": 7}
 
 

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.nodes.cache.declaration import Declaration
-from forebay.nodes.cache.keying import Keying
+from forebay.nodes.values.keying import Keying
 from forebay.schemas.errors import ConfigError, InvalidKey
 
 
@@ -36,7 +35,7 @@ async def typed(size: Size, day: date, flag: bool, text: str) -> int | None:
 
 
 def keying(function: Any, template: str, **options: Any) -> Keying:
-    return Keying(function, Declaration(template=template, ttl=60, **options), "the cache")
+    return Keying(function, "the cache", template, **options)
 
 
 @pytest.mark.parametrize(
