@@ -1,6 +1,6 @@
 """An ASGI application for the worker processes of a web server, without a framework.
 
-``GET /7`` reads product 7, ``GET /put/7/12`` sets it, ``GET /readyz`` returns the checks of the node.
+``GET /7`` reads product 7, ``GET /put/7/12`` sets it, ``GET /readyz`` returns the node checks.
 Each response contains the process id. WEBSHOP_DIR holds one file for each product, and ``loads``: a
 line for each load, with the cache version and the product. Another service has stored products too.
 """
