@@ -60,8 +60,8 @@ __all__ = [
 if TYPE_CHECKING:
     from .coordinator.locks.lease import Lease
     from .nodes.cache.loading import Loading, loading
-    from .nodes.cache.request_scope import request_scope
     from .nodes.node import Node
+    from .nodes.request_scope import request_scope
     from .nodes.sinks.base import Write
     from .nodes.sinks.sql import SqlSink
     from .nodes.web.aiohttp_middleware import request_scope_middleware
@@ -121,7 +121,7 @@ _HOMES = {
     "Write": ".nodes.sinks.base",
     "loading": ".nodes.cache.loading",
     "rate_limit_middleware": ".nodes.web.limit_aiohttp",
-    "request_scope": ".nodes.cache.request_scope",
+    "request_scope": ".nodes.request_scope",
     "request_scope_middleware": ".nodes.web.aiohttp_middleware",
 }
 

@@ -16,14 +16,14 @@ from ..schemas.keys import refuse_one_string
 from ..schemas.limits import Limit, StoreDown
 from ..schemas.settings import LEASE_MS_MAX, CacheDefaults
 from ..schemas.settings_limits import DEFAULT_LIMIT
-from .cache.async_functions import name_of_function, refuse_sync
-from .cache.cached import Cached
+from .cache.cached import Cached, cache_of
 from .cache.declaration import Declaration, declaring, exceptions, policy_of
 from .cache.policy import OnDisconnected
 from .hooks import Hook
 from .limits import LimitBook, RateLimit
 from .sinks.base import Sink, Write
 from .sinks.callables import CallableSink
+from .values.introspection import name_of_function, refuse_sync
 from .workers.routes import Routes
 
 __all__ = ["Declarations"]
@@ -39,6 +39,7 @@ H = TypeVar("H", bound=Hook)
 class Declarations:
     def __init__(self) -> None:
         self._routes = Routes()
+        self._cached: list[Cached[Any, Any]] = []
         self._limits = LimitBook()
         self._on_start: list[Hook] = []
         self._on_stop: list[Hook] = []
@@ -119,7 +120,8 @@ class Declarations:
             self._only_before_start()
             with declaring(template):
                 made: Cached[P, T] = Cached(loader, declared)
-            self._routes.add_cache(made)
+            self._routes.add_cache(cache_of(made))
+            self._cached.append(made)
             return made
 
         return declare

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..coordinator.valkey.breaker import Breaker
-from .cache.cached import Cached
+from .cache.cache import Cache
 from .health_checks import sink_delivery_state
 from .runtime import Running
 
@@ -39,9 +39,10 @@ def gauges(node: Node) -> Iterator[Gauge]:
     bring_up_to_date(node)
     parts = node.parts
     yield "draining", (), float(parts.draining)
-    yield from _of_backend(parts, node.caches)
+    caches = list(parts.routes.caches.values())
+    yield from _of_backend(parts, caches)
     yield from _of_log(parts)
-    yield from _of_caches(parts, node.caches)
+    yield from _of_caches(parts, caches)
     locks = parts.locks.statistics()
     yield "locks_held", (), float(locks.held)
     yield "lock_waiters", (), float(locks.waiting)
@@ -58,14 +59,14 @@ def bring_up_to_date(node: Node) -> None:
     link = parts.backend.link.statistics()
     counts["backend_timeouts",] = link.timeouts
     counts["backend_reconnects", "primary"] = link.reconnects
-    for cached in node.caches:
+    for cached in parts.routes.caches.values():
         negative = cached.near_negative_hits
         counts["cache_requests", cached.name, "near", "hit"] = cached.near_hits - negative
         counts["cache_requests", cached.name, "near", "negative"] = negative
         counts["cache_evictions", cached.name, "space"] = cached.path.near.evictions
 
 
-def _of_backend(parts: Running, caches: Iterable[Cached[Any, Any]]) -> Iterator[Gauge]:
+def _of_backend(parts: Running, caches: Iterable[Cache[Any]]) -> Iterator[Gauge]:
     link = parts.backend.link
     yield "backend_up", (), float(link.connected)
     yield "link_in_flight", (), float(link.in_flight)
@@ -91,7 +92,7 @@ def _of_log(parts: Running) -> Iterator[Gauge]:
         yield "log_staleness_seconds", (), staleness_s
 
 
-def _of_caches(parts: Running, caches: Sequence[Cached[Any, Any]]) -> Iterator[Gauge]:
+def _of_caches(parts: Running, caches: Sequence[Cache[Any]]) -> Iterator[Gauge]:
     for cached in caches:
         near = cached.path.near
         statistics, name = near.statistics(), (cached.name,)

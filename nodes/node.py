@@ -45,6 +45,7 @@ from ..schemas.keys import EVENTS, check_key, refuse_one_string
 from ..schemas.settings import Settings
 from ..schemas.settings_sources import Resolved
 from . import status
+from .cache.cache import Cache
 from .cache.cached import Cached
 from .cache.core import Hit
 from .code_settings import in_code, with_namespace
@@ -365,7 +366,7 @@ class Node(Declarations, Locking):
     async def read_many(self, keys: Sequence[str]) -> list[Read | ForebayError | None]:
         """As ``read``, of many keys at once, in their order; an error stands in its key's place."""
         found: dict[str, Read | ForebayError | None] = dict.fromkeys(keys)
-        of_cache: dict[str, tuple[Cached[..., Any], list[str]]] = {}
+        of_cache: dict[str, tuple[Cache[Any], list[str]]] = {}
         for key in found:
             if (cached := self._routes.cache_of(key)) is not None:
                 of_cache.setdefault(cached.name, (cached, []))[1].append(key)
@@ -397,7 +398,7 @@ class Node(Declarations, Locking):
 
     @property
     def caches(self) -> Sequence[Cached[Any, Any]]:
-        return list(self._routes.caches.values())
+        return list(self._cached)
 
     def _settings(self) -> Resolved:
         resolved = self._resolved
@@ -427,7 +428,7 @@ def _unique(name: str) -> str:
 
 
 async def _read_all(
-    cached: Cached[..., Any], keys: Sequence[str], found: dict[str, Read | ForebayError | None]
+    cached: Cache[Any], keys: Sequence[str], found: dict[str, Read | ForebayError | None]
 ) -> None:
     """Put there what the cache has of these keys, or why it has not."""
     try:
@@ -444,7 +445,7 @@ async def _read_all(
             found[key] = error
 
 
-def _read_of(cached: Cached[..., Any], key: str, hit: Hit[Any]) -> Read:
+def _read_of(cached: Cache[Any], key: str, hit: Hit[Any]) -> Read:
     """Raises NoJsonForm: the value is more than JSON can hold."""
     return Read(
         json=cached.json_of(key, hit.value),
@@ -456,10 +457,10 @@ def _read_of(cached: Cached[..., Any], key: str, hit: Hit[Any]) -> Read:
     )
 
 
-def _told(cached: Cached[..., Any], key: str, error: Exception) -> ForebayError:
+def _told(cached: Cache[Any], key: str, error: Exception) -> ForebayError:
     return error if isinstance(error, ForebayError) else _loader_error(cached, key, error)
 
 
-def _loader_error(cached: Cached[..., Any], key: str, error: Exception) -> LoaderError:
+def _loader_error(cached: Cache[Any], key: str, error: Exception) -> LoaderError:
     log.error("loader.failed", cache=cached.name, key=key, exc_info=error)
     return LoaderError(cached.name, key, f"{type(error).__name__}: {error}")

@@ -48,9 +48,10 @@ from ..schemas.keys import Names, dependents_of
 from ..schemas.notices import Extended, Notice
 from ..schemas.settings import Settings
 from ..schemas.urls import Endpoint
-from .cache import request_scope as scope
+from . import request_scope as scope
 from .cache.core import Core
 from .cache.legacy import begin_marks
+from .cache.node_writes import NodeWrites
 from .cache.read import ReadPath
 from .cache.shared import SharedTier
 from .cache.tags import TagTable
@@ -68,7 +69,6 @@ from .workers.dead_letters import DeadLetters
 from .workers.group import WorkerGroup, WorkParts, crew
 from .workers.refreshes import Refreshes
 from .workers.routes import Routes
-from .writing import Writing
 
 __all__ = ["Running", "running"]
 
@@ -212,12 +212,18 @@ class Running:
             members=self.members,
         )
 
-    def _writing(self) -> Writing:
-        made = Writing(
-            self.backend, self.names, self.scripts, self.routes, self.core, self.settings.valkey
+    def _writing(self) -> NodeWrites:
+        made = NodeWrites(
+            self.backend,
+            self.names,
+            self.scripts,
+            self.core,
+            self.settings.valkey,
+            sinks=self.routes.outlets(self.names.namespace),
+            sink_of=self.routes.sink_of,
         )
         for cached in self.routes.caches.values():
-            cached.bind_writes(self.core, made.parts)
+            cached.bind_writes(self.core, made)
             has_sink = self.routes.sink_for(cached) is not None
             ways = {} if has_sink else {"way": ("put",)}
             self.instruments.declare("cache", cached.name, ways)
@@ -361,7 +367,7 @@ class Running:
             names=self.names,
             scripts=self.scripts,
             routes=self.routes,
-            outlets=self.writing.outlets,
+            outlets=self.writing.sinks,
             core=self.core,
             dead_letters=self.dead_letters,
             locks=self.locks,

@@ -113,7 +113,7 @@ async def stats(node: Node) -> dict[str, object]:
                 **msgspec.to_builtins(cached.path.near.statistics()),
                 "loading": len(cached.path.flights),
             }
-            for cached in node.caches
+            for cached in parts.routes.caches.values()
         },
         "workers": None
         if crew is None

@@ -27,10 +27,10 @@ import anyio
 from ...coordinator.background import BackgroundTasks
 from ...schemas.errors import CancelledInside, LoaderError, Unavailable
 from ..cancellation import run_apart
+from ..request_scope import outside
 from .failures import CallFailed, own_copy
 from .flights import flying, flying_with
 from .loading import under_way
-from .request_scope import outside
 
 __all__ = ["BatchLoader", "Batches", "Group"]
 

@@ -1,4 +1,4 @@
-"""A cached function: what ``@node.cached`` makes of a loader.
+"""The public face of a cache: what ``@node.cached`` makes of a loader.
 
     @node.cached("product:{id}", ttl=60, stale_for=300, tags=["catalog"])
     async def product(id: int) -> Product: ...
@@ -8,360 +8,474 @@
 
     await product(42)                                   # typed as before
     await product.get_with_info(42)                     # with tier, age, stale, version
-    await product.many([1, 2, 3])                       # one look, one load
+    await product.many([1, 2, 3])                       # one round trip, one load for the misses
     await product.put(42, value)                        # a value known to be the newest
     await product.write_through(42, value)              # the sink, then the entry
-    await product.write_around(42, value)               # the sink, and no entry
+    await product.write_around(42, value)               # the sink, then an invalidation
     await product.write_behind(42, value)               # the entry now, the sink soon
     await product.invalidate(42)
 
-Values are shared between callers: treat them as immutable, or declare the cache ``mutable``;
-then each caller gets a copy of its own.
+Values are shared between callers: treat them as immutable, or declare the cache ``mutable``; then
+each caller gets its own copy.
+
+The last argument of a write is the value, the ones before are the loader's. ``until`` is the level
+that a write has to reach within ``timeout`` seconds; the ``Receipt`` holds the level it reached:
+
+    accepted    the primary has stored it
+    replicated  ``valkey.replicas_min`` replicas have it, in memory
+    sink        the sink has stored it
+
+A write-through of a key with a pending write-behind waits until the sink has stored that.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar, Unpack, overload
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import structlog
-from msgspec import structs
 
-from ...schemas.errors import ConfigError, ForebayError, InvalidEntry, NoJsonForm, PartialFailure
-from ...schemas.jobs import RefreshJob
-from ...schemas.keys import dependents_of, refuse_one_string
-from ...schemas.settings import CacheDefaults, Limits
-from . import request_scope as scope
-from .async_functions import name_of_function, refuse_sync
-from .batches import Batches, BatchLoader, Member
-from .bulk import BulkReads
-from .copies import Copies
-from .core import Core, Hit, LoadCall
-from .declaration import Declaration, policy_of
-from .keying import Keying
-from .load import LoadPath
-from .near import NearCache, NearEntry
-from .policy import Policy
-from .read import ReadPath
-from .source import source_of
+from ...coordinator.locks.guards import token_of
+from ...coordinator.locks.lease import Lease
+from ...schemas.errors import InvalidKey, Level, PartialFailure
+from ...schemas.jobs import Invalidates
+from ...schemas.keys import check_key, refuse_one_string
+from .. import request_scope as scope
+from .batches import BatchLoader
+from .cache import Cache
+from .core import Hit
+from .declaration import Declaration, lifetime_ms
+from .shared import Receipt
 from .warming import How, Items, WarmReport, warm
-from .writable import NOT_RUNNING, Takes1, Takes2, Takes3, Writable
-from .write import WriteParts, WritePath
-
-__all__ = ["Cached"]
 
 log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-B = TypeVar("B", bound=BatchLoader)
-A1 = TypeVar("A1")
-A2 = TypeVar("A2")
-A3 = TypeVar("A3")
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+L = TypeVar("L", bound=BatchLoader)
+T_co = TypeVar("T_co", covariant=True)
+A_contra = TypeVar("A_contra", contravariant=True)
+B_contra = TypeVar("B_contra", contravariant=True)
+C_contra = TypeVar("C_contra", contravariant=True)
 Wide = tuple[Any, Any, Any, Any, *tuple[Any, ...]]  #: the arguments of a loader of more than three
 
-_BATCH_OF_LEASE = 0.9
+_INVALIDATES_MAX = 1_000  #: keys or tags in a write job
+_TIMEOUT_S = 5.0
 
 
-class Cached(Writable[T], Generic[P, T]):
-    """Callable like the loader it wraps; must be used while its node runs."""
+# A type checker compares a cached function with these protocols to know the arguments of its
+# writes. A loader of more than three parameters accepts anything here; calls are still checked.
+
+
+class Takes0(Protocol[T_co]):
+    def __call__(self) -> Coroutine[Any, Any, T_co]: ...
+
+
+class Takes1(Protocol[A_contra, T_co]):
+    def __call__(self, a: A_contra, /) -> Coroutine[Any, Any, T_co]: ...
+
+
+class Takes2(Protocol[A_contra, B_contra, T_co]):
+    def __call__(self, a: A_contra, b: B_contra, /) -> Coroutine[Any, Any, T_co]: ...
+
+
+class Takes3(Protocol[A_contra, B_contra, C_contra, T_co]):
+    def __call__(self, a: A_contra, b: B_contra, c: C_contra, /) -> Coroutine[Any, Any, T_co]: ...
+
+
+class PutOptions(TypedDict, total=False):
+    ttl: float | None
+    until: Literal["accepted", "replicated"]
+    timeout: float
+    token: Lease | int
+
+
+class SourceOptions(TypedDict, total=False):
+    timeout: float
+
+
+class BehindOptions(TypedDict, total=False):
+    invalidates_keys: Sequence[str]
+    invalidates_tags: Sequence[str]
+    until: Level
+    timeout: float
+
+
+class Cached(Generic[P, T]):
+    """Callable like the loader that it wraps; use it while its node runs."""
 
     def __init__(self, loader: Callable[P, Awaitable[T]], declared: Declaration) -> None:
-        refuse_sync("the loader", loader)
+        self._cache: Cache[T] = Cache(loader, declared)
         functools.update_wrapper(self, loader)
-        self.name = declared.name or name_of_function(loader)
-        self.declared = declared
-        self.keying = Keying(loader, declared, self.name)
-        self.template = self.keying.template
-        self.value_type = self.keying.value_type
-        self.key = self.keying.key
-        self._loader = loader
-        self._batch_loader: BatchLoader | None = None
-        self._batches: Batches | None = None
-        self._behind: Callable[[Sequence[str]], Sequence[str]] = list
-        self._copies: Copies[T] = Copies(self.value_type, CacheDefaults(), mutable=declared.mutable)
-        self._own: Callable[[Any], T] | None = None
-        self._near_hits_before = 0
-        self._near_negative_hits_before = 0
-        self._path: ReadPath[T] | None = None
-        self._near_get: Callable[[str], NearEntry | None] = _not_running
-        if not self.keying.annotated:
-            fix = "annotate what the loader returns, or all get dicts, lists and the like"
+        self.name = self._cache.name
+        self.key = self._cache.keying.key
+        if not self._cache.keying.annotated:
+            fix = "annotate the return type; otherwise callers get dicts, lists and the like"
             log.warning("cache.untyped", cache=self.name, fix=fix)
 
     def __repr__(self) -> str:
-        return f"<Cached {self.name} {self.template.text}>"
+        return f"<Cached {self.name} {self._cache.template.text}>"
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """The value: from the near cache, the shared tier, or the loader.
 
         Raises:
-            Unavailable, ServerRefused: Valkey does not answer, or refuses, and the cache is
-            declared to fail then.
-            SourceFailing: nothing is stored, and the loader is known to fail.
-            LoaderError: it took too long, asks for itself, or returned no value of its type.
-            Backpressure: too many loads or callers who wait. Whatever the loader raises.
+            Unavailable, ServerRefused: Valkey does not answer or refuses, and the cache is declared
+                with ``on_disconnected="fail"``.
+            SourceFailing: no value is stored, and the source is known to fail.
+            LoaderError: the loader timed out, waits for its own key, or returned a value of another
+                type.
+            Backpressure: too many loads or waiting callers.
+            Any exception of the loader.
         """
-        key = self.key(*args, **kwargs)
+        cache, key = self._cache, self.key(*args, **kwargs)
         if scope.opened and (seen := scope.current()) is not None:
-            return self._copies.own((await self._read_in(seen, key)).value)
-        entry = self._near_get(key)
+            return cache.own_hit(await cache.read_in_scope(seen, key)).value
+        entry = cache.near_get(key)
         if entry is None:
-            hit = await self.path.read(key, functools.partial(self._call_of, key))
+            hit = await cache.path.read(key, functools.partial(cache.call_of, key))
             kept: Any = hit.value
         else:
             kept = entry.value
-        value: T = kept if self._own is None else self._own(kept)
+        value: T = kept if cache.own is None else cache.own(kept)
         return value
 
     async def get_with_info(self, *args: P.args, **kwargs: P.kwargs) -> Hit[T]:
-        """The value with its tier, age, version, and whether it is stale."""
-        key = self.key(*args, **kwargs)
+        """The value with its tier, age, version, and whether it is stale. Raises as a call."""
+        cache, key = self._cache, self.key(*args, **kwargs)
         if (seen := scope.current()) is not None:
-            hit = await self._read_in(seen, key)
-        else:
-            hit = await self._read(key)
-        return self._copies.own_hit(hit)
-
-    async def _read_in(self, seen: scope.RequestScope, key: str) -> Hit[T]:
-        self._count_repeated(seen, key)
-        return await seen.read(self, key, functools.partial(self._read, key))
-
-    def _count_repeated(self, seen: scope.RequestScope, key: str) -> None:
-        """Count a read that its request scope answers."""
-        if self._path is not None and (hit := seen.get(self, key)) is not None:
-            self._path.metrics.repeated(hit)
-
-    async def _read(self, key: str) -> Hit[T]:
-        entry = self._near_get(key)
-        if entry is not None:
-            return self.path.hit_of(entry)
-        return await self.path.read(key, functools.partial(self._call_of, key))
+            return cache.own_hit(await cache.read_in_scope(seen, key))
+        return await cache.read_key(key)
 
     @overload
-    async def many(self: Takes1[A1, Any], items: Iterable[A1]) -> list[T]: ...
+    async def many(self: Takes1[A, Any], items: Iterable[A]) -> list[T]: ...
 
     @overload
-    async def many(self: Takes2[A1, A2, Any], items: Iterable[tuple[A1, A2]]) -> list[T]: ...
+    async def many(self: Takes2[A, B, Any], items: Iterable[tuple[A, B]]) -> list[T]: ...
 
     @overload
-    async def many(
-        self: Takes3[A1, A2, A3, Any], items: Iterable[tuple[A1, A2, A3]]
-    ) -> list[T]: ...
+    async def many(self: Takes3[A, B, C, Any], items: Iterable[tuple[A, B, C]]) -> list[T]: ...
 
     @overload
     async def many(self, items: Iterable[Wide]) -> list[T]: ...
 
     async def many(self, items: Iterable[Any]) -> list[T]:
-        """The values of many items, in their order: one look, and one load for the misses.
+        """The values of many items, in their order: one round trip, and one load for the misses.
 
         An item is the loader's one argument, or the tuple of its arguments.
 
         Raises:
-            PartialFailure: some could not be had; it holds the values of the others.
+            PartialFailure: some reads failed; it holds their errors and the values of the others.
         """
         refuse_one_string("items", items)
         asked = list(items)
         hits = await self.many_with_info(asked)
-        errors = {
-            item: hit for item, hit in zip(asked, hits, strict=True) if isinstance(hit, Exception)
-        }
+        pairs = list(zip(asked, hits, strict=True))
+        errors = {item: hit for item, hit in pairs if isinstance(hit, Exception)}
         if errors:
-            values = {
-                item: hit.value
-                for item, hit in zip(asked, hits, strict=True)
-                if isinstance(hit, Hit)
-            }
+            values = {item: hit.value for item, hit in pairs if isinstance(hit, Hit)}
             raise PartialFailure(self.name, values, errors)
         return [hit.value for hit in hits if isinstance(hit, Hit)]
 
     @overload
     async def many_with_info(
-        self: Takes1[A1, Any], items: Iterable[A1]
+        self: Takes1[A, Any], items: Iterable[A]
     ) -> list[Hit[T] | Exception]: ...
 
     @overload
     async def many_with_info(
-        self: Takes2[A1, A2, Any], items: Iterable[tuple[A1, A2]]
+        self: Takes2[A, B, Any], items: Iterable[tuple[A, B]]
     ) -> list[Hit[T] | Exception]: ...
 
     @overload
     async def many_with_info(
-        self: Takes3[A1, A2, A3, Any], items: Iterable[tuple[A1, A2, A3]]
+        self: Takes3[A, B, C, Any], items: Iterable[tuple[A, B, C]]
     ) -> list[Hit[T] | Exception]: ...
 
     @overload
     async def many_with_info(self, items: Iterable[Wide]) -> list[Hit[T] | Exception]: ...
 
     async def many_with_info(self, items: Iterable[Any]) -> list[Hit[T] | Exception]:
-        """As ``many``, with tiers and ages; in place of what failed stands its exception."""
+        """As ``many``, with tiers and ages; a failed read is returned as its exception."""
         refuse_one_string("items", items)
-        return await self.read_keys([self.keying.of_item(item) for item in items])
+        of_item = self._cache.keying.of_item
+        return await self._cache.read_keys([of_item(item) for item in items])
 
-    async def read_keys(self, keys: Sequence[str]) -> list[Hit[T] | Exception]:
-        """As ``many_with_info``, for keys of this cache's template."""
-        wanted = {key: functools.partial(self._call_of, key) for key in keys}
-        reads = BulkReads(self.path, self._batches)
-        seen = scope.current()
-        if seen is None:
-            found = await reads.read(wanted)
-        else:
-            for key in wanted:
-                self._count_repeated(seen, key)
-            found = await seen.read_many(self, wanted, reads.read)
-        own = self._copies.own_hit
-        return [own(hit) if isinstance(hit := found[key], Hit) else hit for key in keys]
+    def batch(self, loader: L) -> L:
+        """Declare a loader for many items at once: it takes a list and returns a mapping.
 
-    @property
-    def batched(self) -> bool:
-        """Whether there is a loader for many items at once."""
-        return self._batch_loader is not None
-
-    def batch(self, loader: B) -> B:
-        """Declare a loader for many items at once: it gets a list, and returns a mapping."""
-        if self._batch_loader is not None or self._path is not None:
-            raise ConfigError(
-                setting=f"the batch loader of {self.name}",
-                value=getattr(loader, "__name__", repr(loader)),
-                origin="the declaration of a cache",
-                problem="there is one already" if self._batch_loader else "the node runs already",
-                fix="declare one for each cache, before `async with node:`",
-            )
-        refuse_sync(f"the batch loader of {self.name}", loader)
-        self._batch_loader = loader
+        Raises:
+            ConfigError: a batch loader is already declared, or the node is already running.
+        """
+        self._cache.set_batch_loader(loader)
         return loader
 
     async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Have every node forget the entry, before this returns on this node."""
-        await self.path.invalidate(self.key(*args, **kwargs))
+        """Invalidate the entry on every node; on this node before the call returns."""
+        await self._cache.path.invalidate(self.key(*args, **kwargs))
 
     async def warm(self, items: Items, **how: Unpack[How]) -> WarmReport:
-        """Load what is not fresh in the shared tier, ahead of the readers; see ``warming.warm``."""
-        return await warm(self, items, **how)
+        """Load the items that are not fresh in the shared tier, before readers ask for them.
 
-    async def read_key(self, key: str) -> Hit[T]:
-        """As ``get_with_info``, for a key of this cache's template."""
-        return self._copies.own_hit(await self._read(key))
+        An item is the loader's one argument, or the tuple of its arguments.
 
-    def value_of(self, payload: bytes) -> T:
-        """The value of msgpack bytes; raises InvalidEntry."""
-        return self._copies.own(self._copies.codec.unpack(payload))
+        Raises:
+            ConfigError: ``concurrency`` or ``per_second`` is invalid.
+        """
+        return await warm(self._cache, items, **how)
 
-    def json_of(self, key: str, value: T) -> bytes:
-        """A value that ``read_key`` gave, as JSON; raises NoJsonForm."""
-        try:
-            return self._copies.codec.json(value)
-        except InvalidEntry as error:
-            raise NoJsonForm(self.name, key, error.problem) from error
+    @overload
+    async def put(self: Takes0[T], value: T | None, /, **how: Unpack[PutOptions]) -> Receipt: ...
 
-    def bring_over_from(self, legacy_key: str) -> None:
-        """Declare the old names afterwards, before the node starts; raises ConfigError."""
-        self.declared = structs.replace(self.declared, legacy_key=legacy_key)
-        self.keying = Keying(self._loader, self.declared, self.name)
+    @overload
+    async def put(
+        self: Takes1[A, T], a: A, value: T | None, /, **how: Unpack[PutOptions]
+    ) -> Receipt: ...
 
-    async def import_key(self, key: str, *, dry_run: bool) -> str:
-        """Bring over the old value of this key: what came of it; see ``imports``."""
-        return await self.path.import_old(key, self._call_of(key).tags, dry_run=dry_run)
+    @overload
+    async def put(
+        self: Takes2[A, B, T], a: A, b: B, value: T | None, /, **how: Unpack[PutOptions]
+    ) -> Receipt: ...
 
-    async def do_refresh(self, job: RefreshJob) -> bool:
-        """Load a key again under the lease that the job carries; false: it was refused."""
-        try:
-            call = self._call_of(job.key)
-        except Exception:
-            await self.path.loads.leases.give_back(job.key, job.token)
-            raise
-        return await self.path.refresh(job.key, job.token, call)
+    @overload
+    async def put(
+        self: Takes3[A, B, C, T], a: A, b: B, c: C, value: T | None, /, **how: Unpack[PutOptions]
+    ) -> Receipt: ...
 
-    @property
-    def near_hits(self) -> int:
-        """Since the declaration, over all starts of the node."""
-        return self._near_hits_before + (self._path.near.hits if self._path else 0)
+    @overload
+    async def put(
+        self,
+        a: Any,
+        b: Any,
+        c: Any,
+        d: Any,
+        value: T | None,
+        /,
+        *more: Any,
+        **how: Unpack[PutOptions],
+    ) -> Receipt: ...
 
-    @property
-    def near_negative_hits(self) -> int:
-        """Of these hits, those of known absences."""
-        now = self._path.near.negative_hits if self._path else 0
-        return self._near_negative_hits_before + now
+    async def put(
+        self,
+        *args: Any,
+        ttl: float | None = None,
+        until: Literal["accepted", "replicated"] = "accepted",
+        timeout: float = _TIMEOUT_S,  # noqa: ASYNC109 - part of a bounded wait
+        token: Lease | int = 0,
+    ) -> Receipt:
+        """Store a value that the caller knows to be the newest; the sink is not written.
 
-    @property
-    def path(self) -> ReadPath[T]:
-        if self._path is None:
-            raise ForebayError(f"{self.name}: {NOT_RUNNING}")
-        self._path.check_loop()
-        return self._path
+        None stores a known absence; if the cache keeps none (``negative_ttl=0``), it invalidates.
 
-    def bind(self, core: Core, defaults: CacheDefaults, limits: Limits) -> ReadPath[T]:
-        """Called by the node when it starts."""
-        policy = self.policy(defaults)
-        slack_s = max(0.0, policy.staleness_ms / 1000 - core.follower.promise_s)
-        near = NearCache.from_defaults(core.follower, defaults, slack_s=slack_s, clock=core.clock)
-        self._copies = Copies(self.value_type, defaults, mutable=self.declared.mutable)
-        self._own = self._copies.own if self.declared.mutable else None
-        codec = self._copies.codec
-        source = source_of(core, self.name, self.declared, defaults)
-        old_name = self.keying.legacy_name if self.declared.legacy_key else None
-        loads = LoadPath(
-            core,
-            self.name,
-            policy,
-            codec,
-            near,
-            source,
-            self._copies.own,
-            marks=old_name is not None,
-        )
-        self._path = ReadPath(core, loads, limits=limits, legacy_name=old_name)
-        if self._batch_loader is not None:
-            limit_s = _BATCH_OF_LEASE * policy.lease_ms / 1000
-            self._batches = Batches(self.name, self._batch_loader, core.tasks, limit_s=limit_s)
-        self._behind = core.behind
-        self._near_get = near.get
-        return self._path
+        Args:
+            args: the loader's arguments, then the value.
+            ttl: in seconds; by default the cache's.
+            until: the level to reach.
+            timeout: seconds to wait for that level.
+            token: a lock's lease: a holder that lost the lock cannot replace the value of the next.
 
-    def bind_writes(self, core: Core, parts: WriteParts) -> None:
-        """Called by the node after ``bind``."""
-        self._writes = WritePath(
-            core,
-            parts,
-            self.path,
-            labels_of=lambda key: self._labels_of(self.keying.fields(key)),
+        Raises:
+            StaleToken: the entry was put under a later token. LeaseLost: the lease has expired.
+            Unavailable: the value may have been stored. Unconfirmed: it was, but ``until`` is not
+                confirmed.
+            InvalidValue: no entry can hold it. ConfigError: ``ttl``, ``until`` or ``timeout``.
+        """
+        key, value = self._key_and_value(args)
+        ttl_ms = None if ttl is None else lifetime_ms("ttl", ttl, origin=f"a put of {self.name}")
+        return await self._cache.writes.put(
+            key,
+            value,
+            ttl_ms=ttl_ms,
+            until=until,
+            timeout_ms=self._timeout_ms(timeout),
+            token=token_of(token),
         )
 
-    def unbind(self) -> None:
-        self._near_hits_before = self.near_hits
-        self._near_negative_hits_before = self.near_negative_hits
-        self._path = self._batches = self._writes = None
-        self._near_get = _not_running
+    @overload
+    async def write_through(
+        self: Takes0[T], value: T | None, /, **how: Unpack[SourceOptions]
+    ) -> Receipt: ...
 
-    def policy(self, defaults: CacheDefaults) -> Policy:
-        return policy_of(self.declared, defaults)
+    @overload
+    async def write_through(
+        self: Takes1[A, T], a: A, value: T | None, /, **how: Unpack[SourceOptions]
+    ) -> Receipt: ...
 
-    def labels_of(self, key: str) -> tuple[Sequence[str], Sequence[str]]:
-        """The tags that this key's value carries, and the keys that it depends on."""
-        return self.keying.labels(self.keying.fields(key))
+    @overload
+    async def write_through(
+        self: Takes2[A, B, T], a: A, b: B, value: T | None, /, **how: Unpack[SourceOptions]
+    ) -> Receipt: ...
 
-    def _call_of(self, key: str, member: Member | None = None) -> LoadCall[T]:
-        """The call that loads a key, with arguments parsed from it; raises InvalidKey."""
-        keying = self.keying
-        values = keying.arguments(key)
-        labels = self._labels_of(keying.fields(key)) if keying.labelled else ()
-        if self._batches is not None:
-            run = functools.partial(self._batches.load, keying.item(values), member)
-            leave = member.leave if member else None
-            return LoadCall(run, labels, leave)
-        args, kwargs = keying.call(values)
-        return LoadCall(functools.partial(self._loader, *args, **kwargs), labels)
+    @overload
+    async def write_through(
+        self: Takes3[A, B, C, T], a: A, b: B, c: C, value: T | None, /, **how: Unpack[SourceOptions]
+    ) -> Receipt: ...
 
-    def _labels_of(self, fields: Mapping[str, Any]) -> Sequence[str]:
-        """All tags that a value carries: its own, those of what it depends on."""
-        tags, keys = self.keying.labels(fields)
-        if not keys:
-            return tags
-        found = dict.fromkeys([*tags, *self._behind(keys)])
-        found.pop(dependents_of(self.template.format(fields)), None)  # it is not behind itself
-        return list(found)
+    @overload
+    async def write_through(
+        self,
+        a: Any,
+        b: Any,
+        c: Any,
+        d: Any,
+        value: T | None,
+        /,
+        *more: Any,
+        **how: Unpack[SourceOptions],
+    ) -> Receipt: ...
+
+    async def write_through(self, *args: Any, timeout: float = _TIMEOUT_S) -> Receipt:  # noqa: ASYNC109
+        """Store a value in the source, then in the cache; None deletes the row.
+
+        Args:
+            args: the loader's arguments, then the value.
+            timeout: seconds to wait for other loads and writes of the key.
+
+        Raises:
+            SinkError: as the sink raised it; nothing was changed, unless its outcome is unknown.
+            KeyBusy: the key was busy for ``timeout``. ConfigError: no sink is declared for the key.
+            InvalidValue: no entry can hold the value; the sink was not written.
+            Unavailable: Valkey did not answer, perhaps after the source stored it; write it again.
+        """
+        key, value = self._key_and_value(args)
+        return await self._cache.writes.write_through(
+            key, value, timeout_ms=self._timeout_ms(timeout)
+        )
+
+    @overload
+    async def write_around(
+        self: Takes0[T], value: T | None, /, **how: Unpack[SourceOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_around(
+        self: Takes1[A, T], a: A, value: T | None, /, **how: Unpack[SourceOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_around(
+        self: Takes2[A, B, T], a: A, b: B, value: T | None, /, **how: Unpack[SourceOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_around(
+        self: Takes3[A, B, C, T], a: A, b: B, c: C, value: T | None, /, **how: Unpack[SourceOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_around(
+        self,
+        a: Any,
+        b: Any,
+        c: Any,
+        d: Any,
+        value: T | None,
+        /,
+        *more: Any,
+        **how: Unpack[SourceOptions],
+    ) -> Receipt: ...
+
+    async def write_around(self, *args: Any, timeout: float = _TIMEOUT_S) -> Receipt:  # noqa: ASYNC109
+        """Store a value in the source, then invalidate the entry on every node.
+
+        Raises as ``write_through``.
+        """
+        key, value = self._key_and_value(args)
+        return await self._cache.writes.write_around(
+            key, value, timeout_ms=self._timeout_ms(timeout)
+        )
+
+    @overload
+    async def write_behind(
+        self: Takes0[T], value: T | None, /, **how: Unpack[BehindOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_behind(
+        self: Takes1[A, T], a: A, value: T | None, /, **how: Unpack[BehindOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_behind(
+        self: Takes2[A, B, T], a: A, b: B, value: T | None, /, **how: Unpack[BehindOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_behind(
+        self: Takes3[A, B, C, T], a: A, b: B, c: C, value: T | None, /, **how: Unpack[BehindOptions]
+    ) -> Receipt: ...
+
+    @overload
+    async def write_behind(
+        self,
+        a: Any,
+        b: Any,
+        c: Any,
+        d: Any,
+        value: T | None,
+        /,
+        *more: Any,
+        **how: Unpack[BehindOptions],
+    ) -> Receipt: ...
+
+    async def write_behind(
+        self,
+        *args: Any,
+        invalidates_keys: Sequence[str] = (),
+        invalidates_tags: Sequence[str] = (),
+        until: Level = "accepted",
+        timeout: float = _TIMEOUT_S,  # noqa: ASYNC109
+    ) -> Receipt:
+        """Store a value now; a worker writes it to the sink soon after. None deletes the row.
+
+        Args:
+            args: the loader's arguments, then the value.
+            invalidates_keys: keys to invalidate when the sink has stored the value.
+            invalidates_tags: tags to invalidate then.
+            until: the level to reach.
+            timeout: seconds to wait for that level.
+
+        Raises:
+            Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
+            Unconfirmed: accepted, but ``until`` is not confirmed.
+            DeadLettered: the sink refused the value.
+            InvalidKey: a key or tag to invalidate is invalid, or there are over 1,000.
+            InvalidValue: no entry can hold the value. ConfigError: no sink is declared for the key.
+        """
+        key, value = self._key_and_value(args)
+        after = Invalidates(
+            keys=_checked("invalidates_keys", invalidates_keys),
+            tags=_checked("invalidates_tags", invalidates_tags),
+        )
+        return await self._cache.writes.write_behind(
+            key, value, after, until=until, timeout_ms=self._timeout_ms(timeout)
+        )
+
+    def _key_and_value(self, args: Sequence[Any]) -> tuple[str, Any]:
+        problem = f"a write of {self.name} takes the loader's arguments, and the value last"
+        if not args:
+            raise TypeError(problem)
+        *arguments, value = args
+        try:
+            return self.key(*arguments), value
+        except TypeError as error:
+            raise TypeError(f"{problem}: {error} before the value") from None
+
+    def _timeout_ms(self, timeout_s: float) -> int:
+        return lifetime_ms("timeout", timeout_s, zero=True, origin=f"a write of {self.name}")
 
 
-def _not_running(key: str) -> NearEntry | None:
-    return None
+def cache_of(cached: Cached[..., T]) -> Cache[T]:
+    """The cache behind a cached function."""
+    return cached._cache  # noqa: SLF001 - users of a cached function see only its public face
+
+
+def _checked(name: str, keys: Sequence[str]) -> tuple[str, ...]:
+    refuse_one_string(name, keys)
+    if len(keys) > _INVALIDATES_MAX:
+        raise InvalidKey(name, f"{len(keys)} keys", f"are over {_INVALIDATES_MAX}")
+    return tuple([check_key(key, name=name) for key in keys])

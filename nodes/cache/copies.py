@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar, cast
 from msgspec.structs import replace
 
 from ...schemas.settings import CacheDefaults
+from ..values.codec import PackedCodec, ValueCodec
 from .core import Hit
-from .values import PackedCodec, ValueCodec
 
 __all__ = ["Copies"]
 

@@ -1,4 +1,4 @@
-"""What is said of a cache where it is declared, and the policy that follows from it."""
+"""The declaration of a cache, and the policy that follows from it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from ...schemas.errors import ConfigError
 from ...schemas.settings import CacheDefaults
 from .policy import OnDisconnected, Policy
 
-__all__ = ["LONGEST_S", "Declaration", "declaring", "exceptions", "lifetime_ms", "policy_of"]
-
 LONGEST_S = 366 * 86_400
 _NEGATIVE_S_MAX = 10.0
+_STALENESS_MS_MIN = 10
 _ORIGIN = "the declaration of a cache"
 
 
 class Declaration(Struct, frozen=True, kw_only=True):
-    """Times in seconds."""
+    """The arguments of ``node.cached``. Times in seconds."""
 
     template: str
     ttl: float
     stale_for: float = 0.0
     stale_if_error: float = 0.0
-    negative_ttl: float | None = None  #: unset: like ttl, at most ten seconds
+    negative_ttl: float | None = None  #: None: like ttl, at most ten seconds
     refresh_ahead: float | None = None
     soft_timeout: float | None = None
     hard_timeout: float | None = None
@@ -36,13 +35,13 @@ class Declaration(Struct, frozen=True, kw_only=True):
     on_disconnected: OnDisconnected | None = None
     harmless: tuple[type[Exception], ...] = ()
     mutable: bool = False
-    legacy_key: str = ""  #: template of the names under which another service stored its entries
+    legacy_key: str = ""  #: template of the names under which another service stored its values
     name: str = ""
 
 
 @contextmanager
 def declaring(template: object) -> Iterator[None]:
-    """Says in a ConfigError about a declaration which one it is."""
+    """Name the template in the origin of a ConfigError about a declaration."""
     try:
         yield
     except ConfigError as error:
@@ -58,16 +57,16 @@ def declaring(template: object) -> Iterator[None]:
 
 
 def lifetime_ms(name: str, seconds: float, *, zero: bool = False, origin: str = _ORIGIN) -> int:
-    """Checked, in milliseconds.
+    """Check a time in seconds; returns milliseconds.
 
     Raises:
-        ConfigError: it is no number, not positive, or over a year.
+        ConfigError: it is not a number, not positive, or over a year.
     """
     low = 0.0 if zero else 0.001
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         problem = "is not a number"
     elif math.isnan(seconds) or not low <= seconds <= LONGEST_S:
-        problem = f"must lie between {low:g} and {LONGEST_S} seconds"
+        problem = f"must be between {low:g} and {LONGEST_S} s"
     else:
         return int(seconds * 1000)
     raise ConfigError(
@@ -80,18 +79,20 @@ def lifetime_ms(name: str, seconds: float, *, zero: bool = False, origin: str = 
 
 
 def exceptions(name: str, given: object) -> tuple[type[Exception], ...]:
-    """Checked: what an except clause takes; raises ConfigError."""
+    """Check an exception class, or several, as an except clause takes them; raises ConfigError."""
     found = tuple(given) if isinstance(given, Iterable) else (given,)
     if all(isinstance(each, type) and issubclass(each, Exception) for each in found):
         return found
-    raise _refusal(name, given, "holds what is no exception", "give classes, such as [KeyError]")
+    raise _refusal(
+        name, given, "must hold only exception classes", "give classes, such as [KeyError]"
+    )
 
 
 def policy_of(declared: Declaration, defaults: CacheDefaults) -> Policy:
-    """What a cache does that was declared so.
+    """The policy of a declaration, with the defaults of the settings.
 
     Raises:
-        ConfigError: something cannot be meant so.
+        ConfigError: an argument is invalid.
     """
     ttl_ms = lifetime_ms("ttl", declared.ttl)
     stale_ms = lifetime_ms("stale_for", declared.stale_for, zero=True)
@@ -102,8 +103,8 @@ def policy_of(declared: Declaration, defaults: CacheDefaults) -> Policy:
     soft_timeout_ms = _timeout_ms("soft_timeout", declared.soft_timeout, defaults.lease_ms)
     hard_timeout_ms = _timeout_ms("hard_timeout", declared.hard_timeout, defaults.lease_ms)
     if soft_timeout_ms > hard_timeout_ms > 0:
-        problem = f"is over hard_timeout = {declared.hard_timeout!r}, which is for any caller"
-        raise _refusal("soft_timeout", declared.soft_timeout, problem, "wait for less")
+        problem = f"must not be over hard_timeout={declared.hard_timeout!r}"
+        raise _refusal("soft_timeout", declared.soft_timeout, problem, "give a shorter timeout")
     return Policy(
         ttl_ms=ttl_ms,
         stale_ms=stale_ms,
@@ -121,42 +122,42 @@ def policy_of(declared: Declaration, defaults: CacheDefaults) -> Policy:
 
 
 def _on_disconnected(declared: Declaration, defaults: CacheDefaults) -> OnDisconnected:
-    asked = declared.on_disconnected
-    if asked is None:
+    given = declared.on_disconnected
+    if given is None:
         return defaults.on_disconnected
-    if asked not in ("bypass", "stale", "fail"):
-        problem = "is none of bypass, stale, fail"
-        raise _refusal("on_disconnected", asked, problem, "write one of them")
-    return asked
+    if given not in ("bypass", "stale", "fail"):
+        problem = "must be bypass, stale or fail"
+        raise _refusal("on_disconnected", given, problem, "give one of them")
+    return given
 
 
 def _staleness_ms(declared: Declaration, defaults: CacheDefaults) -> int:
     if declared.max_staleness is None:
         return defaults.max_staleness_ms
-    asked_ms = lifetime_ms("max_staleness", declared.max_staleness)
-    if asked_ms < 10:
-        problem = "is less than nodes can tell each other"
+    given_ms = lifetime_ms("max_staleness", declared.max_staleness)
+    if given_ms < _STALENESS_MS_MIN:
+        problem = "is shorter than nodes need to notify each other"
         raise _refusal("max_staleness", declared.max_staleness, problem, "give at least 0.01")
-    return asked_ms
+    return given_ms
 
 
 def _timeout_ms(name: str, seconds: float | None, lease_ms: int) -> int:
     if seconds is None:
         return 0
-    asked_ms = lifetime_ms(name, seconds)
-    if asked_ms > lease_ms:
-        problem = f"is over cache.lease_ms = {lease_ms}, when the loader is ended"
-        raise _refusal(name, seconds, problem, "wait for less, or raise cache.lease_ms")
-    return asked_ms
+    given_ms = lifetime_ms(name, seconds)
+    if given_ms > lease_ms:
+        problem = f"must not be over cache.lease_ms={lease_ms}, the time limit of a load"
+        raise _refusal(name, seconds, problem, "give a shorter timeout, or raise cache.lease_ms")
+    return given_ms
 
 
-def _fraction(name: str, asked: object) -> float:
-    if asked is None:
+def _fraction(name: str, given: object) -> float:
+    if given is None:
         return 0.0
-    if not isinstance(asked, float) or not 0 < asked < 1:
-        problem = "is no fraction of the lifetime"
-        raise _refusal(name, asked, problem, "give one between 0 and 1, such as 0.8")
-    return asked
+    if not isinstance(given, float) or not 0 < given < 1:
+        problem = "must be a fraction between 0 and 1"
+        raise _refusal(name, given, problem, "give one such as 0.8")
+    return given
 
 
 def _refusal(name: str, value: object, problem: str, fix: str) -> ConfigError:

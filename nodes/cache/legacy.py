@@ -1,19 +1,18 @@
-"""Values that another service has stored as JSON, brought over when they are first asked for.
+"""Legacy entries: values that another service stored as JSON, imported at their first read.
 
     @node.cached("product:{id}", ttl=60, legacy_key="v1:product:{id}")
 
 Y1  Only on a miss, the holder of the key's fill lease reads the value at the old name, its lifetime
-    and the marks, in one round trip. What it finds is stored as the key's entry.
+    and the marks, in one round trip. The value is stored as the key's entry.
 Y2  Each invalidation and each write marks its keys and tags, and so does each value stored for a
-    key of such a cache (``_change.lua`` C8). With a mark on the key, or on a tag that the entry
-    would carry, the old value is not used: it may be older. Tags are captured before marks are
-    read.
+    key of such a cache (``_change.lua`` C8). If the key, or a tag that the entry would carry, has a
+    mark, the old value may be outdated and is not used. Tags are captured before marks are read.
 Y3  Marks are kept for longer than ``WINDOW_S`` after a node first declared the cache with a
-    ``legacy_key``; after that time, and where a shard had too many marks, old values are not used.
-    What was invalidated before that first start has no mark.
-Y4  The entry ends when the old one would have; without a lifetime, after the cache's own. It is
-    fresh until ``stale_at``, or to its end where there is none. Its age is unknown.
-Y5  What stands at the old name is never changed and never an error. What cannot be used is a miss,
+    ``legacy_key``. After that time, and in a shard that had too many marks, old values are not
+    used. Changes before that first start have no mark.
+Y4  The entry expires when the old value would have; without a lifetime, after the cache's own. It
+    is fresh until ``stale_at`` or, without one, until it expires. Its age is unknown.
+Y5  A value at the old name is never changed and never an error. An unusable value is a miss; it is
     counted, and logged once a minute.
 """
 
@@ -34,15 +33,13 @@ from ...schemas.entry import FOREVER_MS, Entry, read_legacy
 from ...schemas.errors import ForebayError, InvalidEntry, ServerRefused
 from ...schemas.keys import Names, dependents_of
 from ...schemas.replies import INTEGER_MAX, integer
+from ..values.packing import Packed
 from .core import Core, Hit, Lease
 from .declaration import LONGEST_S
 from .load import LoadPath
 from .near import Reservation
-from .packing import Packed
 from .policy import Policy
 from .refreshing import RefreshRequests
-
-__all__ = ["WINDOW_S", "LegacyEntries", "begin_marks", "lifetimes"]
 
 log = structlog.get_logger(__name__)
 
@@ -51,12 +48,12 @@ Result = Literal["used", "absent", "outdated", "unreadable", "refused", "closed"
 
 WINDOW_S = 30 * 86_400  #: less than LEGACY_MARK_MS in _change.lua
 _UNTIL = re.compile(rb"[0-9]{1,16}")
-_GONE = -2  #: PTTL of what is not there
+_GONE = -2  #: PTTL of a missing key
 _ABSENCE = b"null"
 
 
-class Found(Struct, frozen=True):
-    """What stands at the old name; ``payload`` is its msgpack, None for a known absence."""
+class LegacyValue(Struct, frozen=True):
+    """The value at the old name; ``payload`` is its msgpack, None for a known absence."""
 
     value: Any
     payload: bytes | None
@@ -65,7 +62,7 @@ class Found(Struct, frozen=True):
 
 
 class LegacyEntries(Generic[T]):
-    """Of one cache. ``name_of(key)`` is the old name of a key."""
+    """The legacy entries of one cache. ``name_of(key)`` is the old name of a key."""
 
     def __init__(
         self,
@@ -75,8 +72,8 @@ class LegacyEntries(Generic[T]):
         name_of: Callable[[str], str],
     ) -> None:
         self.name_of = name_of
-        self.late = 0  #: shards with changes from before marks began
-        self.until_ms = 0  #: old values are used until then, on the server's clock
+        self.late = 0  #: number of shards with changes from before marks began
+        self.until_ms = 0  #: old values are used until then, in milliseconds of the server's clock
         self._core = core
         self._names = core.shared.names
         self._loads = loads
@@ -87,18 +84,21 @@ class LegacyEntries(Generic[T]):
     def __repr__(self) -> str:
         return f"<LegacyEntries of {self._loads.name}>"
 
-    async def bring_over(self, lease: Lease, reservation: Reservation) -> Hit[T] | None:
-        """Use up the lease to store the old value as the key's entry; None if there is none to
-        use, and the lease is as before.
-        """
-        return (await self.attempt(lease, reservation))[1]
+    async def import_entry(self, lease: Lease, reservation: Reservation) -> Hit[T] | None:
+        """Store the old value as the key's entry, under the lease.
 
-    async def attempt(self, lease: Lease, reservation: Reservation) -> tuple[Result, Hit[T] | None]:
-        """As ``bring_over``, with what came of it."""
+        Returns None if there is no usable value; the lease is then still held.
+        """
+        return (await self.try_import(lease, reservation))[1]
+
+    async def try_import(
+        self, lease: Lease, reservation: Reservation
+    ) -> tuple[Result, Hit[T] | None]:
+        """As ``import_entry``, with the outcome."""
         hit = None
         try:
             found, tags = await self._found(lease)
-            if isinstance(found, Found):
+            if isinstance(found, LegacyValue):
                 hit = await self._stored(lease, found, tags, reservation)
                 result: Result = "outdated" if hit is None else "used"
             else:
@@ -112,24 +112,24 @@ class LegacyEntries(Generic[T]):
         self._core.instruments.counts["legacy_entries", self._loads.name, result] += 1
         return result, hit
 
-    async def look(self, key: str, tags: Sequence[str]) -> Result:
-        """What ``bring_over`` would come to, without storing anything."""
+    async def check_import(self, key: str, tags: Sequence[str]) -> Result:
+        """The outcome that ``import_entry`` would have; stores nothing."""
         found = await self._read(key, tags)
         return found if isinstance(found, str) else "used"
 
-    async def _found(self, lease: Lease) -> tuple[Found | Result, Mapping[str, int]]:
+    async def _found(self, lease: Lease) -> tuple[LegacyValue | Result, Mapping[str, int]]:
         more = await self._loads.inherited_tags(lease)
         if more is None:
             return "outdated", {}
         tags = {**lease.tags, **more}
         return await self._read(lease.key, tuple(tags)), tags
 
-    async def _read(self, key: str, tags: Sequence[str]) -> Found | Result:
+    async def _read(self, key: str, tags: Sequence[str]) -> LegacyValue | Result:
         if self._core.server_clock.now_ms() >= self.until_ms:
             return "closed"
         name, bytes_max = self.name_of(key), self._loads.codec.bytes_max
         marks = self._mark_commands([dependents_of(key), *tags])
-        # The lifetime first: if another value comes in between, it ends early.
+        # The lifetime comes first: a value stored in between expires too early, never too late.
         left, raw, *marked = await self._core.commands.call_many(
             [("PTTL", name), ("GETRANGE", name, 0, bytes_max), *marks]
         )
@@ -154,7 +154,7 @@ class LegacyEntries(Generic[T]):
             commands.append(("ZMSCORE", self._names.part(shard, "legacy"), *found))
         return commands
 
-    def _usable(self, entry: Entry, left_ms: int) -> Found | Result:
+    def _usable(self, entry: Entry, left_ms: int) -> LegacyValue | Result:
         policy, codec = self._loads.policy, self._loads.codec
         soft_ms, hard_ms = lifetimes(entry, left_ms, self._core.server_clock.now_ms(), policy)
         if hard_ms <= 0:
@@ -163,12 +163,12 @@ class LegacyEntries(Generic[T]):
             if not policy.negative_ms:
                 return "absent"
             hard_ms = min(hard_ms, policy.negative_ms)
-            return Found(None, None, min(soft_ms, hard_ms), hard_ms)
-        made = codec.made_before(entry)
-        return Found(made.kept, codec.fitting(made.payload), soft_ms, hard_ms)
+            return LegacyValue(None, None, min(soft_ms, hard_ms), hard_ms)
+        made = codec.encoded_in(entry)
+        return LegacyValue(made.kept, codec.check_size(made.payload), soft_ms, hard_ms)
 
     async def _stored(
-        self, lease: Lease, found: Found, tags: Mapping[str, int], reservation: Reservation
+        self, lease: Lease, found: LegacyValue, tags: Mapping[str, int], reservation: Reservation
     ) -> Hit[T] | None:
         loads, key = self._loads, lease.key
         packed = loads.imported(found.payload, tags, soft_ms=found.soft_ms, hard_ms=found.hard_ms)
@@ -191,7 +191,11 @@ class LegacyEntries(Generic[T]):
         return Hit(cast(T, found.value), "shared", entry.version, None, is_stale, size)
 
     def _say(self, key: str, result: Result, error: ForebayError) -> None:
-        fix = "see what stores this name" if result == "unreadable" else "let this user read it"
+        fix = (
+            "check which service stores this name"
+            if result == "unreadable"
+            else "grant this user the right to read it"
+        )
         self._trouble.say(
             log,
             f"legacy.{result}",
@@ -204,7 +208,7 @@ class LegacyEntries(Generic[T]):
 
 
 def lifetimes(entry: Entry, left_ms: int, now_ms: int, policy: Policy) -> tuple[int, int]:
-    """How long it is fresh, and how long it is kept; ``left_ms`` as PTTL says it."""
+    """How long the entry is fresh and how long it is kept; ``left_ms`` is a reply of PTTL."""
     if left_ms >= 0:
         fresh_ms = hard_ms = min(left_ms, LONGEST_S * 1000)
     else:
@@ -215,16 +219,16 @@ def lifetimes(entry: Entry, left_ms: int, now_ms: int, policy: Policy) -> tuple[
 
 
 def _text(reply: Reply) -> bytes:
-    """Raises InvalidEntry for what is no string, ServerRefused for what must not be read."""
+    """Raises InvalidEntry if it is not a string, ServerRefused if the user may not read it."""
     if isinstance(reply, ServerRefused):
         if reply.code != "WRONGTYPE":
             raise reply
-        raise InvalidEntry("bad_magic", "it is no string")
+        raise InvalidEntry("bad_magic", "it is not a string")
     return bytes(reply)
 
 
 def _barrier(marked: Sequence[Reply]) -> Result | None:
-    """Why no old value may be used, by what the shards' heads and marks say."""
+    """Why no old value may be used, from the heads and marks of the shards; None if it may."""
     for until, scores in zip(marked[::2], marked[1::2], strict=True):
         for reply in (until, scores):
             if isinstance(reply, ServerRefused) and reply.code != "WRONGTYPE":
@@ -255,8 +259,9 @@ async def begin_marks(
     scripts: Scripts,
     entries: Mapping[str, LegacyEntries[Any]],
 ) -> None:
-    """Have changes marked from now on, for these caches by the shape of their templates. The first
-    start that declares a cache so decides when its window ends.
+    """Start marking changes for these caches, by the shape of their templates.
+
+    A cache's window begins at the first start of a node that declares its ``legacy_key``.
     """
     seconds, _ = await commands.call("TIME")
     until_ms = 0
@@ -267,7 +272,7 @@ async def begin_marks(
         each.until_ms = min(first_ms, now_ms) + WINDOW_S * 1000
         until_ms = max(until_ms, each.until_ms)
         if each.until_ms <= now_ms:
-            fix = "remove legacy_key: no value at an old name is used any more"
+            fix = "remove legacy_key: values at old names are no longer used"
             log.warning("legacy.over", template=shape, fix=fix)
     heads = [names.part(shard, "head") for shard in range(names.shards)]
     calls = [Call(script=scripts["legacy_begin"], keys=[head], args=[until_ms]) for head in heads]
@@ -275,5 +280,5 @@ async def begin_marks(
     for each in entries.values():
         each.late = late
     if late:
-        reason = "keys were invalidated or written before: old values of these may be used"
+        reason = "keys changed before marks began: their old values may be used"
         log.warning("legacy.late", shards=late, reason=reason)

@@ -38,18 +38,18 @@ from ...schemas.errors import (
 )
 from ...schemas.keys import dependents_of
 from ..cancellation import run_apart
+from ..request_scope import outside
+from ..values.codec import Encoded, ValueCodec
+from ..values.packing import Packed, Packer
 from .core import Core, Hit, Lease, LoadCall
 from .fill_leases import FillLeases
 from .inheritance import inherited
 from .loading import NOT_MODIFIED, Loading, under_way
 from .near import NearCache, NearEntry, Reservation
-from .packing import Packed, Packer
 from .policy import Policy, ahead_ms
-from .request_scope import outside
 from .shared import Stamp
 from .source import Source
 from .tags import TagState
-from .values import Made, ValueCodec
 
 __all__ = ["LoadPath"]
 
@@ -127,7 +127,7 @@ class LoadPath(Generic[T]):
             made = await self._ask(lease.key, call, load)
             if made is NOT_MODIFIED:
                 assert lease.previous is not None
-                made = self.codec.made_before(lease.previous)
+                made = self.codec.encoded_in(lease.previous)
             packed, tags = await self._packed(made, lease, load)
             stamp = None if packed is None else await self._store(lease, packed)
         except SourceFailing:
@@ -168,7 +168,7 @@ class LoadPath(Generic[T]):
         return value
 
     async def _packed(
-        self, made: Made[T] | None, lease: Lease, load: Loading
+        self, made: Encoded[T] | None, lease: Lease, load: Loading
     ) -> tuple[Packed | None, Mapping[str, int]]:
         """The envelope, None for what is not to be stored, and the versions of all tags."""
         tags = lease.tags
@@ -273,7 +273,7 @@ class LoadPath(Generic[T]):
                 value = await run_apart(f"the loader of {self.name}", call.run)
                 result = "loaded"
                 absent = value is None or value is NOT_MODIFIED
-                return value if absent else self.codec.made(value)
+                return value if absent else self.codec.encode(value)
             result = "timeout"
             raise LoaderError(self.name, key, "it took longer than its lease")
         except InvalidEntry as error:

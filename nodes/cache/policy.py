@@ -15,6 +15,7 @@ from typing import Literal
 from msgspec import Struct
 
 from ...schemas.entry import Entry
+from ..values.packing import Lifetimes
 from .tags import Standing
 
 __all__ = [
@@ -31,15 +32,10 @@ __all__ = [
 OnDisconnected = Literal["bypass", "stale", "fail"]
 
 
-class Policy(Struct, frozen=True, kw_only=True):
+class Policy(Lifetimes, frozen=True, kw_only=True):
     """How one cache treats its entries. Times in milliseconds; 0: there is none."""
 
-    ttl_ms: int
-    stale_ms: int = 0  #: how long after its lifetime an entry may still be served
-    error_ms: int = 0  #: how much longer, if its loader fails
-    negative_ms: int = 0  #: lifetime of a known absence; 0: absences are not cached
     lease_ms: int = 10_000
-    jitter: float = 0.0
     refresh_ahead: float = 0.0  #: fraction of the lifetime after which a read refreshes
     soft_timeout_ms: int = 0  #: for how long a caller waits who could be served stale
     hard_timeout_ms: int = 0  #: for how long any caller waits

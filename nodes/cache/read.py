@@ -37,8 +37,6 @@ from .refreshing import RefreshRequests
 from .shared import Held, Newer
 from .shared_lookup import Beside, Looks
 
-__all__ = ["ReadPath"]
-
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
@@ -220,7 +218,7 @@ class ReadPath(Generic[T]):
         """What another service has stored for a key without an entry."""
         if self.legacy is None or lease.previous is not None:
             return None
-        hit = await self.legacy.bring_over(lease, reservation)
+        hit = await self.legacy.import_entry(lease, reservation)
         if hit is not None and call.waits is not None:
             call.waits()
         return hit
@@ -230,13 +228,13 @@ class ReadPath(Generic[T]):
         legacy, leases, core = self.legacy, self.loads.leases, self._core
         assert legacy is not None
         if dry_run:
-            return "present" if await core.shared.get(key) else await legacy.look(key, tags)
+            return "present" if await core.shared.get(key) else await legacy.check_import(key, tags)
         token, reservation = core.ids(), self.near.reserve(key)
         try:
             lease = await leases.begin(key, token, tags, seen=_ABSENT)
             if not isinstance(lease, Lease):
                 return "present" if isinstance(lease, Newer) else "held"
-            result, hit = await legacy.attempt(lease, reservation)
+            result, hit = await legacy.try_import(lease, reservation)
             if hit is None:
                 await leases.give_back(key, token)
             return result

@@ -95,7 +95,7 @@ class Looks(Generic[T]):
 
     def _hit(self, entry: Entry, now_ms: int, *, stale: bool = False) -> Hit[T] | None:
         try:
-            value, size = self._codec.measured(entry)
+            value, size = self._codec.value_and_size(entry)
         except InvalidEntry as error:
             self._unreadable(error)
             return None

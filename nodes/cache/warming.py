@@ -1,14 +1,14 @@
-"""Warming: loading what is not fresh in the shared tier, ahead of the readers.
+"""Warming: loads keys that are not fresh in the shared tier, before readers ask for them.
 
-M1  At most ``concurrency`` keys are under way at a time; or one part, where there is a loader
-    for many items at once. At most ``per_second`` begin in a second, but for a burst of a
-    tenth of them; what was not used is not made up for. Nodes that warm one cache share it.
-M2  Items are taken in parts of at most ``TOGETHER``: an endless source of them does no harm.
-M3  A failure is counted, the first ``FAILURES_KEPT`` are kept, and the others go on. A value
-    that was loaded, but could not be stored, is a failure: no other reader will find it.
-M4  Cancelled, nothing further is begun. Loads under way are the node's, and end by themselves.
-M5  Loads go the way of a reader's: under the fill lease, at most one of a key in the cluster. A
-    stale entry is refreshed by whichever node takes the job; its notice is waited for.
+M1  At most ``concurrency`` keys are read at a time, or one part if the cache has a batch loader. At
+    most ``per_second`` keys start per second, in bursts of a tenth of that; unused starts do not
+    accumulate. Nodes that warm the same cache share the rate.
+M2  Items are taken in parts of at most ``TOGETHER``, so the source of items may be endless.
+M3  A failed key is counted and the others go on; the first ``FAILURES_KEPT`` failures are kept.
+    A value that was loaded but could not be stored is a failure: no other reader will find it.
+M4  When warming is cancelled, no further key starts. Running loads belong to the node and finish.
+M5  A key is loaded as a reader would load it: under the fill lease, at most once in the cluster. A
+    stale entry is refreshed by a node that takes the job; warming waits for its notice.
 """
 
 from __future__ import annotations
@@ -16,31 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
-from functools import partial
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import anyio
 from msgspec import Struct
 
 from ...coordinator.clock import Clock
 from ...schemas.errors import ConfigError, LoaderError
+from ..request_scope import outside
+from .cache import Cache
 from .core import Hit
-from .keying import Keying
-from .read import ReadPath
-from .request_scope import outside
-
-__all__ = [
-    "FAILURES_KEPT",
-    "TOGETHER",
-    "Failure",
-    "How",
-    "Items",
-    "Pacer",
-    "Progress",
-    "WarmReport",
-    "Warmed",
-    "warm",
-]
 
 TOGETHER = 100
 FAILURES_KEPT = 10
@@ -56,14 +41,14 @@ class Failure(Struct, frozen=True):
 
 
 class WarmReport(Struct, frozen=True, kw_only=True):
-    """``asked`` is the sum of the three that follow."""
+    """The outcome of a warming. ``asked`` is ``loaded`` + ``fresh`` + ``failed``."""
 
     asked: int = 0
-    loaded: int = 0  #: by whichever node had the lease
-    fresh: int = 0  #: it was there
+    loaded: int = 0  #: by this node or another
+    fresh: int = 0  #: in the shared tier before
     failed: int = 0
     seconds: float = 0.0
-    failures: tuple[Failure, ...] = ()  #: the first ones
+    failures: tuple[Failure, ...] = ()  #: the first ten
 
 
 Progress = Callable[[WarmReport], object]
@@ -72,40 +57,16 @@ Progress = Callable[[WarmReport], object]
 class How(TypedDict, total=False):
     """The options of a warming."""
 
-    concurrency: int  #: keys under way at a time
-    per_second: float | None  #: keys that begin; None: no limit
-    progress: Progress | None  #: told the report so far, as each key ends
-
-
-class Warmed(Protocol):
-    """What is asked of a cached function."""
-
-    name: str
-
-    @property
-    def key(self) -> Callable[..., str]: ...
-
-    @property
-    def keying(self) -> Keying: ...
-
-    @property
-    def path(self) -> ReadPath[Any]: ...
-
-    @property
-    def batched(self) -> bool: ...
-
-    def get_with_info(self, *args: Any) -> Awaitable[Hit[Any]]: ...
-
-    def many_with_info(self, items: Iterable[Any]) -> Awaitable[Sequence[Hit[Any] | Exception]]: ...
-
-    def read_key(self, key: str) -> Awaitable[Hit[Any]]: ...
+    concurrency: int  #: keys read at a time
+    per_second: float | None  #: keys that start per second; None: no limit
+    progress: Progress | None  #: called with the report so far after each key
 
 
 class Pacer:
-    """Lets at most so many begin in a second; None: as many as will.
+    """Limits the number of keys that start per second; None: no limit.
 
     Raises:
-        ConfigError: the number is not above zero.
+        ConfigError: ``per_second`` is not above zero.
     """
 
     def __init__(
@@ -116,7 +77,7 @@ class Pacer:
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
     ) -> None:
         if per_second is not None and not 0 < per_second < math.inf:
-            raise _unusable("per_second", per_second, "is not above zero", "give a rate, or none")
+            raise _unusable("per_second", per_second, "must be above zero", "give a rate, or None")
         self._interval_s = 1 / per_second if per_second else 0.0
         self._monotonic = clock.monotonic
         self._sleep = sleep
@@ -124,23 +85,17 @@ class Pacer:
 
     @property
     def burst(self) -> int:
-        """How many may be asked for at once, so that they are spread over the second."""
+        """The number of keys that may start at once: a tenth of a second's keys."""
         if not self._interval_s:
             return TOGETHER
         return min(TOGETHER, max(1, int(1 / self._interval_s / _BURSTS_PER_SECOND)))
 
-    async def turn(self, count: int) -> None:
-        """Return when so many more may begin."""
+    async def wait_turn(self, count: int) -> None:
+        """Return when ``count`` more keys may start."""
         now = self._monotonic()
         starts_at = max(now, self._next_at)
         self._next_at = starts_at + count * self._interval_s
         await self._sleep(starts_at - now)
-
-
-class _Item(Struct, frozen=True):
-    key: str
-    item: Any  #: as ``many_with_info`` takes it
-    read: Callable[[], Awaitable[Hit[Any]]]
 
 
 class _Tally:
@@ -175,7 +130,7 @@ class _Tally:
 
 
 async def warm(
-    cached: Warmed,
+    cache: Cache[Any],
     items: Items,
     *,
     by_key: bool = False,
@@ -183,30 +138,31 @@ async def warm(
     per_second: float | None = None,
     progress: Progress | None = None,
 ) -> WarmReport:
-    """Load what is not fresh. An item is the loader's one argument or a tuple of them; or,
-    ``by_key``, a key of the cache.
+    """Load the items that are not fresh in the shared tier.
+
+    An item is the loader's one argument or the tuple of its arguments; with ``by_key``, a key.
 
     Raises:
-        ConfigError: ``concurrency`` or ``per_second`` cannot be used. Whatever ``items`` raises.
+        ConfigError: ``concurrency`` or ``per_second`` is invalid. Any exception of ``items``.
     """
     if not 1 <= concurrency <= _CONCURRENCY_MAX:
-        fix = f"give a number between 1 and {_CONCURRENCY_MAX}"
-        raise _unusable("concurrency", concurrency, "is out of range", fix)
-    clock = cached.path.loads.clock
+        problem = f"must be between 1 and {_CONCURRENCY_MAX}"
+        raise _unusable("concurrency", concurrency, problem, "give such a number")
+    clock = cache.path.loads.clock
     pacer, tally = Pacer(per_second, clock=clock), _Tally(clock, progress)
     limiter = anyio.CapacityLimiter(concurrency)
     async with aclosing(_parts(items, pacer.burst)) as parts:
         async for part in parts:
-            await pacer.turn(len(part))
-            if per_second is not None:  # and together with whoever else warms this cache
-                await cached.path.loads.pace(
-                    f"forebay.warm.{cached.name}",
+            await pacer.wait_turn(len(part))
+            if per_second is not None:  # the rate that all nodes share
+                await cache.path.loads.pace(
+                    f"forebay.warm.{cache.name}",
                     len(part),
                     per_second=per_second,
                     burst=pacer.burst,
                 )
             with outside():
-                await _warm_part(cached, part, by_key, limiter, tally)
+                await _warm_part(cache, part, by_key, limiter, tally)
     return tally.report()
 
 
@@ -232,83 +188,84 @@ async def _each(items: Items) -> AsyncGenerator[Any]:
 
 
 async def _warm_part(
-    cached: Warmed, part: Sequence[Any], by_key: bool, limiter: anyio.CapacityLimiter, tally: _Tally
+    cache: Cache[Any],
+    part: Sequence[Any],
+    by_key: bool,
+    limiter: anyio.CapacityLimiter,
+    tally: _Tally,
 ) -> None:
-    wanted = []
+    keys = []
     for item in part:
         try:
-            wanted.append(_item_of(cached, item, by_key))
-        except Exception as error:  # arguments that make no key
+            keys.append(_key_of(cache, item, by_key))
+        except Exception as error:  # arguments without a key
             tally.count(repr(item)[:200], error)
-    found = await _hits(cached, wanted, limiter)
+    found = await _read_all(cache, keys, limiter)
     async with anyio.create_task_group() as tasks:
-        for item, hit in zip(wanted, found, strict=True):
+        for key, hit in zip(keys, found, strict=True):
             if isinstance(hit, Hit) and hit.stale:
-                tasks.start_soon(_have_refreshed, cached, item, limiter, tally)
+                tasks.start_soon(_await_refresh, cache, key, limiter, tally)
             else:
-                tally.count(item.key, _stored(cached, item, hit))
+                tally.count(key, _check_stored(cache, key, hit))
 
 
-def _item_of(cached: Warmed, item: Any, by_key: bool) -> _Item:
+def _key_of(cache: Cache[Any], item: Any, by_key: bool) -> str:
     if by_key:
-        arguments = cached.keying.arguments(item)
-        return _Item(item, cached.keying.item(arguments), partial(cached.read_key, item))
-    args = item if isinstance(item, tuple) else (item,)
-    one_or_all = args[0] if len(args) == 1 else args
-    return _Item(cached.key(*args), one_or_all, partial(cached.get_with_info, *args))
+        cache.keying.arguments(item)  # raises InvalidKey
+        return str(item)
+    return cache.keying.key(*(item if isinstance(item, tuple) else (item,)))
 
 
-async def _hits(
-    cached: Warmed, wanted: Sequence[_Item], limiter: anyio.CapacityLimiter
+async def _read_all(
+    cache: Cache[Any], keys: Sequence[str], limiter: anyio.CapacityLimiter
 ) -> Sequence[Hit[Any] | Exception]:
-    """What a reader of each gets now."""
-    if cached.batched:
-        return await cached.many_with_info([each.item for each in wanted])
+    """Read each key as a reader would."""
+    if cache.batched:
+        return await cache.read_keys(keys)
     found: dict[int, Hit[Any] | Exception] = {}
 
-    async def read(place: int, item: _Item) -> None:
+    async def read(place: int, key: str) -> None:
         async with limiter:
-            found[place] = await _try_to_read(item)
+            found[place] = await _read(cache, key)
 
     async with anyio.create_task_group() as tasks:
-        for place, item in enumerate(wanted):
-            tasks.start_soon(read, place, item)
-    return [found[place] for place in range(len(wanted))]
+        for place, key in enumerate(keys):
+            tasks.start_soon(read, place, key)
+    return [found[place] for place in range(len(keys))]
 
 
-async def _try_to_read(item: _Item) -> Hit[Any] | Exception:
+async def _read(cache: Cache[Any], key: str) -> Hit[Any] | Exception:
     try:
-        return await item.read()
+        return await cache.read_key(key)
     except Exception as error:
         return error
 
 
-async def _have_refreshed(
-    cached: Warmed, item: _Item, limiter: anyio.CapacityLimiter, tally: _Tally
+async def _await_refresh(
+    cache: Cache[Any], key: str, limiter: anyio.CapacityLimiter, tally: _Tally
 ) -> None:
-    """Wait for the refresh that reading has asked for, at most as long as a lease."""
-    path = cached.path
-    found: Hit[Any] | Exception
+    """Wait for the refresh that the read has requested, at most for the length of a lease."""
+    path = cache.path
     async with limiter:
         with anyio.move_on_after(path.policy.lease_ms / 1000):
             while True:
-                with path.loads.waits.watch(item.key) as said:
-                    found = await _try_to_read(item)
+                with path.loads.waits.watch(key) as noticed:
+                    found = await _read(cache, key)
                     if isinstance(found, Exception) or not found.stale:
-                        tally.count(item.key, _stored(cached, item, found), refreshed=True)
+                        tally.count(key, _check_stored(cache, key, found), refreshed=True)
                         return
-                    await said.wait()
+                    await noticed.wait()
     problem = "it is still stale: no node has refreshed it in time"
-    tally.count(item.key, LoaderError(cached.name, item.key, problem))
+    tally.count(key, LoaderError(cache.name, key, problem))
 
 
-def _stored(cached: Warmed, item: _Item, found: Hit[Any] | Exception) -> Hit[Any] | Exception:
-    """An absence that the cache is told not to keep needs no storing."""
+def _check_stored(cache: Cache[Any], key: str, found: Hit[Any] | Exception) -> Hit[Any] | Exception:
+    """A failure for a loaded value that was not stored, unless the cache keeps no absences."""
     if isinstance(found, Exception) or found.tier != "source" or found.version:
         return found
     if found.value is None:
         return found
-    return LoaderError(cached.name, item.key, "its value was loaded, but could not be stored")
+    return LoaderError(cache.name, key, "its value was loaded, but could not be stored")
 
 
 def _unusable(name: str, value: float, problem: str, fix: str) -> ConfigError:

@@ -1,33 +1,42 @@
 """The write path of one cache: put, write-through, write-around, write-behind.
 
-P   put           entry and notice; the caller knows the value to be the newest
-T   write-through the sink, then entry and notice
+P   put           the entry and its notice; the caller knows the value to be the newest
+T   write-through the sink, then the entry and its notice
 A   write-around  the sink, then an invalidation
-B   write-behind  entry, notice and job at once; the sink soon
+B   write-behind  the entry, its notice and a write job at once; the sink soon after
 
-X1  When a write returns, this node reads what it wrote, and serves nothing that depends on what
-    was there before; so does every other after the notice. A negative entry is replaced too.
-X2  T and A hold the key's fill lease from before the sink is written (see ``WriteLeases``), so a
-    load of the row that is about to be old cannot be stored, and of two writes one comes after
-    the other. The row's version is drawn under the lease: the sink's guard keeps late ones out.
-X3  T fills under its lease. If that is refused (lost, or invalidated meanwhile), the key is
-    invalidated, after the commit: nobody keeps an older value.
-X4  A sink that fails has changed nothing here, and its error is raised as it is. If it says that
-    the outcome is unknown, or the caller is cancelled from the sink's write on, the key is
-    invalidated, within a second: the next reader asks the source.
-X5  No lease stays: it is used, deleted or given back. What takes longer than its lease is given
-    up as a transient failure with unknown outcome.
+X1  When a write returns, this node reads the written value and serves no dependent that was
+    computed from the old one. Other nodes do so after the notice. A negative entry is replaced too.
+X2  T and A hold the key's fill lease from before the sink is written (E1), so a concurrent load of
+    the old row cannot be stored, and two writes run one after the other. The row's version is drawn
+    under the lease; the sink refuses rows with an older version.
+X3  T fills the entry under its lease. If the fill is refused (the lease was lost, or the key was
+    invalidated meanwhile), the key is invalidated after the commit: no node keeps an older value.
+X4  A sink that fails has changed nothing in the cache, and its error is raised unchanged. If its
+    outcome is unknown, or the caller is cancelled after the sink's write began, the key is
+    invalidated within a second: the next reader asks the source.
+X5  No lease stays behind: it is used, deleted or released. A sink that takes longer than the lease
+    is a transient failure with unknown outcome.
 X6  A value that no entry can hold is refused before anything is written.
 X7  A sink gets the same value as readers: the one decoded from the stored form.
 
+The write lease is the key's fill lease:
+
+E1  It is also granted if the key has an entry, but not while a write-behind is pending: the sink
+    stores that write first.
+E2  A waiting write is woken by the notice of the holder's fill or by the sink's checkpoint, and
+    polls at least every 250 ms.
+E3  With the lease comes a version for the row, later than any version the key had before.
+E4  A write that gives up or is cancelled while it waits releases the lease within a second.
+
 Not covered: a process that dies between the sink and the entry leaves the old entry until it
-expires, or is written again; so may a sink that stores a row after it was cancelled. B has no
-such gap.
+expires or is written again; so may a sink that stores a row after it was cancelled. B has no such
+gap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Literal, TypeVar
 
@@ -49,58 +58,57 @@ from ...schemas.errors import (
 )
 from ...schemas.jobs import Invalidates, WriteJob
 from ...schemas.notices import Changed
+from .. import request_scope as scope
 from ..sinks.base import SinkBatch, Write
 from ..sinks.serialized import Outlet
 from ..strays import asked_to_stop
-from . import request_scope as scope
-from .confirmations import Confirmations
+from ..values.packing import Packed
 from .core import Core
 from .near import Reservation
-from .packing import Packed
+from .node_writes import NodeWrites
 from .read import ReadPath
 from .shared import Receipt, Stamp
-from .write_leases import Turn, WriteLease, WriteLeases
-
-__all__ = ["WriteParts", "WritePath"]
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 Way = Literal["put", "through", "around", "behind"]
 
+_POLL_MS = 250
+_LEASE_HELD, _LEASE_GRANTED = 0, 1  # 2: a write-behind is pending
+_SINK_SHARE = 0.9  #: of the lease; the rest is for the fill
 _REFUSALS = (Backpressure, InvalidValue, KeyBusy)
-_OF_LEASE = 0.9  #: what the sink may use of the lease; the rest is for the fill
 _FIXES: Mapping[str, str] = {
     "oversized": "store less, or raise cache.value_bytes_max",
-    "wrong_type": "give what the loader is declared to return, or correct its annotation",
+    "wrong_type": "return the loader's declared type, or correct its annotation",
 }
-_ENCODABLE = "give what msgpack can hold, such as a Struct, dataclass, dict or str"
+_ENCODABLE = "give a value that msgpack can encode, such as a Struct, dataclass, dict or str"
 
 
-class WriteParts(Struct, kw_only=True):
-    """What the writes of all caches of a node share."""
+class WriteLease(Struct, frozen=True):
+    """The right to write a key's row to the sink and to fill its entry afterwards."""
 
-    outlet_of: Callable[[str], tuple[Outlet, Mapping[str, str]] | None]  #: with the key's fields
-    leases: WriteLeases
-    fill: Callable[[WriteLease, Packed], Awaitable[Stamp | None]]  #: None: the lease is gone
-    confirmations: Confirmations
+    key: str
+    token: str
+    version: int  #: of the row
+    requested_at: float  #: monotonic seconds, before the request was sent
 
 
-class _Written(Struct, frozen=True):
-    """A value on its way: made once, since its owner, or the sink, may change it meanwhile."""
+class _NewValue(Struct, frozen=True):
+    """A value to write, encoded once: its owner or the sink may change the object meanwhile."""
 
-    kept: Any  #: what the near cache has of it
+    kept: Any  #: for the near cache
     tags: Mapping[str, int]
     packed: Packed
 
 
 class WritePath(Generic[T]):
-    """The writes of one cache. ``labels_of(key)`` names the tags that its entry carries."""
+    """The writes of one cache. ``labels_of(key)`` gives the tags that its entry carries."""
 
     def __init__(
         self,
         core: Core,
-        parts: WriteParts,
+        node: NodeWrites,
         reads: ReadPath[T],
         *,
         labels_of: Callable[[str], Sequence[str]],
@@ -108,7 +116,7 @@ class WritePath(Generic[T]):
         self.name = reads.name
         self.check_loop = core.tasks.check_loop
         self._core = core
-        self._parts = parts
+        self._node = node
         self._reads = reads
         self._loads = reads.loads
         self._policy = reads.policy
@@ -127,21 +135,21 @@ class WritePath(Generic[T]):
         timeout_ms: int,
         token: int = 0,
     ) -> Receipt:
-        """Store a value that is the newest; None for a known absence.
+        """Store a value that is the newest; None stores a known absence.
 
         Raises:
-            StaleToken: a put under a later token was there before.
-            Unavailable: it may have been stored. Unconfirmed: it was, here.
-            InvalidValue: no entry can hold it. ConfigError: ``until`` is no level of this.
+            StaleToken: the entry was put under a later token.
+            Unavailable: the value may have been stored. Unconfirmed: it was stored on this server.
+            InvalidValue: no entry can hold it. ConfigError: ``until`` is not a level of put.
         """
         self._check_level("put", until, ("accepted", "replicated"))
-        since, stamp = self._parts.confirmations.since, None
+        history, stamp = self._node.history, None
         with self._writing("put", key) as reservation:
             if value is None and not self._policy.negative_ms:
                 await self._core.invalidate((key,), ())
             else:
-                made = await self._made(key, value, ttl_ms)
-                packed = made.packed
+                new = await self._encode(key, value, ttl_ms)
+                packed = new.packed
                 stamp = await self._core.shared.put(
                     key,
                     soft_ms=packed.soft_ms,
@@ -149,108 +157,124 @@ class WritePath(Generic[T]):
                     tail=packed.tail,
                     token=token,
                 )
-                self._keep(reservation, stamp, made)
+                self._keep(reservation, stamp, new)
         receipt = Receipt(stamp=stamp, shard=self._core.shared.names.shard(key))
-        return await self._parts.confirmations.reached(
-            key, receipt, until, since=since, sink="", timeout_ms=timeout_ms
+        return await self._node.confirm(
+            key, receipt, until, history=history, sink="", timeout_ms=timeout_ms
         )
 
-    async def behind(
+    async def write_behind(
         self, key: str, value: T | None, after: Invalidates, *, until: Level, timeout_ms: int
     ) -> Receipt:
-        """Store a value, and have the shard's owner bring it to the sink; None deletes the row.
+        """Store a value and a job for the shard's owner to write it to the sink; None deletes.
 
         Raises:
             Backpressure: the shard's stream is full. Unavailable: the outcome may be unknown.
-            Unconfirmed: accepted, and not yet as far as ``until``. DeadLettered: refused by the
-            sink. ConfigError: no sink takes the key. InvalidValue: no entry can hold the value.
+            Unconfirmed: accepted, but ``until`` is not confirmed. DeadLettered: the sink refused
+            the write. ConfigError: no sink takes the key. InvalidValue: no entry can hold it.
         """
         self._check_level("write_behind", until, ("accepted", "replicated", "sink"))
-        sink = self._outlet_of(key)[0].name
-        since = self._parts.confirmations.since
+        sink = self._sink_of(key)[0].name
+        history = self._node.history
         with self._writing("behind", key) as reservation:
-            made = await self._made(key, value)
-            packed = made.packed
+            new = await self._encode(key, value)
+            packed = new.packed
             job = WriteJob(key=key, value=packed.payload, invalidates=after)
             receipt = await self._core.shared.write(
                 job, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
             )
             if receipt.stamp is not None:
                 if value is None:
-                    self._written(key, receipt.stamp)
+                    self._apply_change(key, receipt.stamp)
                 else:
-                    self._keep(reservation, receipt.stamp, made)
-        return await self._parts.confirmations.reached(
-            key, receipt, until, since=since, sink=sink, timeout_ms=timeout_ms
+                    self._keep(reservation, receipt.stamp, new)
+        return await self._node.confirm(
+            key, receipt, until, history=history, sink=sink, timeout_ms=timeout_ms
         )
 
-    async def through(self, key: str, value: T | None, *, timeout_ms: int) -> Receipt:
+    async def write_through(self, key: str, value: T | None, *, timeout_ms: int) -> Receipt:
         """Store a value in the source, then in the cache; None deletes the row.
 
         Raises:
-            SinkError: as the sink raised it. KeyBusy: others had the key for ``timeout_ms``.
+            SinkError: as the sink raised it. KeyBusy: the key was busy for ``timeout_ms``.
             ConfigError: no sink takes the key. InvalidValue: no entry can hold the value.
-            Unavailable: before, or after the source took it; write it again.
+            Unavailable: before or after the source stored the value; write it again.
         """
         fills = value is not None or self._policy.negative_ms > 0
-        return await self._past_sink("through", key, value, fills=fills, timeout_ms=timeout_ms)
+        return await self._write_source("through", key, value, fills=fills, timeout_ms=timeout_ms)
 
-    async def around(self, key: str, value: T | None, *, timeout_ms: int) -> Receipt:
-        """Store a value in the source, and have all forget the entry. Raises as ``through``."""
-        return await self._past_sink("around", key, value, fills=False, timeout_ms=timeout_ms)
+    async def write_around(self, key: str, value: T | None, *, timeout_ms: int) -> Receipt:
+        """Store a value in the source, then invalidate the entry. Raises as ``write_through``."""
+        return await self._write_source("around", key, value, fills=False, timeout_ms=timeout_ms)
 
-    async def pack_published(self, key: str, raw_json: bytes, ttl_ms: int | None) -> Packed:
-        """A published value, checked against the declared type; JSON null deletes.
-
-        Raises:
-            msgspec.ValidationError: it is not of that type. InvalidEntry: it is too large.
-        """
-        kept = self._published(raw_json)
-        tags = await self._loads.tags_of(self._labels_of(key))
-        return self._loads.pack(kept, tags, ttl_ms=ttl_ms)
-
-    def check_published(self, raw_json: bytes) -> None:
-        """Raises as ``pack_published``, if that would."""
-        if (value := self._published(raw_json)) is not None:
-            self._reads.codec.pack(value)
-
-    def _published(self, raw_json: bytes) -> T | None:
-        return None if raw_json.strip() == b"null" else self._reads.codec.convert(raw_json)
-
-    async def _past_sink(
+    async def _write_source(
         self, way: Way, key: str, value: T | None, *, fills: bool, timeout_ms: int
     ) -> Receipt:
-        outlet, params = self._outlet_of(key)
+        sink, params = self._sink_of(key)
         with self._writing(way, key) as reservation:
-            made = await self._made(key, value)
-            give_back, lease_ms = self._loads.leases.give_back, self._policy.lease_ms
-            lease = await self._parts.leases.take(Turn(key, lease_ms, timeout_ms, give_back))
-            touched = True
+            new = await self._encode(key, value)
+            lease = await self._acquire_lease(key, timeout_ms)
+            changed = True
             try:
                 try:
-                    own = self._loads.own(made.kept)
+                    own = self._loads.own(new.kept)
                     write = Write(key=key, params=params, value=own, version=lease.version)
-                    await self._sink(outlet, write, lease)
+                    await self._write_sink(sink, write, lease)
                 except SinkError as error:
-                    touched = error.outcome_unknown
+                    changed = error.outcome_unknown
                     raise
-                stamp = await self._fill(lease, made.packed) if fills else None
+                stamp = await self._fill(lease, new.packed) if fills else None
                 if stamp is None:
                     await self._core.invalidate((key,), ())
             except BaseException:
-                await self._let_go(lease, touched=touched)
+                await self._release_lease(lease, changed=changed)
                 raise
             if stamp is not None:
-                self._keep(reservation, stamp, made)
+                self._keep(reservation, stamp, new)
         shard = self._core.shared.names.shard(key)
         return Receipt(stamp=stamp, shard=shard, reached="sink")
 
-    async def _sink(self, outlet: Outlet, write: Write[Any], lease: WriteLease) -> None:
-        limit_s = _OF_LEASE * self._policy.lease_ms / 1000
-        left_s = lease.taken_at + limit_s - self._core.clock.monotonic()
+    async def _acquire_lease(self, key: str, timeout_ms: int) -> WriteLease:
+        """Wait for the key's lease.
+
+        Raises:
+            KeyBusy: not within ``timeout_ms``. Unavailable, ServerRefused: the lease is not held.
+        """
+        core, node, token = self._core, self._node, self._core.ids()
+        began = core.clock.monotonic()
+        try:
+            while True:
+                with core.waits.watch(key) as noticed, node.watch_checkpoint(key) as stored:
+                    requested_at = core.clock.monotonic()
+                    code, *rest = await node.begin_write(key, token, self._policy.lease_ms)
+                    if code == _LEASE_GRANTED:
+                        return WriteLease(key, token, int(rest[0]), requested_at)
+                    left_ms = self._left_ms(key, code, began, timeout_ms)
+                    if code == _LEASE_HELD:
+                        await self._sleep(noticed, min(left_ms, max(int(rest[0]), 1)))
+                    else:
+                        await self._sleep(stored, left_ms)
+        except BaseException:
+            await self._loads.leases.give_back(key, token)  # it may have been granted
+            raise
+
+    def _left_ms(self, key: str, code: int, began: float, timeout_ms: int) -> int:
+        waited_ms = int((self._core.clock.monotonic() - began) * 1000)
+        if waited_ms >= timeout_ms:
+            raise KeyBusy(key, "lease" if code == _LEASE_HELD else "write_behind", waited_ms)
+        return timeout_ms - waited_ms
+
+    async def _sleep(self, event: anyio.Event, longest_ms: int) -> None:
+        poll_ms = _POLL_MS * (1 - self._core.rng.random() / 2)
+        with anyio.move_on_after(min(longest_ms, poll_ms) / 1000):
+            await event.wait()
+
+    async def _write_sink(self, sink: Outlet, write: Write[Any], lease: WriteLease) -> None:
+        limit_s = _SINK_SHARE * self._policy.lease_ms / 1000
+        left_s = lease.requested_at + limit_s - self._core.clock.monotonic()
         with anyio.move_on_after(left_s):
             try:
-                return await outlet.write_beside(SinkBatch(writes=(write,)))
+                return await sink.write_beside(SinkBatch(writes=(write,)))
             except SinkError:
                 raise
             except BaseException as error:
@@ -258,18 +282,18 @@ class WritePath(Generic[T]):
                     raise
                 problem = f"the sink raised {type(error).__name__}: {error}"
                 raise FatalSinkError(problem, outcome_unknown=True) from error
-        problem = f"{outlet.name} took longer than the lease of {limit_s:g} s"
+        problem = f"sink {sink.name} took longer than its share of the lease, {limit_s:g} s"
         raise TransientSinkError(problem, outcome_unknown=True)
 
     async def _fill(self, lease: WriteLease, packed: Packed) -> Stamp | None:
-        stamp = await self._parts.fill(lease, packed)
+        stamp = await self._node.fill(lease.key, lease.token, packed)
         if stamp is None:
             self._core.instruments.counts["fills_refused", self.name] += 1
         return stamp
 
-    async def _let_go(self, lease: WriteLease, *, touched: bool) -> None:
-        """Give the lease back; where the source may have the value, by an invalidation."""
-        if not touched:
+    async def _release_lease(self, lease: WriteLease, *, changed: bool) -> None:
+        """Release the lease; if the source may have changed, by invalidating the key."""
+        if not changed:
             await self._loads.leases.give_back(lease.key, lease.token)
             return
         problem = "no answer within a second"
@@ -282,26 +306,26 @@ class WritePath(Generic[T]):
                 return
         log.error("write.not_invalidated", cache=self.name, key=lease.key, error=problem)
 
-    async def _made(self, key: str, value: T | None, ttl_ms: int | None = None) -> _Written:
+    async def _encode(self, key: str, value: T | None, ttl_ms: int | None = None) -> _NewValue:
         tags = await self._loads.tags_of(self._labels_of(key))
         try:
-            made = None if value is None else self._reads.codec.made(value)
-            payload = None if made is None else made.payload
+            encoded = None if value is None else self._reads.codec.encode(value)
+            payload = None if encoded is None else encoded.payload
             packed = self._loads.envelope(payload, tags, ttl_ms=ttl_ms)
         except InvalidEntry as error:
             fix = _FIXES.get(error.fault, _ENCODABLE)
             raise InvalidValue(self.name, key, str(error), fix=fix) from error
-        return _Written(None if made is None else made.kept, tags, packed)
+        return _NewValue(None if encoded is None else encoded.kept, tags, packed)
 
-    def _written(self, key: str, stamp: Stamp) -> None:
-        """Known here before its notice comes; so is that what depends on it is old (X1)."""
+    def _apply_change(self, key: str, stamp: Stamp) -> None:
+        """Apply the change here before its notice arrives; dependents become stale too (X1)."""
         self._core.hear(stamp.version, Changed(key, self._core.node_id, outdates=True))
 
-    def _keep(self, reservation: Reservation, stamp: Stamp, made: _Written) -> None:
-        packed = made.packed
-        self._written(reservation.key, stamp)
+    def _keep(self, reservation: Reservation, stamp: Stamp, new: _NewValue) -> None:
+        packed = new.packed
+        self._apply_change(reservation.key, stamp)
         size, lifetime_ms = len(packed.payload or b""), packed.meta.soft_ms
-        self._loads.keep(reservation, stamp, made.kept, made.tags, size, lifetime_ms)
+        self._loads.keep(reservation, stamp, new.kept, new.tags, size, lifetime_ms)
 
     @contextmanager
     def _writing(self, way: Way, key: str) -> Iterator[Reservation]:
@@ -322,25 +346,45 @@ class WritePath(Generic[T]):
             scope.forget((key,), more=self._loads.is_depended_on(key))
             self._core.instruments.counts["writes", self.name, way, end] += 1
 
-    def _outlet_of(self, key: str) -> tuple[Outlet, Mapping[str, str]]:
-        found = self._parts.outlet_of(key)
+    def _sink_of(self, key: str) -> tuple[Outlet, Mapping[str, str]]:
+        found = self._node.sink_of(key)
         if found is None:
             raise ConfigError(
                 setting="the sink",
                 value=key,
                 origin=f"a write of {self.name}",
-                problem="no sink takes this key",
-                fix=f"declare one with @node.sink, of the template of {self.name}, also where only "
-                "others work: all nodes of a namespace run the same application",
+                problem="no sink is declared for this key",
+                fix=f"declare one with @node.sink for the template of {self.name}, also on nodes "
+                "without workers: all nodes of a namespace run the same application",
             )
         return found
 
-    def _check_level(self, what: str, until: Level, levels: Sequence[Level]) -> None:
+    def _check_level(self, write: str, until: Level, levels: Sequence[Level]) -> None:
         if until not in levels:
             raise ConfigError(
                 setting="until",
                 value=repr(until),
-                origin=f"a {what} of {self.name}",
-                problem="it has no such level",
+                origin=f"a {write} of {self.name}",
+                problem="is not a level of this write",
                 fix=f"give one of {', '.join(levels)}",
             )
+
+    # Values published as events
+
+    async def pack_published(self, key: str, raw_json: bytes, ttl_ms: int | None) -> Packed:
+        """A published value, checked against the declared type; JSON null deletes.
+
+        Raises:
+            msgspec.ValidationError: it is not of that type. InvalidEntry: it is too large.
+        """
+        value = self._published(raw_json)
+        tags = await self._loads.tags_of(self._labels_of(key))
+        return self._loads.pack(value, tags, ttl_ms=ttl_ms)
+
+    def check_published(self, raw_json: bytes) -> None:
+        """Check that ``pack_published`` accepts the value; raises the same errors."""
+        if (value := self._published(raw_json)) is not None:
+            self._reads.codec.pack(value)
+
+    def _published(self, raw_json: bytes) -> T | None:
+        return None if raw_json.strip() == b"null" else self._reads.codec.from_json(raw_json)

@@ -23,8 +23,8 @@ from ...schemas.errors import ConfigError
 from ...schemas.keys import Names
 from ...schemas.settings_env import misspelt_names
 from ...schemas.settings_sources import Resolved, SettingRow, describe
-from ..cache.compression import compressor
 from ..secret_files import exposed_secrets
+from ..values.codec import compressor
 from .options import setting_options
 from .sources import RefusedSettings, errors_told, load
 

@@ -21,7 +21,8 @@ import msgspec
 from ...coordinator.clock import SystemClock
 from ...schemas.errors import InvalidKey
 from ...schemas.keys import KEY_BYTES_MAX
-from ..cache.cached import Cached
+from ..cache.cache import Cache
+from ..cache.cached import cache_of
 from ..cache.warming import WarmReport, warm
 from ..node import Node
 from .options import setting_options
@@ -97,17 +98,15 @@ def command(
     return _FAILED if report.failed else 0
 
 
-def _cache_of(node: Node, name: str) -> Cached[Any, Any]:
+def _cache_of(node: Node, name: str) -> Cache[Any]:
     for cached in node.caches:
         if cached.name == name:
-            return cached
+            return cache_of(cached)
     known = ", ".join(each.name for each in node.caches) or "none"
     raise click.UsageError(f"the application has no cache {name!r}; it has {known}")
 
 
-def _checked(
-    cached: Cached[Any, Any], keys: Sequence[str], keys_from: IO[bytes] | None
-) -> list[str]:
+def _checked(cached: Cache[Any], keys: Sequence[str], keys_from: IO[bytes] | None) -> list[str]:
     """All keys, each once, in their order; a UsageError if one is none of the cache's."""
     if not keys and keys_from is None:
         raise click.UsageError("name at least one KEY, or give --keys-from")
@@ -119,7 +118,7 @@ def _checked(
     return list(found)
 
 
-def _add(found: dict[str, None], cached: Cached[Any, Any], place: str, key: str) -> None:
+def _add(found: dict[str, None], cached: Cache[Any], place: str, key: str) -> None:
     try:
         cached.keying.arguments(key)
     except InvalidKey as error:
@@ -147,7 +146,7 @@ def _lines(keys_from: IO[bytes]) -> Iterator[tuple[str, str]]:
 
 async def _warm(
     node: Node,
-    cached: Cached[Any, Any],
+    cached: Cache[Any],
     keys: Sequence[str],
     concurrency: int,
     per_second: float | None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...coordinator.valkey.backend import AnyLink
 from ...schemas.errors import InvalidKey
-from ..cache.cached import Cached
+from ..cache.cache import Cache
 from ..cache.core import Core
 from ..cache.near import NearEntry
 from ..workers.routes import Routes
@@ -36,7 +36,7 @@ def near_state(
     )
 
 
-def _of_cache(core: Core, cached: Cached[Any, Any], key: str) -> dict[str, Any]:
+def _of_cache(core: Core, cached: Cache[Any], key: str) -> dict[str, Any]:
     path = cached.path
     entry = path.near.peek(key)
     found: dict[str, Any] = {} if entry is None else _of_entry(core, entry)
@@ -59,7 +59,7 @@ def _of_cache(core: Core, cached: Cached[Any, Any], key: str) -> dict[str, Any]:
     }
 
 
-def _declared_tags(core: Core, cached: Cached[Any, Any], key: str) -> tuple[str, ...]:
+def _declared_tags(core: Core, cached: Cache[Any], key: str) -> tuple[str, ...]:
     """Those of its own, and of what it depends on."""
     try:
         tags, keys = cached.labels_of(key)

@@ -6,7 +6,7 @@ M1  Each request has a scope of its own while its handler runs.
 M2  A WebSocket has none: it lasts, and what it reads must not.
 M3  Answers, errors and cancellation pass as they are.
 
-See nodes/cache/request_scope.py for what a scope promises.
+See nodes/request_scope.py for what a scope promises.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from ..cache.request_scope import request_scope
+from ..request_scope import request_scope
 
 __all__ = ["request_scope_middleware"]
 

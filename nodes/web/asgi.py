@@ -7,7 +7,7 @@ M1  Each HTTP request has a scope of its own, from its first line of code to the
 M2  The lifespan and WebSockets have none: they last, and what they read must not.
 M3  Messages, errors and cancellation pass as they are.
 
-Nothing but ASGI itself is needed. See nodes/cache/request_scope.py for what a scope promises.
+Nothing but ASGI itself is needed. See nodes/request_scope.py for what a scope promises.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..cache.request_scope import request_scope
+from ..request_scope import request_scope
 
 __all__ = ["RequestScopeMiddleware"]
 

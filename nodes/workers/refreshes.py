@@ -169,7 +169,7 @@ class Refreshes:
             return "unknown_cache"
         if not await self._holds_lease(job):
             return "expired"
-        return "done" if await cached.do_refresh(job) else "refused"
+        return "done" if await cached.refresh(job) else "refused"
 
     async def _holds_lease(self, job: RefreshJob) -> bool:
         holder = await self._commands.call("GET", self._names.lease(job.key))

@@ -22,11 +22,12 @@ from ...schemas.errors import (
 )
 from ...schemas.keys import KeyTemplate, dependents_of
 from ...schemas.settings import CacheDefaults
-from ..cache.cached import Cached
-from ..cache.packing import Packed
-from ..cache.values import ValueCodec
+from ..cache.cache import Cache
+from ..cache.write import WritePath
 from ..sinks.base import Sink
 from ..sinks.serialized import Outlet
+from ..values.codec import ValueCodec
+from ..values.packing import Packed
 
 __all__ = ["Routes", "SinkRoute", "refused_value"]
 
@@ -69,7 +70,7 @@ class Untyped:
         if raw_json.strip() == b"null":
             tail = self._codec.negative_tail(EntryMeta())
             return Packed(None, lifetime_ms, lifetime_ms, tail)
-        payload = self._codec.pack(self._codec.convert(raw_json))
+        payload = self._codec.pack(self._codec.from_json(raw_json))
         tail = self._codec.tail(payload, EntryMeta(soft_ms=lifetime_ms))
         return Packed(payload, lifetime_ms, lifetime_ms, tail)
 
@@ -77,10 +78,10 @@ class Untyped:
 class Routes:
     def __init__(self) -> None:
         self._untyped = Untyped()
-        self.caches: dict[str, Cached[Any, Any]] = {}
+        self.caches: dict[str, Cache[Any]] = {}
         self.sinks: list[SinkRoute] = []
 
-    def add_cache(self, cached: Cached[Any, Any]) -> None:
+    def add_cache(self, cached: Cache[Any]) -> None:
         for other in self.caches.values():
             if other.name == cached.name or other.template.shape == cached.template.shape:
                 raise ConfigError(
@@ -110,7 +111,7 @@ class Routes:
             )
         self.sinks.append(SinkRoute(KeyTemplate(template), sink))
 
-    def cache_of(self, key: str) -> Cached[Any, Any] | None:
+    def cache_of(self, key: str) -> Cache[Any] | None:
         for cached in self.caches.values():
             if cached.template.match(key) is not None:
                 return cached
@@ -151,13 +152,14 @@ class Routes:
         if cached is None:
             return
         try:
-            cached.check_published(raw_json)
+            cached.writes.check_published(raw_json)
         except Exception as error:
             raise refused_value(error) from error
 
-    def packer_of(self, key: str) -> Cached[Any, Any] | Untyped:
-        """Whatever turns a published value of this key into an entry."""
-        return self.cache_of(key) or self._untyped
+    def packer_of(self, key: str) -> WritePath[Any] | Untyped:
+        """The packer of published values of this key."""
+        cached = self.cache_of(key)
+        return self._untyped if cached is None else cached.writes
 
     def sink_of(self, key: str) -> tuple[Sink, Mapping[str, str]] | None:
         """The sink, and the fields of the key."""
@@ -167,7 +169,7 @@ class Routes:
                 return route.sink, params
         return None
 
-    def sink_for(self, cached: Cached[Any, Any]) -> Sink | None:
+    def sink_for(self, cached: Cache[Any]) -> Sink | None:
         """The sink that takes the keys of this cache."""
         found = self.sink_of(cached.template.format(dict.fromkeys(cached.template.fields, "0")))
         return None if found is None else found[0]

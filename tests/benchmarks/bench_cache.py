@@ -254,7 +254,7 @@ async def memory(server: ValkeyServer) -> list[Row]:
             if "nodes/cache" in stat.traceback[0].filename
             or "schemas" in stat.traceback[0].filename
         )
-        entries = len(product.path.near)
+        entries = len(product._cache.path.near)
     return rows_of("bytes per near-cache entry", "bytes", {"forebay": kept / entries}, "forebay")
 
 

@@ -82,7 +82,7 @@ def test_one_exception_is_harmless_without_a_list(make_node: MakeNode) -> None:
     for given in (KeyError, [KeyError], (KeyError,)):
         options: dict[str, Any] = {"harmless": given}
         made = make_node().cached("a:{id}", ttl=60, **options)(squared)
-        assert made.declared.harmless == (KeyError,)
+        assert made._cache.declared.harmless == (KeyError,)
 
 
 @pytest.mark.parametrize("given", ["catalog", ["b*"], ["b:{other}"]])

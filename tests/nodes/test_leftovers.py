@@ -112,7 +112,7 @@ async def test_what_other_workers_do_is_not_told(
 async def test_a_waiter_for_the_sink_is_not_told_of_a_write_that_is_held(
     valkey_server: ValkeyServer, namespace: str
 ) -> None:
-    """Confirmations P1: the checkpoint has passed it, and no sink has it."""
+    """NodeWrites P1: the checkpoint has passed it, and no sink has it."""
     node, flight = failing(namespace, away(), Valkey(url=valkey_server.socket_url), enabled=False)
     async with node:
         receipt = await flight.write_behind(1, 1)
@@ -121,13 +121,13 @@ async def test_a_waiter_for_the_sink_is_not_told_of_a_write_that_is_held(
         await link.call("HSET", part(receipt.shard, "done"), "writes:table", receipt.job_id)
         held = part(receipt.shard, "held")
         await link.call("XADD", held, "*", "v", 1, "j", b"", "f", receipt.job_id)
-        confirmations = node.parts.writing.parts.confirmations
-        since = confirmations.since
-        terms: dict[str, Any] = {"since": since, "sink": "table", "timeout_ms": 300}
+        writing = node.parts.writing
+        history = writing.history
+        terms: dict[str, Any] = {"history": history, "sink": "table", "timeout_ms": 300}
         with pytest.raises(forebay.Unconfirmed):
-            await confirmations.until("flight:1", receipt, "sink", **terms)
+            await writing.confirm("flight:1", receipt, "sink", **terms)
         await link.call("DEL", held)
-        found = await confirmations.until("flight:1", receipt, "sink", **terms)
+        found = await writing.confirm("flight:1", receipt, "sink", **terms)
         assert found.reached == "sink"
 
 

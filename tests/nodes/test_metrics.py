@@ -204,7 +204,7 @@ async def test_breakers_and_sinks_tell_their_state_by_name(cluster: Cluster) -> 
     node = cluster.node
     crew = node.parts.crew
     assert crew is not None
-    node.caches[3].path.loads.source.breaker.trip()
+    node.caches[3]._cache.path.loads.source.breaker.trip()
     crew.deliveries["orders"].paused = Outage(0.0, 1, "away")
     crew.deliveries["orders"].stopped = "no such table"
     crew.deliveries["products"].paused = Outage(0.0, 1, "away")

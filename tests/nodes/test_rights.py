@@ -141,7 +141,7 @@ async def observing(shop: Shop, server: ValkeyServer) -> None:
     assert crew.external is not None
     await shop.product(2)
     server.execute("DEL", node.parts.names.entry("product:2"))
-    await until(lambda: shop.product.path.near.peek("product:2") is None)
+    await until(lambda: shop.product._cache.path.near.peek("product:2") is None)
 
 
 def command_line(server: ValkeyServer, *words: str) -> str:

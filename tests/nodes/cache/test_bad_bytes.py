@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from msgspec import Struct
 from pydantic import BaseModel
 
-from forebay.nodes.cache.values import PackedCodec, ValueCodec
+from forebay.nodes.values.codec import PackedCodec, ValueCodec
 from forebay.schemas.entry import EntryMeta, read_entry
 from forebay.schemas.errors import InvalidEntry
 

@@ -12,7 +12,7 @@ import pytest
 from forebay.coordinator.background import BackgroundTasks, background_tasks
 from forebay.nodes.cache.batches import Batches
 from forebay.nodes.cache.loading import Loading, loading, under_way
-from forebay.nodes.cache.request_scope import current, request_scope
+from forebay.nodes.request_scope import current, request_scope
 from forebay.schemas.errors import ForebayError, LoaderError, TimedOut, Unavailable
 
 

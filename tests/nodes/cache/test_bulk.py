@@ -13,7 +13,7 @@ import pytest
 import forebay
 from forebay.nodes.cache.cached import Cached
 from forebay.nodes.cache.core import Hit
-from forebay.nodes.cache.request_scope import outside
+from forebay.nodes.request_scope import outside
 from forebay.schemas.errors import LoaderError, PartialFailure
 from support.eventually import until
 
@@ -128,7 +128,7 @@ async def test_older_forms_and_broken_entries_are_read_in_one_go(
     node = nodes[0]
     names, row = node.parts.names, node.row
     await row.many([1, 2])
-    row.path.near.clear()
+    row._cache.path.near.clear()
     valkey_server.execute("SET", names.entry("row:3"), b'{"n": 3}')
     valkey_server.execute("SET", names.entry("row:4"), b'{"value": {"n": 4}, "stale_at": 1.5}')
     valkey_server.execute("SET", names.entry("row:5"), b"\x80\x04garbage" * 20)
@@ -274,12 +274,12 @@ async def test_a_cancelled_bulk_read_leaves_its_loads_to_the_others(
             first.start_soon(row.many, [1, 2, 3])
             await table.began.wait()
             tasks.start_soon(read)
-            await eventually(lambda: row.path.flights.waiting == 4)
+            await eventually(lambda: row._cache.path.flights.waiting == 4)
             first.cancel_scope.cancel()
-        assert row.path.flights.waiting == 1
+        assert row._cache.path.flights.waiting == 1
         table.gate.set()
     assert got == rows(2)
-    await eventually(lambda: not len(row.path.flights))
+    await eventually(lambda: not len(row._cache.path.flights))
     assert await nodes[1].row.many([1, 2, 3]) == rows(1, 2, 3)
     assert len(table.calls) == 1
 
@@ -298,10 +298,10 @@ async def test_a_bulk_read_that_is_cut_off_anywhere_leaves_nothing(nodes, table)
             with anyio.fail_after(20):
                 assert await nodes[1].row.many(numbers) == rows(*numbers)
     with anyio.fail_after(20):
-        while len(row.path.flights):
+        while len(row._cache.path.flights):
             await anyio.sleep(0.005)
-    assert not row.path.near._reservations
-    assert not row.path.flights._flights
+    assert not row._cache.path.near._reservations
+    assert not row._cache.path.flights._flights
     assert len(nodes[0].parts.waits) == 0
 
 
@@ -428,7 +428,7 @@ async def test_one_failed_call_is_one_failure_of_the_source(make_node, table) ->
         table.error = ConnectionError("a moment")
         with pytest.raises(PartialFailure):
             await row.many(range(10))
-        assert row.path.loads.source.breaker.closed
+        assert row._cache.path.loads.source.breaker.closed
         table.error = None
         assert await row.many(range(10)) == rows(*range(10))
 

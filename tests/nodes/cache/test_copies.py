@@ -85,5 +85,5 @@ async def test_what_is_changed_while_it_is_written_is_not_kept(make_node, source
         await getattr(basket, way)(1, written)
         assert written == ["tea", "milk"]
         near = await basket(1)
-        basket.path.near.clear()
+        basket._cache.path.near.clear()
         assert (near, await basket(1)) == (["tea"], ["tea"])

@@ -72,7 +72,7 @@ async def test_a_fill_outdates_nothing(worlds) -> None:
     """NoticeDispatcher E3: what was loaded replaces what has ended, and the rest stays near."""
     for world in worlds:
         assert await world.old() == []
-        world.user.path.near.clear()
+        world.user._cache.path.near.clear()
         await world.node.parts.backend.link.call("DEL", world.node.parts.names.entry("user:1"))
         assert (await world.user.get_with_info(1)).tier == "source"
         for cached in (world.team, world.page, world.note):
@@ -83,7 +83,7 @@ async def test_a_reload_outdates_nothing_elsewhere(worlds, eventually) -> None:
     """E3: also as a notice; the other nodes go on with what they have."""
     one, two = worlds
     await one.node.parts.backend.link.call("DEL", one.node.parts.names.entry("user:1"))
-    one.user.path.near.clear()
+    one.user._cache.path.near.clear()
     loaded = await one.user.get_with_info(1)
 
     async def told() -> bool:
@@ -380,6 +380,6 @@ async def test_what_is_labelled_with_its_own_key_outlives_its_own_write(
         assert await caches[0](1) == "loaded"
         await caches[0].put(1, "put")
         assert await caches[0](1) == await caches[1](1) == "put"
-        caches[0].path.near.clear()
+        caches[0]._cache.path.near.clear()
         assert await caches[0](1) == "put"
         assert source.asked == [1]

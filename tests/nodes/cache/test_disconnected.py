@@ -286,4 +286,4 @@ async def test_a_node_that_stopped_serves_nothing(make_node, source, server) -> 
     async with node:
         assert (await row.get_with_info(1)).tier == "shared"
         await row(1)
-        assert row.near_hits == 2, "counted over all starts"
+        assert row._cache.near_hits == 2, "counted over all starts"

@@ -46,7 +46,7 @@ class Pair:
         return self.row, self.again
 
     def breakers(self) -> list[str]:
-        return [cached.path.loads.source.breaker.state for cached in self.caches]
+        return [cached._cache.path.loads.source.breaker.state for cached in self.caches]
 
     async def __aenter__(self) -> Self:
         self._stack = AsyncExitStack()
@@ -420,7 +420,7 @@ async def test_a_probe_that_is_cut_off_is_made_by_another(make_pair, source, eve
         source.hold()
         async with anyio.create_task_group() as tasks:
             job = RefreshJob(cache="row", key="row:1", token="t")
-            tasks.start_soon(pair.row.do_refresh, job)
+            tasks.start_soon(pair.row._cache.refresh, job)
             await source.began.wait()
             tasks.cancel_scope.cancel()
         source.let_go()

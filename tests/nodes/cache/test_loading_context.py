@@ -44,7 +44,7 @@ class Page:
         """As a job does; on top of whatever is stored."""
         shared = self.node.parts.shared
         await shared.begin(key, "token", lease_ms=60_000, seen=2**60)
-        return await self.cached.do_refresh(RefreshJob(cache="page", key=key, token="token"))
+        return await self.cached._cache.refresh(RefreshJob(cache="page", key=key, token="token"))
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ async def test_not_modified_never_brings_back_what_cannot_be_read(
     await one.cached(1)
     name = one.node.parts.names.entry("page:1")
     raw = valkey_server.execute("GET", name)
-    one.cached.path.near.clear()
+    one.cached._cache.path.near.clear()
     valkey_server.execute("SET", name, raw[: -len("one") - 1] + b"\x07", "PX", 60_000)
     one.say = lambda load: load.not_modified() if load.etag else load.keep(etag="v2")
     assert await one.cached(1) == "one"
@@ -428,4 +428,4 @@ async def test_a_refresh_whose_loader_asks_for_its_own_key_is_told(make_node, so
         await node.parts.shared.begin("self:1", "token", lease_ms=60_000, seen=-1)
         job = RefreshJob(cache="itself", key="self:1", token="token")
         with anyio.fail_after(5), pytest.raises(LoaderError, match="itself"):
-            await itself.do_refresh(job)
+            await itself._cache.refresh(job)

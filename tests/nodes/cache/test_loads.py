@@ -91,7 +91,7 @@ async def test_what_was_loaded_is_given_though_it_cannot_be_stored(
         raise error
 
     async with node:
-        monkeypatch.setattr(page.path._core.tags, "discovered", discovered)
+        monkeypatch.setattr(page._cache.path._core.tags, "discovered", discovered)
         hit = await page.get_with_info(1)
         assert (hit.value, hit.version) == ("first", 0)
         monkeypatch.undo()
@@ -150,7 +150,7 @@ async def test_an_absence_that_was_overtaken_takes_nothing_away(
             await row.put(1, "new")
             source.let_go()
         await eventually(lambda: node.instruments.counts["refreshes", "refused"])
-        row.path.near.clear()
+        row._cache.path.near.clear()
         assert await row(1) == "new"
 
 

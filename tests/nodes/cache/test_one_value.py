@@ -1,4 +1,4 @@
-"""One version of a key has one value, for every caller and every way to get it."""
+"""One version of a key has one value for every caller and every way to read it."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def declare(node: forebay.Node, case: str, **options: Any) -> Cached[Any, Any]:
 
 
 def seen(value: Any) -> str:
-    """All that can be seen of it: class, content, time zone."""
+    """All visible properties of a value: class, content, time zone."""
     return f"{type(value)} {value!r}"
 
 
 @pytest.mark.parametrize("mutable", [False, True])
 @pytest.mark.parametrize("case", CASES)
-async def test_every_reader_gets_the_same(make_node: Any, case: str, mutable: bool) -> None:
-    """V6, L8: the caller that loads it, waiters, and later callers, on every tier and node."""
+async def test_every_reader_gets_the_same_value(make_node: Any, case: str, mutable: bool) -> None:
+    """V6, L8: the loading caller, waiters and later callers agree, on every tier and node."""
     one, two = (make_node(value_bytes_max=200_000) for _ in range(2))
     first, second = (declare(node, case, mutable=mutable) for node in (one, two))
     found: list[Any] = []
@@ -118,8 +118,8 @@ async def test_every_reader_gets_the_same(make_node: Any, case: str, mutable: bo
                 tasks.start_soon(read, 1)
         found += [await first(1), (await first.get_with_info(1)).value]
         found += await first.many([1, 2])
-        first.path.near.clear()
-        found += [await first(1), await second(1), (await first.read_key("value:3")).value]
+        first._cache.path.near.clear()
+        found += [await first(1), await second(1), (await first._cache.read_key("value:3")).value]
         found += [await first(404), await first(404)]
         async with forebay.request_scope():
             found += [await first(5), await first(5)]
@@ -127,8 +127,8 @@ async def test_every_reader_gets_the_same(make_node: Any, case: str, mutable: bo
 
 
 @pytest.mark.parametrize("case", CASES)
-async def test_a_batch_loader_s_values_are_no_others(make_node: Any, case: str) -> None:
-    """V6: as if each had been loaded by itself."""
+async def test_a_batch_loader_gives_the_same_values(make_node: Any, case: str) -> None:
+    """V6: values of a batch equal values that were loaded one by one."""
     annotation, make = CASES[case]
     node = make_node()
 
@@ -144,7 +144,7 @@ async def test_a_batch_loader_s_values_are_no_others(make_node: Any, case: str) 
 
     async with node:
         found = [await cached(1), await cached(1), *await cached.many([1, 2])]
-        cached.path.near.clear()
+        cached._cache.path.near.clear()
         found += await cached.many([1, 2])
     assert len({seen(each) for each in found}) == 1
 
@@ -152,16 +152,16 @@ async def test_a_batch_loader_s_values_are_no_others(make_node: Any, case: str) 
 @pytest.mark.parametrize("mutable", [False, True])
 @pytest.mark.parametrize("way", ["put", "write_through", "write_behind"])
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("absence", "too large")])
-async def test_what_was_written_is_read_and_sunk_the_same(
+async def test_a_written_value_is_the_same_for_readers_and_the_sink(
     make_node: Any, case: str, way: str, mutable: bool
 ) -> None:
-    """X7: by the writer, other nodes and the sink."""
+    """X7: the writer, other nodes and the sink get equal values."""
     one, two = make_node(workers=True), make_node()
     first, second = (declare(node, case, mutable=mutable) for node in (one, two))
-    sunk: list[Any] = []
+    stored: list[Any] = []
 
     async def save(writes: list[forebay.Write[Any]]) -> None:
-        sunk.extend(write.value for write in writes)
+        stored.extend(write.value for write in writes)
 
     for node in (one, two):
         node.sink("value:{id}")(save)
@@ -170,15 +170,15 @@ async def test_what_was_written_is_read_and_sunk_the_same(
         await write(1, CASES[case][1](), **({"until": "sink"} if way == "write_behind" else {}))
         found = [await first(1), await second(1)]
         assert (await first.get_with_info(1)).tier != "source"
-        first.path.near.clear()
+        first._cache.path.near.clear()
         found.append(await first(1))
-    assert len({seen(each) for each in found + sunk}) == 1
-    assert len(sunk) == (way != "put")
+    assert len({seen(each) for each in found + stored}) == 1
+    assert len(stored) == (way != "put")
 
 
 @pytest.mark.parametrize("value", [Word("a"), [Word("a")], {"a": Word("a")}, object(), 1j])
-async def test_what_cannot_come_back_is_refused_at_the_first_call(make_node: Any, value) -> None:
-    """V3: a class that msgpack has no form of; the caller is told the cache and the key."""
+async def test_an_undecodable_value_is_refused_at_the_first_call(make_node: Any, value) -> None:
+    """V3: the error names the cache and the key."""
     node = make_node()
 
     @node.cached("value:{id}", ttl=600)
@@ -192,8 +192,8 @@ async def test_what_cannot_come_back_is_refused_at_the_first_call(make_node: Any
             await cached.put(1, value)
 
 
-async def test_a_refresh_and_a_read_past_the_server_bring_no_other(make_node, make_server) -> None:
-    """L8: in the background, and where nothing can be stored."""
+async def test_a_refresh_and_a_bypass_give_the_same_value(make_node, make_server) -> None:
+    """L8: this holds in the background, and if nothing can be stored."""
     server = make_server()
     node = make_node(server, max_staleness_ms=200)
     cached = declare(node, "zone", ttl=0.05, stale_for=600)

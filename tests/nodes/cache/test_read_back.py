@@ -71,4 +71,4 @@ async def test_any_by_intention_is_not_warned_of(make_node: Any) -> None:
 
     with capture_logs() as logs:
         cached = make_node().cached("thing:{id}", ttl=600)(thing)
-    assert (logs, cached.value_type) == ([], Any)
+    assert (logs, cached._cache.value_type) == ([], Any)

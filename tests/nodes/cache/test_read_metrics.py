@@ -11,7 +11,7 @@ import pytest
 import forebay
 from conftest import MakeServer
 from forebay.nodes.cache.cached import Cached
-from forebay.nodes.cache.request_scope import request_scope
+from forebay.nodes.request_scope import request_scope
 from forebay.schemas.errors import Backpressure, SourceFailing, Unavailable
 from forebay.schemas.jobs import RefreshJob
 from forebay.schemas.settings import Limits
@@ -92,7 +92,7 @@ async def test_shared_hits_are_told_from_known_absences(make_node: Any, source: 
     async with one, two:
         await row.many([1, 2])
         await again(1)
-        await again.read_key("row:2")
+        await again._cache.read_key("row:2")
         await again.many([1, 2])
 
         assert reads(one) == {("source", "miss"): 2}
@@ -221,11 +221,11 @@ async def test_a_read_that_is_cancelled_is_counted_so(node: Any, source: Any) ->
         tasks.start_soon(read, lambda: node.row(1), scopes[0])
         tasks.start_soon(read, lambda: node.row.many([1, 2]), scopes[1])
         tasks.start_soon(node.row, 1)
-        while source.loads < 2 or node.row.path.flights.waiting < 4:
+        while source.loads < 2 or node.row._cache.path.flights.waiting < 4:
             await anyio.sleep(0.001)
         for scope in scopes:
             scope.cancel()
-        while node.row.path.flights.waiting > 1:
+        while node.row._cache.path.flights.waiting > 1:
             await anyio.sleep(0.001)
         source.let_go()
 
@@ -247,7 +247,7 @@ async def test_reads_without_a_server_are_counted_by_policy(
         before = reads(node)
         server.kill9()
         with anyio.fail_after(20):
-            while node.parts.backend.link.connected or row.path.loads.live:
+            while node.parts.backend.link.connected or row._cache.path.loads.live:
                 await anyio.sleep(0.005)
         if policy == "fail":
             await fails(row(1), Unavailable)
@@ -267,7 +267,7 @@ async def test_reads_without_a_server_are_counted_by_policy(
 async def test_a_refresh_is_a_load_and_no_read(node: Any) -> None:
     """Jobs load without a reader."""
     await node.parts.shared.begin("row:1", "token", lease_ms=60_000, seen=-1)
-    assert await node.row.do_refresh(RefreshJob(cache="row", key="row:1", token="token"))
+    assert await node.row._cache.refresh(RefreshJob(cache="row", key="row:1", token="token"))
     assert (reads(node), loads(node)) == ({}, {"loaded": 1})
 
 

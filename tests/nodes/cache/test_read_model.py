@@ -202,7 +202,7 @@ class World:
             raw = raw[:start] + b"%013d" % at_ms + raw[end:]
         await self.link.call("SET", name, raw, "KEEPTTL")
         for cached in self.caches:
-            cached.path.near.clear()
+            cached._cache.path.near.clear()
         row.age_s += AGE_S
         row.may_load = self.asked[id] + 1
 
@@ -224,8 +224,8 @@ class World:
         leases = [self.nodes[0].parts.names.lease(f"row:{each}") for each in self.rows]
         with anyio.fail_after(PATIENCE_S):
             while (
-                any(cached.path._refreshes._asking for cached in self.caches)
-                or any(len(cached.path.flights) for cached in self.caches)
+                any(cached._cache.path._refreshes._asking for cached in self.caches)
+                or any(len(cached._cache.path.flights) for cached in self.caches)
                 or any(found not in (None, b"!") for found in await self.link.call("MGET", *leases))
             ):
                 await anyio.sleep(0.002)

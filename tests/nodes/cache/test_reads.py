@@ -330,7 +330,7 @@ async def test_what_was_invalidated_while_it_was_loaded_is_not_stored(
         tasks.start_soon(call, "leader")
         await source.began.wait()
         tasks.start_soon(call, "waiter")
-        await eventually(lambda: node.row.path.flights.waiting == 2)
+        await eventually(lambda: node.row._cache.path.flights.waiting == 2)
         source.values[1] = {"n": 2}
         if by == "key":
             await node.row.invalidate(1)
@@ -466,7 +466,7 @@ async def test_legacy_forms_are_read_in_one_go_with_ours(node, source, valkey_se
     """Three forms, one MGET; the wrapped one is served stale after its time, and refreshed."""
     entry = node.parts.names.entry
     await node.row(1)
-    node.row.path.near.clear()
+    node.row._cache.path.near.clear()
     valkey_server.execute("SET", entry("row:2"), b'{"n": 2}')
     valkey_server.execute("SET", entry("row:3"), b'{"value": {"n": 3}, "stale_at": 32503680000}')
     valkey_server.execute("SET", entry("row:4"), b'{"value": {"n": 4}, "stale_at": 1.5}')
@@ -515,7 +515,7 @@ async def test_an_error_invalidates_nothing(node, source, valkey_server) -> None
     job = RefreshJob(cache="row", key="row:1", token="token")
     valkey_server.execute("SET", node.parts.names.lease("row:1"), "token", "PX", 60_000)
     with pytest.raises(ValueError, match="down"):
-        await node.row.do_refresh(job)
+        await node.row._cache.refresh(job)
     assert stored(node, valkey_server, "row:1") == raw
     assert (await node.row.get_with_info(1)).tier == "near"
     assert leased(node, valkey_server, "row:1") == b"!", "no token: its source is left alone"
@@ -553,7 +553,7 @@ async def test_a_loader_that_is_cancelled_from_inside_ends_nothing_else(node, so
     job = RefreshJob(cache="row", key="row:1", token="token")
     await node.parts.shared.begin("row:1", "token", lease_ms=10_000, seen=-1)
     with pytest.raises(LoaderError, match="cancelled from inside"):
-        await node.row.do_refresh(job)
+        await node.row._cache.refresh(job)
     source.before = None
     assert await node.row(1) == {"n": 1}
 
@@ -690,7 +690,7 @@ async def test_a_pending_write_neither_expires_nor_is_loaded_over(
         await node.invalidate(tags=["rows"])
         assert await row(1) == {"n": 5}
         job = RefreshJob(cache="row", key="row:1", token="token")
-        assert not await row.do_refresh(job)
+        assert not await row._cache.refresh(job)
     assert source.loads == 0
 
 
@@ -698,14 +698,14 @@ async def test_a_refresh_whose_lease_is_over_loads_nothing(node, source, valkey_
     """The source is not asked for what could not be stored; nor for what cannot be called."""
     await node.row(1)
     job = RefreshJob(cache="row", key="row:1", token="token")
-    assert not await node.row.do_refresh(job)
+    assert not await node.row._cache.refresh(job)
     valkey_server.execute("SET", node.parts.names.lease("row:1"), "another's", "PX", 60_000)
-    assert not await node.row.do_refresh(job)
+    assert not await node.row._cache.refresh(job)
     assert leased(node, valkey_server, "row:1") == b"another's"
     bad = RefreshJob(cache="row", key="row:x", token="token")
     valkey_server.execute("SET", node.parts.names.lease("row:x"), "token", "PX", 60_000)
     with pytest.raises(InvalidKey):
-        await node.row.do_refresh(bad)
+        await node.row._cache.refresh(bad)
     assert leased(node, valkey_server, "row:x") is None
     assert source.loads == 1
 
@@ -715,7 +715,7 @@ async def test_a_refresh_is_kept_here_and_told_elsewhere(cluster, source, eventu
     assert [await node.row(1) for node in cluster] == [{"n": 1}] * 3
     source.values[1] = {"n": 2}
     await cluster[0].parts.shared.begin("row:1", "token", lease_ms=60_000, seen=2**60)
-    assert await cluster[0].row.do_refresh(RefreshJob(cache="row", key="row:1", token="token"))
+    assert await cluster[0].row._cache.refresh(RefreshJob(cache="row", key="row:1", token="token"))
     hit = await cluster[0].row.get_with_info(1)
     assert (hit.value, hit.tier) == ({"n": 2}, "near")
     await eventually(lambda: _reads(cluster[1], {"n": 2}))
@@ -802,7 +802,7 @@ async def test_nothing_is_left_of_reads_that_ended(node, source) -> None:
             for number in range(50):
                 tasks.start_soon(some, number)
         await node.invalidate(tags=["rows"])
-    path = node.row.path
+    path = node.row._cache.path
     with anyio.fail_after(20):
         while len(path.flights):
             await anyio.sleep(0.01)

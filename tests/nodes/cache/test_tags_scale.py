@@ -48,8 +48,8 @@ async def test_a_million_entries_cost_a_tag_nothing(namespace: str) -> None:
         async with node:
             link, names = node.parts.backend.link, node.parts.names
             for tag, count in (("few", FEW), ("many", MANY)):
-                versions = await row.path.loads.tags_of([tag])
-                codec = row.path.codec
+                versions = await row._cache.path.loads.tags_of([tag])
+                codec = row._cache.path.codec
                 tail = codec.tail(codec.pack(1), EntryMeta(tags=dict(versions), soft_ms=600_000))
                 raw = b"\xfbE1c%016d%013d%013d%016d%b" % (*versions.values(), *_ends(node), 0, tail)
                 for start in range(0, count, TOGETHER):

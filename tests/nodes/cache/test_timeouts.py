@@ -63,9 +63,9 @@ async def test_who_could_be_served_stale_waits_no_longer_than_the_soft_timeout(
     with anyio.fail_after(20):
         hit = await row.get_with_info(1)
     assert (hit.value, hit.tier, hit.stale) == ({"n": 1}, "shared", True)
-    assert len(row.path.flights) == 1
+    assert len(row._cache.path.flights) == 1
     source.let_go()
-    await eventually(lambda: not len(row.path.flights))
+    await eventually(lambda: not len(row._cache.path.flights))
     hit = await row.get_with_info(1)
     assert (hit.value, hit.tier, hit.stale) == ({"n": 11}, "near", False)
     assert source.loads == 2
@@ -92,7 +92,7 @@ async def test_latecomers_need_not_wait_for_a_load_that_is_late(
     await row(1)
     for _ in range(10):
         assert (await row.get_with_info(1)).stale
-        assert row.path.flights.waiting == 0
+        assert row._cache.path.flights.waiting == 0
     assert source.loads == 2, "they joined the same load"
 
 
@@ -133,7 +133,7 @@ async def test_nobody_waits_longer_than_the_hard_timeout(open_nodes, source, eve
     assert len({id(error) for error in errors}) == 21
     assert {(error.cache, error.key) for error in errors} == {("row", "row:1")}
     source.let_go()
-    await eventually(lambda: not len(row.path.flights))
+    await eventually(lambda: not len(row._cache.path.flights))
     assert (await row.get_with_info(1)).tier == "near"
     assert (await again.get_with_info(1)).tier == "shared"
     assert source.loads == 1
@@ -168,8 +168,8 @@ async def test_a_load_that_fails_after_all_have_left_harms_nothing(
     source.hold()
     await row(1)
     source.let_go()
-    await eventually(lambda: not len(row.path.flights))
-    assert valkey_server.execute("GET", row.path.shared.names.lease("row:1")) == b"!"
+    await eventually(lambda: not len(row._cache.path.flights))
+    assert valkey_server.execute("GET", row._cache.path.shared.names.lease("row:1")) == b"!"
     assert (await row.get_with_info(1)).stale
 
 
@@ -183,9 +183,9 @@ async def test_a_caller_who_is_cancelled_before_the_timeout_leaves_the_load(
         tasks.start_soon(row, 1)
         await source.began.wait()
         tasks.cancel_scope.cancel()
-    assert row.path.flights.waiting == 0
+    assert row._cache.path.flights.waiting == 0
     source.let_go()
-    await eventually(lambda: not len(row.path.flights))
+    await eventually(lambda: not len(row._cache.path.flights))
     assert (await row.get_with_info(1)).tier == "near"
     assert source.loads == 1
 
@@ -225,7 +225,7 @@ async def test_after_an_invalidation_no_late_value_is_served(
     source.let_go()
     assert await row(1) == {"n": 11}
     first_gate.set()
-    await eventually(lambda: not len(row.path.flights))
+    await eventually(lambda: not len(row._cache.path.flights))
     assert await row(1) == {"n": 11}
 
 
@@ -236,6 +236,6 @@ async def test_a_timeout_is_held_against_the_nodes_own_lease(make_node, source) 
         declare(node, source, hard_timeout=20.0)
     async with patient:
         assert patient.is_running
-    with pytest.raises(forebay.ConfigError, match=r"hard_timeout = 20.0 .*lease_ms = 1000"):
+    with pytest.raises(forebay.ConfigError, match=r"hard_timeout = 20.0 .*lease_ms=1000"):
         await hasty.start()
     assert not hasty.is_running

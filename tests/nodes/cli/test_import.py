@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import forebay
-from forebay.nodes.cache.imports import OldNames
+from forebay.nodes.cli.import_ import OldNames
 from forebay.schemas.errors import InvalidKey
 from forebay.schemas.keys import KeyTemplate, Names
 from forebay.schemas.settings import Http, NodeSettings, Settings, Valkey, Workers

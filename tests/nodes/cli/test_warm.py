@@ -80,7 +80,7 @@ def test_failures_are_told_and_end_with_1(warm: Warm) -> None:
         (
             ("product", "product:1", "broken:2"),
             "",
-            "KEY 2: key 'broken:2' is no key of product:{id}",
+            "KEY 2: key 'broken:2' does not match product:{id}",
         ),
         (
             ("product", "--keys-from", "-"),

@@ -98,13 +98,13 @@ async def test_nothing_is_changed_by_looking(
 ) -> None:
     """C1: no lease, no tag, no entry, no hit, no recency in the near cache."""
     await product_of(node)(1)
-    before, hits = valkey_server.execute("DBSIZE"), product_of(node).near_hits
+    before, hits = valkey_server.execute("DBSIZE"), product_of(node)._cache.near_hits
     await node.explain("product:1")
     await node.explain("product:2")
 
     assert valkey_server.execute("DBSIZE") == before
-    assert product_of(node).near_hits == hits
-    assert not product_of(node).path.near.peek("product:1").visited
+    assert product_of(node)._cache.near_hits == hits
+    assert not product_of(node)._cache.path.near.peek("product:1").visited
 
 
 async def test_a_load_under_way_is_told_with_its_lease(node: forebay.Node) -> None:

@@ -16,9 +16,9 @@ from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.middleware.base import BaseHTTPMiddleware
 
-from forebay.nodes.cache import request_scope as scope
+from forebay.nodes import request_scope as scope
 from forebay.nodes.cache.core import Hit
-from forebay.nodes.cache.request_scope import current, request_scope
+from forebay.nodes.request_scope import current, request_scope
 from forebay.nodes.web.aiohttp_middleware import request_scope_middleware
 from forebay.nodes.web.asgi import RequestScopeMiddleware
 from support.eventually import until

@@ -243,7 +243,7 @@ async def test_without_the_worker_nobody_sees_it(shop: Shop) -> None:
         shop.server.execute("SET", shop.entry(node, "product:7"), b'{"id":7,"price":990}')
         sweeps = node.parts.follower.statistics().sweeps
         await until(lambda: node.parts.follower.statistics().sweeps > sweeps + 3)
-        copy = await until(lambda: node.caches[0].path.near.get("product:7"))
+        copy = await until(lambda: node.caches[0]._cache.path.near.get("product:7"))
         assert copy.value == Product(7, 1)
 
 
@@ -258,7 +258,7 @@ async def test_what_others_delete_is_loaded_again(shop: Shop, command: tuple[str
         shop.server.execute(command[0], name, *(f"{name}{word}" for word in command[1:]))
         await until(lambda: "product:7" in shop.told(elected))
         for node in (elected, other):
-            near_cache = node.caches[0].path.near
+            near_cache = node.caches[0]._cache.path.near
             await until(lambda near=near_cache: near.get("product:7") is None)
             found = await node.read("product:7")
             assert found is not None
@@ -405,7 +405,7 @@ async def test_a_flush_resets_every_shard(make_server: MakeServer, namespace: st
         shop.server.execute("FLUSHDB")
         await until(lambda: counted(node, "flushed"))
         await until(lambda: shop.resets(node) >= SHARDS)
-        await until(lambda: node.caches[0].path.near.get("product:7") is None)
+        await until(lambda: node.caches[0]._cache.path.near.get("product:7") is None)
         found = await node.read("product:7")
         assert found is not None
         assert found.json == b'{"id":7,"price":2}'
@@ -428,7 +428,7 @@ async def test_what_was_missed_is_asked_for_again(shop: Shop) -> None:
         shop.server.execute("SET", shop.entry(node, "product:7"), b'{"id":7,"price":990}')
         await near(node, "product:7")
         gate.opened.set()
-        await until(lambda: node.caches[0].path.near.get("product:7") is None)
+        await until(lambda: node.caches[0]._cache.path.near.get("product:7") is None)
         found = await node.read("product:7")
         assert found is not None
         assert found.json == b'{"id":7,"price":990}'
@@ -517,7 +517,7 @@ async def test_another_node_takes_over(shop: Shop) -> None:
             shop.server.execute("SET", shop.entry(second, "product:7"), b'{"id":7,"price":990}')
             await near(second, "product:7")
             await until(lambda: counted(second, "missed"))
-            await until(lambda: second.caches[0].path.near.get("product:7") is None)
+            await until(lambda: second.caches[0]._cache.path.near.get("product:7") is None)
             found = await second.read("product:7")
             assert found is not None
             assert found.json == b'{"id":7,"price":990}'

@@ -1,13 +1,17 @@
-"""What a declared type says without a value: its classes, and the types it is made of.
+"""Inspects the functions and types of a declaration: async or not, names, classes, members.
 
-T1  No module is imported, and no value is made: an unfamiliar type is not checked further.
-T2  ``unmade_in`` names a class whose instances msgpack cannot give back.
+N1  Every object that is called and then awaited must be declared async: an ``async def``, a
+    ``partial`` of one, or an object whose ``__call__`` is one.
+T1  Inspecting a type imports no module and creates no value. An unfamiliar type passes unchecked.
+T2  ``undecodable_in`` finds a class whose instances msgpack cannot decode.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from types import NoneType, UnionType
 from typing import (
@@ -23,33 +27,62 @@ from typing import (
     get_type_hints,
 )
 
-from msgspec import Struct, UnsetType, inspect
+from msgspec import Struct, UnsetType
+from msgspec import inspect as msgspec_inspect
 
 from ...schemas.errors import ConfigError
 
-__all__ = [
-    "bare",
-    "classes_of",
-    "fits",
-    "is_struct",
-    "layers",
-    "name_of",
-    "refused",
-    "types_in",
-    "unmade_in",
-]
-
 _DECODED = (dict, list, str, bytes, int, float, datetime)  #: decoded forms without a declared type
-_NOT_ITS_BASE = (bool, datetime)  #: instances of int and of date that are not meant by these
+_NOT_ITS_BASE = (bool, datetime)  #: instances of int and date that do not pass for these
+
+
+# Functions
+
+
+def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind partials, or an object's ``__call__``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.isroutine(function) or isinstance(function, type):
+        return function
+    own: Callable[..., Any] = vars(type(function)).get("__call__", function)
+    return own
+
+
+def name_of_function(function: Callable[..., Any]) -> str:
+    """The name of the function; for an object, the name of its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def refuse_sync(setting: str, function: Callable[..., Any]) -> None:
+    """Check that a function is async; ``setting`` names it in the error, such as "the loader".
+
+    Raises:
+        ConfigError: the function is not async.
+    """
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(unwrapped(function)):
+        return
+    raise ConfigError(
+        setting=setting,
+        value=name_of_function(function),
+        origin="its declaration",
+        problem="is not an async function",
+        fix="write `async def`",
+    )
+
+
+# Types
 
 
 def name_of(of: Any) -> str:
-    """As it is written in a declaration, about."""
+    """A type as it is written in a declaration."""
     return of.__qualname__ if isinstance(of, type) and not get_args(of) else str(of)
 
 
 def refused(of: Any, problem: str, fix: str) -> ConfigError:
-    """What to raise for a type whose values cannot be cached."""
+    """The error for a type whose values cannot be cached."""
     return ConfigError(
         setting="the type of the values",
         value=name_of(of),
@@ -64,7 +97,7 @@ def is_struct(kind: Any) -> bool:
 
 
 def fits(value: Any, classes: tuple[type, ...]) -> bool:
-    """Whether a value is of one of these; a bool is no int, a datetime no date."""
+    """Whether a value is an instance of these; a bool is not an int, a datetime not a date."""
     if type(value) in classes:
         return True
     return isinstance(value, classes) and not any(
@@ -73,7 +106,7 @@ def fits(value: Any, classes: tuple[type, ...]) -> bool:
 
 
 def classes_of(of: Any) -> tuple[type, ...]:
-    """What a value of this type must be an instance of; empty if that cannot be told."""
+    """The classes of which a value of this type must be an instance; empty if unknown."""
     of = bare(of)
     origin, args = get_origin(of), get_args(of)
     if origin in (Union, UnionType):
@@ -90,7 +123,7 @@ def classes_of(of: Any) -> tuple[type, ...]:
 
 
 def types_in(of: Any) -> Iterator[Any]:
-    """The type and those it is made of, each once: arguments, members and fields."""
+    """The type and its arguments, members and fields at any depth, each once."""
     seen: list[Any] = []
     left = [of]
     while left:
@@ -101,18 +134,20 @@ def types_in(of: Any) -> Iterator[Any]:
             yield each
 
 
-def unmade_in(of: Any) -> type | None:
-    """A class in this type that no bytes can be decoded to: neither known, nor a base of one."""
+def undecodable_in(of: Any) -> type | None:
+    """A class in this type that msgspec does not know and that is not a base of a known one."""
     seen: set[int] = set()
-    left: list[Any] = [inspect.type_info(of)]
+    left: list[Any] = [msgspec_inspect.type_info(of)]
     while left:
         each = left.pop()
         if isinstance(each, tuple):
             left += each
-        elif isinstance(each, inspect.Type | inspect.Field) and id(each) not in seen:
+        elif (
+            isinstance(each, msgspec_inspect.Type | msgspec_inspect.Field) and id(each) not in seen
+        ):
             seen.add(id(each))
             left += [getattr(each, name) for name in each.__struct_fields__]
-            if isinstance(each, inspect.CustomType) and not _is_base(each.cls):
+            if isinstance(each, msgspec_inspect.CustomType) and not _is_base(each.cls):
                 return each.cls
     return None
 
@@ -120,7 +155,7 @@ def unmade_in(of: Any) -> type | None:
 def _is_base(kind: type) -> bool:
     try:
         return kind is UnsetType or any(issubclass(each, kind) for each in _DECODED)
-    except TypeError:  # a protocol that is not for the run time
+    except TypeError:  # a protocol that is not runtime-checkable
         return False
 
 
@@ -147,12 +182,12 @@ def bare(of: Any) -> Any:
 
 
 def _is_typed_dict(kind: Any) -> bool:
-    """Also those of typing_extensions, which ``typing.is_typeddict`` does not know."""
+    """Also true for those of typing_extensions, which ``typing.is_typeddict`` does not know."""
     return isinstance(kind, type) and issubclass(kind, dict) and hasattr(kind, "__required_keys__")
 
 
 def _is_plain_class(kind: Any) -> bool:
-    """One whose instances are its values: no protocol, no stand-in of pydantic's for a str."""
+    """Whether values are instances of it: not a protocol, nor a pydantic stand-in for a str."""
     if not isinstance(kind, type) or kind in (Any, object) or getattr(kind, "_is_protocol", False):
         return False
     return hasattr(kind, "__pydantic_validator__") or not hasattr(
@@ -173,5 +208,5 @@ def _fields(kind: Any) -> Iterable[Any]:
         return []
     try:
         return get_type_hints(kind, include_extras=True).values()
-    except Exception:  # names that cannot be resolved; whoever builds a decoder will say so
+    except Exception:  # unresolved names; building a decoder reports them
         return []

@@ -1,12 +1,12 @@
-"""From the arguments of a loader to its key, its tags, and back.
+"""Keying: a loader's arguments to its key and tags, and a key back to the arguments.
 
-Y1  Every parameter of the loader is a field of the key template, and the other way round:
-    otherwise two different calls would share an entry.
-Y2  From a key, the loader gets arguments of the types that it declares, or there is InvalidKey.
-Y3  An argument that a key could not give back is refused: a parameter without a type that has a
-    text (see ``arguments``) where the cache is declared, an argument of another type at the call.
-Y4  A loader gets the arguments parsed from the key, also in the load that a caller waits for.
-Y5  One tuple of arguments has one key: the cache refuses any other spelling of it.
+Y1  The parameters of the loader and the fields of the key template are the same: otherwise two
+    different calls would share an entry.
+Y2  The arguments parsed from a key have the declared types; otherwise InvalidKey is raised.
+Y3  A parameter whose type has no text form (see ``text_forms``) is refused when the cache is
+    declared; an argument of another type is refused at the call.
+Y4  A loader always gets the arguments parsed from the key, also when a caller waits for the load.
+Y5  Each tuple of arguments has one key; any other spelling of it is refused.
 """
 
 from __future__ import annotations
@@ -18,12 +18,8 @@ from typing import Any, get_type_hints
 
 from ...schemas.errors import ConfigError, InvalidKey
 from ...schemas.keys import KEY_BYTES_MAX, PLAIN_INT_MAX, KeyTemplate
-from .arguments import TextForm, Textless, text_form_of
-from .async_functions import called
-from .declaration import Declaration
-from .value_types import name_of
-
-__all__ = ["Keying"]
+from .introspection import name_of, unwrapped
+from .text_forms import TextForm, Textless, text_form_of
 
 Maker = Callable[[Mapping[str, Any]], str]
 
@@ -32,23 +28,35 @@ _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 class Keying:
     def __init__(
-        self, loader: Callable[..., Awaitable[Any]], declared: Declaration, name: str
+        self,
+        loader: Callable[..., Awaitable[Any]],
+        name: str,
+        template: str,
+        *,
+        tags: Sequence[str] = (),
+        depends_on: Sequence[str] = (),
+        legacy_key: str = "",
     ) -> None:
+        """``name`` is the cache's, for error messages.
+
+        Raises:
+            ConfigError, InvalidKey: the templates and the loader do not match.
+        """
         self.name = name
-        self.template = KeyTemplate(declared.template)
-        tags = [KeyTemplate(text, name="tag") for text in declared.tags]
-        behind = [KeyTemplate(text, name="depends_on") for text in declared.depends_on]
-        self._tags = [_maker(tag) for tag in tags]
-        self._behind = [_maker(key) for key in behind]
+        self.template = KeyTemplate(template)
+        of_tags = [KeyTemplate(text, name="tag") for text in tags]
+        of_keys = [KeyTemplate(text, name="depends_on") for text in depends_on]
+        self._tags = [_maker(tag) for tag in of_tags]
+        self._depends_on = [_maker(key) for key in of_keys]
         self._signature = inspect.signature(loader)
         self.parameters = tuple(self._signature.parameters)
         by_position = [each.kind in _BY_POSITION for each in self._signature.parameters.values()]
-        self._positional = sum(by_position)  #: how many; they come first
+        self._positional = sum(by_position)  #: number of positional parameters; they come first
         hints = _hints_of(loader, name)
         forms = _forms_of(self._signature, hints, name)
-        _check_fields(self.template, [*tags, *behind], self.parameters, name)
+        _check_fields(self.template, [*of_tags, *of_keys], self.parameters, name)
         self._forms = [forms[field] for field in self.template.fields]
-        self._legacy = _legacy_of(declared, self.parameters, name)
+        self._legacy = _legacy_of(legacy_key, self.parameters, name)
         self._in_order = self.template.fields == self.parameters and all(by_position)
         self._check_defaults()
         self.value_type: Any = hints.get("return", Any)
@@ -56,23 +64,23 @@ class Keying:
         self.key = self._fast_key(hints) or self._key_of
 
     def labels(self, fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """The tags, and the keys depended on, of these fields."""
-        return [tag(fields) for tag in self._tags], [key(fields) for key in self._behind]
+        """The tags and the dependency keys of these fields."""
+        return [tag(fields) for tag in self._tags], [key(fields) for key in self._depends_on]
 
     def legacy_name(self, key: str) -> str:
-        """Where another service stored the value of this key; raises InvalidKey."""
+        """The name under which another service stored this key's value; raises InvalidKey."""
         assert self._legacy is not None
         return self._legacy.plain(self.fields(key))
 
     @property
     def labelled(self) -> bool:
-        return bool(self._tags or self._behind)
+        return bool(self._tags or self._depends_on)
 
     def arguments(self, key: str) -> Mapping[str, Any]:
         """The arguments of the loader for this key.
 
         Raises:
-            InvalidKey: it is no key of the template, or not of the declared types.
+            InvalidKey: the key does not match the template or the declared types.
         """
         fields = self.fields(key)
         try:
@@ -82,13 +90,15 @@ class Keying:
             }
             again = self._key_of_values(values)
         except Exception as error:  # a type's own code may raise anything
-            raise InvalidKey("key", key, f"is no key of {self.template.text}: {error}") from error
+            raise InvalidKey("key", key, f"does not match {self.template.text}: {error}") from error
         if again != key:
-            raise InvalidKey("key", key, f"is no key of {self.template.text}: it is spelt {again}")
+            raise InvalidKey(
+                "key", key, f"does not match {self.template.text}: its canonical form is {again}"
+            )
         return {name: values[name] for name in self.parameters}
 
     def call(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """How the loader is called with these: by position, and by name."""
+        """The positional and the keyword arguments of a call of the loader."""
         names = self.parameters
         by_name = {name: values[name] for name in names[self._positional :]}
         return tuple([values[name] for name in names[: self._positional]]), by_name
@@ -97,14 +107,14 @@ class Keying:
         """The fields of the key, as text; raises InvalidKey."""
         fields = self.template.match(key)
         if fields is None:
-            raise InvalidKey("key", key, f"is no key of {self.template.text}")
+            raise InvalidKey("key", key, f"does not match {self.template.text}")
         return fields
 
     def of_item(self, item: Any) -> str:
-        """The key of one item of many: an argument, or the tuple of them.
+        """The key of one item of ``many``: the one argument, or the tuple of arguments.
 
         Raises:
-            InvalidKey: the loader could not be called with it.
+            InvalidKey: the loader cannot be called with it.
         """
         args = item if isinstance(item, tuple) and len(self.parameters) > 1 else (item,)
         try:
@@ -114,7 +124,7 @@ class Keying:
             raise InvalidKey(f"an item of {self.name},", repr(item), problem) from None
 
     def item(self, values: Mapping[str, Any]) -> Any:
-        """The one argument, or the tuple of them: how a batch loader is told of a key."""
+        """The item that a batch loader gets: the one argument, or the tuple of arguments."""
         found = tuple(values[name] for name in self.parameters)
         return found[0] if len(found) == 1 else found
 
@@ -143,7 +153,7 @@ class Keying:
     def _invalid(self, position: int, value: Any, problem: str) -> InvalidKey:
         try:
             shown = value if type(value) is str else repr(value)
-        except ValueError:  # a number of over 4,300 digits
+        except ValueError:  # an int of over 4,300 digits
             shown = "..."
         return InvalidKey(f"{self.template.fields[position]} of {self.name},", shown, problem)
 
@@ -167,7 +177,7 @@ class Keying:
 
 
 def _key_of_int(template: KeyTemplate, otherwise: Callable[..., str]) -> Callable[..., str]:
-    """For a template with one parameter; every hit pays for the checks here."""
+    """The key of a plain int without the general checks; part of every near hit."""
     head, tail = template.ends
 
     def key(*args: Any, **kwargs: Any) -> str:
@@ -181,7 +191,7 @@ def _key_of_int(template: KeyTemplate, otherwise: Callable[..., str]) -> Callabl
 
 
 def _key_of_str(template: KeyTemplate, otherwise: Callable[..., str]) -> Callable[..., str]:
-    """As ``_key_of_int``."""
+    """As ``_key_of_int``, for a str."""
     head, tail = template.ends
     length_max = KEY_BYTES_MAX - len((head + tail).encode())
 
@@ -198,11 +208,11 @@ def _key_of_str(template: KeyTemplate, otherwise: Callable[..., str]) -> Callabl
 
 def _hints_of(loader: Callable[..., Any], name: str) -> Mapping[str, Any]:
     try:
-        return get_type_hints(called(loader), include_extras=True)
-    except Exception as error:  # a name that is imported for type checkers only, ...
+        return get_type_hints(unwrapped(loader), include_extras=True)
+    except Exception as error:  # such as a name imported for type checkers only
         raise ConfigError(
             setting=f"the annotations of {name}",
-            value=str(getattr(called(loader), "__annotations__", {})),
+            value=str(getattr(unwrapped(loader), "__annotations__", {})),
             origin="the declaration of a cache",
             problem=f"cannot be evaluated: {type(error).__name__}: {error}",
             fix="import and define these names at run time, before the function",
@@ -212,12 +222,12 @@ def _hints_of(loader: Callable[..., Any], name: str) -> Mapping[str, Any]:
 def _forms_of(
     signature: inspect.Signature, hints: Mapping[str, Any], cache: str
 ) -> Mapping[str, TextForm]:
-    """How each parameter is written in a key; raises ConfigError."""
+    """The text form of each parameter; raises ConfigError."""
     forms = {}
     for position, (name, parameter) in enumerate(signature.parameters.items()):
         value, fix = str(parameter), f"annotate it, such as {name}: int"
         if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
-            problem, fix = "a key cannot give back how many there were", "name each parameter"
+            problem, fix = "their number cannot be parsed from a key", "name each parameter"
         elif name in hints:
             try:
                 forms[name] = text_form_of(hints[name])
@@ -225,10 +235,10 @@ def _forms_of(
                 raise _refused(name, cache, name_of(hints[name]), *error.args) from None
             continue
         elif position == 0 and name in ("self", "cls"):
-            problem = "a key cannot give back the object of a method"
+            problem = "the object of a method cannot be parsed from a key"
             fix = "cache a function, or the method of one object: node.cached(...)(repo.method)"
         else:
-            problem = "has no annotation, so background refreshes could not call with its type"
+            problem = "has no annotation, so background refreshes cannot parse it from a key"
         raise _refused(name, cache, value, problem, fix)
     return forms
 
@@ -250,10 +260,10 @@ def _maker(template: KeyTemplate) -> Maker:
     return lambda fields: of_one(fields[field])
 
 
-def _legacy_of(declared: Declaration, parameters: Sequence[str], name: str) -> KeyTemplate | None:
-    if not declared.legacy_key:
+def _legacy_of(legacy_key: str, parameters: Sequence[str], name: str) -> KeyTemplate | None:
+    if not legacy_key:
         return None
-    template = KeyTemplate(declared.legacy_key, name="legacy_key")
+    template = KeyTemplate(legacy_key, name="legacy_key")
     missing = set(parameters) ^ set(template.fields)
     if not missing:
         return template

@@ -1,4 +1,4 @@
-"""The text of an argument in a key, and the argument that a text gives back.
+"""Text forms: how an argument is written in a key, and parsed from it.
 
     int, str, bool, UUID, date, datetime, time    as str() writes them, with the UTC offset
     float                                         1 and 1.0 are both "1.0"
@@ -7,14 +7,13 @@
     Enum, Flag, Literal                           the text of the value
     subclasses of int and str                     as their base
 
-A1  A type without such a text is refused where the cache is declared: background refreshes call
-    the loader with arguments parsed from the key alone.
-A2  An argument must be of the declared type. An int is taken for a float, an instance of a
-    subclass for its base. Nothing else is converted: not a str to an int, a bool to an int,
-    or a datetime to a date.
-A3  Equal arguments have one text, except datetimes and times of different UTC offsets.
-A4  A text that is the text of no argument raises an exception, or gives an argument with
-    another text.
+A1  A type without a text form is refused when the cache is declared: background refreshes call the
+    loader with arguments parsed from the key alone.
+A2  An argument must be of the declared type. An int is accepted as a float, and an instance of a
+    subclass as its base. Nothing else is converted: not a str to an int, a bool to an int, or a
+    datetime to a date.
+A3  Equal arguments have the same text, except datetimes and times of different UTC offsets.
+A4  A text that no argument has raises an exception, or gives an argument with another text.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Meta, Struct
 
-from .value_types import bare, fits, layers, name_of
-
-__all__ = ["TextForm", "Textless", "text_form_of"]
+from .introspection import bare, fits, layers, name_of
 
 _TEXTS = (
     "use int, str, bool, float, Decimal, UUID, date, datetime, time, timedelta, an Enum or a "
@@ -42,14 +39,14 @@ _DECIMAL_EXPONENT_MAX = 500  #: no key is longer
 
 
 class Textless(Exception):
-    """Raised for a type whose values a key cannot give back."""
+    """Raised for a type whose values cannot be parsed from a key."""
 
     def __init__(self, problem: str, fix: str = _TEXTS) -> None:
         super().__init__(problem, fix)
 
 
 class TextForm(Struct, frozen=True):
-    """``text`` raises ValueError or OverflowError, which say the problem; ``value`` anything."""
+    """``text`` raises ValueError or OverflowError with the problem; ``value`` any exception."""
 
     text: Callable[[Any], str]
     value: Callable[[str], Any]
@@ -95,7 +92,7 @@ def _of_class(kind: type, write: Callable[[Any], str], read: Callable[[str], Any
 
 
 def _of_choices(kind: Any, choices: Iterable[tuple[Any, Any]]) -> TextForm:
-    """Of an Enum or a Literal, whose values must have different texts."""
+    """The text form of an Enum or a Literal, whose values must have different texts."""
     by_text: dict[str, Any] = {}
     texts: dict[tuple[type, Any], str] = {}
     for choice, value in choices:
@@ -124,7 +121,7 @@ def _constrained(annotation: Any, form: TextForm) -> TextForm:
         try:
             msgspec.convert(value, annotation)
         except msgspec.ValidationError as error:
-            raise ValueError(f"is not as declared: {error}") from None
+            raise ValueError(f"does not meet its annotation: {error}") from None
         return text
 
     return TextForm(text, form.value)
@@ -145,11 +142,11 @@ def _mistyped(value: Any, declared: str) -> str:
 def _textless(kind: Any) -> Textless:
     if type(None) in get_args(kind):
         problem = f"{name_of(kind)} allows None, which has no text in a key"
-        return Textless(problem, "give it a type without None, and a default value if need be")
+        return Textless(problem, "give it a type without None, and a default value if needed")
     if get_args(kind) and not isinstance(kind, type):
-        problem = f"{name_of(kind)} does not say which type a text in a key is of"
+        problem = f"{name_of(kind)} has several types, and a text in a key does not tell which"
         return Textless(problem, "declare one type")
-    return Textless(f"a key cannot give back a {name_of(kind)}")
+    return Textless(f"a {name_of(kind)} cannot be parsed from a key")
 
 
 def _int_text(value: int) -> str:

@@ -1,7 +1,7 @@
-"""From values to what is stored: the bytes, the lifetimes, the envelope's part of the node.
+"""Packs a value into an entry: payload, lifetimes, and the part of the envelope the node writes.
 
-P1  Lifetimes are those of the policy, unless the loader or an event asks for others; with
-    jitter, so that what was stored together does not end together.
+P1  Lifetimes come from the policy unless the loader or an event sets them. Jitter spreads them, so
+    that entries stored together do not expire together.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from msgspec import Struct
 
 from ...schemas.entry import Entry, EntryMeta, decompressed, make_tail
 from ...schemas.errors import InvalidEntry
-from .policy import Policy
-from .values import ValueCodec
-
-__all__ = ["Packed", "Packer"]
+from .codec import ValueCodec
 
 T = TypeVar("T")
+
+
+class Lifetimes(Struct, frozen=True, kw_only=True):
+    """How long the entries of a cache live, in milliseconds; 0: not at all."""
+
+    ttl_ms: int
+    stale_ms: int = 0  #: how long after its lifetime an entry may still be served
+    error_ms: int = 0  #: how much longer, if its loader fails
+    negative_ms: int = 0  #: lifetime of a known absence; 0: absences are not cached
+    jitter: float = 0.0  #: the fraction of the lifetime that is random
 
 
 class Packed(Struct, frozen=True):
@@ -32,12 +39,12 @@ class Packed(Struct, frozen=True):
     meta: EntryMeta = EntryMeta()
 
     def middle(self, previous: Entry) -> bytes:
-        """The tail of an entry with the payload of the previous one, which is left out."""
+        """The tail of an entry that keeps the stored payload of the previous one."""
         return make_tail(b"", kind="v", codec=previous.codec, meta=self.meta)
 
 
 class Packer(Generic[T]):
-    def __init__(self, policy: Policy, codec: ValueCodec[T], rng: random.Random) -> None:
+    def __init__(self, policy: Lifetimes, codec: ValueCodec[T], rng: random.Random) -> None:
         self._policy = policy
         self._codec = codec
         self._rng = rng
@@ -68,7 +75,7 @@ class Packer(Generic[T]):
         stale_ms: int | None = None,
         etag: str = "",
     ) -> Packed:
-        """As ``pack``, of the msgpack that a codec has made; None for a known absence."""
+        """As ``pack``, for msgpack that the codec has made; None for a known absence."""
         policy = self._policy
         if payload is None:
             meta = EntryMeta(tags=dict(tags), soft_ms=policy.negative_ms)
@@ -76,10 +83,10 @@ class Packer(Generic[T]):
             return Packed(None, lifetime_ms, lifetime_ms, self._codec.negative_tail(meta), meta)
         asked_ms = ttl_ms or policy.ttl_ms
         stale_ms = policy.stale_ms if stale_ms is None else stale_ms
-        # stale_if_error counts from the end of ttl, however long the loader lets it be stale.
+        # stale_if_error counts from the end of ttl, also if the loader has set ``stale_ms``.
         error_ms = max(0, policy.stale_ms + policy.error_ms - stale_ms) if policy.error_ms else 0
         soft_ms = self._jittered(asked_ms)
-        payload = self._codec.fitting(payload)
+        payload = self._codec.check_size(payload)
         meta = EntryMeta(
             tags=dict(tags),
             etag=etag,
@@ -93,7 +100,7 @@ class Packer(Generic[T]):
     def imported(
         self, payload: bytes | None, tags: Mapping[str, int], *, soft_ms: int, hard_ms: int
     ) -> Packed:
-        """The envelope of what another service stored, which lives so long still."""
+        """The envelope of a value that another service stored, with its remaining lifetimes."""
         policy = self._policy
         asked_ms = policy.negative_ms if payload is None else policy.ttl_ms
         meta = EntryMeta(tags=dict(tags), soft_ms=asked_ms, stale_ms=policy.stale_ms, imported=True)
@@ -102,8 +109,9 @@ class Packer(Generic[T]):
         return Packed(payload, soft_ms, hard_ms, self._codec.tail(payload, meta), meta)
 
     def same(self, packed: Packed, previous: Entry | None) -> bool:
-        """Whether the previous entry holds these very bytes already, under no fewer tags: the
-        copies of nodes, which live on with it, are followed by its tags.
+        """Whether the previous entry holds the same bytes and at least the same tags.
+
+        The near copies of the previous entry live on, and its tags invalidate them.
         """
         if previous is None or previous.negative or not previous.version or packed.payload is None:
             return False

@@ -1,16 +1,17 @@
-"""Values of types that have a pydantic model in them: stored as the model's own JSON form.
+"""The stored form of types that contain a pydantic model: the model's own JSON form, as msgpack.
 
     value -> dump (JSON form, by field name) -> msgpack -> JSON -> validate -> value
 
-Pydantic is consistent with itself in JSON only (strict models, bytes as base64, NaN), so the
-way back is by JSON too. Aliases are for those who publish; what is stored goes by field names.
+Pydantic round-trips reliably only through JSON (strict models, bytes as base64, NaN), so decoding
+goes through JSON too. Published events use aliases; stored values use field names.
 
-P1  Pydantic is not imported for a type that has nothing of it, nor before the application did.
-P2  What cannot come back is refused when the type is declared: a secret, which its JSON form
-    masks, a field that is left out of it, a msgspec Struct beside a model.
-P3  A serializer and a validator that do not fit are an error of the load, and not a miss at each
-    read: a value is decoded right after it is encoded (see ``values``).
-P4  No error text shows a value.
+P1  Pydantic is imported only for a type that contains a model, and never before the application
+    imports it.
+P2  A type whose values cannot be decoded again is refused when it is declared: a secret, which is
+    masked in JSON, an excluded field, or a msgspec Struct next to a model.
+P3  A serializer and a validator that do not match are an error of the load, not a miss at each
+    read: a value is decoded right after it is encoded (see ``codec``).
+P4  Error messages never show a value.
 """
 
 from __future__ import annotations
@@ -22,20 +23,18 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .value_types import is_struct, name_of, refused, types_in
+from .introspection import is_struct, name_of, refused, types_in
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-__all__ = ["PydanticForm", "has_pydantic"]
-
 _MARK = "__get_pydantic_core_schema__"
-_VERSION = (2, 11)  #: the first to validate by field name on demand
+_VERSION = (2, 11)  #: the first version that can validate by field name
 _SHOWN = re.compile(r"input_value=.*?, input_type", re.DOTALL)
 
 
 def has_pydantic(of: Any) -> bool:
-    """Whether a type is, or is made of, something that only pydantic decodes."""
+    """Whether a type is or contains a type that only pydantic decodes."""
     return "pydantic" in sys.modules and any(
         hasattr(each, _MARK) and not is_struct(each) for each in types_in(of)
     )
@@ -48,8 +47,8 @@ class PydanticForm:
         """Build the validator.
 
         Raises:
-            ConfigError: pydantic is too old, or would lose some of the values.
-            Whatever pydantic raises for a type that it cannot handle.
+            ConfigError: pydantic is too old, or values of the type would be lost.
+            Any exception of pydantic for a type that it cannot handle.
         """
         import pydantic
         import pydantic_core
@@ -58,7 +57,7 @@ class PydanticForm:
             raise refused(of, f"pydantic {pydantic.VERSION} is too old", "use 2.11 or newer")
         _check_unmixed(of)
         adapter = pydantic.TypeAdapter(of)
-        _check_comes_back(of)  # after the adapter has resolved what names were left open
+        _check_round_trip(of)  # after the adapter has resolved forward references
         self.published = PublishedForm(adapter.validate_json, pydantic.ValidationError)
         self._invalid = pydantic.ValidationError
         self._dump = adapter.dump_python
@@ -72,7 +71,7 @@ class PydanticForm:
 
         Raises:
             ValueError: it is not of the type.
-            Whatever the type's own code raises.
+            Any exception of the type's own code.
         """
         try:
             plain = self._dump(
@@ -83,7 +82,7 @@ class PydanticForm:
         return self._pack(plain)
 
     def simple(self, value: Any) -> Any:
-        """A value in its JSON form, by its aliases, as others publish it."""
+        """A value in its JSON form, by aliases, as in published events."""
         return self._dump(value, mode="json", round_trip=True, by_alias=True)
 
     def to_json(self, value: Any) -> bytes:
@@ -94,7 +93,7 @@ class PydanticForm:
         """The value of msgpack bytes.
 
         Raises:
-            msgspec.ValidationError: it is not of the type. Whatever the type's own code raises.
+            msgspec.ValidationError: it is not of the type. Any exception of the type's own code.
         """
         text = self._to_json(self._unpack(payload), inf_nan_mode="constants")
         try:
@@ -104,7 +103,7 @@ class PydanticForm:
 
 
 class PublishedForm:
-    """Decodes the JSON that others publish, by its aliases."""
+    """Decodes the JSON of published events, by aliases."""
 
     def __init__(self, validate: Callable[[bytes], Any], invalid: type[ValidationError]) -> None:
         self._validate = validate
@@ -121,11 +120,11 @@ class PublishedForm:
 def _check_unmixed(of: Any) -> None:
     for kind in types_in(of):
         if is_struct(kind) and not hasattr(kind, _MARK):
-            problem = f"{name_of(kind)} is a msgspec Struct, with a pydantic type beside or in it"
-            raise refused(of, problem, "make it of one kind: models and dataclasses, or Structs")
+            problem = f"{name_of(kind)} is a msgspec Struct next to or around a pydantic type"
+            raise refused(of, problem, "use one kind: models and dataclasses, or Structs")
 
 
-def _check_comes_back(of: Any) -> None:
+def _check_round_trip(of: Any) -> None:
     for kind in types_in(of):
         if hasattr(kind, "get_secret_value"):
             problem = f"{name_of(kind)} is masked when it is stored"
@@ -133,12 +132,12 @@ def _check_comes_back(of: Any) -> None:
         fields = getattr(kind, "__pydantic_fields__", None)
         for name, field in (fields if isinstance(fields, dict) else {}).items():
             if field.exclude:
-                problem = f"{name_of(kind)}.{name} is left out when it is stored"
+                problem = f"{name_of(kind)}.{name} is excluded when it is stored"
                 raise refused(of, problem, "declare a model without that field")
 
 
 def _first(error: ValidationError) -> str:
-    """As msgspec says it: what, and where."""
+    """The first error in the format of msgspec: the message and its path."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[0]
     path = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in found["loc"])
     return f"{found['msg']} - at `${path}`" if path else found["msg"]

@@ -2,24 +2,24 @@
 
     async with request_scope():
         await product(42)
-        ...                     # whatever is changed elsewhere meanwhile
-        await product(42)       # the same again, and no further than a dict away
+        ...                     # another node may change it meanwhile
+        await product(42)       # the same value again, from a dict
 
-S1  In an open scope the same key of a cache gives the same value; of two reads at once, the
-    value of the first that ended. Errors are not kept.
-S2  What the request changes itself, it sees at once: ``forget`` also keeps out what a read
-    brings that had begun before, and reaches the scopes around.
-S3  A scope is seen in its block and by the tasks started there, and nowhere else. Once closed
-    it serves nothing and holds nothing, however long a task outlives the block.
-S4  It holds at most ``entries_max`` values of ``bytes_max`` bytes together; what goes beyond is
-    given, and not kept. After ``lasts_s`` it ends by itself, though the block goes on: what
-    streams for hours must not be answered from its first second.
-S5  A loader runs ``outside`` of every scope. What it returns is stored for everyone, so it
-    must not be made of what one request saw a while ago.
-S6  While no scope is open, a reader pays for one look at ``scope.opened``.
+S1  In an open scope, the same key of a cache gives the same value; of two concurrent reads, the
+    value of the first that ends. Errors are not kept.
+S2  A request sees its own changes at once: after ``forget``, the result of a read that began before
+    is not kept either. ``forget`` also applies to the enclosing scopes.
+S3  A scope is visible in its block and in the tasks started there only. A closed scope serves and
+    holds nothing, also if a task outlives the block.
+S4  A scope holds at most ``entries_max`` values of ``bytes_max`` bytes in total; further values are
+    returned, but not kept. It closes by itself after ``lasts_s``, so that a response that streams
+    for hours does not read values of its first second.
+S5  A loader runs ``outside`` of every scope: its value is stored for all readers, so it must not
+    depend on values that one request read earlier.
+S6  While no scope is open, a read only checks ``scope.opened``.
 
-A scope inside a scope is the same one, unless ``fresh`` is asked for. No value is fetched,
-stored or invalidated here.
+A scope inside a scope is the same scope, unless ``fresh`` is set. This module fetches, stores and
+invalidates nothing.
 """
 
 from __future__ import annotations
@@ -29,26 +29,14 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ...coordinator.clock import Clock, SystemClock
-from ...schemas.errors import ForebayError
-
-if TYPE_CHECKING:
-    from .core import Hit  # which imports this module
-
-__all__ = [
-    "RequestScope",
-    "ScopeBlock",
-    "ScopeStatistics",
-    "current",
-    "forget",
-    "outside",
-    "request_scope",
-]
+from ..coordinator.clock import Clock, SystemClock
+from ..schemas.errors import ForebayError
+from .cache.core import Hit
 
 T = TypeVar("T")
 W = TypeVar("W")
@@ -57,7 +45,7 @@ _ENTRIES_MAX = 1_000
 _BYTES_MAX = 8 * 1024 * 1024
 _LASTS_S = 30.0
 
-opened = 0  #: blocks that are entered now, in all threads
+opened = 0  #: number of open blocks, in all threads
 _counting = Lock()
 
 
@@ -68,7 +56,7 @@ class ScopeStatistics(Struct, frozen=True, kw_only=True):
 
 
 class RequestScope:
-    """What one request has read. Made by ``request_scope``, found by ``current``."""
+    """The values that one request has read. Made by ``request_scope``, found by ``current``."""
 
     def __init__(
         self,
@@ -81,7 +69,7 @@ class RequestScope:
     ) -> None:
         self.around = around
         self.closed = False
-        self.changes = 0  #: what ``put`` wants to know of the moment when the read began
+        self.changes = 0  #: read before a read begins, and passed to ``put`` as ``since``
         self._entries_max = entries_max
         self._bytes_max = bytes_max
         self._monotonic = clock.monotonic
@@ -100,7 +88,7 @@ class RequestScope:
         return ScopeStatistics(entries=len(self._kept), bytes=self._bytes, refused=self._refused)
 
     async def read(self, cache: object, key: str, read: Callable[[], Awaitable[Hit[T]]]) -> Hit[T]:
-        """What the scope has, or else what ``read`` brings, which is kept."""
+        """The kept value, or the result of ``read``, which is then kept."""
         found = self.get(cache, key)
         if found is not None:
             return found
@@ -113,20 +101,20 @@ class RequestScope:
         wanted: Mapping[str, W],
         read: Callable[[Mapping[str, W]], Awaitable[dict[str, Hit[T] | Exception]]],
     ) -> dict[str, Hit[T] | Exception]:
-        """As ``read``, for many keys; what failed is not kept."""
+        """As ``read``, for many keys; errors are not kept."""
         found: dict[str, Hit[T] | Exception] = {}
         for key in wanted:
             if (there := self.get(cache, key)) is not None:
                 found[key] = there
         since = self.changes
-        brought = await read({key: wanted[key] for key in wanted if key not in found})
-        for key, hit in brought.items():
+        results = await read({key: wanted[key] for key in wanted if key not in found})
+        for key, hit in results.items():
             kept = hit if isinstance(hit, Exception) else self.put(cache, key, hit, since)
             found[key] = kept
         return found
 
     def get(self, cache: object, key: str) -> Hit[Any] | None:
-        """What was read before, older by the time since. ``cache`` tells equal keys apart."""
+        """The kept value, with its present age. ``cache`` distinguishes equal keys."""
         found = self._kept.get((cache, key))
         if found is None:
             return None
@@ -141,7 +129,7 @@ class RequestScope:
         return replace(hit, age_ms=hit.age_ms + since_ms)
 
     def put(self, cache: object, key: str, hit: Hit[T], since: int) -> Hit[T]:
-        """Keep what a read brought that began at ``since``; returns what is to be given."""
+        """Keep the result of a read that began at ``since``; returns the value to serve."""
         present: Hit[T] | None = self.get(cache, key)
         if present is not None:
             return present
@@ -158,11 +146,11 @@ class RequestScope:
         return hit
 
     def forget(self, key: str) -> None:
-        """The request has changed this key."""
+        """Drop a key that the request has changed."""
         self.changes += 1
         if len(self._forgotten) >= self._entries_max:
             self._forgotten.clear()
-            self._all_forgotten = self.changes  # reads under way of any key are not kept
+            self._all_forgotten = self.changes  # no running read is kept
         self._forgotten[key] = self.changes
         for cache in self._caches:
             if found := self._kept.pop((cache, key), None):
@@ -171,7 +159,7 @@ class RequestScope:
             self.around.forget(key)
 
     def forget_all(self) -> None:
-        """The request has changed more than it can name."""
+        """Drop all keys: the request has changed keys that it cannot name."""
         self.changes += 1
         self._all_forgotten = self.changes
         self._clear()
@@ -193,7 +181,7 @@ _current: ContextVar[RequestScope | None] = ContextVar("forebay_request_scope", 
 
 
 def current() -> RequestScope | None:
-    """The innermost scope that is open here."""
+    """The innermost open scope of this task."""
     if not opened:
         return None
     scope = _current.get()
@@ -203,7 +191,7 @@ def current() -> RequestScope | None:
 
 
 def forget(keys: Iterable[str], *, more: bool = False) -> None:
-    """The code here has changed these keys; ``more``: and others, such as those with a tag."""
+    """Drop keys that this task has changed; ``more``: also unknown ones, such as those of a tag."""
     scope = current()
     if scope is None:
         return
@@ -216,7 +204,7 @@ def forget(keys: Iterable[str], *, more: bool = False) -> None:
 
 @contextmanager
 def outside() -> Iterator[None]:
-    """For work on behalf of everyone, in the middle of a request (S5)."""
+    """Hide all scopes from a block of code that works for all readers (S5)."""
     token = _current.set(None)
     try:
         yield
@@ -225,13 +213,13 @@ def outside() -> Iterator[None]:
 
 
 def _count(step: int) -> None:
-    global opened  # noqa: PLW0603 - nothing is read faster, and every read looks at it
+    global opened  # noqa: PLW0603 - the fastest check, on every read
     with _counting:
         opened += step
 
 
 class ScopeBlock:
-    """``with`` or ``async with``, once."""
+    """A context manager to enter once, with ``with`` or ``async with``."""
 
     def __init__(self, *, fresh: bool, clock: Clock, **bounds: Any) -> None:
         self._fresh = fresh
@@ -264,7 +252,7 @@ class ScopeBlock:
             return
         self.close()
         _count(-1)
-        with suppress(ValueError):  # left in another context; what is closed serves nothing there
+        with suppress(ValueError):  # left in another context, where a closed scope serves nothing
             _current.reset(token)
 
     async def __aenter__(self) -> RequestScope:
@@ -279,7 +267,7 @@ class ScopeBlock:
         self.__exit__(kind, error, traceback)
 
     def close(self) -> None:
-        """End the scope before the block ends; one that is shared is left to its owner."""
+        """Close the scope before the block ends, unless it belongs to an enclosing block."""
         if self._own is not None:
             self._own.close()
 
@@ -294,8 +282,14 @@ def request_scope(
 ) -> ScopeBlock:
     """A block in which a key that was read keeps its value.
 
-    The middlewares open one for each request; a job or a consumer of messages may open its own.
-    ``fresh``: not the scope around, if there is one, though changes reach that too.
+    The middlewares open one for each request; a job or a message consumer may open its own.
+
+    Args:
+        fresh: open a new scope inside an enclosing one; changes apply to both.
+        entries_max: number of values to keep.
+        bytes_max: total size of these values.
+        lasts_s: seconds after which the scope closes by itself.
+        clock: for tests.
     """
     return ScopeBlock(
         fresh=fresh,
