@@ -1,6 +1,6 @@
 """Packs a value into an entry: payload, lifetimes, and the part of the envelope the node writes.
 
-P1  EntryLifetimes come from the policy unless the loader or an event sets them. Jitter spreads them, so
+P1  Lifetimes come from the policy unless the loader or an event sets them. Jitter spreads them, so
     that entries stored together do not expire together.
 """
 
