@@ -31,8 +31,6 @@ from ...schemas.errors import (
 from ...schemas.errors_limits import InvalidLimit, RateLimited, UnknownReservation
 from ...schemas.errors_locks import InvalidLock, LockNotAcquired, LockNotHeld
 
-__all__ = ["SECURITY_HEADERS", "Refused", "answer", "of_error", "of_http", "refuse"]
-
 SECURITY_HEADERS = {
     "Server": "forebay",
     "X-Content-Type-Options": "nosniff",
@@ -50,7 +48,7 @@ _HTTP_CODES = {
 }
 
 
-class Refused(ForebayError):
+class RequestRefused(ForebayError):
     """Raised where a handler finds that there will be nothing but this refusal."""
 
     def __init__(
@@ -60,7 +58,7 @@ class Refused(ForebayError):
         self.response = refuse(status, code, problem, field=field, fix=fix)
 
     @classmethod
-    def already(cls, response: web.Response) -> Refused:
+    def already(cls, response: web.Response) -> RequestRefused:
         """For a response that says it already."""
         made = cls(response.status, "", "")
         made.response = response

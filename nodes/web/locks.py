@@ -24,7 +24,6 @@ from ...coordinator.locks.store import Grant
 from ...schemas.errors import ForebayError, InvalidKey
 from ...schemas.locks import LockView
 from .aiohttp_internals import client_gone
-from .context import CONTEXT
 from .coordination import (
     Acquire,
     Granted,
@@ -39,6 +38,7 @@ from .coordination import (
 )
 from .error_responses import answer
 from .lock_service import LockService, Wish
+from .protocols import CONTEXT
 
 __all__ = ["acquire", "list_all", "release", "renew", "segment", "show"]
 

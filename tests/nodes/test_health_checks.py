@@ -13,8 +13,7 @@ import forebay
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.valkey.handshake import read_info
 from forebay.coordinator.write_check import WriteCheck
-from forebay.nodes.gauges import gauges
-from forebay.nodes.status import checks, stats
+from forebay.nodes.status import checks, gauges, stats
 from forebay.nodes.web.health import verdict
 from forebay.nodes.web.protocols import Check
 from forebay.nodes.workers.backlog import Backlog
@@ -62,7 +61,7 @@ async def shop(server: ValkeyServer, namespace: str, sink: Faulty) -> AsyncItera
 
     node.sink("item:{id}")(sink.save)
     async with node:
-        await until(lambda: node.parts.crew.ownership.statistics().owned == 5)
+        await until(lambda: node._parts.crew.ownership.statistics().owned == 5)
         yield node
 
 
@@ -104,7 +103,7 @@ async def test_a_paused_sink_says_for_how_long_which_attempt_and_why(
 ) -> None:
     """W2: a database that is down warns at once, fails no probe, and is forgotten afterwards."""
     sink.fault = TransientSinkError("connection refused")
-    (name,) = node.parts.crew.deliveries
+    (name,) = node._parts.crew.deliveries
     await node.caches[0].write_behind(1, 1)
     await until(warns(node, f"sink {name}", "attempt 3)"))
     detail = check(node, f"sink {name}").detail
@@ -126,7 +125,7 @@ async def test_work_that_nobody_does_is_late(
 ) -> None:
     """L1, L4: an entry in a stream is seen there, even if the workers believe it done."""
     async with shop(valkey_server, namespace, sink) as node:
-        parts, crew = node.parts, node.parts.crew
+        parts, crew = node._parts, node._parts.crew
         names, link = parts.names, parts.backend.link
         await crew.ownership.give_up(list(crew.ownership.tenures.values()))
         backlog = backlog_of(node, Owner(range(-1, 4)))
@@ -158,7 +157,7 @@ class Owner:
 
 
 def backlog_of(node: forebay.Node, owner: Any) -> Backlog:
-    parts = node.parts
+    parts = node._parts
     return Backlog(
         parts.backend.link,
         parts.names,
@@ -172,7 +171,7 @@ def backlog_of(node: forebay.Node, owner: Any) -> Backlog:
 
 async def test_an_entry_is_as_old_as_its_id_says(node: forebay.Node) -> None:
     """L2: a node that has just taken over knows how long the work has waited before."""
-    parts = node.parts
+    parts = node._parts
     stream = parts.names.part(2, "dead")  # a stream that nobody reads
     backlog = backlog_of(node, Owner(range(2, 3)))
     old = int(parts.server_clock.now_ms()) - 60_000
@@ -199,7 +198,7 @@ async def test_a_node_without_its_server_says_what_stands_still(
 
 async def test_a_key_of_a_wrong_type_is_seen_in_ownership(node: forebay.Node) -> None:
     """W2: a claim that the server refuses is reported, with its error."""
-    own, link = node.parts.names.part(1, "own"), node.parts.backend.link
+    own, link = node._parts.names.part(1, "own"), node._parts.backend.link
     await link.call("SET", own, "x")
     await until(warns(node, "ownership", "WRONGTYPE"))
     await link.call("DEL", own)
@@ -245,7 +244,7 @@ async def test_health_is_asked_often_and_the_server_seldom(node: forebay.Node) -
     """C2: a thousand probes send no command."""
     counting = Counting()
     asked = WriteCheck(counting, "none", clock=SystemClock())  # type: ignore[arg-type]
-    node.parts.write_check = asked
+    node._parts.write_check = asked
     await asked.ask()
     for _ in range(1_000):
         checks(node)
@@ -297,7 +296,7 @@ async def test_a_key_of_another_type_is_named_until_it_is_gone(
         return id
 
     async with node:
-        names = node.parts.names
+        names = node._parts.names
         log = names.part(names.shard("row:1"), "log")
 
         def check() -> Check:

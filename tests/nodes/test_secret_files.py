@@ -17,7 +17,7 @@ from forebay.coordinator.valkey.dialer import _check_readable
 from forebay.nodes.cli.sources import load
 from forebay.nodes.logs import configure_logs
 from forebay.nodes.secret_files import exposed_secrets
-from forebay.nodes.web.bearer import LOOK_S, Bearer
+from forebay.nodes.web.access import LOOK_S, Bearer
 from forebay.schemas.errors import ConfigError, Disconnected
 from forebay.schemas.settings import Http, Log, Settings, Valkey
 from forebay.schemas.settings_env import Found

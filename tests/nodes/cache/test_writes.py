@@ -85,7 +85,7 @@ class Place:
 
     @property
     def parts(self) -> Any:
-        return self.node.parts
+        return self.node._parts
 
     def name(self, of: str) -> str:
         return str(getattr(self.parts.names, of)(KEY))
@@ -114,7 +114,7 @@ class Place:
         return None if found is None else found.value
 
     def counted(self, way: str, end: str) -> int:
-        return self.node.instruments.counts.get(("writes", "row", way, end), 0)
+        return self.node._instruments.counts.get(("writes", "row", way, end), 0)
 
 
 OpenPlace = Callable[..., Awaitable[Place]]
@@ -380,13 +380,13 @@ class Away:
 
 def by_way_of(place: Place, commands: Any) -> None:
     """Have the writes of this node use these commands."""
-    place.parts.shared._commands = commands
-    place.parts.backend.link = commands
+    place._parts.shared._commands = commands
+    place._parts.backend.link = commands
 
 
 async def test_where_valkey_is_away_the_sink_is_not_asked(here: Place) -> None:
     """T: without a lease nothing is written."""
-    link = here.parts.backend.link
+    link = here._parts.backend.link
     by_way_of(here, Away(link, at=1))
     with pytest.raises(Unavailable):
         await write(here, "through", "new")
@@ -396,7 +396,7 @@ async def test_where_valkey_is_away_the_sink_is_not_asked(here: Place) -> None:
 
 async def test_who_cannot_fill_says_so(here: Place) -> None:
     """T: the source has it, and the caller knows that the cache may not; the lease runs out."""
-    link = here.parts.backend.link
+    link = here._parts.backend.link
     by_way_of(here, Away(link, at=2))
     with pytest.raises(Unavailable):
         await write(here, "through", "new")
@@ -410,7 +410,7 @@ async def test_who_cannot_fill_says_so(here: Place) -> None:
 
 async def waits_for_the_lease(place: Place) -> None:
     """Until a write of this node was told that another has the key."""
-    await until(lambda: KEY in place.parts.waits._watched)
+    await until(lambda: KEY in place._parts.waits._watched)
 
 
 async def test_a_write_waits_for_a_load_under_way(here: Place, there: Place) -> None:
@@ -480,7 +480,7 @@ async def blind(place: Place, value: str) -> None:
     write_ = forebay.Write(key=KEY, params=params, value=value, version=version)
     await outlet.write(SinkBatch(writes=(write_,)))
     packed = path._loads.pack(value, {})
-    stamp = await place.parts.shared.put(
+    stamp = await place._parts.shared.put(
         KEY, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
     )
     assert stamp.version
@@ -491,7 +491,7 @@ class Stopped:
 
     def __init__(self, place: Place) -> None:
         self.reached, self.go_on = anyio.Event(), anyio.Event()
-        shared, writes = place.parts.shared, place.parts.writing
+        shared, writes = place._parts.shared, place._parts.writing
         writes.fill, shared.put = self._after(writes.fill), self._after(shared.put)
 
     def _after(self, change: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -525,7 +525,7 @@ async def test_a_writer_that_was_overtaken_leaves_no_old_value(here: Place, ther
     """X3: its fill is refused, and the key invalidated."""
     assert await overtaken(here, there, through) is None
     await check_all_read(here, there, on="second")
-    assert here.node.instruments.counts["fills_refused", "row"] == 1
+    assert here.node._instruments.counts["fills_refused", "row"] == 1
 
 
 async def test_the_race_is_seen_where_writes_are_blind(here: Place, there: Place) -> None:
@@ -617,7 +617,7 @@ async def test_cancelled_during_a_command_leaves_nothing_stale(
     """X4, X5: at each await, before the server got it or without its answer; no lease stays."""
     stored(here.table, "old")
     assert await here.row(1) == await there.row(1) == "old"
-    link = here.parts.backend.link
+    link = here._parts.backend.link
     cut = Cut(Slowly(link), at=at, answered=answered)
     by_way_of(here, cut)
     async with anyio.create_task_group() as tasks:
@@ -633,7 +633,7 @@ async def test_cancelled_during_a_command_leaves_nothing_stale(
 async def test_cancelled_during_the_last_invalidation(here: Place, there: Place) -> None:
     """X3, X4: after a fill that was refused, it is carried out all the same."""
     stored(here.table, "old")
-    link = here.parts.backend.link
+    link = here._parts.backend.link
     cut = Cut(Slowly(link), at=3)
     here.table.hang_at, here.table.hang_stored = 1, True
     async with anyio.create_task_group() as tasks:
@@ -678,7 +678,7 @@ async def test_cancelled_while_waiting_leaves_the_others_lease(here: Place, ther
         assert await here.lease() is not None
         there.gate.set()
     assert await here.lease() is None
-    assert len(here.parts.waits) == len(here.parts.writing.checkpoints) == 0
+    assert len(here._parts.waits) == len(here._parts.writing.checkpoints) == 0
 
 
 # Write-behind beside it
@@ -692,7 +692,7 @@ async def test_a_pending_write_behind_goes_first(open_place: OpenPlace) -> None:
         await place.row.write_behind(1, "behind")
         await place.table.hanging.wait()
         tasks.start_soon(write, place, "through", "through")
-        await until(lambda: len(place.parts.writing.checkpoints) > 0)
+        await until(lambda: len(place._parts.writing.checkpoints) > 0)
         place.table.go_on.set()
     assert [each.value for each in place.table.stored] == ["behind", "through"]
     await check_all_read(place, on="through")
@@ -797,7 +797,7 @@ async def test_until_the_sink_has_it(open_place: OpenPlace, monkeypatch: Any) ->
 async def test_a_lost_bell_costs_a_quarter_of_a_second(open_place: OpenPlace, what: str) -> None:
     """P2, E2: whoever waits looks again."""
     place = await open_place(workers=True)
-    place.parts.writing.checkpoint_moved = lambda shard: None
+    place._parts.writing.checkpoint_moved = lambda shard: None
     if what == "sink":
         receipt = await place.row.write_behind(1, "new", until="sink", timeout=20)
         assert receipt.reached == "sink"
@@ -833,7 +833,7 @@ async def test_a_letter_is_found_behind_others(open_place: OpenPlace, monkeypatc
     place = await open_place(workers=True)
     place.table.poison = {"bad"}
     receipt = await place.row.write_behind(1, "bad", until="accepted")
-    dead = place.parts.names.part(receipt.shard, "dead")
+    dead = place._parts.names.part(receipt.shard, "dead")
 
     async def buried() -> bool:
         return bool(await place.call("XLEN", dead))
@@ -845,7 +845,7 @@ async def test_a_letter_is_found_behind_others(open_place: OpenPlace, monkeypatc
         await place.call("XADD", dead, "*", "from", "1-1", "reason", "another")
     await place.call("XADD", dead, "*", *fields)
     with pytest.raises(DeadLettered):
-        await place.parts.writing._check_dead_letters(KEY, receipt)
+        await place._parts.writing._check_dead_letters(KEY, receipt)
 
 
 async def test_a_write_that_a_newer_one_replaced_is_done_with_it(open_place: OpenPlace) -> None:
@@ -857,7 +857,7 @@ async def test_a_write_that_a_newer_one_replaced_is_done_with_it(open_place: Ope
     async with anyio.create_task_group() as tasks:
         for value in ("a", "b", "c"):
             tasks.start_soon(_until_sink, place, value)
-        await until(lambda: len(place.parts.writing.checkpoints) > 0)
+        await until(lambda: len(place._parts.writing.checkpoints) > 0)
         place.table.go_on.set()
     assert place.table.values()[KEY] == "c"
 
@@ -870,9 +870,9 @@ async def test_cancelled_while_waiting_for_the_sink(here: Place) -> None:
     """P2: no watch stays; the write does."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_until_sink, here, "new")
-        await until(lambda: len(here.parts.writing.checkpoints) > 0)
+        await until(lambda: len(here._parts.writing.checkpoints) > 0)
         tasks.cancel_scope.cancel()
-    assert len(here.parts.writing.checkpoints) == 0
+    assert len(here._parts.writing.checkpoints) == 0
     assert await here.row(1) == "new"
 
 

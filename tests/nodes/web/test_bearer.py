@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from forebay.nodes.web.bearer import LOOK_S, Bearer
+from forebay.nodes.web.access import LOOK_S, Bearer
 
 FIRST, SECOND = "first-token-of-them", "second-token-of-them"
 

@@ -12,8 +12,7 @@ import anyio
 import pytest
 
 import forebay
-from forebay.nodes.gauges import gauges
-from forebay.nodes.status import checks
+from forebay.nodes.status import checks, gauges
 from forebay.nodes.workers.ingress import read_mark
 from forebay.nodes.workers.plan import mark_of
 from forebay.schemas.entry import read_entry
@@ -226,7 +225,7 @@ async def test_an_id_ahead_is_reported_until_the_stream_is_drained(
         return next(n for name, _, n in gauges(node) if name == "ingress_id_ahead_seconds")
 
     async with node:
-        link, names = node.parts.backend.link, node.parts.names
+        link, names = node._parts.backend.link, node._parts.names
         assert (warned(), gauge()) == ([], 0)
         await node.publish(writes([0]))
         await table.hanging.wait()
