@@ -165,7 +165,7 @@ async def asked(request: web.Request, decode: msgspec.json.Decoder[T]) -> T:
         raise RequestRefused(415, "media_type", problem, field="Content-Type", fix=fix)
     body = await request.app[CONTEXT].bodies.read(request)
     if isinstance(body, web.Response):
-        raise RequestRefused.already(body)
+        raise RequestRefused.of_response(body)
     try:
         return decode.decode(body)
     except msgspec.ValidationError as error:

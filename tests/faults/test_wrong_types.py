@@ -278,7 +278,7 @@ class Shop(Service):
         await explain(parts.backend, names, key, nonce="0" * 16, bytes_max=1_000, wait_s=0.01)
         await parts.locks.list()
         assert (await node.stats())["keys"]
-        assert list(gauges(node))
+        assert list(gauges(node._parts_if_running()))
         await parts.crew.leader_metrics.round()
 
     async def use(self, number: int) -> list[ForebayError]:
@@ -305,7 +305,7 @@ async def is_right(item: Any, item_id: str, value: int) -> bool:
 
 def tells(shop: Shop, lines: list[Any], key: str) -> bool:
     """Whether a check of a node names the key, or a line of the log."""
-    found = [each.detail for node in shop.nodes[:2] for each in checks(node)]
+    found = [each.detail for node in shop.nodes[:2] for each in node.checks()]
     found += [str(line) for line in lines if line["log_level"] in ("warning", "error")]
     return any(key in each for each in found)
 
@@ -363,7 +363,7 @@ async def is_well(shop: Shop, numbers: Iterator[int]) -> bool:
 
 
 def unwell(shop: Shop) -> list[Check]:
-    found = [each for node in shop.nodes[:2] for each in checks(node)]
+    found = [each for node in shop.nodes[:2] for each in node.checks()]
     return [each for each in found if each.state != "pass" and each.name != "held writes"]
 
 

@@ -256,4 +256,4 @@ def test_process_never_ends_unasked_without_an_error(process: NodeProcess) -> No
         with suppress(OSError, http.client.HTTPException):
             node.get("/v1/cache/a:2")
         assert node.wait() == 1
-        assert "Error: the node's task was cancelled, though nobody stopped" in node.said()
+        assert "Error: the node's task was cancelled although nobody stopped" in node.said()

@@ -13,7 +13,7 @@ import forebay
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.valkey.handshake import read_info
 from forebay.coordinator.write_check import WriteCheck
-from forebay.nodes.status import checks, gauges, stats
+from forebay.nodes.status import gauges
 from forebay.nodes.web.health import verdict
 from forebay.nodes.web.protocols import Check
 from forebay.nodes.workers.backlog import Backlog
@@ -79,7 +79,7 @@ async def node(
 
 
 def check(node: forebay.Node, name: str) -> Check:
-    return next(each for each in checks(node) if each.name == name)
+    return next(each for each in node.checks() if each.name == name)
 
 
 def warns(node: forebay.Node, name: str, words: str = "") -> Callable[[], bool]:
@@ -92,7 +92,7 @@ def warns(node: forebay.Node, name: str, words: str = "") -> Callable[[], bool]:
 
 async def test_each_kind_of_work_has_a_check_that_passes(node: forebay.Node) -> None:
     """W1: all is well, and nothing is said."""
-    found = {each.name: each for each in checks(node)}
+    found = {each.name: each for each in node.checks()}
     assert set(WORK) | {"valkey_writes"} <= set(found)
     assert {name: found[name].state for name in WORK} == dict.fromkeys(WORK, "pass")
     assert [found[name].detail for name in WORK] == [""] * 4
@@ -110,13 +110,13 @@ async def test_a_paused_sink_says_for_how_long_which_attempt_and_why(
     assert detail.startswith("the sink is paused: ")
     assert "connection refused" in detail
     assert "(for " in detail
-    await until(lambda: verdict(checks(node), "ready") == "warn")
-    assert (await stats(node))["workers"]["sinks"][name].startswith("the sink is paused")
-    shown = {(each[0], *each[1]): each[2] for each in gauges(node)}
+    await until(lambda: verdict(node.checks(), "ready") == "warn")
+    assert (await node.stats())["workers"]["sinks"][name].startswith("the sink is paused")
+    shown = {(each[0], *each[1]): each[2] for each in gauges(node._parts_if_running())}
     assert shown["sink_paused_seconds", name] > 0
     sink.fault = None
     await until(lambda: check(node, f"sink {name}").state == "pass")
-    assert (await stats(node))["workers"]["sinks"][name] == "ok"
+    assert (await node.stats())["workers"]["sinks"][name] == "ok"
 
 
 @pytest.mark.parametrize("kind", ["events", "writes", "refreshes"])
@@ -221,8 +221,8 @@ async def test_a_server_that_refuses_all_writes_fails_readiness(
         server.execute("CONFIG", "SET", *refuse)
         await until(lambda: check(node, "valkey_writes").state == "fail")
         assert code in check(node, "valkey_writes").detail
-        assert verdict(checks(node), "ready") == "fail"
-        assert verdict(checks(node), "live") != "fail"
+        assert verdict(node.checks(), "ready") == "fail"
+        assert verdict(node.checks(), "live") != "fail"
         server.execute("CONFIG", "SET", *accept)
         await until(lambda: check(node, "valkey_writes").state == "pass")
 
@@ -247,7 +247,7 @@ async def test_health_is_asked_often_and_the_server_seldom(node: forebay.Node) -
     node._parts.write_check = asked
     await asked.ask()
     for _ in range(1_000):
-        checks(node)
+        node.checks()
     assert counting.calls == 1
 
 
