@@ -17,12 +17,12 @@ from ...schemas.keys import dependents_of
 from ...schemas.settings import CacheDefaults, Limits
 from .. import request_scope as scope
 from ..values.introspection import name_of_function, refuse_sync
+from ..values.keying import Keying
 from .batches import Batches, BatchLoader, Member
 from .bulk import BulkReads
 from .copies import Copies
 from .core import Core, Hit, LoadCall
 from .declaration import Declaration, policy_of
-from .keying import Keying
 from .load import LoadPath
 from .near import NearCache, NearEntry
 from .node_writes import NodeWrites
@@ -41,7 +41,7 @@ class Cache(Generic[T]):
         refuse_sync("the loader", loader)
         self.name = declared.name or name_of_function(loader)
         self.declared = declared
-        self.keying = Keying(loader, declared, self.name)
+        self.keying = self._keying(loader)
         self.template = self.keying.template
         self.value_type = self.keying.value_type
         self.near_get: Callable[[str], NearEntry | None] = _not_running
@@ -58,6 +58,17 @@ class Cache(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<Cache {self.name} {self.template.text}>"
+
+    def _keying(self, loader: Callable[..., Awaitable[T]]) -> Keying:
+        declared = self.declared
+        return Keying(
+            loader,
+            self.name,
+            declared.template,
+            tags=declared.tags,
+            depends_on=declared.depends_on,
+            legacy_key=declared.legacy_key,
+        )
 
     # The node's start and stop
 
@@ -255,7 +266,7 @@ class Cache(Generic[T]):
     def declare_legacy_key(self, legacy_key: str) -> None:
         """Set ``legacy_key`` before the node starts; raises ConfigError."""
         self.declared = structs.replace(self.declared, legacy_key=legacy_key)
-        self.keying = Keying(self._loader, self.declared, self.name)
+        self.keying = self._keying(self._loader)
 
     async def import_key(self, key: str, *, dry_run: bool) -> str:
         """Import the old value of this key; returns the outcome (see ``legacy``)."""

@@ -1,4 +1,4 @@
-"""Nodes on a real server, and a source that counts what it is asked."""
+"""Nodes on a real server, and a source that counts its calls."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ from forebay.schemas.settings import (
 from support.eventually import until
 from support.valkey_server import ValkeyServer
 
-PATIENCE_S = 20.0  #: for whatever has to come; not what is promised
-
 
 class Source:
-    """What loaders ask: a table of values whose answers can be held back."""
+    """The table of values that loaders read; its answers can be held back."""
 
     def __init__(self) -> None:
         self.values: dict[Any, Any] = {}
@@ -42,7 +40,7 @@ class Source:
         return len(self.asked)
 
     def hold(self) -> None:
-        """Keep back the answers from now on; each is what was true when it was asked."""
+        """Hold back the answers from now on; each answer has the value of the time of its call."""
         self.began, self._gate = anyio.Event(), anyio.Event()
 
     def let_go(self) -> None:
@@ -67,7 +65,7 @@ def source() -> Source:
 
 @pytest.fixture
 def make_node(valkey_server: ValkeyServer, namespace: str):
-    """Nodes of one namespace: ``make_node(lease_ms=500)`` with settings of the cache."""
+    """Nodes of one namespace: ``make_node(lease_ms=500)`` sets settings of the cache."""
 
     def make(
         server: ValkeyServer | None = None,
@@ -104,7 +102,7 @@ def eventually():
 
 @pytest.fixture
 def grow_old(valkey_server: ValkeyServer):
-    """Let a stored entry have lived for so many seconds more, in the eyes of these caches."""
+    """Age a stored entry by some seconds, as these caches see it."""
 
     def grow(key: str, seconds: float, *caches: Cached[Any, Any]) -> None:
         name = caches[0]._cache.path.shared.names.entry(key)

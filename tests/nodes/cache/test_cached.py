@@ -1,4 +1,4 @@
-"""Declaring a cache: what cannot work is refused there, and keys are right."""
+"""Declaring a cache: invalid declarations are refused, and keys are correct."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def typed(a: Airport, d: Decimal, n: Annotated[int, Meta(ge=0)], f: bool) 
     ],
 )
 def test_a_call_has_one_key_however_it_is_written(function, template, args, kwargs, key) -> None:
-    """Positional, by name, or by default."""
+    """Positional, keyword and default arguments give the same key."""
     assert cached(function, template).key(*args, **kwargs) == key
 
 
@@ -63,13 +63,13 @@ def test_a_call_has_one_key_however_it_is_written(function, template, args, kwar
     [((), {}), ((1, 2), {}), ((1,), {"id": 1}), ((1,), {"x": 1}), ((), {"x": 1})],
 )
 def test_a_call_that_the_function_would_refuse_is_refused(args, kwargs) -> None:
-    """It must not be answered from the cache."""
+    """Such a call raises TypeError and is not answered from the cache."""
     with pytest.raises(TypeError):
         cached(by_id, "p:{id}").key(*args, **kwargs)
 
 
-def test_values_that_make_no_key_are_refused() -> None:
-    """None is the commonest."""
+def test_arguments_without_a_key_are_refused() -> None:
+    """None is the most common case."""
     for value in (None, "", b"x", [1]):
         with pytest.raises(InvalidKey):
             cached(by_id, "p:{id}").key(value)
@@ -86,8 +86,8 @@ def test_values_that_make_no_key_are_refused() -> None:
         (by_id, "p:{id}", ["t:{id}:{other}"]),
     ],
 )
-def test_template_and_parameters_must_fit(function, template: str, tags: list[str]) -> None:
-    """Or two different calls would share an entry."""
+def test_template_and_parameters_must_match(function, template: str, tags: list[str]) -> None:
+    """Otherwise two different calls would share an entry."""
     with pytest.raises(ConfigError) as caught:
         cached(function, template, tags=tags)
     assert caught.value.value == (tags or [template])[0]
@@ -98,7 +98,7 @@ def test_template_and_parameters_must_fit(function, template: str, tags: list[st
 
 @pytest.mark.parametrize("template", ["", "p {id}", "p:{id}{id}", "{"])
 def test_a_template_must_make_keys(template: str) -> None:
-    """Refused where it is declared."""
+    """An invalid template is refused when the cache is declared."""
     with pytest.raises((ConfigError, InvalidKey)):
         cached(by_id, template)
 
@@ -107,26 +107,26 @@ def test_a_template_must_make_keys(template: str) -> None:
     ("seconds", "ms"), [(60, 60_000), (0.25, 250), (0.001, 1), (366 * 86_400, 31_622_400_000)]
 )
 def test_lifetimes_are_seconds(seconds: float, ms: int) -> None:
-    """And become milliseconds."""
+    """Seconds are converted to milliseconds."""
     assert lifetime_ms("ttl", seconds) == ms
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 1e-9, 1e12, float("nan"), float("inf"), "60", True])
-def test_lifetimes_that_cannot_be_meant_are_refused(seconds: Any) -> None:
-    """Zero too, where nothing would be cached."""
+def test_invalid_lifetimes_are_refused(seconds: Any) -> None:
+    """Zero is invalid where nothing would be cached."""
     with pytest.raises(ConfigError, match="ttl"):
         lifetime_ms("ttl", seconds)
 
 
 def test_a_stale_period_may_be_zero() -> None:
-    """So may the lifetime of absences."""
+    """The lifetime of absences may be zero too."""
     assert lifetime_ms("stale_for", 0, zero=True) == 0
     policy = cached(by_id, "p:{id}", negative_ttl=0)._cache.policy(CacheDefaults())
     assert (policy.stale_ms, policy.negative_ms) == (0, 0)
 
 
-def test_what_is_declared_is_the_policy() -> None:
-    """What was not said is as the node's settings have it."""
+def test_the_policy_follows_the_declaration() -> None:
+    """Arguments that are not given come from the settings."""
     declared = cached(
         by_id,
         "p:{id}",
@@ -160,8 +160,8 @@ def test_what_is_declared_is_the_policy() -> None:
     assert silent.refresh_ahead == 0.0
 
 
-def test_a_stale_period_is_also_one_for_errors() -> None:
-    """Only what goes beyond it is kept for errors."""
+def test_the_stale_period_counts_towards_the_error_period() -> None:
+    """Only the rest of the error period is added."""
     for stale_if_error, error_ms in ((0, 0), (2, 0), (3, 0), (3.5, 500)):
         policy = cached(by_id, "p:{id}", stale_for=3, stale_if_error=stale_if_error)._cache.policy(
             CacheDefaults()
@@ -170,14 +170,14 @@ def test_a_stale_period_is_also_one_for_errors() -> None:
 
 
 @pytest.mark.parametrize(("ttl", "negative_ms"), [(3, 3_000), (600, 10_000)])
-def test_absences_live_ten_seconds_at_most_if_nothing_is_said(ttl: int, negative_ms: int) -> None:
-    """A row that is made now should be seen soon."""
+def test_absences_live_at_most_ten_seconds_by_default(ttl: int, negative_ms: int) -> None:
+    """A row that is created now becomes visible soon."""
     policy = cached(by_id, "p:{id}", ttl=ttl)._cache.policy(CacheDefaults())
     assert policy.negative_ms == negative_ms
 
 
-async def test_a_refresh_calls_the_loader_with_what_the_key_says() -> None:
-    """In the types of its parameters: keys are all that a job carries."""
+async def test_a_refresh_calls_the_loader_with_arguments_parsed_from_the_key() -> None:
+    """They have the types of the parameters: a job carries only the key."""
     got: list[Any] = []
 
     async def load(a: Airport, d: Decimal, n: int, f: bool) -> int | None:
@@ -198,7 +198,7 @@ async def test_a_refresh_calls_the_loader_with_what_the_key_says() -> None:
 
 
 def test_it_looks_like_the_function_it_wraps() -> None:
-    """Name, docstring and signature are for tools and people."""
+    """Name and docstring of the loader are kept."""
     made = cached(by_two, "p:{kind}:{id}")
     assert (made.__name__, made.name, repr(made)) == (
         "by_two", "by_two", "<Cached by_two p:{kind}:{id}>",
@@ -206,8 +206,17 @@ def test_it_looks_like_the_function_it_wraps() -> None:
     assert made.__wrapped__ is by_two
 
 
+def test_it_shows_only_what_a_user_calls() -> None:
+    """The node's own methods are on the cache behind it."""
+    made = cached(by_id, "p:{id}")
+    assert {name for name in dir(made) if not name.startswith("_")} == {
+        "batch", "get_with_info", "invalidate", "key", "many", "many_with_info", "name", "put",
+        "warm", "write_around", "write_behind", "write_through",
+    }  # fmt: skip
+
+
 async def test_it_needs_a_running_node() -> None:
-    """And says so."""
+    """A call without a running node raises an error that says so."""
     made = cached(by_id, "p:{id}")
     for use in (made(1), made.get_with_info(1), made.invalidate(1), made.write_behind(1, "x")):
         with pytest.raises(ForebayError, match="the node is not running"):
@@ -215,8 +224,8 @@ async def test_it_needs_a_running_node() -> None:
     assert made._cache.near_hits == 0
 
 
-def test_a_node_refuses_what_cannot_work() -> None:
-    """By the decorator, in the line that is wrong."""
+def test_a_node_refuses_invalid_declarations() -> None:
+    """The decorator raises the error."""
     node = forebay.Node("x")
     with pytest.raises(ConfigError, match="ttl"):
         node.cached("p:{id}", ttl=0)(by_id)

@@ -1,4 +1,4 @@
-"""A put under a lock: who lost the lock cannot put what is older than its successor's value."""
+"""A put under a lock: a holder that lost the lock cannot replace the value of the next holder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 from forebay.schemas.errors_locks import LeaseLost, StaleToken
 
 
-async def test_who_lost_the_lock_puts_nothing(make_node, source) -> None:
-    """entry_put I4: the successor's value stays, here and on other nodes."""
+async def test_a_put_after_a_lost_lock_is_refused(make_node, source) -> None:
+    """entry_put I4: the value of the next holder stays on all nodes."""
     one, two = make_node(), make_node()
     for each in (one, two):
 

@@ -1,4 +1,4 @@
-"""Values that another service has stored: brought over once, and never against a change of ours."""
+"""Legacy entries: values of another service are imported once, and never undo a change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def old(valkey_server, namespace: str):
 
 @pytest.fixture
 def declare(source, namespace: str):
-    """The cache that most tests use: rows by id, whose old names end alike."""
+    """The cache that most tests use: rows by id; all old names have the same suffix."""
 
     def made(node: forebay.Node, **options: Any) -> Cached[Any, Row | None]:
         given = {"ttl": 600.0, "legacy_key": f"v1:{namespace}:{{id}}", **options}
@@ -58,7 +58,7 @@ def declare(source, namespace: str):
 
 
 async def into_nothing(writes: list[forebay.Write[Any]]) -> None:
-    """A sink of nothing."""
+    """A sink that stores nothing."""
 
 
 def results(node: forebay.Node) -> dict[str, int]:
@@ -67,7 +67,7 @@ def results(node: forebay.Node) -> dict[str, int]:
 
 
 def forget(node: forebay.Node, server: Any, key: str) -> None:
-    """As if the entry had expired."""
+    """Remove the entry, as if it had expired."""
     server.execute("DEL", node._parts.names.entry(key))
     for cached in node.caches:
         cached._cache.path.near.clear()
@@ -78,7 +78,9 @@ def forget(node: forebay.Node, server: Any, key: str) -> None:
 async def test_both_forms_spare_the_load_and_keep_their_lifetime(
     make_node, declare, source, old, valkey_server, stale_in_s, mutable
 ) -> None:
-    """Y1, Y4: no load; the time left is kept, also beyond ``ttl``; the age is unknown, near too."""
+    """Y1, Y4: no load runs; the remaining lifetime is kept, also beyond ``ttl``; the age is
+    unknown, near too.
+    """
     node = make_node()
     row = declare(node, mutable=mutable)
     old(1, OLD, left_ms=DAY_MS, stale_in_s=stale_in_s)
@@ -96,7 +98,7 @@ async def test_both_forms_spare_the_load_and_keep_their_lifetime(
 async def test_without_a_lifetime_it_gets_that_of_the_cache(
     make_node, declare, source, old, valkey_server
 ) -> None:
-    """Y4: and is not brought over again when that has ended."""
+    """Y4: it is not imported again after that lifetime."""
     node = make_node()
     row = declare(node, ttl=60.0, stale_for=30.0)
     old(1, OLD)
@@ -109,10 +111,10 @@ async def test_without_a_lifetime_it_gets_that_of_the_cache(
         assert results(node) == {"used": 1, "outdated": 1}
 
 
-async def test_what_is_past_its_stale_at_is_served_stale_and_refreshed(
+async def test_a_value_past_its_stale_at_is_served_stale_and_refreshed(
     make_node, declare, source, old, eventually
 ) -> None:
-    """Y4: the reader gets the old value at once, flagged; the refresh brings the new one."""
+    """Y4: the reader gets the old value at once, as stale; the refresh stores the new one."""
     node = make_node()
     row = declare(node)
     old(1, OLD, left_ms=DAY_MS, stale_in_s=-5.0)
@@ -149,7 +151,7 @@ NOW_MS = 1_700_000_000_000
     ],
 )
 def test_lifetimes(raw: bytes, left_ms: int, expected: tuple[int, int]) -> None:
-    """Y4, as a table: fresh for, kept for."""
+    """Y4: the times that an entry is fresh and kept, as a table."""
     entry = read_legacy(raw, bytes_max=1_000)
     assert lifetimes(entry, left_ms, NOW_MS, POLICY) == expected
 
@@ -168,10 +170,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-async def test_what_cannot_be_used_is_a_miss_with_a_count_and_one_line(
+async def test_an_unusable_value_is_a_miss_that_is_counted_and_logged_once(
     make_node, declare, source, valkey_server, namespace, what
 ) -> None:
-    """Y5: the loader is asked, and nothing is raised."""
+    """Y5: the loader runs, and no error is raised."""
     node = make_node(value_bytes_max=2_048)
     row = declare(node)
     for each in (1, 2):
@@ -188,10 +190,10 @@ async def test_what_cannot_be_used_is_a_miss_with_a_count_and_one_line(
 
 
 @pytest.mark.parametrize("command", [("HSET", "a", 1), ("RPUSH", "a"), ("SET", "")])
-async def test_what_is_no_text_is_a_miss(
+async def test_another_type_of_key_is_a_miss(
     make_node, declare, source, valkey_server, namespace, command
 ) -> None:
-    """Y5: a hash, a list, an empty string."""
+    """Y5: a hash, a list and an empty string are misses."""
     node = make_node()
     row = declare(node)
     verb, *words = command
@@ -203,10 +205,10 @@ async def test_what_is_no_text_is_a_miss(
 
 
 @pytest.mark.parametrize("negative_ttl, loads", [(None, 0), (0.0, 1)])
-async def test_null_is_a_known_absence_where_these_are_cached(
+async def test_null_is_a_known_absence_if_absences_are_cached(
     make_node, declare, source, old, negative_ttl, loads
 ) -> None:
-    """Kept as long as other absences are; asked for where absences are not kept."""
+    """It lives as long as other absences; if absences are not cached, the loader runs."""
     node = make_node()
     row = declare(node, negative_ttl=negative_ttl)
     old(1, None, left_ms=DAY_MS)
@@ -215,10 +217,10 @@ async def test_null_is_a_known_absence_where_these_are_cached(
     assert source.loads == loads
 
 
-async def test_many_readers_on_three_nodes_bring_it_over_once(
+async def test_many_readers_on_three_nodes_import_it_once(
     make_node, declare, source, old, valkey_server
 ) -> None:
-    """Y1: single flight, in the cluster."""
+    """Y1: the import is single-flight in the cluster."""
     nodes = [make_node() for _ in range(3)]
     rows = [declare(node) for node in nodes]
     old(1, OLD, left_ms=DAY_MS)
@@ -237,8 +239,10 @@ async def test_many_readers_on_three_nodes_bring_it_over_once(
     assert sum(results(node).get("used", 0) for node in nodes) == 1
 
 
-async def test_a_bulk_read_loads_only_what_is_nowhere(make_node, declare, source, old) -> None:
-    """A key that is brought over leaves the group of the batch loader."""
+async def test_a_bulk_read_loads_only_keys_without_an_old_value(
+    make_node, declare, source, old
+) -> None:
+    """An imported key leaves the group of the batch loader."""
     node = make_node()
     row = declare(node)
     asked: list[list[int]] = []
@@ -255,10 +259,10 @@ async def test_a_bulk_read_loads_only_what_is_nowhere(make_node, declare, source
     assert [sorted(each) for each in asked] == [[2, 4]]
 
 
-async def test_a_failing_source_keeps_nothing_from_being_brought_over(
+async def test_a_failing_source_does_not_prevent_an_import(
     make_node, declare, source, old, eventually
 ) -> None:
-    """The old value needs no source, also while the breaker of the source is open."""
+    """An import needs no source, also while its breaker is open."""
     node = make_node(breaker_failures=1, breaker_recovery_ms=60_000)
     row = declare(node)
     source.error = RuntimeError("no database")
@@ -271,7 +275,7 @@ async def test_a_failing_source_keeps_nothing_from_being_brought_over(
         assert await row(1) == OLD
 
 
-# What is newer
+# Newer values
 
 
 async def by_event(node: forebay.Node, event: bytes) -> None:
@@ -327,7 +331,7 @@ async def any_marks(node: forebay.Node) -> bool:
 async def test_without_its_mark_the_old_value_would_come_back(
     make_node, declare, source, old, valkey_server
 ) -> None:
-    """Negative control of the test above: what it shows is the work of the mark."""
+    """Negative control of the test above: the mark prevents the import."""
     node = make_node()
     row = declare(node)
     old(1, OLD, left_ms=DAY_MS)
@@ -342,7 +346,7 @@ async def test_without_its_mark_the_old_value_would_come_back(
 async def test_a_change_between_reading_and_storing_wins(
     make_node, declare, source, old, monkeypatch, what
 ) -> None:
-    """Y1, Y2: the fill of what was read before is refused, or carries an older tag."""
+    """Y1, Y2: the fill of the older value is refused, or carries an older tag."""
     node = make_node()
     row = declare(node, tags=["rows"])
     old(1, OLD, left_ms=DAY_MS)
@@ -366,7 +370,7 @@ async def test_a_change_between_reading_and_storing_wins(
 async def test_a_loaded_value_is_not_replaced_by_an_older_one(
     make_node, declare, source, old, valkey_server
 ) -> None:
-    """Y2: what was loaded since, and has expired, was newer."""
+    """Y2: a value that was loaded and has expired was newer."""
     node = make_node()
     row = declare(node)
     source.values[1] = NEW
@@ -379,7 +383,7 @@ async def test_a_loaded_value_is_not_replaced_by_an_older_one(
 
 
 async def test_the_window_ends(make_node, declare, source, old, valkey_server) -> None:
-    """Y3: 30 days after the first start that declared the cache so, and the start says it."""
+    """Y3: it ends 30 days after the first start with the cache, and a start then logs it."""
     old(1, OLD, left_ms=DAY_MS)
     source.values[1] = NEW
     first, node = make_node(), make_node()
@@ -397,8 +401,8 @@ async def test_the_window_ends(make_node, declare, source, old, valkey_server) -
     assert results(node) == {"closed": 1}
 
 
-async def test_a_namespace_that_had_changes_before_is_named(make_node, declare, old) -> None:
-    """Y3: those have no marks, and the start says so."""
+async def test_changes_before_the_marks_are_reported(make_node, declare, old) -> None:
+    """Y3: these changes have no marks, and the start logs a warning."""
     before, node = make_node(), make_node()
     changed = declare(before, legacy_key="")
     declare(node)
@@ -410,10 +414,10 @@ async def test_a_namespace_that_had_changes_before_is_named(make_node, declare, 
     assert [line["shards"] for line in logs if line["event"] == "legacy.late"] == [1]
 
 
-async def test_who_is_cancelled_meanwhile_leaves_no_lease(
+async def test_a_cancelled_import_leaves_no_lease(
     make_node, declare, old, valkey_server, monkeypatch
 ) -> None:
-    """The lease is given back when the node is stopped in the middle."""
+    """The lease is released if the node stops during the import."""
     node = make_node(lease_ms=60_000)
     row = declare(node)
     old(1, OLD, left_ms=DAY_MS)
@@ -433,10 +437,10 @@ async def test_who_is_cancelled_meanwhile_leaves_no_lease(
     assert valkey_server.execute("EXISTS", lease) == 0
 
 
-async def test_a_name_that_must_not_be_read_is_a_miss(
+async def test_a_name_that_the_user_may_not_read_is_a_miss(
     make_node, declare, source, make_server, namespace
 ) -> None:
-    """Y5: the user's key patterns leave it out."""
+    """Y5: the key patterns of the user do not include it."""
     own = f"~{{{namespace}:* ~forebay:{namespace}:* ~{{forebay:{namespace}:*"
     server = make_server(acl=[f"user default on nopass {own} &* +@all"])
     node = make_node(server)
@@ -453,16 +457,16 @@ async def test_a_name_that_must_not_be_read_is_a_miss(
 @pytest.mark.parametrize(
     "legacy_key", ["v1:row", "v1:{other}", "v1:{id}:{more}", "v1:{id"], ids=str
 )
-async def test_an_old_name_that_cannot_fit_is_refused_where_it_is_declared(
+async def test_an_old_name_with_other_fields_is_refused_when_declared(
     make_node, declare, legacy_key
 ) -> None:
-    """Two keys must never share an old name."""
+    """Otherwise two keys would share an old name."""
     with pytest.raises((ConfigError, forebay.InvalidKey), match="legacy_key"):
         declare(make_node(), legacy_key=legacy_key)
 
 
 async def test_old_names_are_not_escaped(make_node, valkey_server, namespace) -> None:
-    """The other service has put the text into its names as it was."""
+    """Fields in the names of the other service are plain text."""
     node = make_node()
 
     @node.cached("by:{name}:{place}", ttl=60, legacy_key=f"{namespace}/{{place}}|{{name}}")

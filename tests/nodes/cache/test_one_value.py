@@ -1,4 +1,4 @@
-"""One version of a key has one value, for every caller and every way to get it."""
+"""One version of a key has one value for every caller and every way to read it."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def declare(node: forebay.Node, case: str, **options: Any) -> Cached[Any, Any]:
 
 
 def seen(value: Any) -> str:
-    """All that can be seen of it: class, content, time zone."""
+    """All visible properties of a value: class, content, time zone."""
     return f"{type(value)} {value!r}"
 
 
 @pytest.mark.parametrize("mutable", [False, True])
 @pytest.mark.parametrize("case", CASES)
-async def test_every_reader_gets_the_same(make_node: Any, case: str, mutable: bool) -> None:
-    """V6, L8: the caller that loads it, waiters, and later callers, on every tier and node."""
+async def test_every_reader_gets_the_same_value(make_node: Any, case: str, mutable: bool) -> None:
+    """V6, L8: the loading caller, waiters and later callers agree, on every tier and node."""
     one, two = (make_node(value_bytes_max=200_000) for _ in range(2))
     first, second = (declare(node, case, mutable=mutable) for node in (one, two))
     found: list[Any] = []
@@ -127,8 +127,8 @@ async def test_every_reader_gets_the_same(make_node: Any, case: str, mutable: bo
 
 
 @pytest.mark.parametrize("case", CASES)
-async def test_a_batch_loader_s_values_are_no_others(make_node: Any, case: str) -> None:
-    """V6: as if each had been loaded by itself."""
+async def test_a_batch_loader_gives_the_same_values(make_node: Any, case: str) -> None:
+    """V6: values of a batch equal values that were loaded one by one."""
     annotation, make = CASES[case]
     node = make_node()
 
@@ -152,10 +152,10 @@ async def test_a_batch_loader_s_values_are_no_others(make_node: Any, case: str) 
 @pytest.mark.parametrize("mutable", [False, True])
 @pytest.mark.parametrize("way", ["put", "write_through", "write_behind"])
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("absence", "too large")])
-async def test_what_was_written_is_read_and_sunk_the_same(
+async def test_a_written_value_is_the_same_for_readers_and_the_sink(
     make_node: Any, case: str, way: str, mutable: bool
 ) -> None:
-    """X7: by the writer, other nodes and the sink."""
+    """X7: the writer, other nodes and the sink get equal values."""
     one, two = make_node(workers=True), make_node()
     first, second = (declare(node, case, mutable=mutable) for node in (one, two))
     sunk: list[Any] = []
@@ -177,8 +177,8 @@ async def test_what_was_written_is_read_and_sunk_the_same(
 
 
 @pytest.mark.parametrize("value", [Word("a"), [Word("a")], {"a": Word("a")}, object(), 1j])
-async def test_what_cannot_come_back_is_refused_at_the_first_call(make_node: Any, value) -> None:
-    """V3: a class that msgpack has no form of; the caller is told the cache and the key."""
+async def test_an_undecodable_value_is_refused_at_the_first_call(make_node: Any, value) -> None:
+    """V3: the error names the cache and the key."""
     node = make_node()
 
     @node.cached("value:{id}", ttl=600)
@@ -192,8 +192,8 @@ async def test_what_cannot_come_back_is_refused_at_the_first_call(make_node: Any
             await cached.put(1, value)
 
 
-async def test_a_refresh_and_a_read_past_the_server_bring_no_other(make_node, make_server) -> None:
-    """L8: in the background, and where nothing can be stored."""
+async def test_a_refresh_and_a_bypass_give_the_same_value(make_node, make_server) -> None:
+    """L8: this holds in the background, and if nothing can be stored."""
     server = make_server()
     node = make_node(server, max_staleness_ms=200)
     cached = declare(node, "zone", ttl=0.05, stale_for=600)

@@ -1,4 +1,4 @@
-"""Request scope by itself: what it keeps, for whom, and for how long."""
+"""Request scope in isolation: which values it keeps, for which tasks, and for how long."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CACHE, OTHER = object(), object()
 
 
 class Source:
-    """Gives a higher number with each read; ``hold`` keeps answers back."""
+    """Returns a higher number at each read; ``hold`` delays the answers."""
 
     def __init__(self) -> None:
         self.reads = 0
@@ -49,7 +49,7 @@ def hit_of(value: Any, *, size: int = 10, age_ms: int = 0) -> Hit[Any]:
 
 
 async def value_of(source: Source, key: str = "a", cache: object = CACHE) -> int:
-    """As a cached function reads: through the scope, if there is one."""
+    """Read like a cached function: through the open scope, if there is one."""
     found = current()
     if found is None:
         return (await source.read()).value
@@ -63,13 +63,13 @@ def source() -> Source:
 
 @pytest.fixture(autouse=True)
 def none_is_left_open() -> Iterator[None]:
-    """S6: whatever a test does, in the end no scope is open."""
+    """S6: no scope is open after a test."""
     yield
     assert scope.opened == 0
 
 
 async def test_key_that_was_read_keeps_its_value(source: Source) -> None:
-    """S1: the second read is the first again; without a scope it is not."""
+    """S1: the second read in a scope repeats the first; without a scope it does not."""
     async with request_scope():
         assert [await value_of(source), await value_of(source)] == [1, 1]
     assert [await value_of(source), await value_of(source)] == [2, 3]
@@ -85,15 +85,15 @@ async def test_known_absence_is_a_value_too(source: Source) -> None:
 
 
 async def test_equal_keys_of_two_caches_are_two(source: Source) -> None:
-    """S1: another node in this process, or another cache, may have the same key."""
+    """S1: equal keys of another cache or another node are separate."""
     with request_scope():
         assert await value_of(source) == 1
         assert await value_of(source, cache=OTHER) == 2
         assert await value_of(source) == 1
 
 
-async def test_of_two_reads_at_once_both_get_what_came_first(source: Source) -> None:
-    """S1: what a caller was given once is what the next one gets."""
+async def test_of_two_concurrent_reads_both_get_the_first_value(source: Source) -> None:
+    """S1: both callers get the value of the read that ended first."""
     values = []
 
     async def read() -> None:
@@ -111,7 +111,7 @@ async def test_of_two_reads_at_once_both_get_what_came_first(source: Source) -> 
 
 
 async def test_error_is_not_kept(source: Source) -> None:
-    """S1: a read that failed is tried again."""
+    """S1: a failed read is repeated."""
 
     async def fails() -> Hit[int]:
         raise OSError
@@ -123,7 +123,7 @@ async def test_error_is_not_kept(source: Source) -> None:
 
 
 async def test_own_change_is_seen_at_once(source: Source) -> None:
-    """S2: what the request changes, it reads anew, and nothing else."""
+    """S2: after its own change, a request reads the key again, and no other key."""
     async with request_scope():
         assert [await value_of(source, "a"), await value_of(source, "b")] == [1, 2]
         scope.forget(["a"])
@@ -134,7 +134,7 @@ async def test_own_change_is_seen_at_once(source: Source) -> None:
 
 @pytest.mark.parametrize("more", [False, True])
 async def test_read_that_began_before_an_own_change_is_not_kept(source: Source, more: bool) -> None:
-    """S2: it may have seen what was there before the change."""
+    """S2: it may have read the value before the change."""
     values = []
 
     async def read() -> None:
@@ -152,8 +152,8 @@ async def test_read_that_began_before_an_own_change_is_not_kept(source: Source, 
         assert await value_of(source) == 2
 
 
-async def test_changes_beyond_the_bound_keep_out_every_read_under_way(source: Source) -> None:
-    """S2, S4: when there are too many keys to remember, none is forgotten to be changed."""
+async def test_changes_beyond_the_limit_keep_out_every_running_read(source: Source) -> None:
+    """S2, S4: with too many changed keys to remember, no running read is kept."""
     async with request_scope(entries_max=3) as seen:
         since = seen.changes
         scope.forget(f"k{number}" for number in range(10))
@@ -164,7 +164,7 @@ async def test_changes_beyond_the_bound_keep_out_every_read_under_way(source: So
 
 
 async def test_own_change_inside_a_fresh_scope_reaches_the_scopes_around(source: Source) -> None:
-    """S2: it is the same request that changed it."""
+    """S2: a change applies to the enclosing scopes of the same request."""
     async with request_scope():
         assert [await value_of(source, "a"), await value_of(source, "b")] == [1, 2]
         async with request_scope(fresh=True):
@@ -176,7 +176,7 @@ async def test_own_change_inside_a_fresh_scope_reaches_the_scopes_around(source:
 
 
 async def test_requests_do_not_see_each_other(source: Source) -> None:
-    """S3: each of a hundred concurrent requests has its own values, and keeps them."""
+    """S3: each of a hundred concurrent requests keeps its own values."""
     seen: list[tuple[int, int]] = []
     all_have_read = anyio.Event()
 
@@ -196,7 +196,7 @@ async def test_requests_do_not_see_each_other(source: Source) -> None:
 
 
 async def test_scope_inside_a_scope_is_the_same_one(source: Source) -> None:
-    """A service's own block does not end or replace what the middleware opened."""
+    """An inner block neither ends nor replaces the scope that the middleware opened."""
     async with request_scope() as outer:
         async with request_scope() as inner:
             assert inner is outer
@@ -204,8 +204,10 @@ async def test_scope_inside_a_scope_is_the_same_one(source: Source) -> None:
         assert await value_of(source) == 1
 
 
-async def test_fresh_scope_reads_anew_and_leaves_the_one_around_alone(source: Source) -> None:
-    """``fresh``: a picture of its own; afterwards the first is there again."""
+async def test_fresh_scope_reads_again_and_leaves_the_outer_scope_unchanged(source: Source) -> None:
+    """``fresh``: the inner scope has its own values; afterwards the outer scope has its values
+    again.
+    """
     async with request_scope():
         assert await value_of(source) == 1
         async with request_scope(fresh=True):
@@ -214,7 +216,7 @@ async def test_fresh_scope_reads_anew_and_leaves_the_one_around_alone(source: So
 
 
 async def test_task_started_inside_reads_from_the_scope(source: Source) -> None:
-    """S3: a request that fans out is one request."""
+    """S3: the tasks of a request share its scope."""
     values = []
 
     async def read() -> None:
@@ -229,7 +231,7 @@ async def test_task_started_inside_reads_from_the_scope(source: Source) -> None:
 
 
 async def test_task_that_outlives_the_scope_is_served_nothing_from_it(source: Source) -> None:
-    """S3: a background task reads what is current, and may open a scope of its own."""
+    """S3: a background task reads current values and may open its own scope."""
     values = []
     end = anyio.Event()
 
@@ -250,7 +252,7 @@ async def test_task_that_outlives_the_scope_is_served_nothing_from_it(source: So
 
 
 async def test_task_that_outlives_the_scope_keeps_no_value_alive() -> None:
-    """S3: what is closed holds nothing, though a task's context still refers to it."""
+    """S3: a closed scope holds no values, although the context of a task still refers to it."""
 
     class Value: ...
 
@@ -268,8 +270,8 @@ async def test_task_that_outlives_the_scope_keeps_no_value_alive() -> None:
         end.set()
 
 
-async def test_read_that_ends_after_the_scope_is_given_and_not_kept(source: Source) -> None:
-    """S3: closed is closed, also for reads under way."""
+async def test_read_that_ends_after_the_scope_is_returned_and_not_kept(source: Source) -> None:
+    """S3: a closed scope does not keep the result of a running read."""
     values = []
 
     async def read() -> None:
@@ -286,7 +288,7 @@ async def test_read_that_ends_after_the_scope_is_given_and_not_kept(source: Sour
 
 
 async def test_task_of_a_closed_fresh_scope_falls_back_to_the_one_around(source: Source) -> None:
-    """S3: the innermost scope that is open counts."""
+    """S3: the innermost open scope is used."""
     values = []
     go_on = anyio.Event()
 
@@ -304,7 +306,7 @@ async def test_task_of_a_closed_fresh_scope_falls_back_to_the_one_around(source:
 
 
 async def test_cancelled_request_closes_its_scope(source: Source) -> None:
-    """S3: a request that is cancelled in the middle of a read leaves nothing behind."""
+    """S3: a request that is cancelled during a read leaves no open scope."""
     scopes: list[RequestScope] = []
     source.hold()
 
@@ -324,7 +326,7 @@ async def test_cancelled_request_closes_its_scope(source: Source) -> None:
 
 
 async def test_exception_passes_and_closes_the_scope(source: Source) -> None:
-    """S3: what the request raises comes out as it is."""
+    """S3: the exception of a request is raised unchanged."""
     error = LookupError("x")
     with pytest.raises(LookupError) as caught:
         async with request_scope() as seen:
@@ -335,8 +337,8 @@ async def test_exception_passes_and_closes_the_scope(source: Source) -> None:
     assert current() is None
 
 
-def test_scope_that_is_left_in_another_context_is_closed_all_the_same() -> None:
-    """S3: a generator may be finished by whoever collects it."""
+def test_scope_that_is_left_in_another_context_is_closed() -> None:
+    """S3: a generator may be finalised in another context."""
     block = request_scope()
     elsewhere = contextvars.copy_context()
     seen = elsewhere.run(block.__enter__)
@@ -349,7 +351,7 @@ def test_scope_that_is_left_in_another_context_is_closed_all_the_same() -> None:
 
 
 def test_scopes_of_threads_are_counted_together() -> None:
-    """S6: no thread's scope is overlooked since another thread counted at the same time."""
+    """S6: concurrent counting in several threads loses no scope."""
 
     def work() -> None:
         for _ in range(2_000):
@@ -365,10 +367,10 @@ def test_scopes_of_threads_are_counted_together() -> None:
 
 
 @pytest.mark.parametrize("bounds", [{"entries_max": 2}, {"bytes_max": 25}])
-async def test_what_goes_beyond_the_bounds_is_given_and_not_kept(
+async def test_values_beyond_the_limits_are_returned_and_not_kept(
     source: Source, bounds: dict[str, int]
 ) -> None:
-    """S4: what is kept already stays; the rest is read again each time."""
+    """S4: kept values stay; further values are read again each time."""
     async with request_scope(**bounds) as seen:  # type: ignore[arg-type]
         values = [await value_of(source, key) for key in "abcabc"]
 
@@ -379,7 +381,7 @@ async def test_what_goes_beyond_the_bounds_is_given_and_not_kept(
 
 
 async def test_scope_ends_by_itself_when_its_time_is_over(source: Source) -> None:
-    """S4: what streams for hours reads what is current, not what its first second saw."""
+    """S4: a response that streams for hours reads current values."""
     clock = ManualClock()
     async with request_scope(clock=clock, lasts_s=30) as seen:
         assert await value_of(source) == 1
@@ -393,8 +395,8 @@ async def test_scope_ends_by_itself_when_its_time_is_over(source: Source) -> Non
             assert [await value_of(source), await value_of(source)] == [4, 4]
 
 
-async def test_kept_hit_tells_its_age_as_it_is_now(source: Source) -> None:
-    """A value does not get younger by being given again."""
+async def test_kept_hit_has_its_present_age(source: Source) -> None:
+    """The age grows between two reads of the same value."""
     clock = ManualClock()
     with request_scope(clock=clock) as seen:
         seen.put(CACHE, "a", hit_of(1, age_ms=40), seen.changes)
@@ -405,8 +407,8 @@ async def test_kept_hit_tells_its_age_as_it_is_now(source: Source) -> None:
         assert (found.age_ms, found.value, found.version) == (540, 1, 7)
 
 
-async def test_outside_a_scope_inside_it_everything_is_current(source: Source) -> None:
-    """S5: a loader does not see what the request saw a while ago, nor do its tasks."""
+async def test_outside_hides_the_scope(source: Source) -> None:
+    """S5: a loader and its tasks do not read the values of the request."""
     values = []
 
     async def read() -> None:
@@ -424,15 +426,15 @@ async def test_outside_a_scope_inside_it_everything_is_current(source: Source) -
 
 
 async def test_block_is_entered_once() -> None:
-    """A block that two requests entered would be closed by the first that ends."""
+    """A block that is entered twice raises an error: the first exit would close it for both."""
     block = request_scope()
     async with block:
         with pytest.raises(ForebayError, match="entered once"):
             await block.__aenter__()
 
 
-async def test_block_that_shares_does_not_close_what_is_around(source: Source) -> None:
-    """Ending a scope early is for its owner."""
+async def test_shared_block_does_not_close_the_outer_scope(source: Source) -> None:
+    """Only the owner can close a scope early."""
     async with request_scope() as outer:
         block = request_scope()
         async with block:

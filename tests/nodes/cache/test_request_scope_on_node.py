@@ -1,4 +1,4 @@
-"""Request scope on running nodes: what caches read and change inside it."""
+"""Request scope on running nodes: reads and changes of caches inside it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Shop:
 
         @node.sink("row:{id}")
         async def nowhere(writes: list[forebay.Write[str]]) -> None:
-            """No worker is there to use it."""
+            """A sink that no worker uses."""
 
         self.row, self.page = row, page
 
@@ -44,15 +44,15 @@ async def shops(make_node: Any, source: Any) -> AsyncIterator[tuple[Shop, Shop]]
         yield here, there
 
 
-async def test_request_has_one_picture_while_others_change_it(
+async def test_request_keeps_its_values_while_others_change_them(
     shops: tuple[Shop, Shop], eventually: Any
 ) -> None:
-    """S1: a notice that has arrived on this node concerns the next request."""
+    """S1: a notice that arrives during a request takes effect for the next request."""
     here, there = shops
     async with request_scope():
         assert await here.row(1) == "old"
         there.source.values[1] = "new"
-        with outside():  # it is somebody else's
+        with outside():  # another request
             await there.row.invalidate(1)
         await eventually(lambda: not_near(here, "row:1"), what="the notice")
 
@@ -66,7 +66,7 @@ def not_near(shop: Shop, key: str) -> bool:
 
 
 async def test_own_write_is_read_in_the_same_request(shops: tuple[Shop, Shop]) -> None:
-    """S2: write_behind, and deleting by it."""
+    """S2: a write_behind, and a delete by it, is visible to the request."""
     here, _ = shops
     async with request_scope():
         assert await here.row(1) == "old"
@@ -77,10 +77,10 @@ async def test_own_write_is_read_in_the_same_request(shops: tuple[Shop, Shop]) -
 
 
 @pytest.mark.parametrize("how", ["of the cache", "by key", "by tag"])
-async def test_own_invalidation_is_heeded_in_the_same_request(
+async def test_own_invalidation_takes_effect_in_the_same_request(
     shops: tuple[Shop, Shop], how: str
 ) -> None:
-    """S2: whichever way the request invalidates, it reads anew."""
+    """S2: after each kind of invalidation the request reads the key again."""
     here, _ = shops
     invalidate = {
         "of the cache": lambda: here.row.invalidate(1),
@@ -99,7 +99,7 @@ async def test_own_invalidation_is_heeded_in_the_same_request(
 async def test_own_change_whose_outcome_is_unknown_is_not_hidden(
     make_node: Any, source: Any, make_server: MakeServer, how: str
 ) -> None:
-    """S2: it may have been carried out, so the request does not repeat what it saw before."""
+    """S2: a change that may have been executed drops the kept value."""
     server = make_server()
     shop = Shop(make_node(server), source)
     async with shop.node, request_scope() as seen:
@@ -111,10 +111,10 @@ async def test_own_change_whose_outcome_is_unknown_is_not_hidden(
         assert seen.get(shop.row._cache, "row:1") is None
 
 
-async def test_loader_is_not_given_what_the_request_saw_a_while_ago(
+async def test_loader_does_not_see_values_of_the_request(
     shops: tuple[Shop, Shop], eventually: Any
 ) -> None:
-    """S5: a page that is stored for everyone is made of what is current."""
+    """S5: a stored page is made of current values."""
     here, there = shops
     async with request_scope():
         assert await here.row(1) == "old"
@@ -129,7 +129,7 @@ async def test_loader_is_not_given_what_the_request_saw_a_while_ago(
 
 
 async def test_same_key_on_two_nodes_of_a_process_is_two(make_node: Any, source: Any) -> None:
-    """S1: a scope tells caches apart, though their keys are equal."""
+    """S1: a scope separates caches with equal keys."""
     one, two = make_node(), make_node()
 
     @one.cached("x:{id}", ttl=60)
@@ -146,10 +146,10 @@ async def test_same_key_on_two_nodes_of_a_process_is_two(make_node: Any, source:
         assert await number(1) == 1
 
 
-async def test_concurrent_requests_on_one_node_keep_to_themselves(
+async def test_concurrent_requests_on_one_node_are_separate(
     shops: tuple[Shop, Shop],
 ) -> None:
-    """S3: a request that began before a change keeps the old value, one after has the new."""
+    """S3: a request keeps the value from before a change; a later request gets the new value."""
     here, _ = shops
     changed, began = anyio.Event(), anyio.Event()
     seen: dict[str, list[str | None]] = {}

@@ -1,4 +1,4 @@
-"""Warming on a real server: what is loaded, how fast, and how it ends."""
+"""Warming on a real server: which keys are loaded, at which rate, and how it ends."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import forebay
 from forebay.nodes.cache.warming import FAILURES_KEPT, TOGETHER, Pacer, WarmReport
 from forebay.schemas.errors import ConfigError, ForebayError, InvalidKey, LoaderError
+from support.clock import ManualClock
 
 PATIENCE_S = 10.0
 MakeNode = Callable[..., forebay.Node]
@@ -32,7 +33,7 @@ def counts(report: WarmReport) -> tuple[int, int, int, int]:
 async def test_warming_twice_loads_nothing_the_second_time(
     make_node: MakeNode, source: Any
 ) -> None:
-    """What is fresh is counted as such, on the node that loaded and on another."""
+    """Fresh keys are counted as fresh, on the node that loaded them and on another."""
     one, two = make_node(), make_node()
     products = product_on(one, source), product_on(two, source)
     async with one, two:
@@ -47,7 +48,7 @@ async def test_warming_twice_loads_nothing_the_second_time(
 
 
 async def test_items_are_arguments_or_tuples_of_them(make_node: MakeNode, source: Any) -> None:
-    """Also from an asynchronous source."""
+    """Items may come from an asynchronous source."""
     node = make_node()
     seen = []
 
@@ -70,7 +71,7 @@ async def test_items_are_arguments_or_tuples_of_them(make_node: MakeNode, source
 
 
 async def test_a_batch_loader_is_called_for_whole_parts(make_node: MakeNode, source: Any) -> None:
-    """M1: one part at a time, and each miss is in one call."""
+    """M1: one part runs at a time, with all its misses in one call."""
     node, calls = make_node(), []
     product = product_on(node, source)
 
@@ -92,7 +93,7 @@ async def test_a_batch_loader_is_called_for_whole_parts(make_node: MakeNode, sou
 async def test_failures_are_counted_and_the_first_are_kept(
     make_node: MakeNode, source: Any
 ) -> None:
-    """M3: a loader that fails and an argument that makes no key cost nothing but themselves."""
+    """M3: a failing loader and an argument without a key do not affect other keys."""
     node = make_node()
 
     @node.cached("odd:{id}", ttl=60)
@@ -111,7 +112,7 @@ async def test_failures_are_counted_and_the_first_are_kept(
 
 
 async def test_stale_entries_are_refreshed_and_waited_for(make_node: MakeNode, source: Any) -> None:
-    """M5: when it returns, readers find the new value, not the stale one."""
+    """M5: when warming returns, readers get the new value."""
     node = make_node()
     product = product_on(node, source, stale_for=600)
     async with node:
@@ -125,7 +126,7 @@ async def test_stale_entries_are_refreshed_and_waited_for(make_node: MakeNode, s
 
 
 async def test_a_refresh_that_does_not_come_is_a_failure(make_node: MakeNode, source: Any) -> None:
-    """No longer than a lease is waited for the node that refreshes."""
+    """Warming waits for a refresh for at most the length of a lease."""
     node = make_node(lease_ms=300)
     product = product_on(node, source, stale_for=600)
     async with node:
@@ -141,11 +142,11 @@ async def test_a_refresh_that_does_not_come_is_a_failure(make_node: MakeNode, so
 async def test_a_value_that_could_not_be_stored_is_a_failure(
     make_node: MakeNode, source: Any
 ) -> None:
-    """M3: it was loaded, and the next reader will have to load it again."""
+    """M3: it was loaded, but the next reader has to load it again."""
     node = make_node(value_bytes_max=100)
     product = product_on(node, source)
     async with node:
-        source.values[5] = None  # an absence is stored as one
+        source.values[5] = None  # an absence is stored
 
         @source_says(source, 6)
         async def invalidated_meanwhile() -> None:
@@ -158,7 +159,7 @@ async def test_a_value_that_could_not_be_stored_is_a_failure(
 
 
 def source_says(source: Any, key: int) -> Callable[[Any], None]:
-    """Have something happen while this key is loaded."""
+    """Run a callback while this key is loaded."""
 
     def plant(happens: Callable[[], Any]) -> None:
         async def before() -> None:
@@ -170,8 +171,8 @@ def source_says(source: Any, key: int) -> Callable[[Any], None]:
     return plant
 
 
-async def test_no_more_at_a_time_than_said(make_node: MakeNode, source: Any) -> None:
-    """M1: loads of one call never exceed its concurrency, and reach it."""
+async def test_concurrency_is_limited(make_node: MakeNode, source: Any) -> None:
+    """M1: concurrent loads of one call reach its concurrency and never exceed it."""
     node, running, most = make_node(), 0, 0
 
     @node.cached("slow:{id}", ttl=60)
@@ -190,7 +191,7 @@ async def test_no_more_at_a_time_than_said(make_node: MakeNode, source: Any) -> 
 
 
 async def test_an_endless_source_is_taken_in_parts(make_node: MakeNode, source: Any) -> None:
-    """M2, M4: not more than a part is taken ahead; cancelled, nothing further is begun."""
+    """M2, M4: at most one part is taken ahead; after cancellation no further key starts."""
     node = make_node()
     product = product_on(node, source)
     taken = 0
@@ -203,7 +204,9 @@ async def test_an_endless_source_is_taken_in_parts(make_node: MakeNode, source: 
 
     async with node:
         source.hold()
-        with anyio.fail_after(PATIENCE_S):  # the loaders are held: who waits for them hangs
+        with anyio.fail_after(
+            PATIENCE_S
+        ):  # the loaders are held: a caller that waits for them hangs
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(lambda: product.warm(endless(), concurrency=3))
                 await source.began.wait()
@@ -211,15 +214,15 @@ async def test_an_endless_source_is_taken_in_parts(make_node: MakeNode, source: 
                 tasks.cancel_scope.cancel()
         begun = source.loads
         source.let_go()
-        assert await product(begun + 500) == begun + 500  # the node is as before
+        assert await product(begun + 500) == begun + 500  # the node still works
 
     assert begun <= 3
     assert taken < TOGETHER
     assert source.loads == begun + 1
 
 
-async def test_progress_is_told_as_it_comes(make_node: MakeNode, source: Any) -> None:
-    """Each report holds what was done so far; the last one is all of it."""
+async def test_progress_is_reported_after_each_key(make_node: MakeNode, source: Any) -> None:
+    """Each report holds the counts so far; the last report is complete."""
     node = make_node()
     product = product_on(node, source)
     told: list[WarmReport] = []
@@ -233,10 +236,10 @@ async def test_progress_is_told_as_it_comes(make_node: MakeNode, source: Any) ->
 @pytest.mark.parametrize(
     "options", [{"concurrency": 0}, {"concurrency": 5_000}, {"per_second": 0}, {"per_second": -1}]
 )
-async def test_numbers_that_cannot_be_used(
+async def test_invalid_numbers_are_refused(
     make_node: MakeNode, source: Any, options: dict[str, float]
 ) -> None:
-    """The error names the number."""
+    """The error names the argument."""
     node = make_node()
     product = product_on(node, source)
     with pytest.raises(ForebayError):
@@ -248,46 +251,33 @@ async def test_numbers_that_cannot_be_used(
     assert caught.value.setting in options
 
 
-class Hand:
-    """A clock that moves when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.at = 50.0
-
-    def monotonic(self) -> float:
-        return self.at
-
-    async def sleep(self, seconds: float) -> None:
-        self.at += seconds
-
-
 @pytest.mark.parametrize("per_second", [0.5, 1, 7, 100, 5_000])
 async def test_pacer_keeps_to_the_rate(per_second: float) -> None:
-    """M1: in any time from the start, at most the rate and one burst have begun."""
-    hand = Hand()
-    pacer = Pacer(per_second, clock=hand, sleep=hand.sleep)
-    began_at, begun = hand.at, 0
+    """M1: at any time since the start, at most the rate and one burst have started."""
+    clock = ManualClock(50.0)
+    pacer = Pacer(per_second, clock=clock, sleep=clock.sleep)
+    began_at, begun = clock.now_s, 0
     for _ in range(50):
         await pacer.wait_turn(pacer.burst)
         begun += pacer.burst
-        assert begun <= (hand.at - began_at) * per_second + pacer.burst + 1e-6
+        assert begun <= (clock.now_s - began_at) * per_second + pacer.burst + 1e-6
 
     assert pacer.burst <= max(1, per_second / 10)
-    assert hand.at - began_at == pytest.approx(49 * pacer.burst / per_second)
+    assert clock.now_s - began_at == pytest.approx(49 * pacer.burst / per_second)
 
 
 async def test_pacer_does_not_make_up_for_idle_time() -> None:
-    """After a pause it is no faster; without a rate it never waits."""
-    hand = Hand()
-    pacer = Pacer(10, clock=hand, sleep=hand.sleep)
+    """M1: after a pause the rate is unchanged; without a rate there is no wait."""
+    clock = ManualClock(50.0)
+    pacer = Pacer(10, clock=clock, sleep=clock.sleep)
     await pacer.wait_turn(1)
-    hand.at += 60
+    clock.now_s += 60
     for _ in range(3):
         await pacer.wait_turn(1)
-    assert hand.at == pytest.approx(50 + 60 + 0.2)
+    assert clock.now_s == pytest.approx(50 + 60 + 0.2)
 
-    free = Pacer(None, clock=hand, sleep=hand.sleep)
-    before = hand.at
+    free = Pacer(None, clock=clock, sleep=clock.sleep)
+    before = clock.now_s
     await free.wait_turn(free.burst)
     await free.wait_turn(free.burst)
-    assert (free.burst, hand.at) == (TOGETHER, before)
+    assert (free.burst, clock.now_s) == (TOGETHER, before)

@@ -1,4 +1,4 @@
-"""Writes through a cache, on a real server and two nodes: X1-X6, and P, T, A, B of the levels."""
+"""Writes through a cache, on a real server and two nodes: X1-X7, and P, T, A, B of the levels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LEASE_MS = 60_000
 
 
 class Place:
-    """A node with one cache, over a table that it shares with the others."""
+    """A node with one cache, over a table that it shares with the other nodes."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ async def write(place: Place, way: str, value: str | None, **options: Any) -> Re
 
 
 def stored(table: Table, value: str | None, key: str = KEY) -> None:
-    """Change the source past the cache."""
+    """Change the source without the cache."""
     table.rows[key] = (table.rows.get(key, (0, None))[0] + 1, value)
 
 
@@ -175,12 +175,12 @@ async def _reads(place: Place, value: str | None) -> bool:
     return bool(await place.row(1) == value)
 
 
-# X1: what a write gives
+# X1: reading a write
 
 
 @pytest.mark.parametrize("way", ["put", "through", "behind"])
 async def test_the_writer_reads_its_own_write_at_once(here: Place, there: Place, way: str) -> None:
-    """X1: from the near cache, without a load; the other node after the notice."""
+    """X1: it reads from the near cache without a load; the other node reads it after the notice."""
     stored(here.table, "old")
     assert await here.row(1) == await there.row(1) == "old"
     receipt = await write(here, way, "new")
@@ -194,7 +194,7 @@ async def test_the_writer_reads_its_own_write_at_once(here: Place, there: Place,
 
 
 async def test_a_write_around_leaves_no_entry(here: Place, there: Place) -> None:
-    """A: the next reader asks the source."""
+    """A: the next reader loads from the source."""
     stored(here.table, "old")
     assert await here.row(1) == await there.row(1) == "old"
     receipt = await write(here, "around", "new")
@@ -205,8 +205,10 @@ async def test_a_write_around_leaves_no_entry(here: Place, there: Place) -> None
 
 
 @pytest.mark.parametrize("way", ["put", "through", "around", "behind"])
-async def test_a_negative_entry_gives_way_at_once(here: Place, there: Place, way: str) -> None:
-    """X1: a row that was just made is not hidden by what was known before."""
+async def test_a_write_replaces_a_negative_entry_at_once(
+    here: Place, there: Place, way: str
+) -> None:
+    """X1: a known absence does not hide a row that was just written."""
     assert await here.row(1) is None
     assert await there.row(1) is None
     await write(here, way, "new")
@@ -216,7 +218,7 @@ async def test_a_negative_entry_gives_way_at_once(here: Place, there: Place, way
 
 @pytest.mark.parametrize("way", ["put", "through"])
 async def test_none_is_a_known_absence(here: Place, there: Place, way: str) -> None:
-    """P, T: readers are told without asking the source; the row is deleted."""
+    """P, T: the row is deleted, and readers get None without a load."""
     stored(here.table, "old")
     await there.row(1)
     await write(here, way, None)
@@ -230,10 +232,8 @@ async def test_none_is_a_known_absence(here: Place, there: Place, way: str) -> N
 
 
 @pytest.mark.parametrize("way", ["put", "through"])
-async def test_none_invalidates_where_absences_are_not_cached(
-    open_place: OpenPlace, way: str
-) -> None:
-    """P, T: nothing is stored that says so."""
+async def test_none_invalidates_if_absences_are_not_cached(open_place: OpenPlace, way: str) -> None:
+    """P, T: no entry is stored."""
     place = await open_place(declared={"negative_ttl": 0.0})
     stored(place.table, "old")
     await place.row(1)
@@ -243,7 +243,7 @@ async def test_none_invalidates_where_absences_are_not_cached(
 
 
 async def test_a_put_may_have_a_lifetime_of_its_own(here: Place) -> None:
-    """P: in seconds; what is no lifetime is refused, and names where it was given."""
+    """P: the lifetime is in seconds; an invalid one is refused with its origin."""
     receipt = await here.row.put(1, "new", ttl=5)
     assert receipt.stamp is not None
     lifetime_ms = receipt.stamp.soft_at_ms - receipt.stamp.version // 1000
@@ -254,7 +254,9 @@ async def test_a_put_may_have_a_lifetime_of_its_own(here: Place) -> None:
 
 
 async def test_the_row_has_a_version_that_grows(here: Place) -> None:
-    """X2: of a key, over all ways; the entry's is later than the row's."""
+    """X2: versions of a key grow over all kinds of writes; the version of the entry is later than
+    that of the row.
+    """
     versions = []
     for value in ("a", "b", "c"):
         receipt = await write(here, "through", value)
@@ -263,12 +265,12 @@ async def test_the_row_has_a_version_that_grows(here: Place) -> None:
     assert versions == sorted(set(versions))
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize("way", ["through", "around", "behind"])
 async def test_without_a_sink_the_fix_is_named(open_place: OpenPlace, way: str) -> None:
-    """The error names the key, and what to declare."""
+    """The error names the key and the missing declaration."""
     place = await open_place(Table(name=""))
     with pytest.raises(ConfigError) as caught:
         await write(place, way, "new")
@@ -277,8 +279,10 @@ async def test_without_a_sink_the_fix_is_named(open_place: OpenPlace, way: str) 
 
 
 @pytest.mark.parametrize("way", ["put", "through", "behind"])
-async def test_what_no_entry_can_hold_is_refused_first(open_place: OpenPlace, way: str) -> None:
-    """X6: the sink is not asked."""
+async def test_a_value_that_no_entry_can_hold_is_refused_first(
+    open_place: OpenPlace, way: str
+) -> None:
+    """X6: the sink is not called."""
     place = await open_place(value_bytes_max=100)
     with pytest.raises(InvalidValue, match="value_bytes_max") as caught:
         await write(place, way, "x" * 200)
@@ -290,7 +294,7 @@ async def test_what_no_entry_can_hold_is_refused_first(open_place: OpenPlace, wa
 
 
 async def test_a_level_that_a_write_does_not_have_is_refused(here: Place) -> None:
-    """Before anything is written; so is a wrong time."""
+    """An invalid level or timeout is refused before anything is written."""
     with pytest.raises(ConfigError, match="accepted, replicated"):
         await here.row.put(1, "new", until="sink")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="accepted, replicated, sink"):
@@ -314,7 +318,9 @@ FAILURES = [
 async def test_a_sink_that_fails_changes_nothing(
     here: Place, there: Place, way: str, error: SinkError
 ) -> None:
-    """X4: neither entry, near caches nor log; the error is the sink's own, the lease is free."""
+    """X4: entry, near caches and log are unchanged; the error is the sink's own, and the lease is
+    released.
+    """
     stored(here.table, "old")
     assert await here.row(1) == await there.row(1) == "old"
     before = await here.entry(), await here.log()
@@ -333,7 +339,7 @@ async def test_a_sink_that_fails_changes_nothing(
     ids=["unknown", "no sink error"],
 )
 async def test_an_unknown_outcome_invalidates(here: Place, there: Place, error: Exception) -> None:
-    """X4: the source may have it, so the next reader asks; what is no SinkError is fatal."""
+    """X4: the next reader loads from the source; an exception other than SinkError is fatal."""
     stored(here.table, "old")
     assert await here.row(1) == await there.row(1) == "old"
     here.table.faults = [error]
@@ -341,13 +347,13 @@ async def test_an_unknown_outcome_invalidates(here: Place, there: Place, error: 
         await write(here, "through", "new")
     assert caught.value is error or isinstance(caught.value, FatalSinkError)
     assert (here.near(), await here.entry(), await here.lease()) == (None, None, None)
-    stored(here.table, "new")  # it had it
+    stored(here.table, "new")  # the sink had stored it
     await check_all_read(here, there, on="new")
     assert here.counted("through", "unknown") == 1
 
 
 async def test_a_sink_has_no_longer_than_the_lease(open_place: OpenPlace) -> None:
-    """X5: it is cancelled, and the outcome is unknown."""
+    """X5: the sink is cancelled, and the outcome is unknown."""
     place = await open_place(lease_ms=100)
     stored(place.table, "old")
     await place.row(1)
@@ -359,7 +365,7 @@ async def test_a_sink_has_no_longer_than_the_lease(open_place: OpenPlace) -> Non
 
 
 class Away:
-    """Commands that are not carried out from the ``at``-th on."""
+    """Commands that fail from the ``at``-th on."""
 
     def __init__(self, commands: Any, at: int) -> None:
         self._commands = commands
@@ -379,13 +385,13 @@ class Away:
 
 
 def by_way_of(place: Place, commands: Any) -> None:
-    """Have the writes of this node use these commands."""
+    """Make the writes of this node use these commands."""
     place._parts.shared._commands = commands
     place._parts.backend.link = commands
 
 
-async def test_where_valkey_is_away_the_sink_is_not_asked(here: Place) -> None:
-    """T: without a lease nothing is written."""
+async def test_without_valkey_the_sink_is_not_called(here: Place) -> None:
+    """T: nothing is written without a lease."""
     link = here._parts.backend.link
     by_way_of(here, Away(link, at=1))
     with pytest.raises(Unavailable):
@@ -394,8 +400,8 @@ async def test_where_valkey_is_away_the_sink_is_not_asked(here: Place) -> None:
     assert here.table.batches == []
 
 
-async def test_who_cannot_fill_says_so(here: Place) -> None:
-    """T: the source has it, and the caller knows that the cache may not; the lease runs out."""
+async def test_a_fill_that_fails_raises(here: Place) -> None:
+    """T: the source has the value, the caller gets an error, and the lease expires."""
     link = here._parts.backend.link
     by_way_of(here, Away(link, at=2))
     with pytest.raises(Unavailable):
@@ -409,12 +415,12 @@ async def test_who_cannot_fill_says_so(here: Place) -> None:
 
 
 async def waits_for_the_lease(place: Place) -> None:
-    """Until a write of this node was told that another has the key."""
+    """Wait until a write of this node waits for the lease of another."""
     await until(lambda: KEY in place._parts.waits._watched)
 
 
-async def test_a_write_waits_for_a_load_under_way(here: Place, there: Place) -> None:
-    """X2: the load has read the old row; it is stored, and then overwritten."""
+async def test_a_write_waits_for_a_running_load(here: Place, there: Place) -> None:
+    """X2: the load stores the old row, which the write then replaces."""
     stored(here.table, "old")
     there.hold_loads()
     async with anyio.create_task_group() as tasks:
@@ -429,7 +435,7 @@ async def test_a_write_waits_for_a_load_under_way(here: Place, there: Place) -> 
 
 
 async def test_a_load_that_lost_its_lease_is_not_stored(here: Place, there: Place) -> None:
-    """X2: though it ends after the write."""
+    """X2: a load that ends after the write does not store the old row."""
     stored(here.table, "old")
     there.hold_loads()
     async with anyio.create_task_group() as tasks:
@@ -442,7 +448,7 @@ async def test_a_load_that_lost_its_lease_is_not_stored(here: Place, there: Plac
 
 
 async def test_readers_wait_for_a_write_instead_of_loading(here: Place, there: Place) -> None:
-    """X2: what they would load is about to be old."""
+    """X2: they do not load the row that is about to be replaced."""
     here.table.hang_at = 1
     got: list[Any] = []
 
@@ -458,8 +464,8 @@ async def test_readers_wait_for_a_write_instead_of_loading(here: Place, there: P
     assert (got, there.loads) == (["new"], 0)
 
 
-async def test_of_two_writers_one_comes_after_the_other(here: Place, there: Place) -> None:
-    """X2: the second does not reach the sink before the first has filled."""
+async def test_two_writers_run_one_after_the_other(here: Place, there: Place) -> None:
+    """X2: the second reaches the sink after the first has filled."""
     here.table.hang_at = 1
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(write, here, "through", "first")
@@ -473,7 +479,7 @@ async def test_of_two_writers_one_comes_after_the_other(here: Place, there: Plac
 
 
 async def blind(place: Place, value: str) -> None:
-    """What a write-through must not be: the sink, then the entry, without a lease."""
+    """A wrong write-through: the sink, then the entry, without a lease."""
     path = place.row._cache.writes
     outlet, params = path._sink_of(KEY)
     version = 1 + max(place.table.rows.get(KEY, (0, None))[0], len(place.table.batches))
@@ -487,7 +493,7 @@ async def blind(place: Place, value: str) -> None:
 
 
 class Stopped:
-    """Holds a node's change of the entry back, whichever way it is made."""
+    """Holds back every change that a node makes to the entry."""
 
     def __init__(self, place: Place) -> None:
         self.reached, self.go_on = anyio.Event(), anyio.Event()
@@ -504,12 +510,14 @@ class Stopped:
 
 
 async def overtaken(here: Place, there: Place, write_: Callable[..., Awaitable[Any]]) -> Any:
-    """``here`` has stored its row and not its entry when ``there`` does both; what all read."""
+    """``there`` writes row and entry after ``here`` wrote its row and before it fills; returns the
+    value that all read.
+    """
     stopped = Stopped(here)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(write_, here, "first")
         await stopped.reached.wait()
-        await here.call("DEL", here.name("lease"))  # evicted, or run out
+        await here.call("DEL", here.name("lease"))  # evicted or expired
         await write_(there, "second")
         stopped.go_on.set()
     assert here.table.values()[KEY] == "second"
@@ -522,23 +530,23 @@ async def through(place: Place, value: str) -> None:
 
 
 async def test_a_writer_that_was_overtaken_leaves_no_old_value(here: Place, there: Place) -> None:
-    """X3: its fill is refused, and the key invalidated."""
+    """X3: its fill is refused, and the key is invalidated."""
     assert await overtaken(here, there, through) is None
     await check_all_read(here, there, on="second")
     assert here.node._instruments.counts["fills_refused", "row"] == 1
 
 
-async def test_the_race_is_seen_where_writes_are_blind(here: Place, there: Place) -> None:
-    """The negative control: without a lease the entry ends up older than the row."""
+async def test_the_race_is_detected_without_a_lease(here: Place, there: Place) -> None:
+    """Negative control: without a lease the entry ends up older than the row."""
     assert await overtaken(here, there, blind) == "first"
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["before it is stored", "after"])
 @pytest.mark.parametrize("other", ["through", "around", "put", "invalidate"])
-async def test_whatever_comes_between_the_row_is_what_is_read(
+async def test_readers_get_the_row_after_any_concurrent_change(
     here: Place, there: Place, other: str, kept: bool
 ) -> None:
-    """X2, X3: a writer that lost its lease in the middle of the sink."""
+    """X2, X3: the writer loses its lease while the sink is written."""
     here.table.hang_at, here.table.hang_stored = 1, kept
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(write, here, "through", "first")
@@ -556,7 +564,7 @@ async def test_whatever_comes_between_the_row_is_what_is_read(
 
 
 async def test_many_writers_and_readers_end_with_the_row(here: Place, there: Place) -> None:
-    """X2, X3: on two nodes at once, in every way that reaches the source."""
+    """X2, X3: on two nodes at once, in every way that writes the source."""
     places = (here, there)
 
     async def work(number: int) -> None:
@@ -575,8 +583,8 @@ async def test_many_writers_and_readers_end_with_the_row(here: Place, there: Pla
     assert await here.lease() is None
 
 
-async def test_whoever_has_the_key_too_long_is_named(here: Place, there: Place) -> None:
-    """E4: nothing was written, and the other's lease is as it was."""
+async def test_a_busy_key_raises_with_its_holder(here: Place, there: Place) -> None:
+    """E4: nothing was written, and the lease of the holder is unchanged."""
     there.hold_loads()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(there.row, 1)
@@ -594,7 +602,7 @@ async def test_whoever_has_the_key_too_long_is_named(here: Place, there: Place) 
 
 
 class Slowly:
-    """Commands that are sent a moment after they were called: cancelled then, they are not."""
+    """Commands that are sent a moment after the call; a call cancelled before that is not sent."""
 
     def __init__(self, commands: Any) -> None:
         self._commands = commands
@@ -614,7 +622,9 @@ class Slowly:
 async def test_cancelled_during_a_command_leaves_nothing_stale(
     here: Place, there: Place, way: str, at: int, answered: bool
 ) -> None:
-    """X4, X5: at each await, before the server got it or without its answer; no lease stays."""
+    """X4, X5: at each await, before the server got the command or its answer was read; no lease
+    stays.
+    """
     stored(here.table, "old")
     assert await here.row(1) == await there.row(1) == "old"
     link = here._parts.backend.link
@@ -631,7 +641,7 @@ async def test_cancelled_during_a_command_leaves_nothing_stale(
 
 
 async def test_cancelled_during_the_last_invalidation(here: Place, there: Place) -> None:
-    """X3, X4: after a fill that was refused, it is carried out all the same."""
+    """X3, X4: after a refused fill, the invalidation is still executed."""
     stored(here.table, "old")
     link = here._parts.backend.link
     cut = Cut(Slowly(link), at=3)
@@ -653,7 +663,7 @@ async def test_cancelled_during_the_last_invalidation(here: Place, there: Place)
 async def test_cancelled_in_the_sink_leaves_nothing_stale(
     here: Place, there: Place, kept: bool
 ) -> None:
-    """X4: the outcome is unknown, so the source is asked."""
+    """X4: the outcome is unknown, so the next reader loads from the source."""
     stored(here.table, "old")
     assert await here.row(1) == await there.row(1) == "old"
     here.table.hang_at, here.table.hang_stored = 1, kept
@@ -666,7 +676,7 @@ async def test_cancelled_in_the_sink_leaves_nothing_stale(
 
 
 async def test_cancelled_while_waiting_leaves_the_others_lease(here: Place, there: Place) -> None:
-    """E4: the holder goes on as if nobody had asked."""
+    """E4: the holder is not affected."""
     there.hold_loads()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(there.row, 1)
@@ -681,11 +691,11 @@ async def test_cancelled_while_waiting_leaves_the_others_lease(here: Place, ther
     assert len(here._parts.waits) == len(here._parts.writing.checkpoints) == 0
 
 
-# Write-behind beside it
+# Write-behind next to write-through
 
 
 async def test_a_pending_write_behind_goes_first(open_place: OpenPlace) -> None:
-    """E1, E2: the sink has it, and then the write-through; the wait is no polling."""
+    """E1, E2: the sink stores it before the write-through; the wait does not poll."""
     place = await open_place(workers=True)
     place.table.hang_at = 1
     async with anyio.create_task_group() as tasks:
@@ -698,8 +708,8 @@ async def test_a_pending_write_behind_goes_first(open_place: OpenPlace) -> None:
     await check_all_read(place, on="through")
 
 
-async def test_a_pending_write_behind_that_is_never_sunk_is_named(here: Place) -> None:
-    """E1: no worker runs; it is refused in the end, and the sink is not asked."""
+async def test_a_pending_write_behind_that_is_never_stored_is_reported(here: Place) -> None:
+    """E1: without a worker the write-through is refused in the end, and the sink is not called."""
     await here.row.write_behind(1, "behind")
     with pytest.raises(KeyBusy) as caught:
         await write(here, "through", "through", timeout=0.02)
@@ -708,7 +718,7 @@ async def test_a_pending_write_behind_that_is_never_sunk_is_named(here: Place) -
 
 
 async def test_a_later_write_behind_wins(open_place: OpenPlace) -> None:
-    """X2: it comes while the sink is being written through; its version is the later one."""
+    """X2: a write-behind during a write-through has the later version."""
     place = await open_place(workers=True)
     place.table.hang_at = 1
     async with anyio.create_task_group() as tasks:
@@ -721,7 +731,7 @@ async def test_a_later_write_behind_wins(open_place: OpenPlace) -> None:
 
 
 class Crowded(Table):
-    """A table that sees how many write at once."""
+    """A table that records the number of concurrent writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -742,10 +752,10 @@ class Crowded(Table):
         self.closed += 1
 
 
-async def test_lanes_and_write_throughs_take_turns(
+async def test_sink_workers_and_write_throughs_take_turns(
     valkey_server: ValkeyServer, namespace: str
 ) -> None:
-    """A sink has one batch at a time, and is opened and closed once for both."""
+    """G1: a sink has one batch at a time, and is opened and closed once for both."""
     sink = Crowded()
     place = Place(valkey_server, namespace, sink, workers=True)
     async with place.node:
@@ -760,7 +770,7 @@ async def test_lanes_and_write_throughs_take_turns(
 async def test_a_node_without_workers_opens_the_sink_when_it_writes(
     valkey_server: ValkeyServer, namespace: str
 ) -> None:
-    """And closes it at its stop; a node that never writes does neither."""
+    """G1: it closes the sink at its stop; a node that never writes opens nothing."""
     writer, reader = Crowded(), Crowded()
     one = Place(valkey_server, namespace, writer)
     two = Place(valkey_server, namespace, reader)
@@ -773,8 +783,8 @@ async def test_a_node_without_workers_opens_the_sink_when_it_writes(
 # Levels
 
 
-async def test_until_the_sink_has_it(open_place: OpenPlace, monkeypatch: Any) -> None:
-    """P1, P2: not before the row is there, and woken by the commit."""
+async def test_until_the_sink_has_stored_it(open_place: OpenPlace, monkeypatch: Any) -> None:
+    """P1, P2: the caller is woken by the commit, not before the row is stored."""
     monkeypatch.setattr(node_writes, "_POLL_MS", 600_000)
     place = await open_place(workers=True)
     place.table.hang_at = 1
@@ -794,8 +804,10 @@ async def test_until_the_sink_has_it(open_place: OpenPlace, monkeypatch: Any) ->
 
 
 @pytest.mark.parametrize("what", ["sink", "lease"])
-async def test_a_lost_bell_costs_a_quarter_of_a_second(open_place: OpenPlace, what: str) -> None:
-    """P2, E2: whoever waits looks again."""
+async def test_a_lost_notification_costs_a_quarter_of_a_second(
+    open_place: OpenPlace, what: str
+) -> None:
+    """P2, E2: waiting callers poll."""
     place = await open_place(workers=True)
     place._parts.writing.checkpoint_moved = lambda shard: None
     if what == "sink":
@@ -808,7 +820,7 @@ async def test_a_lost_bell_costs_a_quarter_of_a_second(open_place: OpenPlace, wh
 
 
 async def test_without_a_worker_the_sink_is_not_reached(here: Place) -> None:
-    """P3: accepted all the same."""
+    """P3: the write is accepted, but Unconfirmed."""
     with pytest.raises(Unconfirmed) as caught:
         await here.row.write_behind(1, "new", until="sink", timeout=0.02)
     assert (caught.value.level, caught.value.reached) == ("sink", "accepted")
@@ -816,7 +828,7 @@ async def test_without_a_worker_the_sink_is_not_reached(here: Place) -> None:
     assert await here.row(1) == "new"
 
 
-async def test_what_the_sink_refuses_is_said(open_place: OpenPlace) -> None:
+async def test_a_write_that_the_sink_refuses_raises(open_place: OpenPlace) -> None:
     """P1: the checkpoint passes a dead letter, but the source does not have it."""
     place = await open_place(workers=True)
     place.table.poison = {"bad"}
@@ -827,8 +839,10 @@ async def test_what_the_sink_refuses_is_said(open_place: OpenPlace) -> None:
     assert receipt.reached == "sink"
 
 
-async def test_a_letter_is_found_behind_others(open_place: OpenPlace, monkeypatch: Any) -> None:
-    """P1: however many of the shard were buried since."""
+async def test_a_dead_letter_is_found_behind_others(
+    open_place: OpenPlace, monkeypatch: Any
+) -> None:
+    """P1: it is found behind any number of later dead letters of the shard."""
     monkeypatch.setattr(node_writes, "_PAGE", 1)
     place = await open_place(workers=True)
     place.table.poison = {"bad"}
@@ -849,7 +863,7 @@ async def test_a_letter_is_found_behind_others(open_place: OpenPlace, monkeypatc
 
 
 async def test_a_write_that_a_newer_one_replaced_is_done_with_it(open_place: OpenPlace) -> None:
-    """P1: of a stretch only the newest goes to the sink."""
+    """P1: a coalesced write counts as stored with the newer write of its key."""
     place = await open_place(workers=True)
     place.table.hang_at = 1
     await place.row.write_behind(2, "first")
@@ -878,7 +892,7 @@ async def test_cancelled_while_waiting_for_the_sink(here: Place) -> None:
 
 @pytest.mark.parametrize("way", ["put", "behind"])
 async def test_without_a_replica_nothing_is_replicated(here: Place, way: str) -> None:
-    """P3: it was stored here, and the error says so."""
+    """P3: the write was stored on the primary, and the error says so."""
     with pytest.raises(Unconfirmed) as caught:
         await write(here, way, "new", until="replicated", timeout=0.05)
     assert (caught.value.level, caught.value.reached) == ("replicated", "accepted")
@@ -889,7 +903,7 @@ async def test_without_a_replica_nothing_is_replicated(here: Place, way: str) ->
 async def test_with_a_replica_it_is_replicated(
     make_server: Any, namespace: str, table: Table, way: str
 ) -> None:
-    """P: when it returns, the replica has the entry."""
+    """P: when the call returns, the replica has the entry."""
     primary, replica = make_server(config={"repl-diskless-sync-delay": "0"}), make_server()
     replica.execute("REPLICAOF", "127.0.0.1", primary.port)
     place = Place(primary, namespace, table)
@@ -900,5 +914,5 @@ async def test_with_a_replica_it_is_replicated(
 
 
 def test_the_poll_is_bounded() -> None:
-    """P2, E2: a quarter of a second at most."""
+    """P2, E2: callers poll at least every 250 ms."""
     assert node_writes._POLL_MS == write_module._POLL_MS == 250

@@ -1,4 +1,4 @@
-"""Functions that are called and awaited are seen to be async where they are declared."""
+"""Async functions are recognised when they are declared."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ ASYNC += [functools.partial(Caller()), functools.partial(functools.partial(of_tw
 
 
 @pytest.mark.parametrize("function", ASYNC)
-async def test_whatever_is_async_can_be_a_loader(function: Any) -> None:
-    """N1: also a partial, a method, an object; and each has a name, and a type."""
+async def test_every_async_callable_can_be_a_loader(function: Any) -> None:
+    """N1: a function, a partial, a method and an object with an async ``__call__`` are accepted."""
     refuse_sync("the loader", function)
     cached = forebay.Node().cached("a:{id}", ttl=60, name="")(functools.partial(function))
     assert cached.name in ("plain", "Caller", "method", "of_two")
@@ -54,8 +54,8 @@ async def test_whatever_is_async_can_be_a_loader(function: Any) -> None:
 
 
 @pytest.mark.parametrize("function", [sync, SyncCaller(), functools.partial(sync, 1), wrapped])
-def test_what_is_not_async_is_refused_where_it_is_declared(function: Any) -> None:
-    """N1: as a loader, a batch loader and a sink, by name and with the fix."""
+def test_a_sync_function_is_refused_when_it_is_declared(function: Any) -> None:
+    """N1: a sync loader, batch loader or sink raises an error with its name and the fix."""
     node, fix = forebay.Node(), "write `async def`"
     with pytest.raises(forebay.ConfigError, match=fix) as caught:
         node.cached("a:{id}", ttl=60)(function)
@@ -66,7 +66,7 @@ def test_what_is_not_async_is_refused_where_it_is_declared(function: Any) -> Non
         node.sink("b:{id}")(function)
 
 
-def test_what_cannot_be_called_is_refused_too() -> None:
-    """N1: a template that was forgotten, a value."""
+def test_an_object_that_is_not_callable_is_refused() -> None:
+    """N1: a value in place of a function is refused, such as after a forgotten template."""
     with pytest.raises(forebay.ConfigError, match="async def"):
         forebay.Node().sink("a:{id}")(7)  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""Values as bytes: what is stored comes back, and nothing else gets through."""
+"""The value codec: stored values are decoded to the same value, and invalid bytes are refused."""
 
 from __future__ import annotations
 
@@ -73,22 +73,22 @@ def fault_of(codec: ValueCodec[Any], payload: bytes, *, kind: str = "m") -> str:
 
 
 @given(products, st.sampled_from([0, 20, 10**6]))
-def test_a_value_of_the_declared_type_comes_back(product, compress_over_bytes) -> None:
-    """V1: compressed or not."""
+def test_a_value_of_the_declared_type_round_trips(product, compress_over_bytes) -> None:
+    """V1: a value is decoded equal, with and without compression."""
     codec = codec_of(Product, compress_over_bytes=compress_over_bytes)
     assert codec.value(stored(codec, product)) == product
     assert codec.unpack(codec.pack(product)) == product
 
 
 @given(plain)
-def test_without_a_type_plain_values_come_back(value) -> None:
-    """V1: of a loader that says nothing of its result."""
+def test_without_a_type_plain_values_round_trip(value) -> None:
+    """V1: plain values of a loader without a return annotation are decoded equal."""
     codec = codec_of(Any)
     assert codec.value(stored(codec, value)) == value
 
 
 def test_compression_is_used_where_it_pays() -> None:
-    """Not below the threshold, and not where it makes nothing smaller."""
+    """A payload is compressed only above the threshold and only if it becomes smaller."""
     codec = codec_of(Any, compress_over_bytes=100)
     assert stored(codec, "a" * 50).codec == "m"
     assert stored(codec, "a" * 500).codec == "z"
@@ -98,7 +98,7 @@ def test_compression_is_used_where_it_pays() -> None:
 
 
 def test_a_negative_entry_has_no_value() -> None:
-    """None, whatever the declared type."""
+    """A negative entry is decoded to None for every declared type."""
     tail = ValueCodec.negative_tail(EntryMeta(tags={"a": 1}))
     entry = read_entry(HEADER + tail, bytes_max=LIMIT)
     assert entry.negative
@@ -107,7 +107,7 @@ def test_a_negative_entry_has_no_value() -> None:
 
 @given(st.binary(max_size=200), st.sampled_from("mzj"))
 def test_any_bytes_are_a_value_of_the_type_or_refused(payload: bytes, kind) -> None:
-    """V1: no other exception."""
+    """V1: decoding any bytes gives a value of the type or raises InvalidEntry."""
     codec = codec_of(Product)
     entry = Entry(
         version=1, soft_at_ms=1, hard_at_ms=2, kind="v", codec=kind, payload=payload,
@@ -119,7 +119,7 @@ def test_any_bytes_are_a_value_of_the_type_or_refused(payload: bytes, kind) -> N
 
 @given(products)
 def test_a_value_cut_anywhere_is_refused(product) -> None:
-    """V1: msgpack says its lengths first."""
+    """V1: a truncated payload is refused at every length."""
     payload = codec_of(Product).pack(product)
     for length in range(len(payload)):
         assert fault_of(codec_of(Product), payload[:length]) == "bad_value"
@@ -144,14 +144,16 @@ def test_a_value_cut_anywhere_is_refused(product) -> None:
         (int, b"\xff" * 5_000, "m"),
     ],
 )
-def test_what_is_no_such_value_is_refused(of, payload: bytes, kind: str) -> None:
-    """V1: another type, nested too deep, too long, or what a type's own code refuses."""
+def test_bytes_of_another_value_are_refused(of, payload: bytes, kind: str) -> None:
+    """V1: another type, deep nesting, oversized data and values refused by the type raise
+    InvalidEntry.
+    """
     assert fault_of(codec_of(of), payload, kind=kind) in ("bad_value", "oversized")
 
 
 @pytest.mark.parametrize("over", [0, 1])
 def test_the_limit_counts_before_compression(over: int) -> None:
-    """V2: refused when it is encoded; just at the limit it is read again."""
+    """V2: a value over the limit is refused when it is encoded; one at the limit can be read."""
     codec = codec_of(bytes)
     value = bytes(LIMIT - 3 + over)  # msgpack says the length in three bytes
     if over:
@@ -162,14 +164,14 @@ def test_the_limit_counts_before_compression(over: int) -> None:
 
 
 @pytest.mark.parametrize("value", [object(), 2**70, "\ud800", {(1, 2): lambda: 0}])
-def test_what_cannot_be_encoded_is_refused(value) -> None:
-    """V1: the error is the same for all reasons."""
+def test_a_value_that_cannot_be_encoded_is_refused(value) -> None:
+    """V1: every reason raises the same error class."""
     with pytest.raises(InvalidEntry, match="bad_value"):
         codec_of(Any).pack(value)
 
 
 def test_published_json_is_checked_against_the_type() -> None:
-    """The publisher is told what is wrong with it."""
+    """A published value of another type raises an error that describes the problem."""
     codec = codec_of(Product)
     raw = b'{"id": 1, "name": "a", "price": "1.50"}'
     assert codec.from_json(raw) == Product(1, "a", Decimal("1.50"))
@@ -186,7 +188,7 @@ def packed_codec(of: Any) -> PackedCodec[Any]:
 
 
 def test_each_caller_has_a_value_of_its_own() -> None:
-    """V5: what one does to it, the next does not see."""
+    """V5: a change by one caller is invisible to the next."""
     codec = packed_codec(Basket)
     payload = codec.encode(Basket(["a"])).payload
     first = codec.own(payload)
@@ -196,7 +198,7 @@ def test_each_caller_has_a_value_of_its_own() -> None:
 
 @given(products, st.sampled_from([0, 10**6]))
 def test_packed_values_are_stored_as_all_others(product, compress_over_bytes) -> None:
-    """V5: whether a cache is declared mutable is nothing that its entries know."""
+    """V5: the stored bytes do not depend on whether the cache is mutable."""
     mutable = PackedCodec[Any](Product, bytes_max=LIMIT, compress_over_bytes=compress_over_bytes)
     shared = codec_of(Product, compress_over_bytes=compress_over_bytes)
     payload = mutable.encode(product).payload
@@ -206,7 +208,9 @@ def test_packed_values_are_stored_as_all_others(product, compress_over_bytes) ->
 
 
 def test_packed_published_values_are_converted() -> None:
-    """V5: from JSON, old entries too; with the limit and the type of the cache."""
+    """V5: published JSON, also in old entries, is converted under the type and the limit of the
+    cache.
+    """
     codec = packed_codec(Basket)
     payload = codec.from_json(b'{"items": ["a"]}')
     assert codec.own(payload) == Basket(["a"])
@@ -219,16 +223,16 @@ def test_packed_published_values_are_converted() -> None:
         long.value(read_entry(b"[" + b"1," * 1_000 + b"1]", bytes_max=LIMIT))
 
 
-def test_what_is_packed_is_checked() -> None:
-    """V3, V5: what could not be decoded is refused before anybody has it."""
+def test_packed_values_are_checked() -> None:
+    """V3, V5: a value that cannot be decoded is refused before a caller gets it."""
     wrong: Any = Basket([1])  # type: ignore[list-item]
     for value in (Product(1, "a", Decimal(1)), wrong):
         with pytest.raises(InvalidEntry, match="wrong_type: declared Basket"):
             packed_codec(Basket).encode(value)
 
 
-def test_what_is_packed_may_be_too_large_only_to_be_stored() -> None:
-    """V2: its callers can have it all the same, as in any cache."""
+def test_a_packed_value_that_is_too_large_is_still_returned() -> None:
+    """V2: callers get an oversized value, which is only refused for storage."""
     codec = packed_codec(Basket)
     payload = codec.encode(Basket(["a" * LIMIT])).payload
     assert codec.own(payload) == Basket(["a" * LIMIT])
@@ -238,7 +242,7 @@ def test_what_is_packed_may_be_too_large_only_to_be_stored() -> None:
 
 @pytest.mark.parametrize("kind", [ValueCodec, PackedCodec])
 def test_the_size_of_a_value_is_that_before_compression(kind) -> None:
-    """What the near cache keeps of it is not compressed."""
+    """The size of a decoded value is that of its payload before compression."""
     codec = codec_of(Any, compress_over_bytes=0)
     entry = stored(codec, "a" * 500)
     assert len(entry.payload) < 100
@@ -246,8 +250,8 @@ def test_the_size_of_a_value_is_that_before_compression(kind) -> None:
     assert measured[1] == len(codec.pack("a" * 500))
 
 
-def test_packed_bytes_are_decoded_before_they_are_handed_out() -> None:
-    """V1: a caller's ``own`` is too late to find that they are no value."""
+def test_packed_bytes_are_decoded_before_they_are_returned() -> None:
+    """V1: invalid bytes are refused before ``own`` decodes them for a caller."""
     with pytest.raises(InvalidEntry, match="bad_value"):
         packed_codec(Basket).unpack(msgspec.msgpack.encode({"items": 1}))
     assert packed_codec(Basket).value(stored(codec_of(Any), {"items": []})) == b"\x81\xa5items\x90"

@@ -1,4 +1,4 @@
-"""Compression by choice: what is written, and that all of it is read."""
+"""Compression: the chosen format is written, and all formats are read."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def stored(codec: ValueCodec[Any], value: Any) -> Entry:
 
 
 @pytest.mark.parametrize("compression", get_args(Compression))
-def test_the_choice_is_what_is_written(compression: str) -> None:
-    """Over the threshold, where it makes the value smaller; otherwise it stays as it is."""
+def test_the_chosen_compression_is_written(compression: str) -> None:
+    """A payload over the threshold is compressed as chosen if it becomes smaller; otherwise it
+    stays unchanged.
+    """
     codec = codec_of(compression)
     assert stored(codec, "a" * 500).codec == LETTERS[compression]
     assert stored(codec, "a" * 50).codec == "m"
@@ -40,38 +42,38 @@ def test_the_choice_is_what_is_written(compression: str) -> None:
 
 
 @given(st.text(max_size=300), st.integers(1, 5), st.sampled_from(get_args(Compression)))
-def test_whatever_is_written_every_choice_reads(text: str, times: int, compression: str) -> None:
-    """V4: nodes with other settings share the entries."""
+def test_every_choice_reads_all_formats(text: str, times: int, compression: str) -> None:
+    """V4: nodes with different compression settings read each other's entries."""
     value = text * times
     entry = stored(codec_of(compression, over=0), value)
     assert [codec_of(each).value(entry) for each in get_args(Compression)] == [value] * 3
 
 
 def test_zlib_is_the_default() -> None:
-    """It is there without an extra."""
+    """The default compression needs no optional dependency."""
     assert CacheDefaults().compression == "zlib"
     codec = ValueCodec[Any](Any, bytes_max=LIMIT, compress_over_bytes=100)
     assert stored(codec, "a" * 500).codec == "z"
 
 
 @pytest.mark.parametrize("kind", [ValueCodec, PackedCodec])
-def test_zstd_that_is_not_installed_is_said_at_once(kind, monkeypatch) -> None:
-    """C1: with the setting, its value, and what to do."""
+def test_missing_zstd_is_reported_at_once(kind, monkeypatch) -> None:
+    """C1: the error names the setting, its value and the fix."""
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(ConfigError, match=r"cache\.compression = zstd .* 'forebay\[zstd\]'"):
         kind(int, bytes_max=LIMIT, compress_over_bytes=100, compression="zstd")
     assert compressor("zlib") is not None
 
 
-def test_what_is_no_choice_is_said() -> None:
-    """C1: for whoever makes a codec without settings."""
+def test_an_unknown_compression_is_refused() -> None:
+    """C1: a codec made without settings checks the value too."""
     with pytest.raises(ConfigError, match="lz4"):
         compressor("lz4")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
 def test_one_codec_serves_several_threads(compression: str) -> None:
-    """C2: their results are all the same."""
+    """C2: concurrent compressions give the same result."""
     codec = codec_of(compression)
     payload = codec.pack([*range(900)])
     with ThreadPoolExecutor(4) as pool:
@@ -79,8 +81,8 @@ def test_one_codec_serves_several_threads(compression: str) -> None:
     assert len(tails) == 1
 
 
-async def test_the_near_cache_counts_what_it_holds(make_node) -> None:
-    """Near N3, N4: the value, not its compressed form, by whichever way it came."""
+async def test_the_near_cache_counts_uncompressed_sizes(make_node) -> None:
+    """Near N3, N4: loaded and read values count with their size before compression."""
     defaults = CacheDefaults(compress_over_bytes=100, near_value_bytes_max=2_000)
     nodes = [make_node(cache=defaults) for _ in range(2)]
     for node in nodes:

@@ -1,4 +1,4 @@
-"""From values to what is stored: lifetimes, and what is there already."""
+"""Packing values into entries: lifetimes, and comparison with the stored entry."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def packer(policy: Policy = PLAIN, *, of: Any = Any, compress_over: int = 100) -
 
 
 def stored(packed: Packed, *, version: int = 9, state: bytes = b"c", pending: int = 0) -> Entry:
-    """As a script would store it, and as it is read again."""
+    """The entry as a script stores it and a node reads it."""
     numbers = f"{version:016}{1_000 + packed.soft_ms:013}{1_000 + packed.hard_ms:013}{pending:016}"
     return read_entry(b"\xfbE1" + state + numbers.encode() + packed.tail, bytes_max=BYTES_MAX)
 
 
-def test_lifetimes_are_the_policy_s() -> None:
-    """P1: what is kept for stale and for errors comes after the lifetime, in this order."""
+def test_lifetimes_come_from_the_policy() -> None:
+    """P1: the stale period follows the lifetime, and the error period follows the stale period."""
     packed = packer().pack("value", {"t": 5}, etag="e1")
     assert (packed.soft_ms, packed.hard_ms) == (60_000, 68_000)
     meta = EntryMeta(tags={"t": 5}, etag="e1", soft_ms=60_000, stale_ms=5_000, error_ms=3_000)
@@ -49,8 +49,8 @@ def test_lifetimes_are_the_policy_s() -> None:
         ({"stale_ms": 9_000}, 60_000, 69_000, 9_000),
     ],
 )
-def test_a_loader_may_ask_for_other_lifetimes(asked, soft_ms, hard_ms, stale_ms) -> None:
-    """P1: what is kept for errors ends when it did, counted from the end of ttl."""
+def test_a_loader_may_set_other_lifetimes(asked, soft_ms, hard_ms, stale_ms) -> None:
+    """P1: the error period still ends at the same time after ttl."""
     packed = packer().pack("value", {}, **asked)
     assert (packed.soft_ms, packed.hard_ms) == (soft_ms, hard_ms)
     assert (packed.meta.soft_ms, packed.meta.stale_ms) == (soft_ms, stale_ms)
@@ -59,7 +59,7 @@ def test_a_loader_may_ask_for_other_lifetimes(asked, soft_ms, hard_ms, stale_ms)
 
 @pytest.mark.parametrize(("negative_ms", "lifetime_ms"), [(700, 700), (0, 1)])
 def test_a_known_absence_lives_for_its_own_time(negative_ms: int, lifetime_ms: int) -> None:
-    """P1: neither stale nor for errors, but with its tags."""
+    """P1: a negative entry has its own lifetime and its tags, and no stale or error period."""
     policy = Policy(ttl_ms=60_000, stale_ms=5_000, error_ms=3_000, negative_ms=negative_ms)
     packed = packer(policy).pack(None, {"t": 5})
     assert (packed.soft_ms, packed.hard_ms, packed.payload) == (lifetime_ms, lifetime_ms, None)
@@ -69,7 +69,7 @@ def test_a_known_absence_lives_for_its_own_time(negative_ms: int, lifetime_ms: i
 
 @given(st.integers(1, 10**9), st.floats(0, 1), st.randoms())
 def test_jitter_only_shortens_and_never_to_nothing(ttl_ms, jitter, rng) -> None:
-    """P1: by at most its fraction; what was asked for is remembered as it was asked for."""
+    """P1: jitter shortens a lifetime by at most its fraction; the meta keeps the full lifetime."""
     codec: ValueCodec[Any] = ValueCodec(Any, bytes_max=BYTES_MAX, compress_over_bytes=100)
     policy = Policy(ttl_ms=60_000, stale_ms=20, error_ms=3, jitter=jitter)
     packed = Packer(policy, codec, rng).pack("value", {}, ttl_ms=ttl_ms)
@@ -78,8 +78,8 @@ def test_jitter_only_shortens_and_never_to_nothing(ttl_ms, jitter, rng) -> None:
     assert packed.meta.soft_ms == ttl_ms
 
 
-def test_what_is_stored_together_does_not_end_together() -> None:
-    """P1: over the whole of the fraction."""
+def test_entries_stored_together_expire_apart() -> None:
+    """P1: lifetimes spread over the whole fraction."""
     jittery = packer(Policy(ttl_ms=60_000, jitter=0.1))
     lifetimes = [jittery.pack("value", {}).soft_ms for _ in range(500)]
     assert 54_000 <= min(lifetimes) < 54_600
@@ -88,15 +88,15 @@ def test_what_is_stored_together_does_not_end_together() -> None:
 
 
 @pytest.mark.parametrize("value", [object(), "x" * (BYTES_MAX + 1), 1 << 80, {1j: 2}])
-def test_what_cannot_be_stored_is_refused(value: Any) -> None:
-    """Too large, or nothing that can be encoded."""
+def test_a_value_that_cannot_be_stored_is_refused(value: Any) -> None:
+    """An oversized value and one that cannot be encoded are refused."""
     with pytest.raises(InvalidEntry):
         packer().pack(value, {})
 
 
 @pytest.mark.parametrize("compress_over", [10, 10_000])
 def test_the_same_bytes_are_the_same(compress_over: int) -> None:
-    """Compressed or not; lifetimes and etags do not matter, for these are extended."""
+    """Equal payloads are the same, compressed or not, with any lifetimes and etags."""
     value = {"a": ["b" * 50] * 10}
     before = packer(compress_over=compress_over)
     entry = stored(before.pack(value, {"t": 5}, ttl_ms=7, etag="e1"))
@@ -107,7 +107,7 @@ def test_the_same_bytes_are_the_same(compress_over: int) -> None:
 
 
 def test_a_value_under_more_tags_is_another() -> None:
-    """Copies on nodes live on by the tags that they have; fewer of them do no harm."""
+    """An additional tag makes it another value; a missing tag does not."""
     made = packer()
     entry = stored(made.pack("value", {"t": 5, "u": 5}))
     assert made.same(made.pack("value", {"u": 6}), entry)
@@ -115,8 +115,8 @@ def test_a_value_under_more_tags_is_another() -> None:
     assert not made.same(made.pack("value", {"t": 6, "new": 6}), entry)
 
 
-def test_absences_older_forms_and_what_cannot_be_read_are_never_the_same() -> None:
-    """They are stored in whole."""
+def test_absences_old_formats_and_unreadable_entries_are_never_the_same() -> None:
+    """They are always stored in full."""
     made = packer()
     packed, absent = made.pack("value", {}), made.pack(None, {})
     assert not made.same(packed, None)
@@ -130,8 +130,8 @@ def test_absences_older_forms_and_what_cannot_be_read_are_never_the_same() -> No
 
 
 @pytest.mark.parametrize("compress_over", [10, 10_000])
-def test_what_is_extended_keeps_its_payload_in_its_form(compress_over: int) -> None:
-    """The part that is sent says how the old payload is to be read, and brings none."""
+def test_an_extended_entry_keeps_its_stored_payload(compress_over: int) -> None:
+    """The tail names the format of the stored payload and contains no payload."""
     value = "x" * 200
     entry = stored(packer(compress_over=compress_over).pack(value, {"t": 5}))
     packed = packer(compress_over=5_000).pack(value, {"t": 6}, etag="e2")

@@ -1,4 +1,4 @@
-"""Pydantic models as values: they come back, or it is said at the declaration that they cannot."""
+"""Pydantic models as values: they round-trip, or are refused when the cache is declared."""
 
 from __future__ import annotations
 
@@ -157,14 +157,14 @@ products = st.builds(
 
 
 @given(products)
-def test_a_model_comes_back(product) -> None:
-    """V1: with its nested models, and in its own types."""
+def test_a_model_round_trips(product) -> None:
+    """V1: nested models keep their types."""
     assert round_trip(Product, product) == product
 
 
 @given(st.lists(products, max_size=4))
-def test_models_anywhere_in_the_type_come_back(some) -> None:
-    """V1: in lists, dicts, and beside None."""
+def test_models_anywhere_in_the_type_round_trip(some) -> None:
+    """V1: models in lists, in dicts and next to None are decoded."""
     first = some[0] if some else None
     assert round_trip(list[Product], some) == some
     assert round_trip(dict[str, Product], {each.name: each for each in some}) == {
@@ -201,13 +201,13 @@ PRODUCT = Product(id=1, name="a", tags=frozenset({"x"}), seen=AT)
         (Product, Product(id=1, name="", weight=math.inf)),
     ],
 )
-def test_what_pydantic_knows_comes_back(of: Any, value: Any) -> None:
-    """V1: aliases, strictness, bytes, computed fields, generics, dataclasses, infinity."""
+def test_pydantic_features_round_trip(of: Any, value: Any) -> None:
+    """V1: aliases, strict mode, bytes, computed fields, generics, dataclasses and inf are kept."""
     assert round_trip(of, value) == value
 
 
-def test_not_a_number_comes_back() -> None:
-    """JSON has no word for it; it is equal to nothing, so it needs a test of its own."""
+def test_not_a_number_round_trips() -> None:
+    """NaN is decoded as NaN, although JSON cannot represent it."""
     assert math.isnan(round_trip(Product, Product(id=1, name="", weight=math.nan)).weight)
 
 
@@ -244,14 +244,14 @@ class Holder(BaseModel):
         (Holder, "Partial.hidden is excluded"),
     ],
 )
-def test_what_would_not_come_back_is_refused_when_declared(of: Any, said: str) -> None:
-    """P2: rather than be another value on the second read."""
+def test_a_lossy_type_is_refused_when_declared(of: Any, said: str) -> None:
+    """P2: a type whose values would differ at the second read raises ConfigError."""
     with pytest.raises(ConfigError, match=said):
         codec_of(of)
 
 
 def test_an_old_pydantic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its models come back by alias only."""
+    """Old versions validate by alias only."""
     monkeypatch.setattr(pydantic, "VERSION", "2.10.6")
     with pytest.raises(ConfigError, match=r"pydantic 2\.10\.6 is too old"):
         codec_of(Product)
@@ -277,21 +277,21 @@ class OneWay(BaseModel):
         (Bursting, Bursting.model_construct(number=13)),
     ],
 )
-def test_a_value_that_would_not_come_back_is_refused_when_encoded(of: Any, value: Any) -> None:
-    """P3, P4: the loader's caller is told, and no text has the value in it."""
+def test_a_lossy_value_is_refused_when_encoded(of: Any, value: Any) -> None:
+    """P3, P4: the caller of the load gets an error that does not show the value."""
     with pytest.raises(InvalidEntry, match="bad_value") as caught:
         codec_of(of).pack(value)
     assert "hush" not in str(caught.value)
 
 
 def test_a_large_model_is_refused_when_encoded() -> None:
-    """V2: as any value."""
+    """V2: the size limit applies to models."""
     with pytest.raises(InvalidEntry, match="oversized"):
         codec_of(Product).pack(Product(id=1, name="a" * LIMIT))
 
 
-def test_published_json_goes_by_the_aliases() -> None:
-    """P4: what a publisher sends is what the model says it takes; an error shows no value."""
+def test_published_json_uses_the_aliases() -> None:
+    """P4: a published value is validated by alias, and the error does not show it."""
     codec = codec_of(Renamed)
     assert codec.from_json(b'{"userName": "a"}') == Renamed(userName="a")
     assert codec.value(entry_of(b'{"userName": "a"}', "j")) == Renamed(userName="a")
@@ -321,14 +321,14 @@ def test_published_json_goes_by_the_aliases() -> None:
         (Product, b"\xff", "j"),
     ],
 )
-def test_what_is_no_such_value_is_refused(kind, of, payload: bytes, codec) -> None:
-    """V1: whatever pydantic, the JSON in between, or the type's own code raises."""
+def test_bytes_of_another_value_are_refused(kind, of, payload: bytes, codec) -> None:
+    """V1: errors of pydantic, of the JSON step and of the type raise InvalidEntry."""
     with pytest.raises(InvalidEntry, match="bad_value"):
         codec_of(of, kind=kind).value(entry_of(payload, codec))
 
 
 def test_types_without_pydantic_do_not_go_through_it() -> None:
-    """P1: although it is imported here."""
+    """P1: a type without a model is decoded by msgspec, also after pydantic was imported."""
     assert not has_pydantic(list[Plain])
     assert not has_pydantic(Any)
     assert has_pydantic(list[Product])
@@ -350,7 +350,7 @@ assert not [name for name in sys.modules if name.startswith("pydantic")]
 """
 
 
-def test_pydantic_is_not_imported_for_others() -> None:
-    """P1: an application without it does not pay for it."""
+def test_pydantic_is_not_imported_without_models() -> None:
+    """P1: an application without pydantic does not import it."""
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

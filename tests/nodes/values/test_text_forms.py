@@ -1,4 +1,4 @@
-"""Arguments whose text in a key leads back to them, and those that are refused."""
+"""Text forms of arguments: they round-trip through a key, or are refused."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from msgspec import Meta
 
 import forebay
-from forebay.nodes.cache.declaration import Declaration
-from forebay.nodes.cache.keying import Keying
+from forebay.nodes.values.keying import Keying
 from forebay.schemas.errors import ConfigError, InvalidKey
 
 PATIENCE_S = 20.0
@@ -75,7 +74,7 @@ def keying_of(annotation: Any, **options: Any) -> Keying:
         return None
 
     loader.__annotations__["x"] = annotation
-    return Keying(loader, Declaration(template="k:{x}", ttl=60, **options), "the cache")
+    return Keying(loader, "the cache", "k:{x}", **options)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +121,8 @@ def keying_of(annotation: Any, **options: Any) -> Keying:
         (Annotated[UserId, "a note"], 7, "7", 7),
     ],
 )
-def test_an_argument_comes_back_in_the_declared_type(annotation, given, text, got) -> None:
-    """A2, A3: and equal arguments have one key."""
+def test_an_argument_round_trips_in_the_declared_type(annotation, given, text, got) -> None:
+    """A2, A3: equal arguments have the same key."""
     made = keying_of(annotation)
     assert made.key(given) == made.key(x=given) == f"k:{text}"
     found = made.arguments(f"k:{text}")["x"]
@@ -152,7 +151,7 @@ def test_an_argument_comes_back_in_the_declared_type(annotation, given, text, go
     ],
 )
 def test_an_argument_of_another_type_is_refused_at_the_call(annotation, given) -> None:
-    """A2: whether or not a text of it would be one of the type; parameter and cache are named."""
+    """A2: the error names the parameter and the cache, also if the text would be valid."""
     made = keying_of(annotation)
     with pytest.raises(InvalidKey, match="x of the cache,"):
         made.key(given)
@@ -175,8 +174,8 @@ def test_an_argument_of_another_type_is_refused_at_the_call(annotation, given) -
         (Annotated[int, Meta(ge=0)], "-1"),
     ],
 )
-def test_another_spelling_is_no_key_of_the_cache(annotation, text) -> None:
-    """A4, Y5: its value would be kept under a key that no call has."""
+def test_another_spelling_is_not_a_key_of_the_cache(annotation, text) -> None:
+    """A4, Y5: a key that no call produces is refused."""
     with pytest.raises(InvalidKey, match="does not match k:"):
         keying_of(annotation).arguments(f"k:{text}")
 
@@ -204,8 +203,8 @@ def test_another_spelling_is_no_key_of_the_cache(annotation, text) -> None:
         (Callable[[], int], "Callable"),
     ],
 )
-def test_a_type_without_text_is_refused_where_it_is_declared(annotation, problem) -> None:
-    """A1: naming parameter, cache, fault and fix."""
+def test_a_type_without_text_form_is_refused_when_declared(annotation, problem) -> None:
+    """A1: the error names the parameter, the cache, the problem and the fix."""
     with pytest.raises(ConfigError, match=problem) as caught:
         keying_of(annotation)
     assert caught.value.setting == "the parameter x of the cache"
@@ -262,8 +261,8 @@ class Repository:
         (unknown_value, "k:{x}", "'Missing' is not defined", "at run time"),
     ],
 )
-def test_a_parameter_that_no_key_gives_back_is_refused(function, template, problem, fix) -> None:
-    """Y3: where it is declared."""
+def test_a_parameter_that_a_key_cannot_hold_is_refused(function, template, problem, fix) -> None:
+    """Y3: it is refused when the cache is declared."""
     node = forebay.Node("refused")
     with pytest.raises(ConfigError, match=problem) as caught:
         node.cached(template, ttl=60)(function)
@@ -274,14 +273,14 @@ def test_a_parameter_that_no_key_gives_back_is_refused(function, template, probl
 @pytest.mark.parametrize(
     "function", [Repository().row, Repository(), partial(Repository.row, Repository())]
 )
-def test_what_is_bound_already_is_no_parameter(function) -> None:
-    """A method of one object, an object that is called, a partial of a method."""
-    made = Keying(function, Declaration(template="k:{x}", ttl=60), "the cache")
+def test_bound_arguments_are_not_parameters(function) -> None:
+    """A bound method, a callable object and a partial have only their free parameters."""
+    made = Keying(function, "the cache", "k:{x}")
     assert made.arguments(made.key(7)) == {"x": 7}
 
 
 def test_a_number_of_too_many_digits_is_refused() -> None:
-    """Python refuses to convert it to text."""
+    """An int that Python refuses to convert to text raises InvalidKey."""
     with pytest.raises(InvalidKey, match=r"x of the cache, .\.\.\.. has too many digits"):
         keying_of(int).key(10**5000)
 
@@ -292,8 +291,8 @@ Decimals = st.decimals(allow_nan=False, allow_infinity=False).filter(
 
 
 @given(st.timedeltas(), Decimals, st.floats(allow_nan=False))
-def test_spans_and_numbers_come_back_equal(span, exact, near) -> None:
-    """A2: to the last digit, or their text is too long."""
+def test_timedeltas_and_numbers_round_trip(span, exact, near) -> None:
+    """A2: they are equal to the last digit, or refused as too long."""
     for annotation, value in ((timedelta, span), (Decimal, exact), (float, near)):
         made = keying_of(annotation)
         if annotation is Decimal and value and abs(value.adjusted()) > 400:
@@ -307,8 +306,8 @@ Instants = st.datetimes(timezones=st.none() | st.just(UTC) | st.timezones())
 
 
 @given(Instants, Instants)
-def test_instants_come_back_with_their_offset(one, other) -> None:
-    """A3: a date is that of the caller's clock, in a refresh, too."""
+def test_datetimes_round_trip_with_their_offset(one, other) -> None:
+    """A3: a refresh gets the UTC offset of the call."""
     made = keying_of(datetime)
     found = made.arguments(made.key(one))["x"]
     assert found.replace(tzinfo=None) == one.replace(tzinfo=None)
@@ -321,8 +320,8 @@ def test_instants_come_back_with_their_offset(one, other) -> None:
 
 
 @pytest.mark.parametrize("length", range(500, 516))
-def test_a_long_plain_text_has_the_bound_of_all_keys(length) -> None:
-    """The quick way for a str ends where the grammar ends."""
+def test_a_long_plain_text_has_the_limit_of_all_keys(length) -> None:
+    """The fast path for a str applies the same length limit."""
     made = keying_of(str)
     if length <= 510:
         assert made.arguments(made.key("x" * length)) == {"x": "x" * length}
@@ -331,8 +330,8 @@ def test_a_long_plain_text_has_the_bound_of_all_keys(length) -> None:
             made.key("x" * length)
 
 
-async def test_the_loader_gets_the_same_whoever_calls_it(make_node) -> None:
-    """Y4: a caller who waits, a refresh in the background, a read over HTTP, a batch."""
+async def test_the_loader_gets_the_same_arguments_from_every_caller(make_node) -> None:
+    """Y4: a waiting caller, a background refresh, an HTTP read and a batch give equal arguments."""
     got: list[Any] = []
     node = make_node()
 
@@ -371,10 +370,10 @@ async def test_the_loader_gets_the_same_whoever_calls_it(make_node) -> None:
 
 @pytest.mark.parametrize("way", ["put", "write_through", "write_around", "write_behind"])
 @pytest.mark.parametrize("args", [(), (1,), (1, 2, 3)])
-async def test_a_write_of_the_wrong_number_of_arguments_says_what_it_takes(
+async def test_a_write_with_a_wrong_number_of_arguments_raises_type_error(
     make_node, way: str, args: tuple[int, ...]
 ) -> None:
-    """As a TypeError, like any call; with the name of the cache."""
+    """The error names the cache and the expected arguments."""
     node = make_node()
 
     @node.cached("row:{id}", ttl=60)
@@ -387,7 +386,7 @@ async def test_a_write_of_the_wrong_number_of_arguments_says_what_it_takes(
 
 
 async def test_a_value_of_another_type_names_cache_key_and_types(make_node) -> None:
-    """Faults that a type checker cannot see are reported at the write."""
+    """A write of a value of another type is refused at the call."""
     node = make_node()
 
     @node.cached("row:{id}", ttl=60)

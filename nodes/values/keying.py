@@ -18,9 +18,8 @@ from typing import Any, get_type_hints
 
 from ...schemas.errors import ConfigError, InvalidKey
 from ...schemas.keys import KEY_BYTES_MAX, PLAIN_INT_MAX, KeyTemplate
-from ..values.introspection import name_of, unwrapped
-from ..values.text_forms import TextForm, Textless, text_form_of
-from .declaration import Declaration
+from .introspection import name_of, unwrapped
+from .text_forms import TextForm, Textless, text_form_of
 
 Maker = Callable[[Mapping[str, Any]], str]
 
@@ -29,23 +28,35 @@ _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 class Keying:
     def __init__(
-        self, loader: Callable[..., Awaitable[Any]], declared: Declaration, name: str
+        self,
+        loader: Callable[..., Awaitable[Any]],
+        name: str,
+        template: str,
+        *,
+        tags: Sequence[str] = (),
+        depends_on: Sequence[str] = (),
+        legacy_key: str = "",
     ) -> None:
+        """``name`` is the cache's, for error messages.
+
+        Raises:
+            ConfigError, InvalidKey: the templates and the loader do not match.
+        """
         self.name = name
-        self.template = KeyTemplate(declared.template)
-        tags = [KeyTemplate(text, name="tag") for text in declared.tags]
-        behind = [KeyTemplate(text, name="depends_on") for text in declared.depends_on]
-        self._tags = [_maker(tag) for tag in tags]
-        self._behind = [_maker(key) for key in behind]
+        self.template = KeyTemplate(template)
+        of_tags = [KeyTemplate(text, name="tag") for text in tags]
+        of_keys = [KeyTemplate(text, name="depends_on") for text in depends_on]
+        self._tags = [_maker(tag) for tag in of_tags]
+        self._depends_on = [_maker(key) for key in of_keys]
         self._signature = inspect.signature(loader)
         self.parameters = tuple(self._signature.parameters)
         by_position = [each.kind in _BY_POSITION for each in self._signature.parameters.values()]
         self._positional = sum(by_position)  #: number of positional parameters; they come first
         hints = _hints_of(loader, name)
         forms = _forms_of(self._signature, hints, name)
-        _check_fields(self.template, [*tags, *behind], self.parameters, name)
+        _check_fields(self.template, [*of_tags, *of_keys], self.parameters, name)
         self._forms = [forms[field] for field in self.template.fields]
-        self._legacy = _legacy_of(declared, self.parameters, name)
+        self._legacy = _legacy_of(legacy_key, self.parameters, name)
         self._in_order = self.template.fields == self.parameters and all(by_position)
         self._check_defaults()
         self.value_type: Any = hints.get("return", Any)
@@ -54,7 +65,7 @@ class Keying:
 
     def labels(self, fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """The tags and the dependency keys of these fields."""
-        return [tag(fields) for tag in self._tags], [key(fields) for key in self._behind]
+        return [tag(fields) for tag in self._tags], [key(fields) for key in self._depends_on]
 
     def legacy_name(self, key: str) -> str:
         """The name under which another service stored this key's value; raises InvalidKey."""
@@ -63,7 +74,7 @@ class Keying:
 
     @property
     def labelled(self) -> bool:
-        return bool(self._tags or self._behind)
+        return bool(self._tags or self._depends_on)
 
     def arguments(self, key: str) -> Mapping[str, Any]:
         """The arguments of the loader for this key.
@@ -249,10 +260,10 @@ def _maker(template: KeyTemplate) -> Maker:
     return lambda fields: of_one(fields[field])
 
 
-def _legacy_of(declared: Declaration, parameters: Sequence[str], name: str) -> KeyTemplate | None:
-    if not declared.legacy_key:
+def _legacy_of(legacy_key: str, parameters: Sequence[str], name: str) -> KeyTemplate | None:
+    if not legacy_key:
         return None
-    template = KeyTemplate(declared.legacy_key, name="legacy_key")
+    template = KeyTemplate(legacy_key, name="legacy_key")
     missing = set(parameters) ^ set(template.fields)
     if not missing:
         return template

@@ -1,4 +1,4 @@
-"""From arguments to keys and labels, and back."""
+"""Keying: arguments to keys and labels, and keys to arguments."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.nodes.cache.declaration import Declaration
-from forebay.nodes.cache.keying import Keying
+from forebay.nodes.values.keying import Keying
 from forebay.schemas.errors import ConfigError, InvalidKey
 
 
@@ -36,7 +35,7 @@ async def typed(size: Size, day: date, flag: bool, text: str) -> int | None:
 
 
 def keying(function: Any, template: str, **options: Any) -> Keying:
-    return Keying(function, Declaration(template=template, ttl=60, **options), "the cache")
+    return Keying(function, "the cache", template, **options)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +49,10 @@ def keying(function: Any, template: str, **options: Any) -> Keying:
         (by_name, (), {"id": 42}),
     ],
 )
-def test_what_is_bound_gives_the_key_however_it_is_written(function, args, kwargs) -> None:
-    """Y1: positional, by name or by default; the quick ways agree with the slow one."""
+def test_bound_arguments_give_the_key(function, args, kwargs) -> None:
+    """Y1: positional, keyword and default arguments agree; the fast paths agree with the general
+    one.
+    """
     parameters = {by_id: ("id",), by_two: ("kind", "id"), by_name: ("id",)}[function]
     made = keying(function, "p:" + ":".join(f"{{{name}}}" for name in parameters))
     assert made.parameters == parameters
@@ -72,15 +73,15 @@ def test_what_is_bound_gives_the_key_however_it_is_written(function, args, kwarg
         ("p:{id}", {"tags": ["t"], "depends_on": ["k:{id}:{other}"]}),
     ],
 )
-def test_templates_and_parameters_must_fit(template: str, options: dict[str, Any]) -> None:
-    """Y1: the error names the cache, and what differs."""
+def test_templates_and_parameters_must_match(template: str, options: dict[str, Any]) -> None:
+    """Y1: the error names the cache and the difference."""
     with pytest.raises(ConfigError, match="the cache") as caught:
         keying(by_id, template, **options)
     assert ("id" if template in ("p", "p:{other}") else "other") in caught.value.problem
 
 
 def test_labels_are_made_from_the_key() -> None:
-    """Of the fields' texts, so that a refresh carries the same."""
+    """Labels are made of the fields' texts, so a refresh carries the same labels."""
     made = keying(
         by_two,
         "p:{kind}:{id}",
@@ -97,7 +98,7 @@ def test_labels_are_made_from_the_key() -> None:
     [({}, False), ({"tags": ["t"]}, True), ({"depends_on": ["k"]}, True)],
 )
 def test_a_cache_without_labels_need_not_bind(options: dict[str, Any], labelled: bool) -> None:
-    """What a read can be spared."""
+    """A read of a cache without labels skips that work."""
     made = keying(by_id, "p:{id}", **options)
     assert made.labelled is labelled
     assert made.labels({"id": 1}) == (options.get("tags", []), options.get("depends_on", []))
@@ -108,8 +109,8 @@ def test_a_cache_without_labels_need_not_bind(options: dict[str, Any], labelled:
     ["typed:L:2020-01-32:True:x", "typed:M:2020-01-31:True:x", "typed:L:2020-01-31:maybe:x",
      "typed:L:2020-01-31:True", "other:L:2020-01-31:True:x", ""],
 )  # fmt: skip
-def test_a_key_that_is_none_of_its_own_is_refused(key: str) -> None:
-    """Y2: of another form, or of values that are not of the declared types."""
+def test_a_key_of_another_form_is_refused(key: str) -> None:
+    """Y2: a key of another template, or with values of other types, raises InvalidKey."""
     made = keying(typed, "typed:{size}:{day}:{flag}:{text}")
     with pytest.raises(InvalidKey, match="does not match"):
         made.arguments(key)
@@ -119,8 +120,8 @@ Texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 
 
 @given(st.sampled_from(Size), st.dates(), st.booleans(), Texts)
-def test_a_key_leads_back_to_the_arguments(size, day, flag, text) -> None:
-    """Y2: in the types that the loader declares."""
+def test_a_key_is_parsed_to_the_arguments(size, day, flag, text) -> None:
+    """Y2: they have the declared types."""
     made = keying(typed, "typed:{size}:{day}:{flag}:{text}")
     values = (size, day, flag, text)
     found = made.arguments(made.key(*values))
@@ -129,8 +130,8 @@ def test_a_key_leads_back_to_the_arguments(size, day, flag, text) -> None:
     assert made.item(found) == values
 
 
-def test_the_type_of_the_values_is_what_the_loader_returns() -> None:
-    """Anything, if it does not say."""
+def test_the_type_of_the_values_is_the_return_annotation() -> None:
+    """It is Any without an annotation."""
 
     async def untyped(a: int):  # type: ignore[no-untyped-def]
         return None

@@ -1,4 +1,4 @@
-"""What a declared type says of its values, and what it does not."""
+"""Inspection of declared types: which values fit, and which types are refused."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ def codec_of(of: Any) -> ValueCodec[Any]:
         (T, 1),
     ],
 )
-def test_what_is_of_the_type_passes(of: Any, value: Any) -> None:
-    """V3: the check is no stricter than the declaration."""
+def test_values_of_the_type_pass(of: Any, value: Any) -> None:
+    """V3: the check is not stricter than the declaration."""
     classes = classes_of(of)
     assert not classes or value is None or fits(value, classes)
 
@@ -176,16 +176,16 @@ def test_what_is_of_the_type_passes(of: Any, value: Any) -> None:
         (Model | None, Product(1), "got Product"),
     ],
 )
-def test_what_is_not_is_refused_with_both_names(of: Any, value: Any, said: str) -> None:
-    """V3: before it is stored, not when the next one reads it."""
+def test_values_of_another_type_are_refused_with_both_names(of: Any, value: Any, said: str) -> None:
+    """V3: the error is raised before the value is stored."""
     with pytest.raises(InvalidEntry, match=said) as caught:
         codec_of(of).pack(value)
     assert caught.value.fault == "wrong_type"
 
 
 @pytest.mark.parametrize("of", [Any, object, T, Readable, EmailStr, AnyUrl | Any, int | T])
-def test_a_type_that_does_not_tell_is_not_checked(of: Any) -> None:
-    """V3: some have values of other classes."""
+def test_a_type_without_known_classes_is_not_checked(of: Any) -> None:
+    """V3: values of such a type may have other classes."""
     assert classes_of(of) == () or AnyUrl in classes_of(of)
 
 
@@ -203,8 +203,8 @@ def test_a_type_that_does_not_tell_is_not_checked(of: Any) -> None:
         max_leaves=4,
     ),
 )  # fmt: skip
-def test_what_was_decoded_is_of_the_type(of: Any, plain: Any) -> None:
-    """V3: the check never refuses what a codec itself has made."""
+def test_decoded_values_are_of_the_type(of: Any, plain: Any) -> None:
+    """V3: the check accepts every value that a codec decodes."""
     codec = codec_of(of)
     try:
         value = codec.unpack(msgspec.msgpack.encode(plain))
@@ -221,7 +221,7 @@ class Tree(Struct):
 
 
 def test_all_types_inside_are_found_once() -> None:
-    """Through fields, arguments and names, also where they come back to themselves."""
+    """Fields, arguments and aliases are followed, also in recursive types."""
     found = list(types_in(dict[str, Tree]))
     assert {str, int, Tree, Row, Options, Point} <= {
         each
@@ -239,7 +239,7 @@ class Dangling(Struct):
 
 @pytest.mark.parametrize("of", [Dangling, list[Dangling], Product | Row, "Product"])
 def test_a_type_that_cannot_be_decoded_is_refused_when_declared(of: Any) -> None:
-    """With its name and the reason, whatever it was that could not be done with it."""
+    """The error contains the name of the type and the reason."""
     with pytest.raises(ConfigError, match="the type of the values = ") as caught:
         codec_of(of)
     assert caught.value.value == name_of(of)
@@ -286,8 +286,8 @@ class Lacking(Struct):
         (Annotated[Opaque, "a note"], "Opaque"),
     ],
 )
-def test_a_type_that_no_bytes_become_is_refused_when_declared(of: Any, named: str) -> None:
-    """T2: also inside, rather than at the first load; the error names the class."""
+def test_an_undecodable_class_is_refused_when_declared(of: Any, named: str) -> None:
+    """T2: the error names the class, also if it is nested."""
     with pytest.raises(ConfigError, match=f"a stored {named} could not be read again"):
         codec_of(of)
 
@@ -296,7 +296,7 @@ def test_a_type_that_no_bytes_become_is_refused_when_declared(of: Any, named: st
     ("of", "value"),
     [(object, 1), (Iterable[int], [1]), (Hashable, "a"), (Lacking, Lacking()), (Box[Any], Box(1))],
 )
-def test_a_type_that_some_value_is_of_may_be_declared(of: Any, value: Any) -> None:
-    """T2: a base of a decoded type; an optional field; a type that refers to itself."""
+def test_a_base_of_a_decodable_class_may_be_declared(of: Any, value: Any) -> None:
+    """T2: a base of a decoded type, an optional field and a recursive type are accepted."""
     codec = codec_of(of)
     assert codec.unpack(codec.pack(value)) == value
