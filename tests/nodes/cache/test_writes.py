@@ -386,13 +386,13 @@ class Away:
 
 def by_way_of(place: Place, commands: Any) -> None:
     """Make the writes of this node use these commands."""
-    place._parts.shared._commands = commands
-    place._parts.backend.link = commands
+    place.parts.shared._commands = commands
+    place.parts.backend.link = commands
 
 
 async def test_without_valkey_the_sink_is_not_called(here: Place) -> None:
     """T: nothing is written without a lease."""
-    link = here._parts.backend.link
+    link = here.parts.backend.link
     by_way_of(here, Away(link, at=1))
     with pytest.raises(Unavailable):
         await write(here, "through", "new")
@@ -402,7 +402,7 @@ async def test_without_valkey_the_sink_is_not_called(here: Place) -> None:
 
 async def test_a_fill_that_fails_raises(here: Place) -> None:
     """T: the source has the value, the caller gets an error, and the lease expires."""
-    link = here._parts.backend.link
+    link = here.parts.backend.link
     by_way_of(here, Away(link, at=2))
     with pytest.raises(Unavailable):
         await write(here, "through", "new")
@@ -416,7 +416,7 @@ async def test_a_fill_that_fails_raises(here: Place) -> None:
 
 async def waits_for_the_lease(place: Place) -> None:
     """Wait until a write of this node waits for the lease of another."""
-    await until(lambda: KEY in place._parts.waits._watched)
+    await until(lambda: KEY in place.parts.waits._watched)
 
 
 async def test_a_write_waits_for_a_running_load(here: Place, there: Place) -> None:
@@ -486,7 +486,7 @@ async def blind(place: Place, value: str) -> None:
     write_ = forebay.Write(key=KEY, params=params, value=value, version=version)
     await outlet.write(SinkBatch(writes=(write_,)))
     packed = path._loads.pack(value, {})
-    stamp = await place._parts.shared.put(
+    stamp = await place.parts.shared.put(
         KEY, soft_ms=packed.soft_ms, hard_ms=packed.hard_ms, tail=packed.tail
     )
     assert stamp.version
@@ -497,7 +497,7 @@ class Stopped:
 
     def __init__(self, place: Place) -> None:
         self.reached, self.go_on = anyio.Event(), anyio.Event()
-        shared, writes = place._parts.shared, place._parts.writing
+        shared, writes = place.parts.shared, place.parts.writing
         writes.fill, shared.put = self._after(writes.fill), self._after(shared.put)
 
     def _after(self, change: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -627,7 +627,7 @@ async def test_cancelled_during_a_command_leaves_nothing_stale(
     """
     stored(here.table, "old")
     assert await here.row(1) == await there.row(1) == "old"
-    link = here._parts.backend.link
+    link = here.parts.backend.link
     cut = Cut(Slowly(link), at=at, answered=answered)
     by_way_of(here, cut)
     async with anyio.create_task_group() as tasks:
@@ -643,7 +643,7 @@ async def test_cancelled_during_a_command_leaves_nothing_stale(
 async def test_cancelled_during_the_last_invalidation(here: Place, there: Place) -> None:
     """X3, X4: after a refused fill, the invalidation is still executed."""
     stored(here.table, "old")
-    link = here._parts.backend.link
+    link = here.parts.backend.link
     cut = Cut(Slowly(link), at=3)
     here.table.hang_at, here.table.hang_stored = 1, True
     async with anyio.create_task_group() as tasks:
@@ -688,7 +688,7 @@ async def test_cancelled_while_waiting_leaves_the_others_lease(here: Place, ther
         assert await here.lease() is not None
         there.gate.set()
     assert await here.lease() is None
-    assert len(here._parts.waits) == len(here._parts.writing.checkpoints) == 0
+    assert len(here.parts.waits) == len(here.parts.writing.checkpoints) == 0
 
 
 # Write-behind next to write-through
@@ -702,7 +702,7 @@ async def test_a_pending_write_behind_goes_first(open_place: OpenPlace) -> None:
         await place.row.write_behind(1, "behind")
         await place.table.hanging.wait()
         tasks.start_soon(write, place, "through", "through")
-        await until(lambda: len(place._parts.writing.checkpoints) > 0)
+        await until(lambda: len(place.parts.writing.checkpoints) > 0)
         place.table.go_on.set()
     assert [each.value for each in place.table.stored] == ["behind", "through"]
     await check_all_read(place, on="through")
@@ -809,7 +809,7 @@ async def test_a_lost_notification_costs_a_quarter_of_a_second(
 ) -> None:
     """P2, E2: waiting callers poll."""
     place = await open_place(workers=True)
-    place._parts.writing.checkpoint_moved = lambda shard: None
+    place.parts.writing.checkpoint_moved = lambda shard: None
     if what == "sink":
         receipt = await place.row.write_behind(1, "new", until="sink", timeout=20)
         assert receipt.reached == "sink"
@@ -847,7 +847,7 @@ async def test_a_dead_letter_is_found_behind_others(
     place = await open_place(workers=True)
     place.table.poison = {"bad"}
     receipt = await place.row.write_behind(1, "bad", until="accepted")
-    dead = place._parts.names.part(receipt.shard, "dead")
+    dead = place.parts.names.part(receipt.shard, "dead")
 
     async def buried() -> bool:
         return bool(await place.call("XLEN", dead))
@@ -859,7 +859,7 @@ async def test_a_dead_letter_is_found_behind_others(
         await place.call("XADD", dead, "*", "from", "1-1", "reason", "another")
     await place.call("XADD", dead, "*", *fields)
     with pytest.raises(DeadLettered):
-        await place._parts.writing._check_dead_letters(KEY, receipt)
+        await place.parts.writing._check_dead_letters(KEY, receipt)
 
 
 async def test_a_write_that_a_newer_one_replaced_is_done_with_it(open_place: OpenPlace) -> None:
@@ -871,7 +871,7 @@ async def test_a_write_that_a_newer_one_replaced_is_done_with_it(open_place: Ope
     async with anyio.create_task_group() as tasks:
         for value in ("a", "b", "c"):
             tasks.start_soon(_until_sink, place, value)
-        await until(lambda: len(place._parts.writing.checkpoints) > 0)
+        await until(lambda: len(place.parts.writing.checkpoints) > 0)
         place.table.go_on.set()
     assert place.table.values()[KEY] == "c"
 
@@ -884,9 +884,9 @@ async def test_cancelled_while_waiting_for_the_sink(here: Place) -> None:
     """P2: no watch stays; the write does."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_until_sink, here, "new")
-        await until(lambda: len(here._parts.writing.checkpoints) > 0)
+        await until(lambda: len(here.parts.writing.checkpoints) > 0)
         tasks.cancel_scope.cancel()
-    assert len(here._parts.writing.checkpoints) == 0
+    assert len(here.parts.writing.checkpoints) == 0
     assert await here.row(1) == "new"
 
 
