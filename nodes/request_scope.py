@@ -107,8 +107,8 @@ class RequestScope:
             if (there := self.get(cache, key)) is not None:
                 found[key] = there
         since = self.changes
-        brought = await read({key: wanted[key] for key in wanted if key not in found})
-        for key, hit in brought.items():
+        results = await read({key: wanted[key] for key in wanted if key not in found})
+        for key, hit in results.items():
             kept = hit if isinstance(hit, Exception) else self.put(cache, key, hit, since)
             found[key] = kept
         return found

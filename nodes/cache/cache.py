@@ -49,7 +49,7 @@ class Cache(Generic[T]):
         self._loader = loader
         self._batch_loader: BatchLoader | None = None
         self._batches: Batches | None = None
-        self._behind: Callable[[Sequence[str]], Sequence[str]] = list
+        self._dependency_tags: Callable[[Sequence[str]], Sequence[str]] = list
         self._copies: Copies[T] = Copies(self.value_type, CacheDefaults(), mutable=declared.mutable)
         self._near_hits_before = 0
         self._near_negative_hits_before = 0
@@ -96,7 +96,7 @@ class Cache(Generic[T]):
         if self._batch_loader is not None:
             limit_s = _BATCH_SHARE * policy.lease_ms / 1000
             self._batches = Batches(self.name, self._batch_loader, core.tasks, limit_s=limit_s)
-        self._behind = core.behind
+        self._dependency_tags = core.behind
         self.near_get = near.get
         return self._path
 
@@ -229,7 +229,7 @@ class Cache(Generic[T]):
         tags, keys = self.keying.labels(fields)
         if not keys:
             return tags
-        found = dict.fromkeys([*tags, *self._behind(keys)])
+        found = dict.fromkeys([*tags, *self._dependency_tags(keys)])
         found.pop(dependents_of(self.template.format(fields)), None)  # not its own dependent
         return list(found)
 

@@ -114,7 +114,7 @@ class Cached(Generic[P, T]):
         self.name = self._cache.name
         self.key = self._cache.keying.key
         if not self._cache.keying.annotated:
-            fix = "annotate what the loader returns, or all get dicts, lists and the like"
+            fix = "annotate the return type; otherwise callers get dicts, lists and the like"
             log.warning("cache.untyped", cache=self.name, fix=fix)
 
     def __repr__(self) -> str:

@@ -1,8 +1,8 @@
-"""An application for the node processes of tests: products in files, a sink that is a file.
+"""The application of the tests' node processes: products in files, and a sink that is a file.
 
-SHOP_DIR holds one file a product, and what the sink got: a line of JSON for each write, in
-the order in which they came. SHOP_SINK says how the sink behaves: ``hang`` waits for ever,
-``block`` holds up the event loop as well. The file ``reached`` is there once it was called.
+SHOP_DIR holds one file for each product, and the sink's file: one line of JSON for each write, in
+the order of the writes. SHOP_SINK selects the sink's behaviour: ``hang`` never returns, ``block``
+blocks the event loop. The sink creates the file ``reached`` when it is called.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """An ASGI application for the worker processes of a web server, without a framework.
 
-``GET /7`` reads product 7, ``GET /put/7/12`` sets it, and ``GET /readyz`` shows the node's checks.
-Each answer names the process. WEBSHOP_DIR holds one file a product, which is the source, and
-``loads``: a line for each load, with the cache version and the product. Another service has stored
-products, too.
+``GET /7`` reads product 7, ``GET /put/7/12`` sets it, ``GET /readyz`` returns the node checks.
+Each response contains the process id. WEBSHOP_DIR holds one file for each product, and ``loads``: a
+line for each load, with the cache version and the product. Another service has stored products too.
 """
 
 from __future__ import annotations

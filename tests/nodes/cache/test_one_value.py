@@ -158,10 +158,10 @@ async def test_a_written_value_is_the_same_for_readers_and_the_sink(
     """X7: the writer, other nodes and the sink get equal values."""
     one, two = make_node(workers=True), make_node()
     first, second = (declare(node, case, mutable=mutable) for node in (one, two))
-    sunk: list[Any] = []
+    stored: list[Any] = []
 
     async def save(writes: list[forebay.Write[Any]]) -> None:
-        sunk.extend(write.value for write in writes)
+        stored.extend(write.value for write in writes)
 
     for node in (one, two):
         node.sink("value:{id}")(save)
@@ -172,8 +172,8 @@ async def test_a_written_value_is_the_same_for_readers_and_the_sink(
         assert (await first.get_with_info(1)).tier != "source"
         first._cache.path.near.clear()
         found.append(await first(1))
-    assert len({seen(each) for each in found + sunk}) == 1
-    assert len(sunk) == (way != "put")
+    assert len({seen(each) for each in found + stored}) == 1
+    assert len(stored) == (way != "put")
 
 
 @pytest.mark.parametrize("value", [Word("a"), [Word("a")], {"a": Word("a")}, object(), 1j])

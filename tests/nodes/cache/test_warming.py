@@ -148,7 +148,7 @@ async def test_a_value_that_could_not_be_stored_is_a_failure(
     async with node:
         source.values[5] = None  # an absence is stored
 
-        @source_says(source, 6)
+        @on_load(source, 6)
         async def invalidated_meanwhile() -> None:
             await node.invalidate(["product:6"])
 
@@ -158,7 +158,7 @@ async def test_a_value_that_could_not_be_stored_is_a_failure(
     assert "could not be stored" in str(report.failures[0].error)
 
 
-def source_says(source: Any, key: int) -> Callable[[Any], None]:
+def on_load(source: Any, key: int) -> Callable[[Any], None]:
     """Run a callback while this key is loaded."""
 
     def plant(happens: Callable[[], Any]) -> None:
@@ -225,12 +225,12 @@ async def test_progress_is_reported_after_each_key(make_node: MakeNode, source: 
     """Each report holds the counts so far; the last report is complete."""
     node = make_node()
     product = product_on(node, source)
-    told: list[WarmReport] = []
+    reports: list[WarmReport] = []
     async with node:
-        report = await product.warm(range(TOGETHER + 5), progress=told.append)
+        report = await product.warm(range(TOGETHER + 5), progress=reports.append)
 
-    assert [each.asked for each in told] == list(range(1, TOGETHER + 6))
-    assert counts(told[-1]) == counts(report)
+    assert [each.asked for each in reports] == list(range(1, TOGETHER + 6))
+    assert counts(reports[-1]) == counts(report)
 
 
 @pytest.mark.parametrize(

@@ -849,10 +849,10 @@ async def test_a_dead_letter_is_found_behind_others(
     receipt = await place.row.write_behind(1, "bad", until="accepted")
     dead = place.parts.names.part(receipt.shard, "dead")
 
-    async def buried() -> bool:
+    async def is_dead() -> bool:
         return bool(await place.call("XLEN", dead))
 
-    await until(buried)
+    await until(is_dead)
     ((_, fields),) = await place.call("XRANGE", dead, "-", "+")
     await place.call("DEL", dead)
     for _ in range(3):

@@ -146,7 +146,7 @@ def test_values_of_the_type_pass(of: Any, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "value", "said"),
+    ("of", "value", "message"),
     [
         (Product, {"id": 1}, "declared Product, got dict"),
         (Product, Row(1), "declared Product, got Row"),
@@ -176,9 +176,11 @@ def test_values_of_the_type_pass(of: Any, value: Any) -> None:
         (Model | None, Product(1), "got Product"),
     ],
 )
-def test_values_of_another_type_are_refused_with_both_names(of: Any, value: Any, said: str) -> None:
+def test_values_of_another_type_are_refused_with_both_names(
+    of: Any, value: Any, message: str
+) -> None:
     """V3: the error is raised before the value is stored."""
-    with pytest.raises(InvalidEntry, match=said) as caught:
+    with pytest.raises(InvalidEntry, match=message) as caught:
         codec_of(of).pack(value)
     assert caught.value.fault == "wrong_type"
 

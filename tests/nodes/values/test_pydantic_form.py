@@ -233,7 +233,7 @@ class Holder(BaseModel):
 
 
 @pytest.mark.parametrize(
-    ("of", "said"),
+    ("of", "message"),
     [
         (Mixed, "Mixed is a msgspec Struct"),
         (list[Plain | Product], "Plain is a msgspec Struct"),
@@ -244,9 +244,9 @@ class Holder(BaseModel):
         (Holder, "Partial.hidden is excluded"),
     ],
 )
-def test_a_lossy_type_is_refused_when_declared(of: Any, said: str) -> None:
+def test_a_lossy_type_is_refused_when_declared(of: Any, message: str) -> None:
     """P2: a type whose values would differ at the second read raises ConfigError."""
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         codec_of(of)
 
 
