@@ -19,7 +19,7 @@ from ..schemas.settings_limits import DEFAULT_LIMIT
 from .cache.cached import Cached, cache_of
 from .cache.declaration import Declaration, declaring, exceptions, policy_of
 from .cache.policy import OnDisconnected
-from .hooks import Hook
+from .lifespan import Hook
 from .limits import LimitBook, RateLimit
 from .sinks.base import Sink, Write
 from .sinks.callables import CallableSink

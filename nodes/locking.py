@@ -50,18 +50,18 @@ class Locking:
     """A part of ``Node``."""
 
     @property
-    def _parts_with_locks(self) -> _Parts:
+    def _parts(self) -> _Parts:
         raise AssertionError("a node says where they are")
 
     @property
     def locks(self) -> Locks:
         """To look at locks, and to release them from outside: list, show, force_release."""
-        return self._parts_with_locks.locks
+        return self._parts.locks
 
     @property
     def guards(self) -> Guards:
         """Keys that refuse writes under an old token: set, delete."""
-        return self._parts_with_locks.locks.guards
+        return self._parts.locks.guards
 
     def lock(self, name: str, **options: Unpack[LockOptions]) -> LockHandle:
         """A lock that one in the cluster has at a time; ``async with`` it.

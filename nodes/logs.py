@@ -1,40 +1,56 @@
-"""Every log line of the process, ours and that of the libraries, on one stream.
+"""Log lines of the process, from Forebay and from the libraries, on one stream.
 
-I1  A line is one JSON object, or on a terminal one line for people; both hold timestamp
-    (UTC), level, event and instance. A value never starts a second line and never moves
-    a cursor; a traceback's lines are set off by a bar.
+I1  A line is one JSON object, or on a terminal one readable line; both hold timestamp (UTC),
+    level, event and instance. A value never starts a second line and never moves a cursor; the
+    lines of a traceback begin with a bar.
 I2  No secret is written: ``Secret`` objects, passwords in URLs, fields with the name of a
     secret, and every occurrence of the secrets given to ``configure_logs``.
-I3  An error that repeats is written 10 times in 10 s; the next one after that says how
-    many were suppressed.
-I4  Logging does not raise: what cannot be shown or written is replaced or dropped.
-I5  Cache keys, in the fields ``key`` and ``keys``, appear as ``log.keys`` says. A hash
-    lets lines about one key be found; it does not stop who can guess the key.
+I3  A repeated error is written 10 times in 10 s; the next one after that reports how many were
+    suppressed. The counts are kept for a bounded number of event names.
+I4  Logging does not raise: a value that cannot be shown or written is replaced or dropped.
+I5  Cache keys, in the fields ``key`` and ``keys``, appear as ``log.keys`` says. A hash makes
+    lines about one key searchable; it does not protect a key that can be guessed.
+I6  After ``Cleaner`` an event holds only None, booleans, numbers, text, and lists and mappings of
+    these, of bounded size.
 
-Calling it again replaces all of it. Whoever embeds a node need not call it at all: as long as the
-application has not configured structlog, ``configure_embedded`` has our lines, and no others, go to
-stderr in the same form and from the level that is set on.
+A second call replaces the whole configuration. An application that embeds a node need not call it:
+as long as it has not configured structlog, ``configure_embedded`` sends the lines of Forebay, and
+no others, to stderr in the same form, from the configured level on.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import blake2b
 from threading import Lock
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
+import msgspec
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from ..coordinator.clock import Clock, SystemClock
+from ..schemas.masking import escape_controls, mask_urls_in
 from ..schemas.settings import Log, Secret
-from .log_lines import json_line, pretty_line
-from .log_values import Cleaner, Keys, Repeats
 
-__all__ = ["configure_embedded", "configure_logs"]
-
-_QUIET = ("aiohttp.access", "aiosqlite", "asyncio")  #: a line per request, or the values
+_QUIET = ("aiohttp.access", "aiosqlite", "asyncio")  #: a line per request, or values
+_FIRST = ("timestamp", "level", "event", "instance")
+_COLORS = {"debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "1;31"}
+_PLAIN = re.compile(r"[^\s\"'=]+\Z")
+_encoder = msgspec.json.Encoder(enc_hook=str)
+_TEXT_CHARS_MAX = 16_384
+_HEAD_CHARS = 8_192
+_ITEMS_MAX = 50
+_DEPTH_MAX = 5
+_INT_MAX = 2**63
+_SECRET_CHARS_MIN = 4  #: masking shorter ones everywhere would reveal them
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:password|passwd|secret|token|authorization|api_key|credentials?)$", re.IGNORECASE
+)
+_NOT_SECRET = frozenset({"fencing_token", "owner_token"})
 
 
 def configure_logs(
@@ -46,7 +62,7 @@ def configure_logs(
     color: bool = False,
     clock: Clock | None = None,
 ) -> None:
-    """Send all logs to ``stream``; ``color`` counts for the pretty form only."""
+    """Send all logs to ``stream``; ``color`` applies to the pretty form only."""
     chain = _chain(settings, instance, stream, secrets, color, clock)
     lines = _Lines(stream)
     _configure(settings, chain, lambda *_: lines)
@@ -54,7 +70,7 @@ def configure_logs(
 
 
 def configure_embedded(settings: Log, *, instance: str, secrets: Iterable[Secret] = ()) -> None:
-    """Send our logs to stderr, if nobody has said anything else; those of others are theirs."""
+    """Send the logs of Forebay to stderr unless the application has configured structlog."""
     if not structlog.is_configured() or isinstance(
         structlog.get_config()["logger_factory"], _ToStderr
     ):
@@ -73,7 +89,7 @@ def _configure(
         processors=chain,
         wrapper_class=structlog.make_filtering_bound_logger(_level_of(settings)),
         logger_factory=factory,
-        cache_logger_on_first_use=False,  # a cached one would not follow the next call
+        cache_logger_on_first_use=False,  # a cached logger would ignore the next call
     )
 
 
@@ -89,10 +105,10 @@ def _chain(
     return [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
-        Repeats(clock or SystemClock()),
+        RepeatFilter(clock or SystemClock()),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
-        Keys(settings.keys),
+        KeyForm(settings.keys),
         Cleaner(secrets),
         _Instance(instance),
         pretty_line(color=color) if pretty else json_line,
@@ -107,7 +123,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 class _Instance:
-    """Says which process speaks; nothing in the event may claim otherwise."""
+    """Sets the process that writes the line; a field of the event cannot replace it."""
 
     def __init__(self, instance: str) -> None:
         self._instance = instance
@@ -118,7 +134,7 @@ class _Instance:
 
 
 class _Lines:
-    """Writes whole lines, from whatever thread."""
+    """Writes whole lines, from any thread."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -129,14 +145,18 @@ class _Lines:
             with self._lock:
                 self._stream.write(line + "\n")
                 self._stream.flush()
-        except (OSError, ValueError, AttributeError):  # its reader is gone, it is closed or None
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+        ):  # the reader is gone, or the stream is closed or None
             return
 
     debug = info = warning = error = critical = exception = msg
 
 
 class _ToStderr:
-    """Where lines go that nobody has sent elsewhere: to whatever stderr is by then."""
+    """The default: the stderr of the moment when the line is written."""
 
     def __call__(self, *_: object) -> _Lines:
         return _Lines(sys.stderr)
@@ -155,7 +175,7 @@ def _route_stdlib(level: int, chain: Sequence[Processor], lines: _Lines) -> None
 
 
 class _Route(logging.Handler):
-    """Takes the records of stdlib loggers through our processors."""
+    """Passes the records of stdlib loggers through the same processors."""
 
     def __init__(self, chain: Sequence[Processor], lines: _Lines) -> None:
         super().__init__()
@@ -179,3 +199,183 @@ class _Route(logging.Handler):
         for processor in self._chain:
             event = processor(None, level, event)
         return str(event)
+
+
+# Values
+
+
+class Cleaner:
+    """Masks secrets and converts the other values to types that can be written."""
+
+    def __init__(self, secrets: Iterable[Secret] = ()) -> None:
+        known = {secret.reveal() for secret in secrets}
+        usable = sorted((text for text in known if len(text) >= _SECRET_CHARS_MIN), key=len)
+        pattern = "|".join(re.escape(text) for text in reversed(usable))
+        self._secrets = re.compile(pattern) if pattern else None
+
+    def __call__(self, _: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        return {self._text(name): self._named(name, value, 0) for name, value in event.items()}
+
+    def _named(self, name: str, value: object, depth: int) -> object:
+        is_secret = _SECRET_NAME.search(name) and name not in _NOT_SECRET
+        if is_secret and value and not isinstance(value, int | float):
+            return "***"
+        return self._value(value, depth)
+
+    def _value(self, value: object, depth: int) -> object:
+        if isinstance(value, str):
+            return self._text(value)
+        if value is None or isinstance(value, bool | float):
+            return value
+        if isinstance(value, int):
+            return int(value) if -_INT_MAX <= value < _INT_MAX else str(value)
+        if isinstance(value, bytes):
+            return self._text(value.decode("utf-8", "backslashreplace"))
+        if isinstance(value, Mapping | list | tuple | set | frozenset) and depth < _DEPTH_MAX:
+            return self._items(value, depth + 1)
+        return self._text(_text_of(value))
+
+    def _items(self, value: Any, depth: int) -> object:
+        if isinstance(value, Mapping):
+            some = list(value.items())[:_ITEMS_MAX]
+            return {
+                self._text(_text_of(name)): self._named(_text_of(name), each, depth)
+                for name, each in some
+            }
+        items = [self._value(each, depth) for each in list(value)[:_ITEMS_MAX]]
+        return (
+            items if len(value) <= _ITEMS_MAX else [*items, f"and {len(value) - _ITEMS_MAX} more"]
+        )
+
+    def _text(self, text: str) -> str:
+        if self._secrets is not None:
+            text = self._secrets.sub("***", text)
+        text = mask_urls_in(text)
+        if len(text) > _TEXT_CHARS_MAX:
+            cut = len(text) - _TEXT_CHARS_MAX  # from the middle: the end of a traceback matters
+            text = f"{text[:_HEAD_CHARS]}... ({cut} characters) ...{text[_HEAD_CHARS + cut :]}"
+        return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def _text_of(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # raised by a foreign __str__
+        return f"({type(value).__name__} that cannot be shown)"
+
+
+class KeyForm:
+    """Shows cache keys in full, as a hash, or not at all."""
+
+    def __init__(self, form: Literal["full", "hash", "none"]) -> None:
+        self._form = form
+
+    def __call__(self, _: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        if self._form == "full":
+            return event
+        for name in ("key", "keys"):
+            if name in event:
+                event[name] = self._shown(event[name])
+        return event
+
+    def _shown(self, value: object) -> object:
+        several = isinstance(value, list | tuple | set | frozenset)
+        if self._form == "none":
+            return f"({len(value)} keys)" if several else "(a key)"  # type: ignore[arg-type]
+        if several:
+            return [_hashed(each) for each in list(value)[: _ITEMS_MAX + 1]]  # type: ignore[call-overload]
+        return _hashed(value)
+
+
+def _hashed(key: object) -> str:
+    content = key if isinstance(key, bytes) else _text_of(key).encode("utf-8", "backslashreplace")
+    return "#" + blake2b(content, digest_size=8).hexdigest()
+
+
+class _Window:
+    __slots__ = ("began_at", "count")
+
+    def __init__(self, began_at: float) -> None:
+        self.began_at = began_at
+        self.count = 0
+
+
+class RepeatFilter:
+    """Drops an error that repeats too fast, and counts the dropped ones."""
+
+    PASSED = 10
+    WINDOW_S = 10.0
+    NAMES_MAX = 1_000
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._windows: dict[str, _Window] = {}
+
+    def __call__(self, _: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        name = str(event.pop("repeat_of", event.get("event", "")))
+        if event.get("level", method) not in ("error", "critical", "exception"):
+            return event
+        now_s = self._clock.monotonic()
+        window = self._windows.get(name)
+        if window is None or now_s - window.began_at >= self.WINDOW_S:
+            suppressed = max(0, window.count - self.PASSED) if window else 0
+            window = self._begin(name, now_s)
+            if suppressed:
+                event["suppressed"] = suppressed
+        window.count += 1
+        if window.count > self.PASSED:
+            raise structlog.DropEvent
+        return event
+
+    def _begin(self, name: str, now_s: float) -> _Window:
+        self._windows.pop(name, None)
+        if len(self._windows) >= self.NAMES_MAX:
+            del self._windows[next(iter(self._windows))]
+        window = self._windows[name] = _Window(now_s)
+        return window
+
+
+# Lines
+
+
+def json_line(_: WrappedLogger, __: str, event: EventDict) -> str:
+    ordered = {name: event.pop(name) for name in _FIRST if name in event}
+    return _encoder.encode(ordered | dict(event)).decode()
+
+
+def pretty_line(*, color: bool) -> Callable[[WrappedLogger, str, EventDict], str]:
+    """A processor that writes a readable line."""
+
+    def painted(text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if color else text
+
+    def line(_: WrappedLogger, __: str, event: EventDict) -> str:
+        exception = event.pop("exception", None)
+        time = str(event.pop("timestamp", ""))[11:23] + "Z"
+        instance = escape_controls(str(event.pop("instance", "")))
+        level = escape_controls(str(event.pop("level", "info")))
+        name = escape_controls(str(event.pop("event", "")))
+        fields = [
+            f"{painted(escape_controls(str(key)), '2')}={_shown(value)}"
+            for key, value in event.items()
+        ]
+        painted_level = painted(f"{level:<7}", _COLORS.get(level, "0"))
+        first = f"{time} {painted_level} {painted(instance, '2')} {painted(name, '1')}"
+        return "\n".join(["  ".join([first, *fields]), *_traceback_lines(exception)])
+
+    return line
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+    text = escape_controls(text)
+    if not isinstance(value, str) or _PLAIN.match(text):
+        return text
+    return '"' + text.replace('"', '\\"') + '"'
+
+
+def _traceback_lines(exception: object) -> list[str]:
+    """The lines of a traceback; the bar separates them from log lines."""
+    if not exception:
+        return []
+    return [f"  | {escape_controls(line)}" for line in str(exception).split("\n")]

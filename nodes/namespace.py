@@ -1,9 +1,14 @@
-"""The record of a namespace: its number of shards, fixed when its first node started.
+"""Metadata of a namespace in Valkey: its number of shards, and a count of its keys.
 
-B1  The first node decides; one with another number refuses to start.
-B2  When logs were lost, as after FLUSHALL, the record is written again, and marks for values of
-    another service begin again. If another node was first with another number of shards, this one
-    is not ready, and says why.
+B1  The first node decides the number of shards; a node with another number refuses to start.
+B2  After a loss of logs, as by FLUSHALL, the metadata is written again, and the marks for values
+    of another service start again. If a node with another number of shards was first, this node
+    is not ready and reports why.
+B3  A count reads at most ``PAGES_MAX`` pages of SCAN. In a larger database the count is an
+    estimate: the namespace's share of the sample, times all keys. SCAN walks a hash table, so its
+    first pages are a fair sample.
+B4  A count is reused for ``KEPT_S``: frequent requests cost the server nothing.
+B5  If the server does not answer, or the user may not SCAN, there is no count.
 """
 
 from __future__ import annotations
@@ -12,42 +17,45 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
 import structlog
+from msgspec import Struct
 
+from ..coordinator.clock import Clock
 from ..coordinator.valkey.link import Commands
 from ..coordinator.valkey.scripting import Scripts, run
 from ..schemas.errors import ConfigError, ForebayError
 from ..schemas.keys import Names
-from ..schemas.replies import SHARDS_MAX, integer
-
-__all__ = ["NamespaceRecord", "check_birth"]
+from ..schemas.replies import SHARDS_MAX, array, integer
 
 log = structlog.get_logger(__name__)
 
+PAGES_MAX = 20
+PAGE_KEYS = 1_000
+KEPT_S = 10.0
 _PAUSE_S = 1.0
 
 
-async def check_birth(
+async def check_metadata(
     link: Commands, names: Names, scripts: Scripts, origins: Mapping[str, str]
 ) -> None:
-    """The first node decides for all.
+    """Write the metadata if there is none, else compare it with this node's settings.
 
     Raises:
-        ConfigError: this node was given another number. UnreadableRecord: it cannot be read.
+        ConfigError: this node has another number of shards. UnreadableRecord: it is malformed.
     """
     reply = await run(link, scripts["meta_set"], [names.meta], ["shards", names.shards])
-    born_with = integer(reply, f"the field shards of {names.meta}", low=1, high=SHARDS_MAX)
-    if born_with != names.shards:
+    stored = integer(reply, f"the field shards of {names.meta}", low=1, high=SHARDS_MAX)
+    if stored != names.shards:
         raise ConfigError(
             setting="node.shards",
             value=str(names.shards),
             origin=origins.get("node.shards", "default"),
-            problem=f"the namespace {names.namespace} was born with {born_with}",
-            fix=f"set node.shards = {born_with}, or use another namespace",
+            problem=f"the namespace {names.namespace} was created with {stored}",
+            fix=f"set node.shards = {stored}, or use another namespace",
         )
 
 
-class NamespaceRecord:
-    """``tasks.start_soon(record.run)``; ``record.lost()`` when keys of the namespace were lost."""
+class NamespaceMetadata:
+    """``tasks.start_soon(metadata.run)``; call ``metadata.lost()`` when keys were lost."""
 
     def __init__(
         self,
@@ -57,7 +65,7 @@ class NamespaceRecord:
         origins: Mapping[str, str],
         begin_marks: Callable[[], Awaitable[None]],
     ) -> None:
-        self.problem = ""  #: empty: the record is as this node was told
+        self.problem = ""  #: empty: the metadata matches this node's settings
         self._link = link
         self._names = names
         self._scripts = scripts
@@ -72,22 +80,64 @@ class NamespaceRecord:
         while True:
             await self._lost.wait()
             self._lost = anyio.Event()
-            if not await self._written():
+            if not await self._restore():
                 self._lost.set()
                 await anyio.sleep(_PAUSE_S)
 
-    async def _written(self) -> bool:
+    async def _restore(self) -> bool:
         before = self.problem
         try:
-            await check_birth(self._link, self._names, self._scripts, self._origins)
+            await check_metadata(self._link, self._names, self._scripts, self._origins)
             await self._begin_marks()
         except ConfigError as error:
             self.problem = f"{error.problem}; {error.fix}"
             if not before:
-                log.error("namespace.reborn", problem=error.problem, fix=error.fix)
+                log.error("namespace.metadata_conflict", problem=error.problem, fix=error.fix)
         except ForebayError as error:
-            log.debug("namespace.record_failed", error=str(error))
+            log.debug("namespace.metadata_failed", error=str(error))
         else:
             self.problem = ""
             return True
         return False
+
+
+class NamespaceKeys(Struct, frozen=True):
+    count: int
+    is_estimate: bool
+
+
+class NamespaceKeyCount:
+    """The number of keys of a namespace, for ``/stats``."""
+
+    def __init__(self, commands: Commands, names: Names, clock: Clock) -> None:
+        self._commands = commands
+        self._prefixes = tuple(pattern[1:-1].encode() for pattern in names.key_patterns)
+        self._clock = clock
+        self._kept: NamespaceKeys | None = None
+        self._kept_until = float("-inf")
+        self._one_at_a_time = anyio.Lock()
+
+    async def get_count(self) -> NamespaceKeys | None:
+        """The number of keys of the namespace; None: see B5."""
+        async with self._one_at_a_time:
+            if self._clock.monotonic() >= self._kept_until:
+                try:
+                    self._kept = await self._scan()
+                except ForebayError:
+                    self._kept = None
+                self._kept_until = self._clock.monotonic() + KEPT_S
+            return self._kept
+
+    async def _scan(self) -> NamespaceKeys:
+        cursor, seen = b"0", set[bytes]()
+        for _ in range(PAGES_MAX):
+            reply = await self._commands.call("SCAN", cursor, "COUNT", PAGE_KEYS)
+            cursor, page = array(reply, "SCAN", length=2)
+            seen.update(map(bytes, array(page, "the keys of SCAN")))  # SCAN may repeat a key
+            if cursor == b"0":
+                break
+        ours = sum(key.startswith(self._prefixes) for key in seen)
+        if cursor == b"0" or not seen:
+            return NamespaceKeys(ours, is_estimate=False)
+        every = integer(await self._commands.call("DBSIZE"), "DBSIZE")
+        return NamespaceKeys(round(ours / len(seen) * every), is_estimate=True)

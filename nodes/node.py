@@ -52,16 +52,13 @@ from .code_settings import in_code, with_namespace
 from .coordinating import coordination_of
 from .declarations import Declarations
 from .explain.document import Explanation
-from .gauges import gauges
-from .lifespan import Life, refuse_other_loops
+from .lifespan import Lifespan, refuse_other_loops
 from .locking import Locking
 from .logs import configure_embedded
 from .publishing import Event, as_json
 from .runtime import Running, running
 from .secret_files import exposed_secrets
-from .web.protocols import Check, Coordination, Read
-
-__all__ = ["Node"]
+from .web.protocols import Check, Read
 
 log = structlog.get_logger(__name__)
 
@@ -84,13 +81,13 @@ class Node(Declarations, Locking):
         self._resolved = self._in_code if settings is not None else None
         self._look_again: Callable[[], Resolved] | None = None
         self._running: Running | None = None
-        self._life: Life | None = None
+        self._lifespan: Lifespan | None = None
         self._id = ""
         self._origins: Mapping[str, str] = {}
         self.registry = CollectorRegistry()
-        self.instruments = Instruments(self.registry)
+        self._instruments = Instruments(self.registry)
         ProcessCollector(registry=self.registry)
-        self.instruments.add_source(lambda: gauges(self))
+        self._instruments.add_source(lambda: status.gauges(self._parts_if_running()))
         self.drained: bool | None = None  #: whether the last drain left nothing undone
 
     def __repr__(self) -> str:
@@ -122,8 +119,8 @@ class Node(Declarations, Locking):
         until ``__aexit__``.
         """
         await self.start(workers=workers)
-        assert self._life is not None
-        self._life.hold()
+        assert self._lifespan is not None
+        self._lifespan.hold()
         return self
 
     async def stop(self) -> None:
@@ -137,15 +134,15 @@ class Node(Declarations, Locking):
         await self._end(None)
 
     async def _end(self, error: BaseException | None) -> None:
-        life = self._life
-        if life is None:
+        lifespan = self._lifespan
+        if lifespan is None:
             return  # somebody else has stopped it
         if self._running is not None:
             self._running.tasks.check_loop()
         try:
-            await life.end(error)
+            await lifespan.end(error)
         finally:
-            if life.over and self._life is life:
+            if lifespan.over and self._lifespan is lifespan:
                 self.drained = self._running.drained if self._running else None
                 self._forget()
                 _say("node.stopped", drained=self.drained)
@@ -163,7 +160,7 @@ class Node(Declarations, Locking):
         Raises:
             ConfigError: the address cannot be listened on. ForebayError: the node is not running.
         """
-        settings, origins = self.parts.settings, self._origins
+        settings, origins = self._parts.settings, self._origins
         if not settings.http.enabled:
             yield ""
             return
@@ -173,9 +170,11 @@ class Node(Declarations, Locking):
         async with serve(
             self,
             settings.http,
+            instruments=self._instruments,
+            coordination=coordination_of(self._parts),
             event_bytes_max=settings.durable.event_bytes_max,
-            clock=self.parts.clock,
-            random=self.parts.rng,
+            clock=self._parts.clock,
+            random=self._parts.rng,
             origin_of=lambda setting: origins.get(setting, "default"),
         ) as address:
             yield address.url
@@ -187,7 +186,7 @@ class Node(Declarations, Locking):
         that no other worker does, or ``workers.drain_ms`` was not enough; ``node.undrained`` in
         the log counts them, and says whether they are lost with the server.
         """
-        return await self.parts.drain()
+        return await self._parts.drain()
 
     async def start(self, *, workers: bool | None = None) -> Self:
         """Connect, become current, and start; ``workers`` where the settings do not say.
@@ -199,7 +198,7 @@ class Node(Declarations, Locking):
             StartupError: the server cannot be reached or used. ConfigError: a setting, the node
             runs already, or the event loop is not asyncio's.
         """
-        if self._life is not None and self._life.over:
+        if self._lifespan is not None and self._lifespan.over:
             self._forget()  # it failed, or its loop is gone
         self._only_before_start()
         refuse_other_loops()
@@ -212,14 +211,14 @@ class Node(Declarations, Locking):
         for warning in exposed_secrets(resolved):
             log.warning("setting.exposed", **structs.asdict(warning))
         self._begun, self.drained, self._origins = True, None, resolved.origins
-        self._life = life = Life(self._living(resolved, workers))
+        self._lifespan = lifespan = Lifespan(self._living(resolved, workers))
         try:
-            await life.begin()
+            await lifespan.begin()
         except BaseException:
-            if self._life is life:
+            if self._lifespan is lifespan:
                 self._forget()
             raise
-        _say("node.running", namespace=self.namespace, workers=self.parts.crew is not None)
+        _say("node.running", namespace=self.namespace, workers=self._parts.crew is not None)
         return self
 
     @asynccontextmanager
@@ -231,17 +230,17 @@ class Node(Declarations, Locking):
             works = bool(self._routes.sinks) if otherwise is None else otherwise
         node_id = _unique(self._id) if settings.node.id else self._id
         async with running(
-            settings, self._routes, self.instruments, node_id=node_id, origins=resolved.origins
+            settings, self._routes, self._instruments, node_id=node_id, origins=resolved.origins
         ) as parts:
             self._running = parts
             self._limits.bind(parts.limiter, settings.limiter)
-            life = self._life
-            assert life is not None
+            lifespan = self._lifespan
+            assert lifespan is not None
             async with parts.at_work(
                 workers=works,
                 on_start=self._on_start,
                 on_stop=self._on_stop,
-                cancelled=lambda: life.cancelled,
+                cancelled=lambda: lifespan.cancelled,
             ):
                 yield
 
@@ -251,14 +250,14 @@ class Node(Declarations, Locking):
 
     @property
     def namespace(self) -> str:
-        return self.parts.settings.node.namespace
+        return self._parts.settings.node.namespace
 
     @property
     def settings(self) -> Settings:
-        return self.parts.settings
+        return self._parts.settings
 
     @property
-    def parts(self) -> Running:
+    def _parts(self) -> Running:
         """The parts of the running node.
 
         Raises:
@@ -266,28 +265,26 @@ class Node(Declarations, Locking):
         """
         if self._running is None:
             raise ForebayError("the node is not running; use it inside `async with node:`")
-        if self._life is not None and self._life.failure is not None:
-            failure = self._life.failure
+        if self._lifespan is not None and self._lifespan.failure is not None:
+            failure = self._lifespan.failure
             raise ForebayError(f"the node has failed: {failure}; start it again") from failure
         self._running.tasks.check_loop()
         return self._running
 
     @property
-    def _parts_with_locks(self) -> Running:
-        return self.parts
-
-    @property
     def is_running(self) -> bool:
-        return self._running is not None and not (self._life is not None and self._life.over)
+        return self._running is not None and not (
+            self._lifespan is not None and self._lifespan.over
+        )
 
     @property
     def state(self) -> State:
         """``drained``: it can still be read, and takes no new work; ``stop`` it."""
-        if self._life is None:
+        if self._lifespan is None:
             return "not running"
-        if self._life.over:
+        if self._lifespan.over:
             return "failed"
-        if self._running is None or not self._life.begun:
+        if self._running is None or not self._lifespan.begun:
             return "starting"
         if self._running.draining:
             return "draining" if self._running.drained is None else "drained"
@@ -312,7 +309,7 @@ class Node(Declarations, Locking):
         refuse_one_string("tags", tags or ())
         checked_keys = [check_key(key) for key in keys or ()]
         checked_tags = [check_key(tag, name="tag") for tag in tags or ()]
-        await self.parts.invalidate(checked_keys, checked_tags, soft)
+        await self._parts.invalidate(checked_keys, checked_tags, soft)
 
     async def publish(self, events: Sequence[Event]) -> list[str]:
         """Put events, as JSON or dicts, into the ingress stream, all or none; returns their ids.
@@ -322,7 +319,7 @@ class Node(Declarations, Locking):
                 for a write to a key for which no live member declares a sink.
             Backpressure, Unavailable: none was stored, or it is unknown.
         """
-        parts = self.parts
+        parts = self._parts
         bound = parts.settings.durable.events_max
         raw = as_json(events)
         names = await parts.check_events(raw)
@@ -332,7 +329,7 @@ class Node(Declarations, Locking):
         if reply and reply[0] == 0:
             raise Backpressure(parts.names.events, int(reply[1]), bound)
         for name in names:
-            self.instruments.counts["events_published", name] += 1
+            self._instruments.counts["events_published", name] += 1
         return [bytes(each).decode() for each in reply]
 
     def reload_limits(self) -> list[str]:
@@ -382,23 +379,22 @@ class Node(Declarations, Locking):
             InvalidKey: it is none. Backpressure: too many ask this node at a time.
             Unavailable: Valkey did not answer.
         """
-        return await self.parts.explaining.explain(key)
-
-    def coordination(self) -> Coordination | None:
-        """What the endpoint serves of locks and limits; see ``http.coordinator``."""
-        return coordination_of(self.parts)
+        return await self._parts.explaining.explain(key)
 
     def checks(self) -> Sequence[Check]:
         """The state of this node, from memory."""
-        return status.checks(self)
+        return status.checks(self._parts_if_running())
 
     async def stats(self) -> dict[str, object]:
         """What ``/stats`` shows."""
-        return await status.stats(self)
+        return await status.stats(self._parts)
 
     @property
     def caches(self) -> Sequence[Cached[Any, Any]]:
         return list(self._cached)
+
+    def _parts_if_running(self) -> Running | None:
+        return self._parts if self.is_running else None
 
     def _settings(self) -> Resolved:
         resolved = self._resolved
@@ -410,7 +406,12 @@ class Node(Declarations, Locking):
 
     def _forget(self) -> None:
         self._limits.unbind()
-        self._running, self._life, self._begun = None, None, False
+        self._running, self._lifespan, self._begun = None, None, False
+
+
+def running_parts(node: Node) -> Running:
+    """The parts of a running node, for the command line; raises ForebayError: see ``_parts``."""
+    return node._parts  # noqa: SLF001  # not for users of a node
 
 
 def _say(event: str, **fields: object) -> None:

@@ -57,11 +57,10 @@ from .cache.shared import SharedTier
 from .cache.tags import TagTable
 from .cache.waits import KeyWaits
 from .explain.node_part import NodePart
-from .hooks import Hook, run_hook, run_in_the_end
 from .leftovers import DrainOutcome, count_leftovers, left_of, tell
+from .lifespan import Hook, run_hook, stop_hooks_at_end
 from .locking import locks_of
-from .namespace import NamespaceRecord, check_birth
-from .namespace_keys import KeyCount
+from .namespace import NamespaceKeyCount, NamespaceMetadata, check_metadata
 from .notice_dispatch import NoticeDispatcher
 from .pacing import Pacing
 from .publishing import PublishCheck
@@ -69,8 +68,6 @@ from .workers.dead_letters import DeadLetters
 from .workers.group import WorkerGroup, WorkParts, crew
 from .workers.refreshes import Refreshes
 from .workers.routes import Routes
-
-__all__ = ["Running", "running"]
 
 log = structlog.get_logger(__name__)
 
@@ -82,7 +79,7 @@ _PAUSE_S = 0.05  #: between two tries of a step of the start
 class Running:
     """The parts. Made by ``running``; nothing of it outlives the block."""
 
-    record: NamespaceRecord
+    metadata: NamespaceMetadata
 
     def __init__(
         self,
@@ -114,24 +111,24 @@ class Running:
         )
         self.tags = TagTable(self.names, self.shared.capture)
         self.waits = KeyWaits()
-        self.hearing = NoticeDispatcher(
+        self.notices = NoticeDispatcher(
             self.tags, self.waits, self.clock, self.server_clock, shards=node.shards
         )
         self.follower = self._follower()
-        self.headcount = MemberCount(backend.link, self.names)
+        self.member_count = MemberCount(backend.link, self.names)
         self.limiter = self._limiter()
         self.core = self._core()
         self.paths: list[ReadPath[Any]] = [
             cached.bind(self.core, settings.cache, settings.limits)
             for cached in routes.caches.values()
         ]
-        self.hearing.paths = self.paths
+        self.notices.paths = self.paths
         self.writing = self._writing()
         self.dead_letters = self._dead_letters()
         self.refreshes = self._refreshes()
         self.explaining = NodePart(self.core, routes, backend, settings.cache)
         self.locks = locks_of(self.core, self.names, self.scripts, self.writing.replication)
-        self.key_count = KeyCount(backend.link, self.names, self.clock)
+        self.key_count = NamespaceKeyCount(backend.link, self.names, self.clock)
         self.write_check = WriteCheck(backend.link, self.names.none, clock=self.clock)
         self.private_server = _private_server(backend, node.namespace)
         self.rights = self._rights()
@@ -244,7 +241,7 @@ class Running:
     def members(self) -> int:
         """Processes that share the limits, as far as this one knows."""
         working = 0 if self.crew is None else len(self.crew.ownership.nodes)
-        return max(working, self.headcount.count)
+        return max(working, self.member_count.count)
 
     async def invalidate(
         self, keys: Sequence[str], tags: Sequence[str], soft: bool = False
@@ -265,7 +262,7 @@ class Running:
         """Take in what a notice says."""
         if self.crew is not None and self.crew.external is not None:
             self.crew.external.noticed(version, notice)
-        self.hearing.apply(version, notice)
+        self.notices.apply(version, notice)
         if not isinstance(notice, Extended) and notice.published_ms:
             delay_ms = max(0, self.server_clock.now_ms() - notice.published_ms)
             self.instruments.observe("event_propagation_seconds", delay_ms / 1000)
@@ -283,7 +280,7 @@ class Running:
         told = {b"r": self.refreshes.bell, b"d": self.writing.checkpoint_moved}
         if self.crew is not None:
             told[b"w"] = self.crew.writes.bell
-        self.hearing.word(payload, told)
+        self.notices.word(payload, told)
 
     async def follow(self, stack: AsyncExitStack, patience: Patience) -> None:
         """Start the clock and the log, and become current."""
@@ -298,7 +295,7 @@ class Running:
         channels = (self.names.bell, self.names.work, self.names.limits)
         pubsub.subscribe(*(channel.encode() for channel in channels))
         self.tasks.start_soon(self.limiter.run)
-        self.tasks.start_soon(self.headcount.run)
+        self.tasks.start_soon(self.member_count.run)
         stack.callback(link.on_state(self._link_changed))
         locks = partial(start, self.locks.run, pubsub, link, self.backend.run_id)
         await patience.until_done(locks)
@@ -307,7 +304,7 @@ class Running:
         self.tasks.start_soon(self.scripts.wrong_keys.run, link)
         if self.private_server is not None:
             await start(self.private_server.run)
-        self.tasks.start_soon(self.record.run)
+        self.tasks.start_soon(self.metadata.run)
         self.tasks.start_soon(self.rights.run)
         self.tasks.start_soon(self.follower.run)
         self.tasks.start_soon(self.writing.replication.run)
@@ -324,8 +321,8 @@ class Running:
             await begin_marks(self.backend.link, self.names, self.scripts, entries)
 
     def _reset(self, shard: int) -> None:
-        self.hearing.reset(shard)
-        self.record.lost()
+        self.notices.reset(shard)
+        self.metadata.lost()
 
     def _link_changed(self, connected: bool) -> None:
         self.follower.connection_changed()
@@ -353,7 +350,7 @@ class Running:
         """Run the hooks and the workers, and drain in the end. ``cancelled`` tells whether this
         task is cancelled from outside.
         """
-        async with run_in_the_end(on_stop, cancelled), AsyncExitStack() as stack:
+        async with stop_hooks_at_end(on_stop, cancelled), AsyncExitStack() as stack:
             for hook in on_start:
                 await run_hook("on_start", hook, cancelled)
             if workers:
@@ -416,7 +413,7 @@ async def running(
         tasks = await stack.enter_async_context(background_tasks())
         stack.callback(_unbind, routes)
         self = Running(settings, backend, routes, instruments, node_id, tasks)
-        self.record = NamespaceRecord(
+        self.metadata = NamespaceMetadata(
             backend.link, self.names, self.scripts, origins, self.begin_legacy
         )
         stack.push_async_callback(self.writing.aclose)
@@ -425,8 +422,8 @@ async def running(
             await patience.until_done(self.rights.look)
             if (missing := self.rights.missing) and not missing.is_partial:
                 raise patience.target.fault(missing.problem, missing.fix, leaf="username")
-            birth = partial(check_birth, backend.link, self.names, self.scripts, origins)
-            await patience.until_done(birth)
+            check = partial(check_metadata, backend.link, self.names, self.scripts, origins)
+            await patience.until_done(check)
             await patience.until_done(self.begin_legacy)
             await self.follow(stack, patience)
         stack.push_async_callback(self.limiter.aclose)

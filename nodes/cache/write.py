@@ -59,9 +59,9 @@ from ...schemas.errors import (
 from ...schemas.jobs import Invalidates, WriteJob
 from ...schemas.notices import Changed
 from .. import request_scope as scope
+from ..cancellation import asked_to_stop
 from ..sinks.base import SinkBatch, Write
 from ..sinks.serialized import Outlet
-from ..strays import asked_to_stop
 from ..values.packing import Packed
 from .core import Core
 from .near import Reservation

@@ -109,9 +109,9 @@ def _check_installed(resolved: Resolved) -> None:
 def _check_token(resolved: Resolved) -> None:
     http = resolved.settings.http
     if http.enabled and http.token_file:
-        from ..web.bearer import bearer_of
+        from ..web.access import token_middleware
 
-        bearer_of(http.token_file, SystemClock(), resolved.origins["http.token_file"])
+        token_middleware(http.token_file, SystemClock(), resolved.origins["http.token_file"])
 
 
 def _plain(row: SettingRow) -> dict[str, str]:

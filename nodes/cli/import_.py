@@ -29,7 +29,7 @@ from ...schemas.keys import KeyTemplate
 from ...schemas.replies import array, integer
 from ..cache.cache import Cache
 from ..cache.cached import cache_of
-from ..node import Node
+from ..node import Node, running_parts
 from .options import setting_options
 from .run import load_app
 from .sources import errors_told, load, log_to_stderr, must_be_shared
@@ -120,7 +120,7 @@ async def _import(
                 problem=f"keys of {legacy.late} shards changed before: old values may be older",
                 fix="declare legacy_key before the first change, or give --force",
             )
-        return await import_old(node.parts.backend.link, cached, names, dry_run=dry_run)
+        return await import_old(running_parts(node).backend.link, cached, names, dry_run=dry_run)
 
 
 class OldNames:

@@ -20,7 +20,7 @@ from ...coordinator.limits.limiter import Limiter
 from ...schemas.errors import InvalidKey
 from ...schemas.errors_limits import InvalidLimit
 from ...schemas.limits import Limit, Verdict
-from ..node import Node
+from ..node import Node, running_parts
 from .options import setting_options
 from .run import load_app
 from .sources import errors_told, load, log_to_stderr, must_be_shared
@@ -108,7 +108,7 @@ def _asked(
 
 async def _ask(node: Node, question: Callable[[Limiter], Awaitable[T]]) -> T:
     async with node:
-        return await question(node.parts.limiter)
+        return await question(running_parts(node).limiter)
     raise AssertionError("a node keeps nothing back that is raised in its block")
 
 

@@ -30,7 +30,7 @@ from ...coordinator.background import background_tasks
 from ...coordinator.valkey.embedded import EmbeddedServer
 from ...schemas.errors import ConfigError, ForebayError, ProcessFailed
 from ..logs import configure_logs
-from ..node import Node
+from ..node import Node, running_parts
 from .options import setting_options
 from .reloads import reloads, watch
 from .sources import errors_told, file_in_force, load, wants_color
@@ -140,7 +140,7 @@ async def run_node(node: Node, watched: Path | None) -> int:
                 await node.enter(workers=True)
                 stack.push_async_exit(node.__aexit__)
                 tasks = await stack.enter_async_context(background_tasks())
-                tasks.start_soon(_fail_with, node.parts.backend.server)
+                tasks.start_soon(_fail_with, running_parts(node).backend.server)
                 url = await stack.enter_async_context(node.serving())
                 signals.first = lambda _: stop.set()
                 reload = stack.enter_context(reloads(node.reload_limits))

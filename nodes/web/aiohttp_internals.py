@@ -1,18 +1,19 @@
-"""Guards of the connections: nobody holds one without using it, and none costs much.
+"""Connection limits that need internals of aiohttp; no other module uses these.
 
-G1  A request's headers are complete within ``header_timeout_ms`` of the connection's start,
-    or of their first byte on a kept one; otherwise the connection is closed. Silent ones too.
-G2  At most ``connections_max`` connections are served. A further one takes the place of the
-    connection that has been without a request for longest: silent, slow with its headers, or
-    kept alive. If all are at work, ``SPARE`` more are served, for one probe each; any other
-    request on these gets a 503.
-G3  A client that does not read its answer is cut off after ``body_timeout_ms``, however small
-    the answer is, also when the connection is being closed.
-G4  What is no valid HTTP/1.1 gets a 400 and is counted. It leaves one line at debug level,
-    without a byte of what was sent.
-G5  All this holds on the loop of asyncio and on uvloop.
+G1  The headers of a request must be complete within ``header_timeout_ms`` of the connection's
+    start, or of their first byte on a kept-alive connection; else the connection is closed. This
+    holds for a silent connection too.
+G2  At most ``connections_max`` connections are served. A further one replaces the connection that
+    has been without a request for longest: silent, slow with its headers, or kept alive. If all
+    are busy, ``SPARE`` more are served, for one probe each; any other request on these gets a 503.
+G3  A client that does not read its answer is disconnected after ``body_timeout_ms``, also for a
+    small answer, and also while the connection is being closed.
+G4  Input that is not valid HTTP/1.1 gets a 400 and is counted. It leaves one log line at debug
+    level, without any byte of the input.
+G5  These limits hold on the event loop of asyncio and on uvloop.
 
-Bodies have their own guard, in bodies.py.
+The limits of bodies are in bodies.py. ``make test-newest-aiohttp`` tests this file with the newest
+aiohttp.
 """
 
 from __future__ import annotations
@@ -30,28 +31,17 @@ from ...schemas.settings import Http
 from .error_responses import SECURITY_HEADERS, refuse
 from .health import is_probe
 
-__all__ = [
-    "SPARE",
-    "GuardedHandler",
-    "GuardedRunner",
-    "GuardedServer",
-    "client_gone",
-    "connections_within",
-    "count_request",
-    "spare_for_probes",
-]
-
 log = structlog.get_logger(__name__)
 
 SPARE = 8  #: connections beyond the limit, for probes
 KEPT_IDLE_S = 60.0
-_MALFORMED = "malformed"  #: as a route: what is no HTTP
-LINGER_S = 2.0  #: how long an unread body is thrown away after the answer
+_MALFORMED = "malformed"  #: the route label of input that is not HTTP
+LINGER_S = 2.0  #: how long an unread body is discarded after the answer
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
     b"Content-Length: 0\r\nConnection: close\r\n\r\n"
 )
-_CLIENTS_FAULT = (web.RequestPayloadError, web.PayloadAccessError, OSError)
+_CLIENT_ERRORS = (web.RequestPayloadError, web.PayloadAccessError, OSError)
 
 
 def count_request(instruments: Instruments, route: str, status: int) -> None:
@@ -61,16 +51,16 @@ def count_request(instruments: Instruments, route: str, status: int) -> None:
 
 
 async def client_gone(request: web.Request) -> None:
-    """Return when the client has closed its connection, for whoever works long for it."""
+    """Return when the client has closed its connection."""
     assert isinstance(request.protocol, GuardedHandler)
     await request.protocol.gone.wait()
 
 
 def connections_within(connections_max: int, open_files: int) -> int:
-    """``connections_max``, or what the limit of open files leaves room for.
+    """``connections_max``, or the number that the limit of open files allows.
 
-    Without room the loop could not accept a connection, and so could not close another for it.
-    A quarter of the files, at least 64, is for everything else in the process.
+    Without a free file the loop could not accept a connection, and so could not close another one
+    for it. A quarter of the files, at least 64, is left to the rest of the process.
     """
     room = open_files - max(64, open_files // 4) - SPARE
     return connections_max if open_files < 0 else max(1, min(connections_max, room))
@@ -78,21 +68,21 @@ def connections_within(connections_max: int, open_files: int) -> int:
 
 @web.middleware
 async def spare_for_probes(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Serve probes only, and one only, on a connection beyond the limit."""
+    """On a connection beyond the limit, serve one probe and no other request."""
     assert isinstance(request.protocol, GuardedHandler)
     if not request.protocol.spare:
         return await handler(request)
     if is_probe(request):
         response = await handler(request)
     else:
-        problem, fix = "all connections are at work", "try again after the time in Retry-After"
+        problem, fix = "all connections are busy", "try again after the time in Retry-After"
         response = refuse(503, "busy", problem, fix=fix, headers={"Retry-After": "1"})
     response.force_close()
     return response
 
 
 class GuardedHandler(web.RequestHandler):
-    """One connection. It is ``spare`` if it is beyond the limit."""
+    """One connection; ``spare``: it is beyond the limit."""
 
     __slots__ = ("_guard", "_header_timer", "_link", "_write_timer", "gone", "spare")
 
@@ -101,12 +91,12 @@ class GuardedHandler(web.RequestHandler):
         self.gone = asyncio.Event()
         self.spare = False
         self._guard = guard
-        self._link: asyncio.Transport  # kept where aiohttp forgets it: after force_close
+        self._link: asyncio.Transport  # aiohttp drops its reference in force_close
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # What uvloop makes has the methods of asyncio.Transport, and is no subclass of it.
+        # The transport of uvloop has these methods without being a subclass.
         self._link = cast(asyncio.Transport, transport)
         if not self._guard.admit(self):
             self.close()
@@ -152,7 +142,7 @@ class GuardedHandler(web.RequestHandler):
         super().resume_writing()
 
     def give_way(self) -> None:
-        """Close the connection, which has no request."""
+        """Close this connection, which has no request."""
         self._headers_done()
         self._guard.spare.pop(self, None)
         if self.spare and not self._request_count:
@@ -171,15 +161,15 @@ class GuardedHandler(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         if isinstance(exc, ConnectionError):
-            raise exc  # aiohttp forgets the connection then, without a word
+            raise exc  # aiohttp then drops the connection silently
         if status == 400:
             log.debug("http.malformed", remote=request.remote, fault=type(exc).__name__)
-            response = refuse(400, "malformed", "this is no valid HTTP/1.1 request")
+            response = refuse(400, "malformed", "the request is not valid HTTP/1.1")
         else:
             log.error("http.failed", exc_info=exc)
             response = refuse(500, "internal", "the answer could not be made")
         if request.writer.output_size > 0:
-            raise ConnectionError("the answer has begun, there is no room for an error")
+            raise ConnectionError("the answer has begun, so no error can be sent")
         self._guard.count(response.status)
         response.headers.update(SECURITY_HEADERS)
         response.force_close()
@@ -187,8 +177,8 @@ class GuardedHandler(web.RequestHandler):
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
         exc = kwargs.get("exc_info")
-        if isinstance(exc, _CLIENTS_FAULT):
-            log.debug("http.broken_off", fault=type(exc).__name__)
+        if isinstance(exc, _CLIENT_ERRORS):
+            log.debug("http.client_disconnected", fault=type(exc).__name__)
         else:
             log.error("http.connection_failed", exc_info=exc)
 
@@ -209,8 +199,8 @@ class GuardedHandler(web.RequestHandler):
         self.give_way()
 
     def _fail_unfinished(self) -> None:
-        # Another message while a body is unfinished is the parser's error about that body, and
-        # aiohttp would tell it only to the next request.
+        # A message that follows an unfinished body is the parser's error about that body; aiohttp
+        # would raise it only in the next request.
         current = self._current_request
         if current is not None and not current.content.is_eof():
             current.content.set_exception(web.RequestPayloadError("the body is broken"))
@@ -232,7 +222,7 @@ class GuardedHandler(web.RequestHandler):
 
 
 class GuardedServer(web.Server):
-    """Makes the connections, and knows which of them are without a request."""
+    """Creates the connections, and tracks the ones without a request."""
 
     def __init__(
         self, inner: web.Server, http: Http, instruments: Instruments, connections_max: int
@@ -240,8 +230,8 @@ class GuardedServer(web.Server):
         super().__init__(inner.request_handler, request_factory=inner.request_factory)
         self.header_timeout_s = http.header_timeout_ms / 1000
         self.write_timeout_s = http.body_timeout_ms / 1000
-        self.unused: dict[GuardedHandler, None] = {}  # the longest without a request first
-        self.spare: dict[GuardedHandler, None] = {}  # the oldest first
+        self.unused: dict[GuardedHandler, None] = {}  # ordered by time without a request
+        self.spare: dict[GuardedHandler, None] = {}  # oldest first
         self._connections_max = connections_max
         self._instruments = instruments
         instruments.declare("route", _MALFORMED, {"code": ("4xx", "5xx")})
@@ -258,11 +248,11 @@ class GuardedServer(web.Server):
 
     @property
     def taken(self) -> int:
-        """Connections that count against the bound; the spare ones do not."""
+        """Connections that count against the bound; spare ones do not."""
         return len(self._connections) - len(self.spare)
 
     def admit(self, new: GuardedHandler) -> bool:
-        """Whether there is a place for it, or is one now."""
+        """Make room for a new connection; false: there is none."""
         if self.taken < self._connections_max:
             return True
         self.reached("http_connections")
@@ -300,7 +290,7 @@ class GuardedRunner(web.AppRunner):
 
     @property
     def connections(self) -> int:
-        """Those that count against the bound."""
+        """The connections that count against the bound."""
         return self.server.taken if isinstance(self.server, GuardedServer) else 0
 
     async def _make_server(self) -> web.Server:

@@ -1,10 +1,10 @@
-"""Reads the bodies of requests: not too big, not too slow, not too many at a time.
+"""Reads request bodies, bounded in size, in time, and in total.
 
-I1  A body is never longer than ``body_bytes_max``, and has arrived whole within
-    ``body_timeout_ms``: otherwise 413 or 408.
-I2  All bodies that are being read hold at most ``ALL_BYTES_MAX`` together: otherwise 503.
-    Slow senders hold what they sent, not a place, so they keep nobody out.
-I3  Nothing is ever decompressed: a Content-Encoding is refused before its first byte.
+I1  A body longer than ``body_bytes_max`` gets a 413; one that is incomplete after
+    ``body_timeout_ms`` gets a 408.
+I2  All bodies that are being read hold at most ``ALL_BYTES_MAX`` together: a further one gets a
+    503. A slow sender occupies the bytes that it has sent, so it does not block others.
+I3  No body is decompressed: a Content-Encoding is refused before its first byte.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from aiohttp import web
 from ...coordinator.instruments import Instruments
 from ...schemas.settings import Http
 from .error_responses import refuse
-
-__all__ = ["ALL_BYTES_MAX", "Bodies"]
 
 ALL_BYTES_MAX = 67_108_864
 
@@ -34,21 +32,23 @@ class Bodies:
         return f"<Bodies: {self._held} bytes held>"
 
     async def read(self, request: web.Request) -> bytes | web.Response:
-        """The body; or the answer, when there will be none.
+        """The body, or the error response.
 
         Raises:
             ConnectionResetError: the client is gone.
-            web.RequestPayloadError: what came was no valid body.
+            web.RequestPayloadError: the body is malformed.
         """
         if encoding := request.headers.get("Content-Encoding"):
-            return self._unread(415, "encoded", f"{encoding[:20]!r} is not taken", "send it plain")
+            return self._unread(
+                415, "encoded", f"{encoding[:20]!r} is not accepted", "send it uncompressed"
+            )
         if (request.content_length or 0) > self._bytes_max:
             return self._too_big()
         body = bytearray()
         with anyio.move_on_after(self._timeout_s):
             try:
                 return await self._fill(body, request)
-            except TimeoutError as error:  # of the socket: ours is a cancellation
+            except TimeoutError as error:  # of the socket; the limit above cancels
                 raise ConnectionResetError("the client is gone") from error
             finally:
                 self._held -= len(body)
@@ -68,7 +68,7 @@ class Bodies:
                 return self._too_big()
             if self._held > max(ALL_BYTES_MAX, self._bytes_max):
                 self._instruments.counts["limit_reached", "http_bodies"] += 1
-                response = self._unread(503, "busy", "too much is being read", "try again")
+                response = self._unread(503, "busy", "the node reads too many bodies", "try again")
                 response.headers["Retry-After"] = "1"
                 return response
         return bytes(body)
@@ -76,7 +76,7 @@ class Bodies:
     def _too_big(self) -> web.Response:
         self._instruments.counts["limit_reached", "http_body_bytes"] += 1
         problem = f"the body has more than {self._bytes_max} bytes"
-        return self._unread(413, "too_large", problem, "send less at a time")
+        return self._unread(413, "too_large", problem, "send smaller requests")
 
     @staticmethod
     def _unread(status: int, code: str, problem: str, fix: str) -> web.Response:

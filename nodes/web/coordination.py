@@ -13,9 +13,8 @@ from msgspec import Struct
 
 from ...schemas.limits import Limit, Verdict
 from ...schemas.locks import LEASE_DEFAULT_S
-from .context import CONTEXT
-from .error_responses import Refused
-from .protocols import Coordination
+from .error_responses import RequestRefused
+from .protocols import CONTEXT, Coordination
 
 __all__ = [
     "Acquire",
@@ -158,20 +157,20 @@ async def asked(request: web.Request, decode: msgspec.json.Decoder[T]) -> T:
     """The body of a request.
 
     Raises:
-        Refused: it is not of this shape.
+        RequestRefused: it is not of this shape.
     """
     if request.content_type != "application/json":  # a browser's page has to ask first for this
         kind = request.headers.get("Content-Type", "")[:80]
         problem, fix = f"{kind!r} is not taken", "send application/json"
-        raise Refused(415, "media_type", problem, field="Content-Type", fix=fix)
+        raise RequestRefused(415, "media_type", problem, field="Content-Type", fix=fix)
     body = await request.app[CONTEXT].bodies.read(request)
     if isinstance(body, web.Response):
-        raise Refused.already(body)
+        raise RequestRefused.of_response(body)
     try:
         return decode.decode(body)
     except msgspec.ValidationError as error:
         problem, _, where = str(error).partition(" - at `$")
         field = where.strip("`.")[:80]
-        raise Refused(400, "wrong_field", problem[:200], field=field) from None
+        raise RequestRefused(400, "wrong_field", problem[:200], field=field) from None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise Refused(400, "undecodable", f"not JSON: {error}"[:200]) from None
+        raise RequestRefused(400, "undecodable", f"not JSON: {error}"[:200]) from None

@@ -1,10 +1,10 @@
-"""Answers to what cannot be done: a status and one JSON object that says why, and what to do.
+"""Error responses: a status, and one JSON object with the problem and its fix.
 
     {"error": {"code": "wrong_field", "problem": "...", "field": "data.keys", "fix": "..."}}
 
-I1  ``code`` is stable, programs may decide on it; ``problem`` and ``fix`` are for people.
-I2  The answer tells the client about the client's request. What went on inside (addresses,
-    texts of foreign errors, tracebacks) goes to the log, never into an answer.
+I1  ``code`` is stable, for programs; ``problem`` and ``fix`` are for people.
+I2  The response describes the client's request only. Internals (addresses, texts of foreign
+    errors, tracebacks) go to the log, never into a response.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from ...schemas.errors import (
 from ...schemas.errors_limits import InvalidLimit, RateLimited, UnknownReservation
 from ...schemas.errors_locks import InvalidLock, LockNotAcquired, LockNotHeld
 
-__all__ = ["SECURITY_HEADERS", "Refused", "answer", "of_error", "of_http", "refuse"]
-
 SECURITY_HEADERS = {
     "Server": "forebay",
     "X-Content-Type-Options": "nosniff",
@@ -50,8 +48,8 @@ _HTTP_CODES = {
 }
 
 
-class Refused(ForebayError):
-    """Raised where a handler finds that there will be nothing but this refusal."""
+class RequestRefused(ForebayError):
+    """Raised by a handler to answer with this error response."""
 
     def __init__(
         self, status: int, code: str, problem: str, *, field: str = "", fix: str = ""
@@ -60,8 +58,8 @@ class Refused(ForebayError):
         self.response = refuse(status, code, problem, field=field, fix=fix)
 
     @classmethod
-    def already(cls, response: web.Response) -> Refused:
-        """For a response that says it already."""
+    def of_response(cls, response: web.Response) -> RequestRefused:
+        """Wrap an existing response."""
         made = cls(response.status, "", "")
         made.response = response
         return made
@@ -88,13 +86,13 @@ def refuse(
     headers: dict[str, str] | None = None,
     more: Mapping[str, object] | None = None,
 ) -> web.Response:
-    """``more`` stands beside the error."""
+    """``more``: fields beside the error."""
     error = {"code": code, "problem": problem, "field": field, "fix": fix}
     return answer({"error": error, **(more or {})}, status=status, headers=headers)
 
 
 def of_http(error: web.HTTPException) -> web.Response:
-    """For what aiohttp refuses by itself."""
+    """The response to an error that aiohttp raised."""
     code, fix = _HTTP_CODES.get(error.status, ("refused", "GET / lists the routes"))
     allow = error.headers.get("Allow")
     headers = {"Allow": allow} if allow else None
@@ -102,19 +100,19 @@ def of_http(error: web.HTTPException) -> web.Response:
 
 
 def of_error(error: ForebayError, random: Random) -> web.Response | None:
-    """For an error of ours; None: no client can do anything about it."""
+    """The response to an error of Forebay; None: a client cannot fix it."""
     match error:
         case InvalidEvent():
             status = _EVENT_STATUS.get(error.fault, 422)
             return refuse(status, error.fault, error.problem, field=error.field, fix=error.fix)
         case InvalidKey():
-            fix = "write the key as its template makes it, percent-encoded once in a path"
+            fix = "write the key as its template forms it, percent-encoded once in a path"
             return refuse(400, "invalid_key", str(error), field=error.name, fix=fix)
         case Backpressure():
             problem = f"the stream holds {error.length} of {error.bound} entries"
             return _later(429, "backpressure", problem, random)
         case NoJsonForm():
-            fix = "read it in Python, or have its loader return what JSON can hold"
+            fix = "read it in Python, or let its loader return a value that JSON can hold"
             return refuse(406, "no_json", str(error), field="key", fix=fix)
         case LoaderError():
             problem = f"the loader of {error.cache} failed"
@@ -129,13 +127,15 @@ def of_error(error: ForebayError, random: Random) -> web.Response | None:
 def _of_coordination(error: CoordinationError, random: Random) -> web.Response | None:
     match error:
         case InvalidLock():
-            problem = f"{error.field} = {error.value!r} cannot be"
+            problem = f"invalid {error.field}={error.value!r}"
             return refuse(400, "invalid_lock", problem, field=error.field, fix=error.fix)
         case LockNotAcquired():
             return _not_acquired(error, random)
         case LockNotHeld():
-            problem = "it is not held with this nonce, or not any more"
-            return refuse(409, "not_held", problem, field="nonce", fix="stop what it was held for")
+            problem = "this nonce does not hold the lock, or its lease has expired"
+            return refuse(
+                409, "not_held", problem, field="nonce", fix="stop the work that the lock protected"
+            )
         case InvalidLimit():
             unknown = error.field == "name"
             problem = f"{error.field} = {error.value} {error.problem}"
@@ -145,17 +145,17 @@ def _of_coordination(error: CoordinationError, random: Random) -> web.Response |
             problem = f"limit {error.limit} is reached"
             return _later(429, "rate_limited", problem, random, wait_ms=error.retry_after_ms)
         case UnknownReservation():
-            problem = "there is no such reservation: it was settled, or has expired"
+            problem = "unknown reservation: it was settled, or has expired"
             return refuse(404, "unknown_reservation", problem, field="id")
     return None
 
 
 def _not_acquired(error: LockNotAcquired, random: Random) -> web.Response:
-    """423, as others have it; and whether asking again may help, and when."""
+    """423: another holder has the lock; ``reason`` tells whether a retry may help."""
     if error.reason == "queue_full":
-        return _later(429, "queue_full", "too many wait for this lock", random)
+        return _later(429, "queue_full", "too many requests wait for this lock", random)
     more = {"holder": error.holder, "waited_ms": error.waited_ms}
-    return _later(423, error.reason, "others have this lock", random, more=more)
+    return _later(423, error.reason, "another holder has this lock", random, more=more)
 
 
 def _unavailable(error: ServerRefused | Unavailable, random: Random) -> web.Response:
@@ -164,7 +164,7 @@ def _unavailable(error: ServerRefused | Unavailable, random: Random) -> web.Resp
         problem = "Valkey's memory is full" if full else "Valkey refused the command"
         return _later(503, "valkey_refused", problem, random)
     if error.outcome_unknown:
-        problem = "Valkey did not answer in time; it may have been done"
+        problem = "Valkey did not answer in time; the outcome is unknown"
         return _later(
             503,
             "outcome_unknown",
@@ -186,7 +186,7 @@ def _later(
     wait_ms: int = 0,
     more: Mapping[str, object] | None = None,
 ) -> web.Response:
-    # Spread, so that those who were refused together do not come back together.
+    # Random, so that clients which were refused together do not retry together.
     wait_s = math.ceil(wait_ms / 1000) + random.randint(*RETRY_AFTER_S)
     fix = " ".join(filter(None, ("try again after the time in Retry-After", again)))
     headers = {"Retry-After": str(wait_s)}

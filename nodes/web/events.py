@@ -25,8 +25,8 @@ from aiohttp import web
 
 from ...schemas.errors import InvalidEvent
 from ...schemas.events import NewerSchema, read_event
-from .context import CONTEXT, Context
 from .error_responses import answer, refuse
+from .protocols import CONTEXT, Context
 
 __all__ = ["post_events", "read_bodies"]
 

@@ -1,8 +1,8 @@
 """/v1/locks: what other programs do with locks.
 
     POST   /v1/locks/{name}         200 a lease    423 others have it
-    POST   /v1/locks/{name}/renew   200 renewed    409 it is not held with this nonce
-    DELETE /v1/locks/{name}?nonce=  200 released   409 it is not held with this nonce
+    POST   /v1/locks/{name}/renew   200 renewed    409 this nonce does not hold the lock
+    DELETE /v1/locks/{name}?nonce=  200 released   409 this nonce does not hold the lock
     GET    /v1/locks, /v1/locks/{name}
 
 W1  A client that is gone waits no more.
@@ -24,7 +24,6 @@ from ...coordinator.locks.store import Grant
 from ...schemas.errors import ForebayError, InvalidKey
 from ...schemas.locks import LockView
 from .aiohttp_internals import client_gone
-from .context import CONTEXT
 from .coordination import (
     Acquire,
     Granted,
@@ -39,6 +38,7 @@ from .coordination import (
 )
 from .error_responses import answer
 from .lock_service import LockService, Wish
+from .protocols import CONTEXT
 
 __all__ = ["acquire", "list_all", "release", "renew", "segment", "show"]
 

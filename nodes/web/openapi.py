@@ -1,8 +1,8 @@
 """GET /openapi.json: the API of this node as an OpenAPI 3.1 document.
 
-O1  It has each route that this node has, and no other; shapes are generated from the types that are
-    decoded and encoded, so that they cannot differ.
-O2  Whatever is refused has the shape ``Refusal``, and a stable ``code``.
+O1  It lists exactly the routes of this node. Its schemas are generated from the types that the
+    handlers decode and encode, so that they cannot differ.
+O2  Every error response has the schema ``Refusal``, and a stable ``code``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from .coordination import (
 )
 from .health import ROUTES
 
-__all__ = ["Fault", "Refusal", "Shape", "document"]
-
 Schema = dict[str, Any]
 JSON, CLOUD_EVENT, CLOUD_EVENTS = (
     "application/json",
@@ -47,25 +45,25 @@ _REF = "#/components/schemas/{name}"
 
 
 class Fault(Struct, frozen=True, kw_only=True):
-    code: str  #: stable: programs may decide on it
+    code: str  #: stable, for programs
     problem: str
     field: str
     fix: str
 
 
 class Refusal(Struct, frozen=True, kw_only=True):
-    """What cannot be done, and why."""
+    """An error response: the error, and details of its lock or limit."""
 
     error: Fault
-    holder: str = ""  #: of a lock that others have: the node, where one is known
-    waited_ms: int = 0  #: for that lock
-    verdict: Verdict | None = None  #: of a limit that refused
+    holder: str = ""  #: the node that holds the lock, if known
+    waited_ms: int = 0  #: time spent waiting for the lock
+    verdict: Verdict | None = None  #: the decision of the limit that refused
 
 
 class Accepted(Struct, frozen=True, kw_only=True):
-    id: str  #: of the stream's entry
+    id: str  #: id of the stream entry
     level: Literal["accepted"]
-    held: bool = False  #: for a node that knows this newer type
+    held: bool = False  #: held for a node that knows this newer type
 
 
 class Published(Struct, frozen=True, kw_only=True):
@@ -73,10 +71,10 @@ class Published(Struct, frozen=True, kw_only=True):
 
 
 class ReadKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What there is of one key: a value with status 200, or an error."""
+    """One key: a value with status 200, or an error."""
 
     key: str
-    status: int  #: as of ``GET /v1/cache/{key}``
+    status: int  #: the status of ``GET /v1/cache/{key}``
     value: msgspec.Raw | None = None
     tier: str = ""
     age_ms: int | None = None
@@ -86,11 +84,11 @@ class ReadKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ReadKeys(Struct, frozen=True, kw_only=True):
-    keys: list[ReadKey]  #: in the order in which they were asked for
+    keys: list[ReadKey]  #: in the order of the request
 
 
 class Shape(Struct, frozen=True, kw_only=True):
-    """What goes in and comes out of a route."""
+    """Request and response types of a route."""
 
     name: str
     asks: type | None = None
@@ -142,18 +140,18 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
 }
 _EVENTS: Mapping[str, type] = {"invalidate": Invalidate, "write": Write, "refresh": Refresh}
 _REASONS = {
-    400: "it makes no sense; the field is named",
+    400: "the request is invalid; ``field`` names the field",
     401: "the bearer token is missing or wrong",
-    404: "there is no such thing",
-    408: "the body came too slowly",
-    409: "it is not held with this nonce",
+    404: "not found",
+    408: "the body was sent too slowly",
+    409: "this nonce does not hold the lock",
     413: "the body is too large",
-    415: "the body is of another type",
+    415: "the content type is not supported",
     421: "the name in Host is not one of this node",
     422: "the event can never be applied",
-    423: "others have the lock",
-    429: "too much is asked; see Retry-After",
-    503: "Valkey is away, or the node is too busy; see Retry-After",
+    423: "another holder has the lock",
+    429: "too many requests; see Retry-After",
+    503: "Valkey is unavailable, or the node is busy; see Retry-After",
     504: "the loader failed",
 }
 
@@ -161,9 +159,9 @@ _REASONS = {
 def document(
     routes: Iterable[tuple[str, str, str]], *, version: str, guarded: bool
 ) -> dict[str, Any]:
-    """The document of these routes: method, path and purpose of each.
+    """The document of these routes, each given as method, path and purpose.
 
-    ``guarded``: whether there is a token.
+    ``guarded``: the endpoint requires a token.
     """
     types = {each for s in SHAPES.values() for each in (s.asks, s.answers) if each}
     _, schemas = msgspec.json.schema_components(
@@ -247,7 +245,7 @@ def _one_or_many(*schemas: Schema) -> Schema:
 
 
 def _event() -> Schema:
-    """A bare event: its short type, and beside it the fields of that."""
+    """An event outside a CloudEvents envelope: its short type, and the fields of that type."""
     return {
         "anyOf": [
             {

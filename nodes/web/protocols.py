@@ -1,34 +1,37 @@
-"""What the endpoint asks of the node that it serves, and nothing more.
+"""The interface between the endpoint and the node that it serves, and the handlers' context.
 
 I1  ``checks`` reads memory only: a probe is answered even while Valkey is away.
-I2  ``publish`` gets events that were read and found good as such; it stores all of them in their
-    order, or raises. It knows which sinks there are, and what values the caches of the node hold.
+I2  ``publish`` gets well-formed events; it stores all of them in their order, or raises. It checks
+    them against the declared sinks, and against the types of values of the node's caches.
 I3  ``stats``, ``explain`` and ``read`` keep their own deadlines, and raise errors of
     schemas/errors.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from random import Random
 from typing import Literal, Protocol
 
+from aiohttp import web
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
+from ...coordinator.clock import Clock
 from ...coordinator.instruments import Instruments
 from ...coordinator.limits.limiter import Limiter
 from ...schemas.errors import ForebayError
+from ...schemas.settings import Http
 from ..explain.document import Explanation
+from .bodies import Bodies
 from .lock_service import LockService
-
-__all__ = ["Check", "Coordination", "Gate", "Read", "Served", "State"]
 
 Gate = Literal["live", "ready", "start"]
 State = Literal["pass", "warn", "fail"]
 
 
 class Check(Struct, frozen=True, kw_only=True):
-    """One thing that is looked at, and which probes fail with it; none: it is only shown."""
+    """One health check, and the probes that fail with it; without gates it is only shown."""
 
     name: str
     state: State
@@ -48,7 +51,7 @@ class Read(Struct, frozen=True, kw_only=True):
 
 
 class Coordination(Struct, frozen=True, kw_only=True):
-    """What a node with the coordinator role has for programs that are no node."""
+    """Locks and limits of a node with the coordinator role, for programs that are not nodes."""
 
     locks: LockService
     limits: Limiter
@@ -64,16 +67,9 @@ class Served(Protocol):
     @property
     def registry(self) -> CollectorRegistry: ...
 
-    @property
-    def instruments(self) -> Instruments: ...
-
     def checks(self) -> Sequence[Check]: ...
 
     async def stats(self) -> dict[str, object]: ...
-
-    def coordination(self) -> Coordination | None:
-        """None: this node has not that role. Asked once for each endpoint."""
-        ...
 
     async def publish(self, events: Sequence[bytes]) -> list[str]:
         """The stream ids of these events.
@@ -89,7 +85,7 @@ class Served(Protocol):
         """Why a read of this key hits or misses.
 
         Raises:
-            Backpressure: too many ask. Unavailable: Valkey did not answer.
+            Backpressure: too many requests. Unavailable: Valkey did not answer.
         """
         ...
 
@@ -98,10 +94,27 @@ class Served(Protocol):
 
         Raises:
             LoaderError: the loader failed, and nothing stale could be served.
-            Unavailable: Valkey did not answer, and the cache may not do without.
+            Unavailable: Valkey did not answer, and the cache requires it.
         """
         ...
 
     async def read_many(self, keys: Sequence[str]) -> list[Read | ForebayError | None]:
-        """As ``read``, of many keys at once, in their order; an error stands in its key's place."""
+        """Like ``read``, for many keys, in their order; a key that failed has its error."""
         ...
+
+
+class Context(Struct, frozen=True, kw_only=True):
+    """What the handlers of one endpoint share."""
+
+    served: Served
+    instruments: Instruments
+    http: Http
+    event_bytes_max: int
+    bodies: Bodies
+    event_loop_check: Callable[[], Check]
+    random: Random
+    clock: Clock
+    coordination: Coordination | None  #: only on nodes with the coordinator role
+
+
+CONTEXT = web.AppKey("context", Context)

@@ -1,13 +1,15 @@
-"""The endpoint: its routes, the border that every request passes, its start and its stop.
+"""The HTTP endpoint: its routes, the error middleware, its start and its stop.
 
-S1  ``serve`` yields when the port is bound, and has stopped ``stop_ms`` after its end, with
-    whatever is still under way cut off.
-S2  Every answer passes ``border``: errors become JSON refusals there, and are counted by
-    route template, never by path.
-S3  An error nobody expected is a 500 that tells nothing, and a traceback in the log.
-
-S4  Between ``border`` and the routes a request passes, in this order: ``spare_for_probes`` (is
-    there room for it?), ``hosts`` (is it for us?), and ``bearer`` (may it do this?).
+S1  ``serve`` yields when the port is bound, and has stopped ``stop_ms`` after its end; requests
+    that still run then are cut off.
+S2  Every answer passes ``error_middleware``: it turns errors into JSON responses, and counts
+    answers by route template, never by path.
+S3  An unexpected error is a 500 without details, and a traceback in the log.
+S4  Between ``error_middleware`` and the routes a request passes, in this order:
+    ``spare_for_probes`` (is there room?), ``host_middleware`` (does it name this node?), and
+    ``token_middleware`` (is it authorized?).
+S5  /metrics reads memory only: a scrape is answered while Valkey is unavailable. It answers in
+    Prometheus text or OpenMetrics, plain or gzip, by the Accept headers.
 """
 
 from __future__ import annotations
@@ -23,22 +25,20 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from msgspec import Struct
+from prometheus_client.aiohttp import make_aiohttp_handler
 
 from ... import __version__
 from ...coordinator.clock import Clock
+from ...coordinator.instruments import Instruments
 from ...schemas.errors import ConfigError, ForebayError
 from ...schemas.settings import Http
-from . import cache, events, explain, health, limits, locks, metrics, openapi, stats
+from . import cache, events, health, limits, locks, openapi
+from .access import host_middleware, token_middleware
 from .aiohttp_internals import GuardedRunner, count_request, spare_for_probes
-from .bearer import bearer_of
 from .bodies import Bodies
-from .context import CONTEXT, Context
-from .error_responses import SECURITY_HEADERS, Refused, answer, of_error, of_http, refuse
-from .heartbeat import Heartbeat
-from .hosts import hosts_of
-from .protocols import Served
-
-__all__ = ["Address", "make_app", "serve"]
+from .error_responses import SECURITY_HEADERS, RequestRefused, answer, of_error, of_http, refuse
+from .health import Heartbeat
+from .protocols import CONTEXT, Context, Coordination, Served
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +46,7 @@ STOP_MS = 5_000
 _UNMATCHED = "unmatched"
 
 
-class Address(Struct, frozen=True):
+class EndpointAddress(Struct, frozen=True):
     """Where the endpoint listens."""
 
     host: str
@@ -70,37 +70,39 @@ async def serve(
     served: Served,
     http: Http,
     *,
+    instruments: Instruments,
+    coordination: Coordination | None = None,
     event_bytes_max: int,
     clock: Clock,
     random: Random,
     origin_of: Callable[[str], str] = lambda _setting: "the settings",
     stop_ms: int = STOP_MS,
-) -> AsyncIterator[Address]:
+) -> AsyncIterator[EndpointAddress]:
     """Answer HTTP for this node while the body runs.
 
     Raises:
-        ConfigError: the address cannot be listened on, or there is no token in its file.
+        ConfigError: the address cannot be listened on, or its token file contains no token.
     """
-    origin = origin_of("http.token_file")
-    bearer = bearer_of(http.token_file, clock, origin)
+    require_token = token_middleware(http.token_file, clock, origin_of("http.token_file"))
+    require_host = host_middleware(http, socket.gethostname())
     heartbeat = Heartbeat(clock)
-    coordination = served.coordination()
     context = Context(
         served=served,
+        instruments=instruments,
         http=http,
         event_bytes_max=event_bytes_max,
-        bodies=Bodies(http, served.instruments),
-        heartbeat=heartbeat,
+        bodies=Bodies(http, instruments),
+        event_loop_check=heartbeat.check,
         random=random,
         clock=clock,
         coordination=coordination,
     )
 
-    # aiohttp waits this long for handlers, and as long again for their cancellation.
+    # aiohttp waits this long for handlers, then as long again for their cancellation.
     runner = GuardedRunner(
-        make_app(context, spare_for_probes, hosts_of(http, socket.gethostname()), bearer),
+        make_app(context, spare_for_probes, require_host, require_token),
         http=http,
-        instruments=served.instruments,
+        instruments=instruments,
         stop_s=stop_ms / 3_000,
     )
 
@@ -109,7 +111,7 @@ async def serve(
         yield "http_connections", (), float(runner.connections)
         yield "http_connections_max", (), float(runner.connections_max)
 
-    served.instruments.add_source(gauges)
+    instruments.add_source(gauges)
     try:
         with heartbeat.beating(), coordination.locks.listening() if coordination else nullcontext():
             address = await _bind(runner, http, origin_of)
@@ -117,14 +119,14 @@ async def serve(
             _warn_if_open(http, address)
             yield address
     finally:
-        served.instruments.remove_source(gauges)
+        instruments.remove_source(gauges)
         with anyio.move_on_after(stop_ms / 1000, shield=True):
             await runner.cleanup()
 
 
 def make_app(context: Context, *checks: Middleware) -> web.Application:
-    """``checks`` decide in their order whether a request reaches its route."""
-    app = web.Application(middlewares=[border, *checks])
+    """``checks`` decide in this order whether a request reaches its route."""
+    app = web.Application(middlewares=[error_middleware, *checks])
     app[CONTEXT] = context
     app.on_response_prepare.append(_add_headers)
 
@@ -151,8 +153,8 @@ def make_app(context: Context, *checks: Middleware) -> web.Application:
         else:
             app.router.add_route(each.method, path, each.handler)
     for resource in app.router.resources():
-        context.served.instruments.declare("route", resource.canonical)
-    context.served.instruments.declare("route", _UNMATCHED, {"code": ("4xx", "5xx")})
+        context.instruments.declare("route", resource.canonical)
+    context.instruments.declare("route", _UNMATCHED, {"code": ("4xx", "5xx")})
     return app
 
 
@@ -164,39 +166,39 @@ def _routes(context: Context) -> tuple[_Route, ...]:
 def _own_routes(served: Served) -> tuple[_Route, ...]:
     return (
         _Route("GET", "/livez", "200 while the process is alive", health.probe("live")),
-        _Route("GET", "/readyz", "200 when it can do its work", health.probe("ready")),
+        _Route("GET", "/readyz", "200 when the node can work", health.probe("ready")),
         _Route("GET", "/readyz/{check}", "one check of /readyz", health.probe("ready")),
-        _Route("GET", "/startupz", "200 once it has started", health.probe("start")),
+        _Route("GET", "/startupz", "200 once the node has started", health.probe("start")),
         _Route("GET", "/healthz", "all checks, with the status of /readyz", health.health),
-        _Route("GET", "/stats", "this node in numbers, as JSON", stats.stats),
-        _Route("GET", "/metrics", "for Prometheus", metrics.metrics(served.registry)),
+        _Route("GET", "/stats", "statistics of this node, as JSON", health.stats),
+        _Route("GET", "/metrics", "for Prometheus", make_aiohttp_handler(served.registry)),
         _Route("POST", "/v1/events", "publish events", events.post_events),
-        _Route("GET", cache.MANY, "read many keys through the cache", cache.read_many),
-        _Route("GET", cache.PREFIX + "{key}", "read through the cache", cache.read),
-        _Route("GET", explain.PREFIX + "{key}", "why a read hits or misses", explain.explain),
+        _Route("GET", cache.READ_MANY, "read many keys through the cache", cache.read_many),
+        _Route("GET", cache.READ_PREFIX + "{key}", "read through the cache", cache.read_one),
+        _Route("GET", cache.EXPLAIN_PREFIX + "{key}", "why a read hits or misses", cache.explain),
     )
 
 
 _COORDINATION = (
-    _Route("GET", "/v1/locks", "the locks that are held", locks.list_all),
-    _Route("GET", "/v1/locks/{name}", "who holds it, who waits", locks.show),
-    _Route("POST", "/v1/locks/{name}", "take a lock, or wait for it", locks.acquire),
-    _Route("POST", "/v1/locks/{name}/renew", "keep a lock", locks.renew),
-    _Route("DELETE", "/v1/locks/{name}", "give a lock back", locks.release),
+    _Route("GET", "/v1/locks", "the held locks", locks.list_all),
+    _Route("GET", "/v1/locks/{name}", "holder and waiters of a lock", locks.show),
+    _Route("POST", "/v1/locks/{name}", "acquire a lock, or wait for it", locks.acquire),
+    _Route("POST", "/v1/locks/{name}/renew", "renew a lock", locks.renew),
+    _Route("DELETE", "/v1/locks/{name}", "release a lock", locks.release),
     _Route("GET", "/v1/limits", "the rate limits", limits.list_all),
-    _Route("POST", "/v1/limits/{name}/take", "ask a limit", limits.take),
-    _Route("POST", "/v1/limits/{name}/reserve", "charge an estimate", limits.reserve),
-    _Route("POST", "/v1/limits/{name}/settle", "charge what it was", limits.settle),
+    _Route("POST", "/v1/limits/{name}/take", "take tokens of a limit", limits.take),
+    _Route("POST", "/v1/limits/{name}/reserve", "reserve an estimate", limits.reserve),
+    _Route("POST", "/v1/limits/{name}/settle", "settle a reservation", limits.settle),
 )
 
 
 @web.middleware
-async def border(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Errors become answers here; answers are counted."""
+async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn errors into answers, and count the answers."""
     response = await _answered(request, handler)
     resource = request.match_info.route.resource
     template = resource.canonical if resource is not None else _UNMATCHED
-    count_request(request.app[CONTEXT].served.instruments, template, response.status)
+    count_request(request.app[CONTEXT].instruments, template, response.status)
     return response
 
 
@@ -206,12 +208,12 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
     except web.HTTPException as error:
         return of_http(error)
     except web.RequestPayloadError:
-        response = refuse(400, "malformed", "the body is not framed as HTTP/1.1 demands")
+        response = refuse(400, "malformed", "the body is not framed as HTTP/1.1 specifies")
         response.force_close()
         return response
     except ConnectionError:
-        raise  # the client is gone, nobody reads an answer
-    except Refused as error:
+        raise  # the client is gone
+    except RequestRefused as error:
         return error.response
     except ForebayError as error:
         answered = of_error(error, request.app[CONTEXT].random)
@@ -220,7 +222,7 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
         log.exception("http.failed")
     except Exception:
         log.exception("http.failed")
-    return refuse(500, "internal", "this is a fault of the node", fix="its log says more")
+    return refuse(500, "internal", "the node failed", fix="its log says more")
 
 
 async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
@@ -228,14 +230,16 @@ async def _add_headers(_request: web.Request, response: web.StreamResponse) -> N
     response.headers.setdefault("Cache-Control", "no-store")
 
 
-def _warn_if_open(http: Http, address: Address) -> None:
+def _warn_if_open(http: Http, address: EndpointAddress) -> None:
     if http.reachable and not http.token_file:
         problem = "every client that reaches it may publish, invalidate, and take locks"
         fix = "set http.token_file, or let only trusted clients reach it"
         log.warning("http.open", url=address.url, problem=problem, fix=fix)
 
 
-async def _bind(runner: GuardedRunner, http: Http, origin_of: Callable[[str], str]) -> Address:
+async def _bind(
+    runner: GuardedRunner, http: Http, origin_of: Callable[[str], str]
+) -> EndpointAddress:
     await runner.setup()
     site = web.TCPSite(runner, http.host, http.port)
     try:
@@ -243,7 +247,7 @@ async def _bind(runner: GuardedRunner, http: Http, origin_of: Callable[[str], st
     except (OSError, OverflowError) as error:
         raise _not_bound(error, http, origin_of) from error
     host, port = runner.addresses[0][:2]
-    return Address(host, port)
+    return EndpointAddress(host, port)
 
 
 def _not_bound(
@@ -257,7 +261,7 @@ def _not_bound(
         problem, fix = "this user may not listen there", "set a port above 1023"
     else:
         setting, value = "http.host", http.host
-        problem = "no address of this machine"
+        problem = "this machine has no such address"
         fix = "set 127.0.0.1, 0.0.0.0 or an address of this machine"
     return ConfigError(
         setting=setting, value=value, origin=origin_of(setting), problem=problem, fix=fix

@@ -33,8 +33,8 @@ from ...schemas.errors import (
     SinkError,
     TransientSinkError,
 )
+from ..cancellation import asked_to_stop
 from ..sinks.base import Progress, Sink, SinkBatch, Write
-from ..strays import asked_to_stop
 
 __all__ = ["Delivery", "Refused"]
 

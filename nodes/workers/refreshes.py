@@ -29,7 +29,7 @@ from ...schemas.errors import ForebayError, ServerRefused
 from ...schemas.jobs import RefreshJob, read_refresh
 from ...schemas.keys import Names
 from ...schemas.replies import field_map
-from ..strays import asked_to_stop
+from ..cancellation import asked_to_stop
 from .routes import Routes
 
 __all__ = ["Refreshes"]

@@ -90,7 +90,7 @@ class Forebay(Consumer):
             workers=Workers(enabled=True),
         )
         async with forebay.Node(settings=settings) as node:
-            counts, self.node = node.instruments.counts, node
+            counts, self.node = node._instruments.counts, node
             yield lambda: counts["events_processed", "invalidate", "applied"]
 
     async def publish(self, client: Any, events: int) -> None:

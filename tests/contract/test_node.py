@@ -87,13 +87,13 @@ async def shops(opened: MakeShop) -> tuple[Shop, Shop]:
 
 
 def shards_owned(shop: Shop) -> int:
-    crew = shop.node.parts.crew
+    crew = shop.node._parts.crew
     return 0 if crew is None else crew.ownership.statistics().owned
 
 
 async def waiting(shop: Shop) -> int:
     """Write-behind jobs that are not done."""
-    parts = shop.node.parts
+    parts = shop.node._parts
     lengths = await parts.backend.link.call_many(
         [("XLEN", parts.names.part(shard, "writes")) for shard in range(SHARDS)]
     )
@@ -244,7 +244,7 @@ async def test_a_write_behind_is_seen_at_once_and_stored_soon(shops: tuple[Shop,
     await until(stored)
     assert a.stored[-1] == ("product:1", Product(1, 99))
     assert b.stored == []
-    parts = a.node.parts
+    parts = a.node._parts
     raw = await parts.backend.link.call("GET", parts.names.entry("product:1"))
     assert read_entry(raw, bytes_max=1_000).pending == 0
     assert (await b.product.get_with_info(1)).tier == "near"
@@ -324,7 +324,7 @@ async def test_events_come_in_by_a_plain_xadd(shops: tuple[Shop, Shop]) -> None:
     a, b = shops
     await b.price(1)
     a.prices[1] = 11
-    link, names = a.node.parts.backend.link, a.node.parts.names
+    link, names = a.node._parts.backend.link, a.node._parts.names
     await link.call("XADD", names.events, "*", "event", "this is no JSON")
     await link.call(
         "XADD", names.events, "*", "event", '{"type": "invalidate", "keys": ["product:1"]}'
@@ -357,7 +357,7 @@ async def test_an_event_with_an_id_is_applied_once(shops: tuple[Shop, Shop]) -> 
         return ("product:2", None) in a.stored and not await waiting(a)
 
     await until(stored)
-    counts = a.node.instruments.counts
+    counts = a.node._instruments.counts
     assert counts["events_processed", "write", "applied"] == 2
     assert counts["events_processed", "write", "duplicate"] == 1
     assert [value for key, value in a.stored if key == "product:1"] == [Product(1, 77)]
@@ -385,7 +385,7 @@ async def test_what_is_no_event_is_not_published(
     with pytest.raises(InvalidEvent):
         await a.node.publish([b'{"type": "invalidate", "keys": ["product:1"]}', b"{}"])
     async with Backend(backend_settings, client_name="test") as backend:
-        assert await backend.link.call("XLEN", a.node.parts.names.events) == 0
+        assert await backend.link.call("XLEN", a.node._parts.names.events) == 0
 
 
 async def test_a_node_that_joins_later_is_right_from_the_start(
@@ -405,4 +405,4 @@ async def test_a_node_that_joins_later_is_right_from_the_start(
         return await c.price(1) == 11
 
     await until(seen)
-    assert c.node.parts.follower.statistics().resets == 0
+    assert c.node._parts.follower.statistics().resets == 0

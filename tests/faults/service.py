@@ -65,7 +65,7 @@ class Service:
 async def works(service: Service, number: int, *, events: bool = True) -> None:
     """Reads, invalidations, events, writes and locks of shards in which nothing was planted."""
     node, other = service.nodes[:2]
-    names = node.parts.names
+    names = node._parts.names
     shard = next(n for n in range(SHARDS) if n not in PLANTED)
     key = next(f"item:{n}" for n in range(1_000) if names.shard(f"item:{n}") == shard)
     row = next(f"row:{n}" for n in range(1_000) if names.shard(f"row:{n}") == shard)

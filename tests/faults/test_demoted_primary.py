@@ -112,10 +112,10 @@ async def test_every_connection_follows_an_address_that_moved(pair: Pair, namesp
         await accepted(price, 1, 2)
         await until(lambda: not failing(node))
         assert await price(1) == 2
-        assert pair.second.execute("GET", node.parts.names.entry("p:1"))
+        assert pair.second.execute("GET", node._parts.names.entry("p:1"))
         await accepted(other, 1, 3)
         await until(lambda: reads(price, 1, 3))
-        assert node.parts.backend.pubsub.live
+        assert node._parts.backend.pubsub.live
         clients = pair.first.execute("CLIENT", "LIST").decode().splitlines()
         assert [line for line in clients if "name=forebay-" in line] == []
         await price.write_behind(2, 4)
@@ -139,8 +139,8 @@ async def test_near_hits_are_suspect_while_a_replica_answers(pair: Pair, namespa
         pair.fail_over(move=False)
         await until(lambda: "valkey" in failing(node))
         assert "replica" in failing(node)["valkey"]
-        await until(lambda: node.parts.follower.live_until < anyio.current_time())
-        await until(lambda: node.parts.backend.link.breaker.state != "closed")
+        await until(lambda: node._parts.follower.live_until < anyio.current_time())
+        await until(lambda: node._parts.backend.link.breaker.state != "closed")
         pair.move()
         await accepted(price, 1, 2)
         await until(lambda: not failing(node))
@@ -171,7 +171,7 @@ async def test_a_failover_to_a_replica_that_lags_pins_nothing(pair: Pair, namesp
         await price.write_behind(1, 2)
         await table.hanging.wait()
         while (
-            pair.second.execute("XLEN", writes := node.parts.names.part(shard(node), "writes")) < 1
+            pair.second.execute("XLEN", writes := node._parts.names.part(shard(node), "writes")) < 1
         ):
             await anyio.sleep(0.005)
         pair.second.execute("REPLICAOF", "NO", "ONE")  # it gets nothing from now on
@@ -182,7 +182,7 @@ async def test_a_failover_to_a_replica_that_lags_pins_nothing(pair: Pair, namesp
         pair.first.kill9()
         pair.move(cut=True)
         await until(lambda: pair.second.execute("XLEN", writes) == 0)
-        assert pair.second.execute("PTTL", node.parts.names.entry("p:1")) != -1
+        assert pair.second.execute("PTTL", node._parts.names.entry("p:1")) != -1
         await until(lambda: reads_or_fails(price, 1, 3))
 
 
@@ -194,4 +194,4 @@ async def reads_or_fails(price: Any, id: int, value: int) -> bool:
 
 
 def shard(node: forebay.Node) -> int:
-    return node.parts.names.shard("p:1")
+    return node._parts.names.shard("p:1")

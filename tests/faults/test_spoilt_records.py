@@ -150,8 +150,8 @@ async def test_nodes_live_with_spoilt_records_of_every_kind(
         tasks.start_soon(service.watch)
         for _ in range(2):
             await stack.enter_async_context(service.make())
-        names = service.nodes[0].parts.names
-        link = service.nodes[0].parts.backend.link
+        names = service.nodes[0]._parts.names
+        link = service.nodes[0]._parts.backend.link
         await works(service, 1)
         for turn in range(2, 5):
             service.late_s = 0.0

@@ -28,8 +28,7 @@ from faults.service import SHARDS, Service, lock_of, subject_of, works
 from forebay.coordinator.valkey.link import Commands
 from forebay.coordinator.valkey.scripting import granted
 from forebay.nodes.explain.collect import explain
-from forebay.nodes.gauges import gauges
-from forebay.nodes.status import checks
+from forebay.nodes.status import checks, gauges
 from forebay.nodes.web.health import verdict
 from forebay.nodes.web.protocols import Check
 from forebay.schemas.errors import ForebayError, StartupError
@@ -203,7 +202,7 @@ class Shop(Service):
     async def read(self, number: int) -> None:
         """What was not invalidated is as it was, and an invalidation is seen everywhere."""
         node, _ = self.nodes[:2]
-        key = item_of(node.parts.names)
+        key = item_of(node._parts.names)
         item_id = key.partition(":")[2]
         before = self.source.get(item_id, 0)
         for item in self.items[:2]:
@@ -215,7 +214,7 @@ class Shop(Service):
 
     async def read_tagged(self, number: int) -> None:
         node, _ = self.nodes[:2]
-        tag = item_of(node.parts.names, "group:")
+        tag = item_of(node._parts.names, "group:")
         item_id = tag.partition(":")[2]
         for tagged in self.tagged[:2]:
             assert await tagged(item_id) == self.source.get(item_id, 0)
@@ -225,12 +224,12 @@ class Shop(Service):
             await until(partial(is_right, tagged, item_id, number))
 
     async def put(self, number: int) -> None:
-        item_id = item_of(self.nodes[0].parts.names).partition(":")[2]
+        item_id = item_of(self.nodes[0]._parts.names).partition(":")[2]
         self.source[item_id] = number
         await self.items[0].put(item_id, number, token=number)
 
     async def publish(self, number: int) -> None:
-        names, link = self.nodes[0].parts.names, self.nodes[0].parts.backend.link
+        names, link = self.nodes[0]._parts.names, self.nodes[0]._parts.backend.link
         rows = [item_of(names, prefix) for prefix in ("row:", "bad:", "nosink:")]
         events = [
             {"type": "write", "key": rows[0], "value": number, "id": f"e{number}"},
@@ -244,7 +243,7 @@ class Shop(Service):
 
     async def lock(self, number: int) -> None:
         one, two = self.nodes[:2]
-        name = lock_of(one.parts.names, SHARD)
+        name = lock_of(one._parts.names, SHARD)
         with suppress(LockNotAcquired) if self.in_grace else nullcontext():
             async with one.lock(name, timeout=0.1 if self.in_grace else 5):
                 with suppress(LockNotAcquired):
@@ -253,7 +252,7 @@ class Shop(Service):
 
     async def limit(self, number: int) -> None:
         node = self.nodes[0]
-        subject = subject_of(node.parts.names, SHARD)
+        subject = subject_of(node._parts.names, SHARD)
         await node.limit("api", rate=1_000, per=1).take(subject)
         async with node.limit("slots").slot(subject):
             pass
@@ -274,12 +273,12 @@ class Shop(Service):
     async def look(self) -> None:
         """What is for people has an answer at all times."""
         node = self.nodes[0]
-        parts, names = node.parts, node.parts.names
+        parts, names = node._parts, node._parts.names
         key = item_of(names)
         await explain(parts.backend, names, key, nonce="0" * 16, bytes_max=1_000, wait_s=0.01)
         await parts.locks.list()
         assert (await node.stats())["keys"]
-        assert list(gauges(node))
+        assert list(gauges(node._parts_if_running()))
         await parts.crew.leader_metrics.round()
 
     async def use(self, number: int) -> list[ForebayError]:
@@ -306,7 +305,7 @@ async def is_right(item: Any, item_id: str, value: int) -> bool:
 
 def tells(shop: Shop, lines: list[Any], key: str) -> bool:
     """Whether a check of a node names the key, or a line of the log."""
-    found = [each.detail for node in shop.nodes[:2] for each in checks(node)]
+    found = [each.detail for node in shop.nodes[:2] for each in node.checks()]
     found += [str(line) for line in lines if line["log_level"] in ("warning", "error")]
     return any(key in each for each in found)
 
@@ -322,7 +321,7 @@ async def test_a_key_of_another_type_costs_its_part_only(
     async with AsyncExitStack() as stack:
         for _ in range(2):
             await stack.enter_async_context(shop.make())
-        link = shop.nodes[0].parts.backend.link
+        link = shop.nodes[0]._parts.backend.link
         with capture_logs() as lines:
             await link.call_many([("DEL", key), ("RPUSH", key, "x")])
 
@@ -355,7 +354,7 @@ async def is_well(shop: Shop, numbers: Iterator[int]) -> bool:
     number = next(numbers)
     if await shop.use(number):
         return False
-    row = item_of(shop.nodes[0].parts.names, "row:")
+    row = item_of(shop.nodes[0]._parts.names, "row:")
     with anyio.move_on_after(1):
         await until(lambda: shop.table.rows.get(row, (0, 0))[1] == number)
         await until(lambda: not unwell(shop))
@@ -364,7 +363,7 @@ async def is_well(shop: Shop, numbers: Iterator[int]) -> bool:
 
 
 def unwell(shop: Shop) -> list[Check]:
-    found = [each for node in shop.nodes[:2] for each in checks(node)]
+    found = [each for node in shop.nodes[:2] for each in node.checks()]
     return [each for each in found if each.state != "pass" and each.name != "held writes"]
 
 

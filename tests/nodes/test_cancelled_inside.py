@@ -82,7 +82,7 @@ async def test_loader(make_node: MakeNode, fault: Fault, batch: bool) -> None:
             assert await loaded(1) == 1
             well = False
             await node.invalidate(["a:1"], soft=True)
-            while not node.instruments.counts["refreshes", "failed"]:
+            while not node._instruments.counts["refreshes", "failed"]:
                 hit = await loaded.get_with_info(1)
                 assert (hit.value, hit.stale) == (1, True)
                 await anyio.sleep(0.005)
@@ -136,8 +136,8 @@ async def test_sink(make_node: MakeNode, fault: Fault) -> None:
                 await anyio.sleep(0.005)
             assert node.state == "running"
             assert await loaded(3) == 3
-            assert node.parts.crew is not None
-            await node.parts.crew.ownership.leave(patient=False, rejoin=False)
+            assert node._parts.crew is not None
+            await node._parts.crew.ownership.leave(patient=False, rejoin=False)
     assert "save was cancelled from inside" in told[0]["error"]
 
 
@@ -256,4 +256,4 @@ def test_process_never_ends_unasked_without_an_error(process: NodeProcess) -> No
         with suppress(OSError, http.client.HTTPException):
             node.get("/v1/cache/a:2")
         assert node.wait() == 1
-        assert "Error: the node's task was cancelled, though nobody stopped" in node.said()
+        assert "Error: the node's task was cancelled although nobody stopped" in node.said()

@@ -44,7 +44,7 @@ class Shop:
 
     @property
     def names(self) -> Names:
-        return self.node.parts.names
+        return self.node._parts.names
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ async def test_members_and_explanations_are_of_the_database(shops: list[Shop]) -
     """Each database has two processes to share its limits, and two nodes that explain a key."""
     for shop in shops:
         await shop.item(1)
-        headcount = shop.node.parts.headcount
+        headcount = shop.node._parts.member_count
         await headcount.look()
         assert headcount.count == 2
         told = await shop.node.explain("item:1")
@@ -104,7 +104,7 @@ async def test_refunds_are_told_in_the_database_only(
             if channel.endswith(b":limits") and payload != b"x-probe":
                 own.append(payload)
 
-        shop.node.parts.backend.pubsub.on_message(listen)
+        shop.node._parts.backend.pubsub.on_message(listen)
     limit = giving.node.limit("api", rate=10, per=1, burst=10)
     assert await limit.take("tenant")
     await limit.refund("tenant")
@@ -128,7 +128,7 @@ async def test_locks_are_handed_over_within_the_database(shops: list[Shop]) -> N
                 took_s = anyio.current_time() - began
 
         tasks.start_soon(wait)
-        await until(lambda: second.node.parts.locks.statistics().waiting == 1)
+        await until(lambda: second.node._parts.locks.statistics().waiting == 1)
         await holder.release()
     assert took_s < 10
     for shop in (first, plain):
@@ -155,7 +155,7 @@ async def test_no_channel_is_used_by_two_databases(
 
 async def _round_trip(shop: Shop) -> None:
     """What was published before has arrived after this."""
-    parts = shop.node.parts
+    parts = shop.node._parts
     arrived = anyio.Event()
 
     def listen(channel: bytes, payload: bytes) -> None:

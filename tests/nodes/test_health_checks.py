@@ -13,8 +13,7 @@ import forebay
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.valkey.handshake import read_info
 from forebay.coordinator.write_check import WriteCheck
-from forebay.nodes.gauges import gauges
-from forebay.nodes.status import checks, stats
+from forebay.nodes.status import gauges
 from forebay.nodes.web.health import verdict
 from forebay.nodes.web.protocols import Check
 from forebay.nodes.workers.backlog import Backlog
@@ -62,7 +61,7 @@ async def shop(server: ValkeyServer, namespace: str, sink: Faulty) -> AsyncItera
 
     node.sink("item:{id}")(sink.save)
     async with node:
-        await until(lambda: node.parts.crew.ownership.statistics().owned == 5)
+        await until(lambda: node._parts.crew.ownership.statistics().owned == 5)
         yield node
 
 
@@ -80,7 +79,7 @@ async def node(
 
 
 def check(node: forebay.Node, name: str) -> Check:
-    return next(each for each in checks(node) if each.name == name)
+    return next(each for each in node.checks() if each.name == name)
 
 
 def warns(node: forebay.Node, name: str, words: str = "") -> Callable[[], bool]:
@@ -93,7 +92,7 @@ def warns(node: forebay.Node, name: str, words: str = "") -> Callable[[], bool]:
 
 async def test_each_kind_of_work_has_a_check_that_passes(node: forebay.Node) -> None:
     """W1: all is well, and nothing is said."""
-    found = {each.name: each for each in checks(node)}
+    found = {each.name: each for each in node.checks()}
     assert set(WORK) | {"valkey_writes"} <= set(found)
     assert {name: found[name].state for name in WORK} == dict.fromkeys(WORK, "pass")
     assert [found[name].detail for name in WORK] == [""] * 4
@@ -104,20 +103,20 @@ async def test_a_paused_sink_says_for_how_long_which_attempt_and_why(
 ) -> None:
     """W2: a database that is down warns at once, fails no probe, and is forgotten afterwards."""
     sink.fault = TransientSinkError("connection refused")
-    (name,) = node.parts.crew.deliveries
+    (name,) = node._parts.crew.deliveries
     await node.caches[0].write_behind(1, 1)
     await until(warns(node, f"sink {name}", "attempt 3)"))
     detail = check(node, f"sink {name}").detail
     assert detail.startswith("the sink is paused: ")
     assert "connection refused" in detail
     assert "(for " in detail
-    await until(lambda: verdict(checks(node), "ready") == "warn")
-    assert (await stats(node))["workers"]["sinks"][name].startswith("the sink is paused")
-    shown = {(each[0], *each[1]): each[2] for each in gauges(node)}
+    await until(lambda: verdict(node.checks(), "ready") == "warn")
+    assert (await node.stats())["workers"]["sinks"][name].startswith("the sink is paused")
+    shown = {(each[0], *each[1]): each[2] for each in gauges(node._parts_if_running())}
     assert shown["sink_paused_seconds", name] > 0
     sink.fault = None
     await until(lambda: check(node, f"sink {name}").state == "pass")
-    assert (await stats(node))["workers"]["sinks"][name] == "ok"
+    assert (await node.stats())["workers"]["sinks"][name] == "ok"
 
 
 @pytest.mark.parametrize("kind", ["events", "writes", "refreshes"])
@@ -126,7 +125,7 @@ async def test_work_that_nobody_does_is_late(
 ) -> None:
     """L1, L4: an entry in a stream is seen there, even if the workers believe it done."""
     async with shop(valkey_server, namespace, sink) as node:
-        parts, crew = node.parts, node.parts.crew
+        parts, crew = node._parts, node._parts.crew
         names, link = parts.names, parts.backend.link
         await crew.ownership.give_up(list(crew.ownership.tenures.values()))
         backlog = backlog_of(node, Owner(range(-1, 4)))
@@ -158,7 +157,7 @@ class Owner:
 
 
 def backlog_of(node: forebay.Node, owner: Any) -> Backlog:
-    parts = node.parts
+    parts = node._parts
     return Backlog(
         parts.backend.link,
         parts.names,
@@ -172,7 +171,7 @@ def backlog_of(node: forebay.Node, owner: Any) -> Backlog:
 
 async def test_an_entry_is_as_old_as_its_id_says(node: forebay.Node) -> None:
     """L2: a node that has just taken over knows how long the work has waited before."""
-    parts = node.parts
+    parts = node._parts
     stream = parts.names.part(2, "dead")  # a stream that nobody reads
     backlog = backlog_of(node, Owner(range(2, 3)))
     old = int(parts.server_clock.now_ms()) - 60_000
@@ -199,7 +198,7 @@ async def test_a_node_without_its_server_says_what_stands_still(
 
 async def test_a_key_of_a_wrong_type_is_seen_in_ownership(node: forebay.Node) -> None:
     """W2: a claim that the server refuses is reported, with its error."""
-    own, link = node.parts.names.part(1, "own"), node.parts.backend.link
+    own, link = node._parts.names.part(1, "own"), node._parts.backend.link
     await link.call("SET", own, "x")
     await until(warns(node, "ownership", "WRONGTYPE"))
     await link.call("DEL", own)
@@ -222,8 +221,8 @@ async def test_a_server_that_refuses_all_writes_fails_readiness(
         server.execute("CONFIG", "SET", *refuse)
         await until(lambda: check(node, "valkey_writes").state == "fail")
         assert code in check(node, "valkey_writes").detail
-        assert verdict(checks(node), "ready") == "fail"
-        assert verdict(checks(node), "live") != "fail"
+        assert verdict(node.checks(), "ready") == "fail"
+        assert verdict(node.checks(), "live") != "fail"
         server.execute("CONFIG", "SET", *accept)
         await until(lambda: check(node, "valkey_writes").state == "pass")
 
@@ -245,10 +244,10 @@ async def test_health_is_asked_often_and_the_server_seldom(node: forebay.Node) -
     """C2: a thousand probes send no command."""
     counting = Counting()
     asked = WriteCheck(counting, "none", clock=SystemClock())  # type: ignore[arg-type]
-    node.parts.write_check = asked
+    node._parts.write_check = asked
     await asked.ask()
     for _ in range(1_000):
-        checks(node)
+        node.checks()
     assert counting.calls == 1
 
 
@@ -297,7 +296,7 @@ async def test_a_key_of_another_type_is_named_until_it_is_gone(
         return id
 
     async with node:
-        names = node.parts.names
+        names = node._parts.names
         log = names.part(names.shard("row:1"), "log")
 
         def check() -> Check:

@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 import forebay
-from forebay.nodes import hooks
+from forebay.nodes import lifespan as hooks
 
 MakeNode = Callable[..., forebay.Node]
 
@@ -34,7 +34,7 @@ async def test_hooks_run_in_order_and_can_use_the_node(make_node: MakeNode) -> N
         @node.on_stop
         async def end(number: int = number) -> None:
             await node.invalidate(["a:7"])
-            told.append(("stop", number, await cached(7), node.parts.drained))
+            told.append(("stop", number, await cached(7), node._parts.drained))
 
     async with node:
         told.append("body")

@@ -99,7 +99,7 @@ async def test_what_other_workers_do_is_not_told(
     (first, _), (second, _) = (failing(namespace, away(), valkey) for _ in range(2))
     async with second:
         async with first:
-            crew = first.parts.crew
+            crew = first._parts.crew
             await until(lambda: len(crew.ownership.nodes) == 2)
         assert first.drained is True
         assert logged() == []
@@ -116,12 +116,12 @@ async def test_a_waiter_for_the_sink_is_not_told_of_a_write_that_is_held(
     node, flight = failing(namespace, away(), Valkey(url=valkey_server.socket_url), enabled=False)
     async with node:
         receipt = await flight.write_behind(1, 1)
-        part = node.parts.names.part
-        link = node.parts.backend.link
+        part = node._parts.names.part
+        link = node._parts.backend.link
         await link.call("HSET", part(receipt.shard, "done"), "writes:table", receipt.job_id)
         held = part(receipt.shard, "held")
         await link.call("XADD", held, "*", "v", 1, "j", b"", "f", receipt.job_id)
-        writing = node.parts.writing
+        writing = node._parts.writing
         history = writing.history
         terms: dict[str, Any] = {"history": history, "sink": "table", "timeout_ms": 300}
         with pytest.raises(forebay.Unconfirmed):

@@ -21,9 +21,9 @@ MakeNode = Callable[..., forebay.Node]
 
 async def until_it_owns_all(node: forebay.Node) -> None:
     """Four shards and the ingress stream: from then on a drain is about all of them."""
-    assert node.parts.crew is not None
+    assert node._parts.crew is not None
     with anyio.fail_after(30):
-        while len(node.parts.crew.ownership.tenures) < 5:
+        while len(node._parts.crew.ownership.tenures) < 5:
             await anyio.sleep(0.005)
 
 
@@ -247,7 +247,7 @@ async def test_drain_happens_once(make_node: MakeNode, monkeypatch: pytest.Monke
     node = make_node(workers=WorkerSettings(enabled=True))
     drains: list[None] = []
     async with node:
-        crew = node.parts.crew
+        crew = node._parts.crew
         assert crew is not None
         real = crew.drain
 
@@ -296,8 +296,8 @@ async def test_worker_that_fails_ends_the_node(
     with anyio.fail_after(40), pytest.raises(ExceptionGroup) as caught:
         async with node:
             await until_it_owns_all(node)
-            assert node.parts.crew is not None
-            monkeypatch.setattr(node.parts.crew.ownership, "beat", _fail)
+            assert node._parts.crew is not None
+            monkeypatch.setattr(node._parts.crew.ownership, "beat", _fail)
             await anyio.sleep_forever()
 
     assert caught.group_contains(Oops)
@@ -314,7 +314,7 @@ async def test_failing_worker_does_not_hide_what_the_body_raises(make_node: Make
     with capture_logs() as lines, pytest.raises(ZeroDivisionError):
         async with node:
             try:
-                node.parts.tasks.start_soon(_fail)
+                node._parts.tasks.start_soon(_fail)
                 await anyio.sleep_forever()
             finally:
                 _ = 1 / 0
@@ -343,7 +343,7 @@ async def test_second_cancellation_cuts_the_drain_short(make_node: MakeNode) -> 
     await reached.wait()
     task.cancel()
     with anyio.fail_after(10):
-        while not (node.is_running and node.parts.draining):
+        while not (node.is_running and node._parts.draining):
             await anyio.sleep(0)
     task.cancel()
     with anyio.fail_after(10), pytest.raises(asyncio.CancelledError):

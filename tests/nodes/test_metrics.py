@@ -84,7 +84,7 @@ async def cluster(valkey_server: ValkeyServer, namespace: str) -> AsyncIterator[
     node, *others = [make() for _ in range(4)]
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(node)
-        crew = node.parts.crew
+        crew = node._parts.crew
         assert crew is not None
         await until(lambda: crew.leader_metrics.leading)
         for other in others:
@@ -202,7 +202,7 @@ def state_of(node: forebay.Node, metric: str, **labels: str) -> list[str]:
 async def test_breakers_and_sinks_tell_their_state_by_name(cluster: Cluster) -> None:
     """Each is in one state; a loader that fails, or a sink that is stopped, is told from others."""
     node = cluster.node
-    crew = node.parts.crew
+    crew = node._parts.crew
     assert crew is not None
     node.caches[3]._cache.path.loads.source.breaker.trip()
     crew.deliveries["orders"].paused = Outage(0.0, 1, "away")
@@ -273,7 +273,7 @@ async def test_what_a_node_changes_itself_is_counted_apart_from_events(cluster: 
     await first.invalidate(3)
     await second.write_behind(4, 5)
 
-    counts, written = node.instruments.counts, ("writes", "cache1", "behind", "stored")
+    counts, written = node._instruments.counts, ("writes", "cache1", "behind", "stored")
     published = {key[1]: n for key, n in counts.items() if key[0] == "events_published" and n}
     assert published == {"invalidate": 2}
     assert (counts["invalidations", "key"], counts["invalidations", "tag"]) == (3, 1)
@@ -281,11 +281,11 @@ async def test_what_a_node_changes_itself_is_counted_apart_from_events(cluster: 
     crews = [node, *cluster.others]
     await until(
         lambda: (
-            sum(n.instruments.counts["events_processed", "invalidate", "applied"] for n in crews)
+            sum(n._instruments.counts["events_processed", "invalidate", "applied"] for n in crews)
             == 2
         )
     )
-    assert other.instruments.counts["events_published", "invalidate"] == 0
+    assert other._instruments.counts["events_published", "invalidate"] == 0
 
 
 def test_gaps_are_those_of_the_follower() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forebay.coordinator.clock import SystemClock
-from forebay.nodes.namespace import check_birth
-from forebay.nodes.namespace_keys import PAGE_KEYS, PAGES_MAX, KeyCount
+from forebay.nodes.namespace import PAGE_KEYS, PAGES_MAX, NamespaceKeyCount, check_metadata
 from forebay.nodes.web.protocols import Check
 from forebay.schemas.errors import ConfigError
 from forebay.schemas.keys import Names
@@ -24,7 +23,7 @@ def own_server(make_server):
 async def test_the_record_is_written_again_after_a_flush(make_node, own_server, command) -> None:
     """B2: a node with another number of shards is refused as before the flush."""
     async with make_node(valkey=Valkey(url=own_server.socket_url)) as node:
-        names, link = node.parts.names, node.parts.backend.link
+        names, link = node._parts.names, node._parts.backend.link
         own_server.execute(command)
 
         async def is_back() -> bool:
@@ -32,8 +31,8 @@ async def test_the_record_is_written_again_after_a_flush(make_node, own_server, 
 
         await until(is_back)
         other = Names(names.namespace, 8)
-        with pytest.raises(ConfigError, match="born with 4"):
-            await check_birth(link, other, node.parts.scripts, {})
+        with pytest.raises(ConfigError, match="created with 4"):
+            await check_metadata(link, other, node._parts.scripts, {})
 
 
 async def test_marks_begin_again_after_a_flush(make_node, own_server) -> None:
@@ -46,7 +45,7 @@ async def test_marks_begin_again_after_a_flush(make_node, own_server) -> None:
 
     async with node:
         own_server.execute("FLUSHALL")
-        heads = [node.parts.names.part(shard, "head") for shard in range(4)]
+        heads = [node._parts.names.part(shard, "head") for shard in range(4)]
         await until(lambda: all(own_server.execute("HEXISTS", head, "l") for head in heads))
         await product.invalidate(2)
         for number in (1, 2):
@@ -59,16 +58,16 @@ async def test_a_namespace_that_is_born_anew_with_other_shards_is_told(
 ) -> None:
     """B2: the node is not ready and says why, until the record is as it was."""
     async with make_node(valkey=Valkey(url=own_server.socket_url)) as node:
-        names = node.parts.names
+        names = node._parts.names
 
         def check() -> Check:
             return next(each for each in node.checks() if each.name == "namespace")
 
         assert (check().state, check().gates) == ("pass", frozenset(("ready",)))
         own_server.execute("HSET", names.meta, "shards", 8)
-        node.parts.record.lost()
+        node._parts.metadata.lost()
         await until(lambda: check().state == "fail")
-        assert "was born with 8; set node.shards = 8" in check().detail
+        assert "was created with 8; set node.shards = 8" in check().detail
         own_server.execute("HSET", names.meta, "shards", 4)
         await until(lambda: check().state == "pass")
 
@@ -78,7 +77,7 @@ async def test_stats_count_the_keys_of_the_namespace(make_node, own_server) -> N
     for number in range(50):
         own_server.execute("SET", f"other:{number}", 1)
     async with make_node(valkey=Valkey(url=own_server.socket_url)) as node:
-        names = node.parts.names
+        names = node._parts.names
         own_server.execute("SET", names.entry("a"), 1)
         told = await node.stats()
         keys, ours = told["keys"], told["namespace_keys"]
@@ -97,14 +96,14 @@ async def test_keys_of_a_large_database_are_estimated(own_server, make_node) -> 
     every = 2 * PAGES_MAX * PAGE_KEYS
     own_server.execute("EVAL", script, 0, every)
     async with make_node(valkey=Valkey(url=own_server.socket_url)) as node:
-        link, calls = node.parts.backend.link, []
+        link, calls = node._parts.backend.link, []
 
         class Counted:
             async def call(self, *args: object, **options: object) -> object:
                 calls.append(args[0])
                 return await link.call(*args, **options)  # type: ignore[arg-type]
 
-        found = await KeyCount(Counted(), Names("big", 4), SystemClock()).look()  # type: ignore[arg-type]
+        found = await NamespaceKeyCount(Counted(), Names("big", 4), SystemClock()).get_count()  # type: ignore[arg-type]
     assert found is not None
     assert found.is_estimate
     assert calls.count("SCAN") == PAGES_MAX

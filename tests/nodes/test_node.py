@@ -106,7 +106,7 @@ async def test_published_events_are_stored_in_order(
     assert [(entry.decode(), fields[1]) for entry, fields in stored] == list(
         zip(ids, events, strict=True)
     )
-    assert node.instruments.counts["events_published", "refresh"] == 3
+    assert node._instruments.counts["events_published", "refresh"] == 3
     assert await node.publish([]) == []
 
 
@@ -157,7 +157,7 @@ async def test_events_of_a_newer_version_are_published(node: forebay.Node) -> No
     event = b'{"specversion":"1.0","type":"dev.forebay.cache.write.v2","id":"1","source":"x"}'
 
     assert len(await node.publish([event])) == 1
-    assert node.instruments.counts["events_published", "unknown"] == 1
+    assert node._instruments.counts["events_published", "unknown"] == 1
 
 
 async def test_two_nodes_in_one_process_share_one_server(make_node: MakeNode) -> None:
@@ -187,7 +187,7 @@ async def test_two_nodes_in_one_process_share_one_server(make_node: MakeNode) ->
             while (hit := await two.read("a:1")) is None or hit.json == b"1":
                 await anyio.sleep(0.005)
         counts = [
-            node.instruments.counts["cache_requests", "loaded", "source", "miss"]
+            node._instruments.counts["cache_requests", "loaded", "source", "miss"]
             for node in (one, two)
         ]
     assert loads == ["one", "two"]

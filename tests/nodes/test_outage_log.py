@@ -54,7 +54,7 @@ async def test_an_outage_is_one_line_for_each_loop(make_server: Any, namespace: 
                 await until(lambda: _beats_failed(lines) >= 15)
                 await read()
         server.start()
-        await until(lambda: node.parts.backend.link.connected)
+        await until(lambda: node._parts.backend.link.connected)
     said = Counter(
         (line["event"], line.get("link")) for line in lines if line["log_level"] != "debug"
     )

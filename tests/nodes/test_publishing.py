@@ -42,7 +42,7 @@ def in_cloud_event(event: dict[str, object]) -> dict[str, object]:
 
 async def beats(node: forebay.Node, name: str, profile: Profile) -> Ownership:
     """Another live member of the namespace."""
-    parts = node.parts
+    parts = node._parts
     made = Ownership(
         parts.backend.link,
         parts.names,
@@ -51,7 +51,7 @@ async def beats(node: forebay.Node, name: str, profile: Profile) -> Ownership:
         options=Workers(ownership_ttl_ms=60_000, beat_ms=20_000),
         clock=SystemClock(),
         rng=random.Random(name),
-        instruments=node.instruments,
+        instruments=node._instruments,
         profile=profile,
     )
     await made.beat()
@@ -59,7 +59,7 @@ async def beats(node: forebay.Node, name: str, profile: Profile) -> Ownership:
 
 
 async def stored(node: forebay.Node) -> int:
-    parts = node.parts
+    parts = node._parts
     counts = [("XLEN", parts.names.events), ("XLEN", parts.names.part(-1, "dead"))]
     return sum(await parts.backend.link.call_many(counts))
 
@@ -73,7 +73,7 @@ async def test_an_event_that_json_cannot_express_is_not_published(
         good = {"type": "write", "key": "price:1", "value": 1.0}
         with pytest.raises(forebay.InvalidEvent, match=r"events\[1\]"):
             await node.publish([good, {**good, "value": value}])
-        assert await node.parts.backend.link.call("XLEN", node.parts.names.events) == 0
+        assert await node._parts.backend.link.call("XLEN", node._parts.names.events) == 0
 
 
 async def test_a_write_without_a_sink_is_refused_with_its_place(make_node: MakeNode) -> None:
@@ -134,7 +134,7 @@ async def test_without_a_live_member_a_write_waits_in_the_stream(make_node: Make
         await member.leave()
         assert await node.publish([write("order:1")])
         await beats(node, "crashed", Profile(sinks=()))
-        link, names = node.parts.backend.link, node.parts.names
+        link, names = node._parts.backend.link, node._parts.names
         await link.call("ZINCRBY", names.nodes, -200_000, "crashed")
         assert await node.publish([write("order:1")])
 
@@ -145,7 +145,7 @@ async def test_a_roster_that_cannot_be_read_refuses_nothing(
 ) -> None:
     """D1: a record that somebody else wrote there does not stop publishers."""
     async with make_node() as node:
-        link, names = node.parts.backend.link, node.parts.names
+        link, names = node._parts.backend.link, node._parts.names
         if spoilt == "record":
             await link.call("HSET", names.members, "m", b"1 active 1000 0 {\xff")
             await link.call("ZADD", names.nodes, "inf", "m")
@@ -181,7 +181,7 @@ async def test_many_publishers_share_the_reads_of_the_roster(make_node: MakeNode
     """D3: 200 at a time cost two reads of it, and not 200."""
     async with make_node() as node:
         await beats(node, "worker", Profile(sinks=("order:{id}",)))
-        link = node.parts.backend.link
+        link = node._parts.backend.link
         await link.call("CONFIG", "RESETSTAT")
 
         async def publish(key: str) -> None:

@@ -102,7 +102,7 @@ async def caching(shop: Shop, server: ValkeyServer) -> None:
         ]
     )
     as_publisher(server, b'{"type":"write","key":"product:9","value":"no number"}')
-    await until(lambda: node.parts.dead_letters.buried == 1)
+    await until(lambda: node._parts.dead_letters.buried == 1)
     with pytest.raises(ForebayError, match="accepted, but not known to be replicated"):
         await product.write_behind(4, 5, until="replicated", timeout=0.1)
 
@@ -136,11 +136,11 @@ async def observing(shop: Shop, server: ValkeyServer) -> None:
     stats = await node.stats()
     assert stats["unavailable"] is None
     await node.explain("product:2")
-    crew = node.parts.crew
+    crew = node._parts.crew
     assert crew is not None
     assert crew.external is not None
     await shop.product(2)
-    server.execute("DEL", node.parts.names.entry("product:2"))
+    server.execute("DEL", node._parts.names.entry("product:2"))
     await until(lambda: shop.product._cache.path.near.peek("product:2") is None)
 
 
@@ -208,7 +208,7 @@ async def running(server: ValkeyServer) -> AsyncIterator[Shop]:
         await until(lambda: shop.ready)
         yield shop
         restore(server)
-        await shop.node.parts.rights.look()
+        await shop.node._parts.rights.look()
         await until(lambda: shop.ready)
         assert shop.check("rights") == ("pass", "")
         await shop.product.write_behind(1, 2, until="sink", timeout=30)
@@ -228,7 +228,7 @@ async def test_each_command_taken_away_is_named(group: int, server: ValkeyServer
         for command in COMMANDS[group::GROUPS]:
             lost = rights.PARTLY.get(command, "")
             restore(server, f"-{command}")
-            await shop.node.parts.rights.look()
+            await shop.node._parts.rights.look()
             state, detail = shop.check("rights")
             refused = await start_of(server)
 
@@ -254,7 +254,7 @@ async def test_each_pattern_taken_away_is_named(server: ValkeyServer) -> None:
     async with running(server) as shop:
         for rules, pattern in PATTERNS:
             restore(server, *rules.split())
-            await shop.node.parts.rights.look()
+            await shop.node._parts.rights.look()
             state, detail = shop.check("rights")
             refused = await start_of(server)
 

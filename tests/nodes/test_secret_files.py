@@ -17,7 +17,7 @@ from forebay.coordinator.valkey.dialer import _check_readable
 from forebay.nodes.cli.sources import load
 from forebay.nodes.logs import configure_logs
 from forebay.nodes.secret_files import exposed_secrets
-from forebay.nodes.web.bearer import LOOK_S, Bearer
+from forebay.nodes.web.access import LOOK_S, BearerToken
 from forebay.schemas.errors import ConfigError, Disconnected
 from forebay.schemas.settings import Http, Log, Settings, Valkey
 from forebay.schemas.settings_env import Found
@@ -128,7 +128,7 @@ def test_a_fifo_does_not_hang_the_loop(tmp_path: Path) -> None:
             return self.now
 
     clock = Hand()
-    bearer = Bearer(path, clock)
+    bearer = BearerToken(path, clock)
     path.unlink()
     os.mkfifo(path)
     clock.now += LOOK_S

@@ -121,7 +121,7 @@ async def test_state_tells_of_a_drain(declared: Declared) -> None:
 
     async with node:
         states.append(node.state)
-        crew = node.parts.crew
+        crew = node._parts.crew
         assert crew is not None
         drain = crew.drain
 
@@ -164,7 +164,7 @@ async def test_failure_of_a_started_node_is_told(declared: Declared) -> None:
     node, cached = declared
     await in_a_task(node.start)
     with capture_logs() as lines:
-        node.parts.tasks.start_soon(_fail)
+        node._parts.tasks.start_soon(_fail)
         with anyio.fail_after(10):
             while not (told := [line for line in lines if line["event"] == "node.failed"]):
                 await anyio.sleep(0)
@@ -187,7 +187,7 @@ async def test_failed_node_may_be_started_without_a_stop(declared: Declared) -> 
     """A new start clears the old failure."""
     node, cached = declared
     await node.start()
-    node.parts.tasks.start_soon(_fail)
+    node._parts.tasks.start_soon(_fail)
     with anyio.fail_after(10):
         while node.state != "failed":
             await anyio.sleep(0)

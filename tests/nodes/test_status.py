@@ -11,8 +11,7 @@ import pytest
 
 import forebay
 from conftest import MakeServer
-from forebay.nodes.gauges import gauges
-from forebay.nodes.status import checks
+from forebay.nodes.status import gauges
 from forebay.nodes.workers.delivery import Outage
 from forebay.schemas.settings import NodeSettings, Settings, Valkey
 from forebay.schemas.settings import Workers as WorkerSettings
@@ -123,7 +122,7 @@ async def test_stats_count_what_waits_and_what_is_dead(
     """The backlog is what no worker has done yet, in the whole of the namespace."""
     node = forebay.Node(namespace, settings=Settings(valkey=Valkey(url=valkey_server.socket_url)))
     async with node:
-        names = node.parts.names
+        names = node._parts.names
         valkey_server.execute("XADD", names.events, "*", "event", "{}")
         valkey_server.execute("XADD", names.part(2, "writes"), "*", "j", "x")
         valkey_server.execute("XADD", names.part(1, "dead"), "*", "event", "x")
@@ -152,7 +151,7 @@ async def test_refused_commands_do_not_break_stats(
     node: forebay.Node, valkey_server: ValkeyServer
 ) -> None:
     """S2: a key of another type where a stream should be is left out, and named."""
-    dead = node.parts.names.part(3, "dead")
+    dead = node._parts.names.part(3, "dead")
     valkey_server.execute("SET", dead, "x")
     document = await node.stats()
 
@@ -162,7 +161,7 @@ async def test_refused_commands_do_not_break_stats(
 
 
 def failing(node: forebay.Node, gate: str) -> set[str]:
-    return {each.name for each in checks(node) if each.state == "fail" and gate in each.gates}
+    return {each.name for each in node.checks() if each.state == "fail" and gate in each.gates}
 
 
 async def eventually(node: forebay.Node, gate: str, names: set[str]) -> None:
@@ -199,11 +198,11 @@ async def test_stopped_sink_warns_and_fails_nothing(
 ) -> None:
     """A sink in need of a person is shown; the node serves on."""
     async with shop(Valkey(url=valkey_server.socket_url), namespace) as node:
-        assert node.parts.crew is not None
-        delivery = node.parts.crew.deliveries["save"]
+        assert node._parts.crew is not None
+        delivery = node._parts.crew.deliveries["save"]
         delivery.stopped = "no such table"
-        delivery.paused = Outage(node.parts.clock.monotonic() - 30, 4, "no such table")
-        (check,) = [each for each in checks(node) if each.name == "sink save"]
+        delivery.paused = Outage(node._parts.clock.monotonic() - 30, 4, "no such table")
+        (check,) = [each for each in node.checks() if each.name == "sink save"]
         document = await node.stats()
         delivery.stopped, delivery.paused = "", None
 
@@ -218,7 +217,7 @@ async def test_stopped_sink_warns_and_fails_nothing(
 async def test_gauges_are_there_while_the_node_runs(node: forebay.Node) -> None:
     """What a scrape shows besides counters, with a value for each cache."""
     await node.read("product:1")
-    found = {(name, *labels): value for name, labels, value in gauges(node)}
+    found = {(name, *labels): value for name, labels, value in gauges(node._parts_if_running())}
 
     assert found["build_info", forebay.__version__] == 1
     assert found["backend_up",] == 1
@@ -231,7 +230,7 @@ async def test_gauges_are_there_while_the_node_runs(node: forebay.Node) -> None:
 
 def test_gauges_of_a_node_that_does_not_run() -> None:
     """Before the start and after the stop a scrape says that nothing is up, and no more."""
-    found = list(gauges(forebay.Node("shop")))
+    found = list(gauges(None))
 
     down = [("ready", (), 0.0), ("draining", (), 0.0), ("backend_up", (), 0.0)]
     assert found == [("build_info", (forebay.__version__,), 1.0), *down]

@@ -110,11 +110,11 @@ class Story:
 
     async def _reconnected(self) -> bool:
         """Whether the scripts were loaded into the server after the connection was lost."""
-        parts = self.nodes[-1].parts
+        parts = self.nodes[-1]._parts
         link, script = parts.backend.link, parts.scripts["entry_begin"]
         await link.call("SCRIPT", "FLUSH")
         mine = await link.call("CLIENT", "ID")
-        killer = self.nodes[0].parts.backend.link
+        killer = self.nodes[0]._parts.backend.link
         await killer.call("CLIENT", "KILL", "ID", mine)
         while True:
             try:

@@ -171,10 +171,10 @@ class Table:
 class Workshop:
     def __init__(self, node: forebay.Node, blocking: Commands) -> None:
         self.node = node
-        self.parts: Running = node.parts
-        self.link = node.parts.backend.link
-        self.names = node.parts.names
-        self.counts = node.instruments.counts
+        self.parts: Running = node._parts
+        self.link = node._parts.backend.link
+        self.names = node._parts.names
+        self.counts = node._instruments.counts
         self._blocking = blocking
 
     async def ownership(self, node_id: str = "one", **options: int) -> Ownership:
@@ -188,7 +188,7 @@ class Workshop:
             options=Workers(**limits | options),
             clock=SystemClock(),
             rng=random.Random(node_id),
-            instruments=self.node.instruments,
+            instruments=self.node._instruments,
         )
         await made.beat()
         return made
@@ -223,7 +223,7 @@ class Workshop:
             commands,
             self.names,
             self.parts.scripts,
-            self.node.instruments,
+            self.node._instruments,
             entries_max=durable.dead_letters_max,
         )
 
@@ -238,7 +238,7 @@ class Workshop:
                 attempts_max=workers.attempts_max,
                 clock=Hasty(),
                 rng=random.Random(1),
-                instruments=self.node.instruments,
+                instruments=self.node._instruments,
                 sleep=lambda _: anyio.sleep(0.001),
             )
             for sink in parts.routes.all_sinks()
@@ -261,7 +261,7 @@ class Workshop:
             options=workers,
             held_max=parts.settings.durable.dead_letters_max,
             server_clock=parts.core.server_clock,
-            instruments=self.node.instruments,
+            instruments=self.node._instruments,
             invalidate=invalidate,
         )
 
@@ -361,5 +361,5 @@ async def workshop(
         node.sink(template, sink)
     if declare is not None:
         declare(node)
-    async with node, node.parts.backend.blocking_link("ingress") as blocking:
+    async with node, node._parts.backend.blocking_link("ingress") as blocking:
         yield Workshop(node, blocking)

@@ -154,7 +154,7 @@ async def _call(service: Application, notes: _Notes, event: Published) -> bool:
         if called:
             await service.write_behind(event.key, event.value)
         else:
-            parts = service.node.parts
+            parts = service.node._parts
             await parts.backend.link.call("XADD", parts.names.events, "*", "event", event.raw)
     except ForebayError as error:
         refused = isinstance(error, Backpressure | ServerRefused)

@@ -70,7 +70,7 @@ def rows(*numbers: int) -> list[Row]:
 
 
 def count(cached: Cached[Any, Any], node: forebay.Node, *labels: str) -> int:
-    return node.instruments.counts.get((labels[0], cached.name, *labels[1:]), 0)
+    return node._instruments.counts.get((labels[0], cached.name, *labels[1:]), 0)
 
 
 def calls_of(server: Any, command: str) -> int:
@@ -126,7 +126,7 @@ async def test_older_forms_and_broken_entries_are_read_in_one_go(
 ) -> None:
     """M3: what can be read is a hit, what cannot is loaded over and counted, once each."""
     node = nodes[0]
-    names, row = node.parts.names, node.row
+    names, row = node._parts.names, node.row
     await row.many([1, 2])
     row._cache.path.near.clear()
     valkey_server.execute("SET", names.entry("row:3"), b'{"n": 3}')
@@ -143,7 +143,7 @@ async def test_older_forms_and_broken_entries_are_read_in_one_go(
     await until(lambda: len(table.calls) == 3)  # the stale one is refreshed in the background
     assert sorted(table.calls[1:]) == [[4], [5, 6, 7, 8]]
     for fault in ("bad_magic", "newer_format", "bad_value"):
-        assert node.instruments.counts["entry_faults", fault] == 1
+        assert node._instruments.counts["entry_faults", fault] == 1
     assert count(row, node, "cache_decode_errors") == 3
     assert count(row, node, "cache_requests", "shared", "hit") == 3
     assert count(row, node, "cache_requests", "shared", "stale") == 1
@@ -190,7 +190,7 @@ async def test_a_batch_loader_that_raises_fails_all_of_its_keys(
     assert [type(errors[item]) for item in (2, 3)] == [ConnectionError] * 2
     assert errors[2] is not errors[3]
     for item in (2, 3):
-        assert valkey_server.execute("GET", nodes[0].parts.names.lease(f"row:{item}")) is None
+        assert valkey_server.execute("GET", nodes[0]._parts.names.lease(f"row:{item}")) is None
     table.error = None
     assert await row.many([1, 2, 3]) == rows(1, 2, 3)
 
@@ -302,7 +302,7 @@ async def test_a_bulk_read_that_is_cut_off_anywhere_leaves_nothing(nodes, table)
             await anyio.sleep(0.005)
     assert not row._cache.path.near._reservations
     assert not row._cache.path.flights._flights
-    assert len(nodes[0].parts.waits) == 0
+    assert len(nodes[0]._parts.waits) == 0
 
 
 async def test_in_a_request_scope_each_key_is_read_once(nodes, table, valkey_server) -> None:

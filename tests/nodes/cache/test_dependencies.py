@@ -73,7 +73,7 @@ async def test_a_fill_outdates_nothing(worlds) -> None:
     for world in worlds:
         assert await world.old() == []
         world.user._cache.path.near.clear()
-        await world.node.parts.backend.link.call("DEL", world.node.parts.names.entry("user:1"))
+        await world.node._parts.backend.link.call("DEL", world.node._parts.names.entry("user:1"))
         assert (await world.user.get_with_info(1)).tier == "source"
         for cached in (world.team, world.page, world.note):
             assert (await cached.get_with_info(1)).tier == "near"
@@ -82,7 +82,7 @@ async def test_a_fill_outdates_nothing(worlds) -> None:
 async def test_a_reload_outdates_nothing_elsewhere(worlds, eventually) -> None:
     """E3: also as a notice; the other nodes go on with what they have."""
     one, two = worlds
-    await one.node.parts.backend.link.call("DEL", one.node.parts.names.entry("user:1"))
+    await one.node._parts.backend.link.call("DEL", one.node._parts.names.entry("user:1"))
     one.user._cache.path.near.clear()
     loaded = await one.user.get_with_info(1)
 
@@ -126,7 +126,7 @@ async def test_what_depends_on_it_is_old_with_it(worlds, source, eventually, cha
 async def test_a_write_is_known_here_before_its_notice_comes(worlds, source, way: str) -> None:
     """Writes X1, E2: also by what depends on the key."""
     one = worlds[0]
-    one.node.parts.follower.bell = lambda payload: None
+    one.node._parts.follower.bell = lambda payload: None
     source.values.update({f"{name}:1": f"new {name}" for name in ("team", "page", "note")})
     await getattr(one.user, way)(1, "another")
     assert [await each(1) for each in (one.page, one.note, one.team)] == [

@@ -35,7 +35,7 @@ async def lose(server: ValkeyServer, node: forebay.Node, loss: str) -> None:
     """Take the server away, and let the promise run out."""
     server.sigstop() if loss == "frozen" else server.kill9()
     with anyio.fail_after(20):
-        while node.parts.clock.monotonic() < node.parts.follower.live_until:
+        while node._parts.clock.monotonic() < node._parts.follower.live_until:
             await anyio.sleep(0.01)
 
 
@@ -43,7 +43,7 @@ async def bring_back(server: ValkeyServer, node: forebay.Node, loss: str) -> Non
     """And wait until the node believes what it hears again."""
     server.sigcont() if loss == "frozen" else server.start()
     with anyio.fail_after(20):
-        while node.parts.clock.monotonic() >= node.parts.follower.live_until:
+        while node._parts.clock.monotonic() >= node._parts.follower.live_until:
             await anyio.sleep(0.01)
 
 
@@ -83,7 +83,7 @@ async def test_the_near_cache_serves_as_long_as_the_promise_holds(
     async with node:
         await row(1)
         server.sigstop()
-        follower, clock = node.parts.follower, node.parts.clock
+        follower, clock = node._parts.follower, node._parts.clock
         tiers = []
         with anyio.fail_after(20):
             while "source" not in tiers:
@@ -128,7 +128,7 @@ async def test_stale_serves_what_it_has_and_says_so(make_node, source, server, l
         assert (hit.value, hit.tier, hit.stale) == ({"n": 1}, "near", True)
         assert hit.version == before.version
         assert (await row.get_with_info(2)).tier == "source"
-        assert node.instruments.counts["cache_requests", "row", "near", "stale"] == 1
+        assert node._instruments.counts["cache_requests", "row", "near", "stale"] == 1
         await bring_back(server, node, loss)
         assert await row(1) == ({"n": 1} if loss == "frozen" else {"n": 11})
 
@@ -216,7 +216,7 @@ async def test_a_value_survives_that_the_server_has_no_room_for(make_node, sourc
             server.execute("CONFIG", "SET", "maxmemory", "1")
             source.let_go()
         with anyio.fail_after(20):
-            while server.execute("EXISTS", node.parts.names.lease("row:1")):
+            while server.execute("EXISTS", node._parts.names.lease("row:1")):
                 await anyio.sleep(0.005)
         server.execute("CONFIG", "SET", "maxmemory", "0")
         assert await row(1) == {"n": 1}

@@ -71,13 +71,13 @@ def make_pair(make_node, source):
 
 
 def lease_of(pair: Pair, server: Any, key: str) -> Any:
-    return server.execute("GET", pair.nodes[0].parts.names.lease(key))
+    return server.execute("GET", pair.nodes[0]._parts.names.lease(key))
 
 
 def end_throttle(pair: Pair, server: Any, key: str) -> None:
     """As if throttle_ms had passed."""
     assert lease_of(pair, server, key) == b"!"
-    server.execute("DEL", pair.nodes[0].parts.names.lease(key))
+    server.execute("DEL", pair.nodes[0]._parts.names.lease(key))
 
 
 async def fails(call: Any, error: type[Exception] = ConnectionError) -> Exception:
@@ -144,8 +144,8 @@ async def test_a_loader_given_lifetime_does_not_move_the_end_of_the_fallback(
         for number, hard_s in ((0, 660), (300, 660), (900, 960)):
             await page(number)
             hit = await page.get_with_info(number)
-            raw = await node.parts.backend.link.call(
-                "GET", node.parts.names.entry(f"page:{number}")
+            raw = await node._parts.backend.link.call(
+                "GET", node._parts.names.entry(f"page:{number}")
             )
             assert int(bytes(raw)[33:46]) == hit.version // 1_000 + hard_s * 1_000
 
@@ -164,7 +164,7 @@ async def test_between_failures_the_source_is_left_alone(
             hits.append(await pair.again.get_with_info(1))
             assert all((hit.value, hit.stale) == ({"n": 1}, True) for hit in hits)
             assert source.loads == tried
-            name = pair.nodes[0].parts.names.lease("row:1")
+            name = pair.nodes[0]._parts.names.lease("row:1")
             assert 0 < valkey_server.execute("PTTL", name) <= NEVER_MS
             end_throttle(pair, valkey_server, "row:1")
 
@@ -270,7 +270,7 @@ async def test_an_error_neither_replaces_nor_shortens_an_entry(
     async with make_pair() as pair:
         await pair.row(1)
         grow_old("row:1", GRACE_S, *pair.caches)
-        name = pair.nodes[0].parts.names.entry("row:1")
+        name = pair.nodes[0]._parts.names.entry("row:1")
         before = [valkey_server.execute(each, name) for each in ("GET", "PEXPIRETIME")]
         source.error = ConnectionError("down")
         for _ in range(3):
@@ -290,7 +290,7 @@ async def test_a_failed_refresh_lets_the_source_rest_too(
         assert (await pair.row.get_with_info(1)).stale
         await eventually(lambda: lease_of(pair, valkey_server, "row:1") == b"!")
         job = RefreshJob(cache="row", key="row:1", token="token")
-        assert await pair.nodes[0].parts.shared.refresh(job, lease_ms=1_000, seen=2**60) == 0
+        assert await pair.nodes[0]._parts.shared.refresh(job, lease_ms=1_000, seen=2**60) == 0
         assert all([(await each.get_with_info(1)).stale for each in pair.caches * 5])
         assert source.loads == 2
 
@@ -372,7 +372,7 @@ async def test_while_the_source_rests_what_was_kept_is_served(
             assert (hit.value, hit.stale) == ({"n": 1}, True)
         assert source.loads == asked
         assert lease_of(pair, valkey_server, "row:1") is None
-        counts = pair.nodes[1].instruments.counts
+        counts = pair.nodes[1]._instruments.counts
         assert counts["loads", "row", "refused"] == 1
         assert counts["cache_requests", "row", "shared", "stale"] == 1
 
@@ -381,7 +381,7 @@ async def test_one_load_in_each_recovery_time_finds_out(make_pair, source, event
     """O2: in the whole cluster, however many read."""
     recovery_s = 0.1
     async with make_pair(breaker_failures=3, breaker_recovery_ms=100) as pair:
-        clock = pair.nodes[0].parts.clock
+        clock = pair.nodes[0]._parts.clock
         await open_breaker(pair, source, 3)
         began, number = clock.monotonic(), 0
         with anyio.fail_after(30):
@@ -416,7 +416,7 @@ async def test_a_probe_that_is_cut_off_is_made_by_another(make_pair, source, eve
         await open_breaker(pair, source, 3)
         source.error = None
         await eventually(lambda: set(pair.breakers()) == {"half_open"})
-        await pair.nodes[0].parts.shared.begin("row:1", "t", lease_ms=60_000, seen=-1)
+        await pair.nodes[0]._parts.shared.begin("row:1", "t", lease_ms=60_000, seen=-1)
         source.hold()
         async with anyio.create_task_group() as tasks:
             job = RefreshJob(cache="row", key="row:1", token="t")

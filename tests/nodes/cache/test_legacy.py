@@ -62,13 +62,13 @@ async def into_nothing(writes: list[forebay.Write[Any]]) -> None:
 
 
 def results(node: forebay.Node) -> dict[str, int]:
-    counts = node.instruments.counts
+    counts = node._instruments.counts
     return {key[2]: count for key, count in counts.items() if key[0] == "legacy_entries" and count}
 
 
 def forget(node: forebay.Node, server: Any, key: str) -> None:
     """Remove the entry, as if it had expired."""
-    server.execute("DEL", node.parts.names.entry(key))
+    server.execute("DEL", node._parts.names.entry(key))
     for cached in node.caches:
         cached._cache.path.near.clear()
 
@@ -86,7 +86,7 @@ async def test_both_forms_spare_the_load_and_keep_their_lifetime(
     old(1, OLD, left_ms=DAY_MS, stale_in_s=stale_in_s)
     async with node:
         first, second = [await row.get_with_info(1) for _ in range(2)]
-        left_ms = valkey_server.execute("PTTL", node.parts.names.entry("row:1"))
+        left_ms = valkey_server.execute("PTTL", node._parts.names.entry("row:1"))
         assert (first.value, first.tier, first.age_ms, first.stale) == (OLD, "shared", None, False)
         assert (second.value, second.tier, second.age_ms) == (OLD, "near", None)
         assert 0.9 * DAY_MS < left_ms <= DAY_MS
@@ -105,7 +105,7 @@ async def test_without_a_lifetime_it_gets_that_of_the_cache(
     source.values[1] = NEW
     async with node:
         assert await row(1) == OLD
-        assert 80_000 < valkey_server.execute("PTTL", node.parts.names.entry("row:1")) <= 90_000
+        assert 80_000 < valkey_server.execute("PTTL", node._parts.names.entry("row:1")) <= 90_000
         forget(node, valkey_server, "row:1")
         assert await row(1) == NEW
         assert results(node) == {"used": 1, "outdated": 1}
@@ -279,7 +279,7 @@ async def test_a_failing_source_does_not_prevent_an_import(
 
 
 async def by_event(node: forebay.Node, event: bytes) -> None:
-    names, server = node.parts.names, node.parts.backend.link
+    names, server = node._parts.names, node._parts.backend.link
     await server.call("XADD", names.events, "*", "event", event)
 
 
@@ -316,16 +316,16 @@ async def test_no_change_is_undone_by_the_old_value(
         await CHANGES[what](other, changing)
         await eventually(lambda: any_marks(node))
         forget(node, valkey_server, "row:1")
-        valkey_server.execute("DEL", other.parts.names.entry("row:1"))
+        valkey_server.execute("DEL", other._parts.names.entry("row:1"))
         old(1, OLD, left_ms=DAY_MS)
         assert await row(1) == NEW
     assert results(node) == {"outdated": 1}
 
 
 async def any_marks(node: forebay.Node) -> bool:
-    names = node.parts.names
+    names = node._parts.names
     commands = [("ZCARD", names.part(shard, "legacy")) for shard in range(names.shards)]
-    return any(await node.parts.backend.link.call_many(commands))
+    return any(await node._parts.backend.link.call_many(commands))
 
 
 async def test_without_its_mark_the_old_value_would_come_back(
@@ -337,8 +337,8 @@ async def test_without_its_mark_the_old_value_would_come_back(
     old(1, OLD, left_ms=DAY_MS)
     async with node:
         await row.invalidate(1)
-        for shard in range(node.parts.names.shards):
-            valkey_server.execute("DEL", node.parts.names.part(shard, "legacy"))
+        for shard in range(node._parts.names.shards):
+            valkey_server.execute("DEL", node._parts.names.part(shard, "legacy"))
         assert await row(1) == OLD
 
 
@@ -390,7 +390,7 @@ async def test_the_window_ends(make_node, declare, source, old, valkey_server) -
     declare(first)
     row = declare(node)
     async with first:
-        names = first.parts.names
+        names = first._parts.names
     began_ms = int(valkey_server.execute("HGET", names.meta, "legacy:row:{}"))
     assert began_ms > 0
     valkey_server.execute("HSET", names.meta, "legacy:row:{}", began_ms - WINDOW_S * 1000)
@@ -428,7 +428,7 @@ async def test_a_cancelled_import_leaves_no_lease(
         await anyio.sleep_forever()
 
     async with node, anyio.create_task_group() as tasks:
-        lease = node.parts.names.lease("row:1")
+        lease = node._parts.names.lease("row:1")
         monkeypatch.setattr(row._cache.path.legacy, "_read", hang)
         tasks.start_soon(row, 1)
         await reached.wait()

@@ -37,12 +37,12 @@ class Page:
         self.cached: Cached[Any, str | None] = page
 
     def entry(self, server: ValkeyServer, key: str = "page:1") -> Entry | None:
-        raw = server.execute("GET", self.node.parts.names.entry(key))
+        raw = server.execute("GET", self.node._parts.names.entry(key))
         return None if raw is None else read_entry(raw, bytes_max=100_000)
 
     async def refresh(self, key: str = "page:1") -> bool:
         """As a job does; on top of whatever is stored."""
-        shared = self.node.parts.shared
+        shared = self.node._parts.shared
         await shared.begin(key, "token", lease_ms=60_000, seen=2**60)
         return await self.cached._cache.refresh(RefreshJob(cache="page", key=key, token="token"))
 
@@ -102,7 +102,7 @@ async def test_what_is_not_to_be_stored_is_given_to_those_who_wait(
         assert (hit.value, hit.tier, hit.version) == ("one", "source", 0)
     assert source.loads == 2
     assert pages[0].entry(valkey_server) is None
-    assert valkey_server.execute("GET", pages[0].node.parts.names.lease("page:1")) is None
+    assert valkey_server.execute("GET", pages[0].node._parts.names.lease("page:1")) is None
 
 
 async def test_an_etag_is_handed_to_the_next_load(pages, source, valkey_server) -> None:
@@ -169,7 +169,7 @@ async def test_other_nodes_near_entries_live_on_too(
     new = one.entry(valkey_server)
     assert new.version > old.version
     # From here on there is nothing in Valkey to read it from.
-    name = one.node.parts.names.entry("page:1")
+    name = one.node._parts.names.entry("page:1")
     valkey_server.execute("SET", name, b"broken", "PX", 60_000)
 
     async def told() -> bool:
@@ -245,7 +245,7 @@ async def test_not_modified_never_brings_back_what_cannot_be_read(
     one = pages[0]
     one.say = lambda load: load.keep(etag="v1")
     await one.cached(1)
-    name = one.node.parts.names.entry("page:1")
+    name = one.node._parts.names.entry("page:1")
     raw = valkey_server.execute("GET", name)
     one.cached._cache.path.near.clear()
     valkey_server.execute("SET", name, raw[: -len("one") - 1] + b"\x07", "PX", 60_000)
@@ -281,7 +281,7 @@ async def test_a_named_tag_that_was_bumped_during_the_load_keeps_it_out(
         await two.node.invalidate(tags=["author:7"])
         source.let_go()
     assert one.entry(valkey_server) is not None
-    assert one.node.instruments.counts["fills_refused", "page"] == 1
+    assert one.node._instruments.counts["fills_refused", "page"] == 1
     assert await two.cached(1) == await one.cached(1) == "new"
     assert source.loads == 2
 
@@ -425,7 +425,7 @@ async def test_a_refresh_whose_loader_asks_for_its_own_key_is_told(make_node, so
         return await itself(id)
 
     async with node:
-        await node.parts.shared.begin("self:1", "token", lease_ms=60_000, seen=-1)
+        await node._parts.shared.begin("self:1", "token", lease_ms=60_000, seen=-1)
         job = RefreshJob(cache="itself", key="self:1", token="token")
         with anyio.fail_after(5), pytest.raises(LoaderError, match="itself"):
             await itself._cache.refresh(job)

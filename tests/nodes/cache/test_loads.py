@@ -149,7 +149,7 @@ async def test_an_absence_that_was_overtaken_takes_nothing_away(
                 await source.began.wait()
             await row.put(1, "new")
             source.let_go()
-        await eventually(lambda: node.instruments.counts["refreshes", "refused"])
+        await eventually(lambda: node._instruments.counts["refreshes", "refused"])
         row._cache.path.near.clear()
         assert await row(1) == "new"
 
@@ -179,6 +179,6 @@ async def test_a_value_survives_that_cannot_be_loaded_once_more(make_node, sourc
             with anyio.fail_after(20):
                 await source.began.wait()
             await node.invalidate(tags=["late"])
-            node.parts.shared.holds = away
+            node._parts.shared.holds = away
             source.let_go()
         assert source.loads == 1

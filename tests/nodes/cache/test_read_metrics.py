@@ -247,7 +247,7 @@ async def test_reads_without_a_server_are_counted_by_policy(
         before = reads(node)
         server.kill9()
         with anyio.fail_after(20):
-            while node.parts.backend.link.connected or row._cache.path.loads.live:
+            while node._parts.backend.link.connected or row._cache.path.loads.live:
                 await anyio.sleep(0.005)
         if policy == "fail":
             await fails(row(1), Unavailable)
@@ -266,7 +266,7 @@ async def test_reads_without_a_server_are_counted_by_policy(
 
 async def test_a_refresh_is_a_load_and_no_read(node: Any) -> None:
     """Jobs load without a reader."""
-    await node.parts.shared.begin("row:1", "token", lease_ms=60_000, seen=-1)
+    await node._parts.shared.begin("row:1", "token", lease_ms=60_000, seen=-1)
     assert await node.row._cache.refresh(RefreshJob(cache="row", key="row:1", token="token"))
     assert (reads(node), loads(node)) == ({}, {"loaded": 1})
 

@@ -127,7 +127,7 @@ class World:
 
     async def read(self, node: int, id: int) -> None:
         await self.quiet()
-        row, parts = self.rows[id], self.nodes[node].parts
+        row, parts = self.rows[id], self.nodes[node]._parts
         bound_s = parts.settings.cache.max_staleness_ms / 1000
         began = parts.clock.monotonic()
         try:
@@ -171,20 +171,20 @@ class World:
         row = self.rows[id]
         row.source += 1
         await self.nodes[node].invalidate(**names, soft=soft)
-        acked_at = self.nodes[node].parts.clock.monotonic()
+        acked_at = self.nodes[node]._parts.clock.monotonic()
         row.floors.append(Floor(row.source, soft, {node}, acked_at))
         row.soft, row.invalid = row.soft or soft, row.invalid or not soft
         row.may_load = self.asked[id] + 1
 
     async def hear(self, node: int, id: int) -> None:
         """Until both nodes have heard of all that was said of the key."""
-        names = self.nodes[0].parts.names
+        names = self.nodes[0]._parts.names
         for shard in {names.shard(f"row:{id}"), names.shard(f"of:{id}")}:
             log = await self.link.call("XREVRANGE", names.part(shard, "log"), "+", "-", "COUNT", 1)
             end = Position.parse(bytes(log[0][0]))
             for each in self.nodes:
                 with anyio.fail_after(PATIENCE_S):
-                    while each.parts.follower.views[shard].position < end:
+                    while each._parts.follower.views[shard].position < end:
                         await anyio.sleep(0.002)
         for floor in self.rows[id].floors:
             floor.known |= {0, 1}
@@ -192,7 +192,7 @@ class World:
     async def age(self, node: int, id: int) -> None:
         """What is stored lives for a step more, in the eyes of both."""
         await self.quiet()
-        row, name = self.rows[id], self.nodes[0].parts.names.entry(f"row:{id}")
+        row, name = self.rows[id], self.nodes[0]._parts.names.entry(f"row:{id}")
         raw = await self.link.call("GET", name)
         if raw is None:
             return
@@ -215,13 +215,13 @@ class World:
         await self.quiet()
         self.failing = False
         for each in self.rows:
-            name = self.nodes[0].parts.names.lease(f"row:{each}")
+            name = self.nodes[0]._parts.names.lease(f"row:{each}")
             if await self.link.call("GET", name) == b"!":
                 await self.link.call("DEL", name)
 
     async def quiet(self) -> None:
         """No load and no refresh is under way, and what they stored is known."""
-        leases = [self.nodes[0].parts.names.lease(f"row:{each}") for each in self.rows]
+        leases = [self.nodes[0]._parts.names.lease(f"row:{each}") for each in self.rows]
         with anyio.fail_after(PATIENCE_S):
             while (
                 any(cached._cache.path._refreshes._asking for cached in self.caches)
@@ -230,14 +230,14 @@ class World:
             ):
                 await anyio.sleep(0.002)
         for each, row in self.rows.items():
-            raw = await self.link.call("GET", self.nodes[0].parts.names.entry(f"row:{each}"))
+            raw = await self.link.call("GET", self.nodes[0]._parts.names.entry(f"row:{each}"))
             version = 0 if raw is None else int(bytes(raw)[4:20])
             if version != row.entry:
                 row.entry, row.age_s, row.soft, row.invalid = version, 0.0, False, False
 
     @property
     def link(self) -> Any:
-        return self.nodes[0].parts.backend.link
+        return self.nodes[0]._parts.backend.link
 
 
 NAMES = [

@@ -39,16 +39,16 @@ async def into_nothing(writes: list[forebay.Write[Any]]) -> None:
 
 
 def counts(node: forebay.Node, *labels: str) -> int:
-    return node.instruments.counts.get(labels, 0)
+    return node._instruments.counts.get(labels, 0)
 
 
 def stored(node: forebay.Node, server: Any, key: str) -> bytes | None:
-    raw: bytes | None = server.execute("GET", node.parts.names.entry(key))
+    raw: bytes | None = server.execute("GET", node._parts.names.entry(key))
     return raw
 
 
 def leased(node: forebay.Node, server: Any, key: str) -> bytes | None:
-    raw: bytes | None = server.execute("GET", node.parts.names.lease(key))
+    raw: bytes | None = server.execute("GET", node._parts.names.lease(key))
     return raw
 
 
@@ -146,7 +146,7 @@ async def test_waiters_on_other_nodes_are_woken_by_the_notice(cluster, source, m
         for other in cluster[1:]:
             tasks.start_soon(other.row, 1)
         await anyio.sleep(0.1)
-        assert all("row:1" in other.parts.waits._watched for other in cluster[1:])
+        assert all("row:1" in other._parts.waits._watched for other in cluster[1:])
         with anyio.fail_after(20):
             source.let_go()
             assert await cluster[2].row(1) == {"n": 1}
@@ -302,7 +302,7 @@ async def test_an_invalidation_is_visible_elsewhere_within_the_promise(
             await cluster[0].row.invalidate(1)
         else:
             await cluster[0].invalidate(tags=["number:1"])
-        clock = cluster[0].parts.clock
+        clock = cluster[0]._parts.clock
         due = clock.monotonic() + promise_s
         late: list[Row] = []
         while len(late) < 4:
@@ -417,7 +417,7 @@ async def test_bytes_that_cannot_be_read_are_a_miss_and_a_count(
     node, source, valkey_server, raw: bytes, fault: str
 ) -> None:
     """R4: they are loaded over."""
-    valkey_server.execute("SET", node.parts.names.entry("row:1"), raw)
+    valkey_server.execute("SET", node._parts.names.entry("row:1"), raw)
     assert await node.row(1) == {"n": 1}
     assert counts(node, "cache_decode_errors", "row") == 1
     assert counts(node, "entry_faults", fault) == 1
@@ -428,7 +428,7 @@ async def test_bytes_that_cannot_be_read_are_a_miss_and_a_count(
 
 async def test_unreadable_bytes_are_replaced_by_one_node(cluster, source, valkey_server) -> None:
     """R4: the others wait for it, and take what it stored."""
-    valkey_server.execute("SET", cluster[0].parts.names.entry("row:1"), b'{"n": "one"}')
+    valkey_server.execute("SET", cluster[0]._parts.names.entry("row:1"), b'{"n": "one"}')
     source.hold()
     async with anyio.create_task_group() as tasks:
         for node in cluster:
@@ -464,7 +464,7 @@ async def test_a_pending_write_that_cannot_be_read_is_passed_by(
 
 async def test_legacy_forms_are_read_in_one_go_with_ours(node, source, valkey_server) -> None:
     """Three forms, one MGET; the wrapped one is served stale after its time, and refreshed."""
-    entry = node.parts.names.entry
+    entry = node._parts.names.entry
     await node.row(1)
     node.row._cache.path.near.clear()
     valkey_server.execute("SET", entry("row:2"), b'{"n": 2}')
@@ -513,13 +513,13 @@ async def test_an_error_invalidates_nothing(node, source, valkey_server) -> None
     raw = stored(node, valkey_server, "row:1")
     source.error = ValueError("down")
     job = RefreshJob(cache="row", key="row:1", token="token")
-    valkey_server.execute("SET", node.parts.names.lease("row:1"), "token", "PX", 60_000)
+    valkey_server.execute("SET", node._parts.names.lease("row:1"), "token", "PX", 60_000)
     with pytest.raises(ValueError, match="down"):
         await node.row._cache.refresh(job)
     assert stored(node, valkey_server, "row:1") == raw
     assert (await node.row.get_with_info(1)).tier == "near"
     assert leased(node, valkey_server, "row:1") == b"!", "no token: its source is left alone"
-    name = node.parts.names.lease("row:1")
+    name = node._parts.names.lease("row:1")
     assert 0 < valkey_server.execute("PTTL", name) <= node.settings.cache.throttle_ms
 
 
@@ -551,7 +551,7 @@ async def test_a_loader_that_is_cancelled_from_inside_ends_nothing_else(node, so
     with pytest.raises(LoaderError, match="cancelled from inside"):
         await node.row(1)
     job = RefreshJob(cache="row", key="row:1", token="token")
-    await node.parts.shared.begin("row:1", "token", lease_ms=10_000, seen=-1)
+    await node._parts.shared.begin("row:1", "token", lease_ms=10_000, seen=-1)
     with pytest.raises(LoaderError, match="cancelled from inside"):
         await node.row._cache.refresh(job)
     source.before = None
@@ -630,7 +630,7 @@ async def test_loads_are_bounded_and_reads_are_not(make_node, source) -> None:
 
 async def test_a_write_is_read_at_once_where_it_was_made(node, source, monkeypatch) -> None:
     """Also a deletion, and also by those who come while a load is under way."""
-    monkeypatch.setattr(node.parts.follower, "bell", lambda payload: None)  # none comes to help
+    monkeypatch.setattr(node._parts.follower, "bell", lambda payload: None)  # none comes to help
     await node.row(1)
     receipt = await node.row.write_behind(1, {"n": 5})
     hit = await node.row.get_with_info(1)
@@ -663,7 +663,7 @@ async def test_a_write_too_large_for_the_near_cache_is_read_at_once(
     node.sink("text:{id}")(into_nothing)
     source.values[1] = "small"
     async with node:
-        monkeypatch.setattr(node.parts.follower, "bell", lambda payload: None)
+        monkeypatch.setattr(node._parts.follower, "bell", lambda payload: None)
         await text(1)
         assert (await text.get_with_info(1)).tier == "near"
         await text.write_behind(1, "x" * 500)
@@ -681,7 +681,7 @@ async def test_a_pending_write_neither_expires_nor_is_loaded_over(
     async with node:
         await row.write_behind(1, {"n": 5})
         await anyio.sleep(0.02)
-        assert valkey_server.execute("PTTL", node.parts.names.entry("row:1")) == -1
+        assert valkey_server.execute("PTTL", node._parts.names.entry("row:1")) == -1
         assert (await row.get_with_info(1)).value == {"n": 5}
         await row.invalidate(1)
         hit = await row.get_with_info(1)
@@ -699,11 +699,11 @@ async def test_a_refresh_whose_lease_is_over_loads_nothing(node, source, valkey_
     await node.row(1)
     job = RefreshJob(cache="row", key="row:1", token="token")
     assert not await node.row._cache.refresh(job)
-    valkey_server.execute("SET", node.parts.names.lease("row:1"), "another's", "PX", 60_000)
+    valkey_server.execute("SET", node._parts.names.lease("row:1"), "another's", "PX", 60_000)
     assert not await node.row._cache.refresh(job)
     assert leased(node, valkey_server, "row:1") == b"another's"
     bad = RefreshJob(cache="row", key="row:x", token="token")
-    valkey_server.execute("SET", node.parts.names.lease("row:x"), "token", "PX", 60_000)
+    valkey_server.execute("SET", node._parts.names.lease("row:x"), "token", "PX", 60_000)
     with pytest.raises(InvalidKey):
         await node.row._cache.refresh(bad)
     assert leased(node, valkey_server, "row:x") is None
@@ -714,7 +714,7 @@ async def test_a_refresh_is_kept_here_and_told_elsewhere(cluster, source, eventu
     """It goes the way of every fill."""
     assert [await node.row(1) for node in cluster] == [{"n": 1}] * 3
     source.values[1] = {"n": 2}
-    await cluster[0].parts.shared.begin("row:1", "token", lease_ms=60_000, seen=2**60)
+    await cluster[0]._parts.shared.begin("row:1", "token", lease_ms=60_000, seen=2**60)
     assert await cluster[0].row._cache.refresh(RefreshJob(cache="row", key="row:1", token="token"))
     hit = await cluster[0].row.get_with_info(1)
     assert (hit.value, hit.tier) == ({"n": 2}, "near")
@@ -734,7 +734,7 @@ async def test_a_lease_whose_fill_got_no_answer_is_given_back(
     async def unanswered(*args: Any, **options: Any) -> None:
         raise Unavailable("no answer", outcome_unknown=True)
 
-    monkeypatch.setattr(node.parts.shared, "fill", unanswered)
+    monkeypatch.setattr(node._parts.shared, "fill", unanswered)
     assert await node.row(1) == {"n": 1}
     await eventually(lambda: leased(node, valkey_server, "row:1") is None)
     monkeypatch.undo()
@@ -746,13 +746,13 @@ async def test_a_lease_whose_grant_got_lost_is_given_back(
     node, source, valkey_server, monkeypatch
 ) -> None:
     """L2: it may have been granted before the connection went."""
-    begin = node.parts.shared.begin
+    begin = node._parts.shared.begin
 
     async def lost(*args: Any, **options: Any) -> None:
         await begin(*args, **options)
         raise Unavailable("no answer", outcome_unknown=True)
 
-    monkeypatch.setattr(node.parts.shared, "begin", lost)
+    monkeypatch.setattr(node._parts.shared, "begin", lost)
     assert await node.row(1) == {"n": 1}, "by policy from the source"
     assert leased(node, valkey_server, "row:1") is None
     assert stored(node, valkey_server, "row:1") is None
@@ -809,7 +809,7 @@ async def test_nothing_is_left_of_reads_that_ended(node, source) -> None:
     assert not path.near._reservations
     assert not path.flights._flights
     assert path.flights.waiting == 0
-    assert len(node.parts.waits) == 0
-    lookups = node.parts.shared.get.__self__
+    assert len(node._parts.waits) == 0
+    lookups = node._parts.shared.get.__self__
     assert not lookups._asked
     assert not lookups._reading

@@ -38,7 +38,7 @@ async def nodes(make_node, source) -> AsyncIterator[list[forebay.Node]]:
 
 
 def published(nodes: list[forebay.Node]) -> int:
-    return sum(node.instruments.counts.get(("refresh_requests", "published"), 0) for node in nodes)
+    return sum(node._instruments.counts.get(("refresh_requests", "published"), 0) for node in nodes)
 
 
 async def test_a_ripe_value_is_served_fresh_and_refreshed_once(

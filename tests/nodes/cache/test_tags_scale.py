@@ -46,7 +46,7 @@ async def test_a_million_entries_cost_a_tag_nothing(namespace: str) -> None:
             return number
 
         async with node:
-            link, names = node.parts.backend.link, node.parts.names
+            link, names = node._parts.backend.link, node._parts.names
             for tag, count in (("few", FEW), ("many", MANY)):
                 versions = await row._cache.path.loads.tags_of([tag])
                 codec = row._cache.path.codec
@@ -75,12 +75,12 @@ async def test_a_million_entries_cost_a_tag_nothing(namespace: str) -> None:
             assert sizes[0] == sizes[1]
             tagged = [key for key in server.execute("KEYS", "*:t:*") if b":t:" in key]
             assert len(tagged) == 2
-            assert len(node.parts.tags) == 2
+            assert len(node._parts.tags) == 2
             for number in (0, MANY // 2, MANY - 1):
                 await row("many", number)
             assert loads == ["many"] * 3
 
 
 def _ends(node: forebay.Node) -> tuple[int, int]:
-    now_ms = node.parts.server_clock.now_ms()
+    now_ms = node._parts.server_clock.now_ms()
     return now_ms + 600_000, now_ms + 600_000

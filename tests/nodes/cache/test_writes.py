@@ -85,7 +85,7 @@ class Place:
 
     @property
     def parts(self) -> Any:
-        return self.node.parts
+        return self.node._parts
 
     def name(self, of: str) -> str:
         return str(getattr(self.parts.names, of)(KEY))
@@ -114,7 +114,7 @@ class Place:
         return None if found is None else found.value
 
     def counted(self, way: str, end: str) -> int:
-        return self.node.instruments.counts.get(("writes", "row", way, end), 0)
+        return self.node._instruments.counts.get(("writes", "row", way, end), 0)
 
 
 OpenPlace = Callable[..., Awaitable[Place]]
@@ -533,7 +533,7 @@ async def test_a_writer_that_was_overtaken_leaves_no_old_value(here: Place, ther
     """X3: its fill is refused, and the key is invalidated."""
     assert await overtaken(here, there, through) is None
     await check_all_read(here, there, on="second")
-    assert here.node.instruments.counts["fills_refused", "row"] == 1
+    assert here.node._instruments.counts["fills_refused", "row"] == 1
 
 
 async def test_the_race_is_detected_without_a_lease(here: Place, there: Place) -> None:

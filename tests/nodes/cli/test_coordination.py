@@ -65,7 +65,7 @@ async def test_locks_are_shown_and_released_by_force(make_node: MakeNode, comman
                 (view,) = json.loads(listed.out.splitlines()[-1])
                 assert (view["name"], view["holders"][0]["token"]) == ("rebuild", lease.token)
                 shown = await run("locks", "show", "rebuild")
-                assert f"rebuild: a lock, held by {node.parts.node_id}, 0 wait" in shown.out
+                assert f"rebuild: a lock, held by {node._parts.node_id}, 0 wait" in shown.out
                 assert '{"why":"nightly"}' in shown.out
                 ended = await run("locks", "release", "rebuild")
                 assert (ended.code, ended.out.splitlines()[-1]) == (0, "rebuild: taken from 1")

@@ -332,7 +332,7 @@ def test_77_two_nodes_of_one_id(on_loop: Run, valkey_server: ValkeyServer, names
         for node in nodes:
             node.sink("a:{id}")(swallow)
         async with nodes[0], nodes[1]:
-            assert nodes[0].parts.node_id != nodes[1].parts.node_id
+            assert nodes[0]._parts.node_id != nodes[1]._parts.node_id
             with anyio.fail_after(40):
                 while not owned_once(nodes):
                     await asyncio.sleep(0.01)
@@ -341,12 +341,12 @@ def test_77_two_nodes_of_one_id(on_loop: Run, valkey_server: ValkeyServer, names
         return None
 
     def owned_once(nodes: list[forebay.Node]) -> bool:
-        held = [node.parts.crew.ownership.tenures for node in nodes]  # type: ignore[union-attr]
+        held = [node._parts.crew.ownership.tenures for node in nodes]  # type: ignore[union-attr]
         assert not [each for each in held[0] if each in held[1] and both_in_force(nodes, each)]
         return len({*held[0], *held[1]}) == 5
 
     def both_in_force(nodes: list[forebay.Node], resource: int) -> bool:
-        return all(node.parts.crew.ownership.in_force(resource) for node in nodes)  # type: ignore[union-attr]
+        return all(node._parts.crew.ownership.in_force(resource) for node in nodes)  # type: ignore[union-attr]
 
     on_loop(both())
 

@@ -163,7 +163,7 @@ def test_namespace_born_with_other_shards_exits_2(shop: Shop) -> None:
 
     assert node.wait() == 2
     assert only_error(node).startswith("node.shards = 8 (from flag --set node.shards): ")
-    assert "was born with 64; set node.shards = 64" in only_error(node)
+    assert "was created with 64; set node.shards = 64" in only_error(node)
 
 
 def test_a_full_server_does_not_keep_a_node_from_starting(

@@ -122,7 +122,7 @@ async def test_a_load_under_way_is_told_with_its_lease(node: forebay.Node) -> No
     assert 0 < document.lease.left_ms <= node.settings.cache.lease_ms
     assert near_of(document).loading
     assert "a load is under way" in document.verdict
-    assert any(f"probably by node {node.parts.node_id}" in line for line in words(document))
+    assert any(f"probably by node {node._parts.node_id}" in line for line in words(document))
 
 
 async def test_pending_writes_negatives_and_soft_invalidations(node: forebay.Node) -> None:
@@ -154,9 +154,9 @@ async def test_what_cannot_be_read_is_named(
     node: forebay.Node, valkey_server: ValkeyServer, command: tuple[str, ...], why: str
 ) -> None:
     """R4 seen from outside: such bytes are a miss, and here is the reason."""
-    name = node.parts.names.entry("product:9")
+    name = node._parts.names.entry("product:9")
     valkey_server.execute(command[0], name, *command[1:])
-    names, backend = node.parts.names, node.parts.backend
+    names, backend = node._parts.names, node._parts.backend
     document = await explain(backend, names, "product:9", nonce="ab" * 8, bytes_max=100)
 
     assert document.entry.state == "unreadable"
@@ -179,7 +179,7 @@ async def test_those_who_do_not_answer_are_counted(
     node: forebay.Node, valkey_server: ValkeyServer
 ) -> None:
     """K1: one who listens and says nothing, as an older version does, is silent."""
-    names, parts = node.parts.names, node.parts
+    names, parts = node._parts.names, node._parts
     async with Backend(Valkey(url=valkey_server.socket_url), client_name="old") as other:
         other.pubsub.subscribe(names.work.encode())
         await other.pubsub.ready()
@@ -193,7 +193,7 @@ async def test_those_who_do_not_answer_are_counted(
 
 async def test_false_answers_are_left_out(node: forebay.Node, valkey_server: ValkeyServer) -> None:
     """K2: what is too large, or no answer, is none; there are no more answers than nodes."""
-    names, channel = node.parts.names, node.parts.names.reply("cd" * 8)
+    names, channel = node._parts.names, node._parts.names.reply("cd" * 8)
     async with Backend(Valkey(url=valkey_server.socket_url), client_name="liar") as liar:
 
         def lie(_: bytes, payload: bytes) -> None:
@@ -208,10 +208,10 @@ async def test_false_answers_are_left_out(node: forebay.Node, valkey_server: Val
         liar.pubsub.on_message(lie)
         liar.pubsub.subscribe(names.work.encode())
         await liar.pubsub.ready()
-        parts = node.parts.backend
+        parts = node._parts.backend
         found = await ask(parts.link, parts.pubsub, names, "a", nonce="cd" * 8, wait_s=0.3)
 
-    assert [each.node for each in found.answers] == [node.parts.node_id]
+    assert [each.node for each in found.answers] == [node._parts.node_id]
     assert found.silent == 1
 
 
@@ -219,7 +219,7 @@ async def test_cancelled_while_it_waits_for_answers(
     node: forebay.Node, valkey_server: ValkeyServer
 ) -> None:
     """K3: the channel is given up, and the place of the caller is free again."""
-    pubsub, names = node.parts.backend.pubsub, node.parts.names
+    pubsub, names = node._parts.backend.pubsub, node._parts.names
     async with Backend(Valkey(url=valkey_server.socket_url), client_name="old") as other:
         asked = anyio.Event()
         other.pubsub.on_message(lambda *_: asked.set())
@@ -254,13 +254,19 @@ async def test_log_is_read_back_so_far_and_no_further(
     other = next(
         f"other:{n}"
         for n in range(100)
-        if node.parts.names.shard(f"other:{n}") == node.parts.names.shard("product:1")
+        if node._parts.names.shard(f"other:{n}") == node._parts.names.shard("product:1")
     )
     for _ in range(LOOK_BACK // 200):
         await anyio.lowlevel.checkpoint()
-        await node.parts.backend.link.call_many(
+        await node._parts.backend.link.call_many(
             [
-                ("XADD", node.parts.names.part(node.parts.names.shard(other), "log"), "*", "a", "b")
+                (
+                    "XADD",
+                    node._parts.names.part(node._parts.names.shard(other), "log"),
+                    "*",
+                    "a",
+                    "b",
+                )
                 for _ in range(250)
             ]
         )

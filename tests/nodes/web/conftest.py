@@ -20,12 +20,12 @@ from forebay.nodes.explain.document import (
     NodesState,
 )
 from forebay.nodes.web.protocols import Check, Read
-from forebay.nodes.web.server import Address, serve
+from forebay.nodes.web.server import EndpointAddress, serve
 from forebay.schemas.errors import ForebayError
 from forebay.schemas.settings import Http
 from support import programs
 
-Listening = Callable[[Http], AbstractAsyncContextManager[Address]]
+Listening = Callable[[Http], AbstractAsyncContextManager[EndpointAddress]]
 
 
 class Station:
@@ -48,9 +48,6 @@ class Station:
         if self.failure is not None:
             raise self.failure
         return {"version": "0.1.0", "uptime_s": 1.5, "keys": {"entries": 3}}
-
-    def coordination(self) -> None:
-        return None
 
     async def publish(self, events: Sequence[bytes]) -> list[str]:
         if self.failure is not None:
@@ -105,22 +102,29 @@ def station() -> Station:
 def listening(station: Station) -> Listening:
     """Opens an endpoint with these settings, on a free port of the loopback."""
 
-    def opened(http: Http) -> AbstractAsyncContextManager[Address]:
+    def opened(http: Http) -> AbstractAsyncContextManager[EndpointAddress]:
         clock, random = SystemClock(), Random(7)
-        return serve(station, http, event_bytes_max=65_536, clock=clock, random=random)
+        return serve(
+            station,
+            http,
+            instruments=station.instruments,
+            event_bytes_max=65_536,
+            clock=clock,
+            random=random,
+        )
 
     return opened
 
 
 @pytest.fixture
-async def endpoint(listening: Listening) -> AsyncIterator[Address]:
+async def endpoint(listening: Listening) -> AsyncIterator[EndpointAddress]:
     http = Http(port=0, body_bytes_max=100_000, header_timeout_ms=10_000)
     async with listening(http) as address:
         yield address
 
 
 @pytest.fixture
-async def client(endpoint: Address) -> AsyncIterator[aiohttp.ClientSession]:
+async def client(endpoint: EndpointAddress) -> AsyncIterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession(endpoint.url) as session:
         yield session
 

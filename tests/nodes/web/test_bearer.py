@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from forebay.nodes.web.bearer import LOOK_S, Bearer
+from forebay.nodes.web.access import LOOK_S, BearerToken
 
 FIRST, SECOND = "first-token-of-them", "second-token-of-them"
 
@@ -40,13 +40,13 @@ def replace(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def accepts(bearer: Bearer, token: str) -> bool:
+def accepts(bearer: BearerToken, token: str) -> bool:
     return bearer.accepts([f"Bearer {token}"])
 
 
 def test_a_replaced_file_counts_soon(path: Path, clock: Hand) -> None:
     """B3: after LOOK_S the old token is none any more."""
-    bearer = Bearer(path, clock)
+    bearer = BearerToken(path, clock)
     replace(path, SECOND)
     assert accepts(bearer, FIRST)
     clock.now += LOOK_S
@@ -59,7 +59,7 @@ def test_a_file_that_is_spoilt_leaves_the_token(
     path: Path, clock: Hand, spoilt: str | None
 ) -> None:
     """B3: nobody is let in by it, or shut out."""
-    bearer = Bearer(path, clock)
+    bearer = BearerToken(path, clock)
     if spoilt is None:
         os.remove(path)
     else:
@@ -75,7 +75,7 @@ def test_a_file_that_is_spoilt_leaves_the_token(
 
 def test_only_one_header_with_the_token_is_accepted(path: Path, clock: Hand) -> None:
     """The scheme in any case; nothing beside the token, and no second header."""
-    bearer = Bearer(path, clock)
+    bearer = BearerToken(path, clock)
     assert bearer.accepts([f"bEARER {FIRST}"])
     for headers in (
         [],

@@ -17,7 +17,7 @@ from forebay.nodes.web.protocols import Read
 from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
-    from forebay.nodes.web.server import Address
+    from forebay.nodes.web.server import EndpointAddress
     from tests.nodes.web.conftest import Listening, Station
 
 LOOPS = {"asyncio": False, "uvloop": True}
@@ -34,7 +34,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 
 
 @asynccontextmanager
-async def connected(address: Address, count: int) -> AsyncIterator[list[SocketStream]]:
+async def connected(address: EndpointAddress, count: int) -> AsyncIterator[list[SocketStream]]:
     async with AsyncExitStack() as stack:
         made = [await anyio.connect_tcp(address.host, address.port) for _ in range(count)]
         for stream in made:

@@ -18,6 +18,7 @@ from yarl import URL
 
 import forebay
 from forebay.coordinator.clock import SystemClock
+from forebay.nodes.coordinating import coordination_of
 from forebay.nodes.web import lock_service as lock_desk
 from forebay.nodes.web.server import serve
 from forebay.schemas.errors import ConfigError
@@ -36,7 +37,13 @@ async def endpoint(node: forebay.Node, **http: Any) -> AsyncIterator[aiohttp.Cli
     settings = Http(port=0, **http)
     async with (
         serve(
-            node, settings, event_bytes_max=65_536, clock=SystemClock(), random=Random(7)
+            node,
+            settings,
+            instruments=node._instruments,
+            coordination=coordination_of(node._parts),
+            event_bytes_max=65_536,
+            clock=SystemClock(),
+            random=Random(7),
         ) as address,
         aiohttp.ClientSession(address.url) as session,
     ):
@@ -111,7 +118,7 @@ async def test_the_same_nonce_has_the_same_lease(
         refused = await response.json()
         assert (response.status, refused["error"]["code"]) == (423, "held")
         assert int(response.headers["Retry-After"]) > 0
-        assert refused["holder"] == node.parts.node_id
+        assert refused["holder"] == node._parts.node_id
     status, gone = await ask(client, "DELETE", "/v1/locks/l", {"nonce": OTHER})
     assert (status, gone["error"]["code"]) == (409, "not_held")
     assert len((await node.locks.show("l")).holders) == 1
@@ -214,7 +221,7 @@ async def test_an_endpoint_that_stops_leaves_no_place(node: forebay.Node) -> Non
 
 async def test_cancelled_at_any_time_nothing_is_left(node: forebay.Node) -> None:
     """D3: hundreds that ask for one lock, cancelled while asking, waiting or having it."""
-    coordination, rng, had = node.coordination(), Random(11), 0
+    coordination, rng, had = coordination_of(node._parts), Random(11), 0
     assert coordination is not None
     desk = coordination.locks
 
@@ -242,7 +249,7 @@ async def test_cancelled_at_any_time_nothing_is_left(node: forebay.Node) -> None
 async def test_too_many_waiters_are_turned_away(node: forebay.Node) -> None:
     """429 and a place to come back to later; who does not wait is served all the same."""
     async with node.lock("l"), endpoint(node) as client, anyio.create_task_group() as tasks:
-        coordination = node.coordination()
+        coordination = coordination_of(node._parts)
         assert coordination is not None
         desk = coordination.locks
         options: dict[str, Any] = {"timeout": 60.0, "lease": 10.0, "meta": None, "nonce": None}

@@ -21,7 +21,7 @@ from forebay.nodes.web.server import serve
 from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
-    from forebay.nodes.web.server import Address
+    from forebay.nodes.web.server import EndpointAddress
     from tests.nodes.web.conftest import Listening, Station
 
 GOOD = b'{"type":"invalidate","keys":["a"]}'
@@ -53,7 +53,7 @@ MALFORMED = {
 
 
 @asynccontextmanager
-async def connected(address: Address) -> AsyncIterator[SocketStream]:
+async def connected(address: EndpointAddress) -> AsyncIterator[SocketStream]:
     async with await anyio.connect_tcp(address.host, address.port) as stream:
         yield stream
 
@@ -68,20 +68,20 @@ async def until_closed(stream: SocketStream) -> bytes:
         return received
 
 
-async def answered(address: Address, request: bytes) -> bytes:
+async def answered(address: EndpointAddress, request: bytes) -> bytes:
     async with connected(address) as stream:
         await stream.send(request)
         return await until_closed(stream)
 
 
-async def is_served(address: Address) -> bool:
+async def is_served(address: EndpointAddress) -> bool:
     async with aiohttp.ClientSession() as session, session.get(f"{address.url}/livez") as response:
         return response.status == 200
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 async def test_what_is_no_http_gets_400_and_no_traceback(
-    endpoint: Address, station: Station, name: str
+    endpoint: EndpointAddress, station: Station, name: str
 ) -> None:
     """G4: one 400, closed, one line at debug level without what was sent; others are served."""
     with capture_logs() as logs:
@@ -99,7 +99,7 @@ async def test_what_is_no_http_gets_400_and_no_traceback(
 
 @pytest.mark.parametrize("tail", [b"zz\r\nabc", b"FFFFFFFFFFFFFFFFFF\r\n", b"1\r\nabc"])
 async def test_a_body_that_breaks_half_way_gets_400_and_no_traceback(
-    endpoint: Address, tail: bytes
+    endpoint: EndpointAddress, tail: bytes
 ) -> None:
     """G4 holds while the handler is reading the body, too."""
     with capture_logs() as logs:
@@ -115,7 +115,9 @@ async def test_a_body_that_breaks_half_way_gets_400_and_no_traceback(
     assert await is_served(endpoint)
 
 
-async def test_who_hangs_up_half_way_leaves_no_trace(endpoint: Address, station: Station) -> None:
+async def test_who_hangs_up_half_way_leaves_no_trace(
+    endpoint: EndpointAddress, station: Station
+) -> None:
     """A client that goes away in the middle of its body is nobody's error."""
     with capture_logs() as logs:
         async with connected(endpoint) as stream:
@@ -166,7 +168,7 @@ async def test_good_clients_are_served_beside_200_slow_ones(
     """Slow connections cost nobody else anything, and all of them are closed in the end."""
     closed = 0
 
-    async def be_slow(address: Address, number: int) -> None:
+    async def be_slow(address: EndpointAddress, number: int) -> None:
         nonlocal closed
         async with connected(address) as stream:
             await stream.send(b"GET /livez HTTP/1.1\r\nX: " if number % 2 else b"\r\n")
@@ -231,7 +233,7 @@ async def test_a_slow_body_is_408(listening: Listening) -> None:
     ],
     ids=["announced", "small_chunks", "one_chunk"],
 )
-async def test_a_body_over_the_limit_is_413(endpoint: Address, sent: bytes) -> None:
+async def test_a_body_over_the_limit_is_413(endpoint: EndpointAddress, sent: bytes) -> None:
     """However it is sent, a body ends at the limit, and the next request is served."""
     async with connected(endpoint) as stream:
         with anyio.move_on_after(5):
@@ -252,7 +254,7 @@ async def test_a_body_over_the_limit_is_413(endpoint: Address, sent: bytes) -> N
     ids=["one_byte_chunks", "long_extension"],
 )
 async def test_odd_chunks_are_the_same_body(
-    endpoint: Address, station: Station, body: bytes
+    endpoint: EndpointAddress, station: Station, body: bytes
 ) -> None:
     """How a body is cut does not change it."""
     answer = await answered(endpoint, CHUNKED + body)
@@ -317,7 +319,13 @@ async def test_a_handler_that_hangs_does_not_hold_up_the_stop(station: Station) 
         async with (
             anyio.create_task_group() as tasks,
             serve(
-                station, http, event_bytes_max=1_000, clock=clock, random=random, stop_ms=600
+                station,
+                http,
+                instruments=station.instruments,
+                event_bytes_max=1_000,
+                clock=clock,
+                random=random,
+                stop_ms=600,
             ) as address,
         ):
             tasks.start_soon(answered, address, PROBE.replace(b"/livez", b"/stats"))

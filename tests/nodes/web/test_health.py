@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from forebay.nodes.web.heartbeat import BEAT_S, STALLED_S, WINDOW_S, Heartbeat
+from forebay.nodes.web.health import BEAT_S, STALLED_S, WINDOW_S, Heartbeat
 from forebay.nodes.web.protocols import Check, Gate, State
 from support.clock import ManualClock
 

@@ -10,15 +10,15 @@ import anyio
 import pytest
 from structlog.testing import capture_logs
 
-from forebay.nodes.web.hosts import Names
+from forebay.nodes.web.access import ServedNames
 from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
-    from forebay.nodes.web.server import Address
+    from forebay.nodes.web.server import EndpointAddress
     from tests.nodes.web.conftest import Listening, Station
 
 GOOD = b'{"type":"invalidate","keys":["a"]}'
-OURS = Names(["localhost", "Vm.", "", "cache.internal", "*.svc.x"])
+OURS = ServedNames(["localhost", "Vm.", "", "cache.internal", "*.svc.x"])
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ OURS = Names(["localhost", "Vm.", "", "cache.internal", "*.svc.x"])
 )
 def test_addresses_and_our_names_are_served(authority: str) -> None:
     """N1: whatever the port, in any case, with or without the dot of the root."""
-    assert OURS.serve(authority)
+    assert OURS.serves(authority)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,10 @@ def test_addresses_and_our_names_are_served(authority: str) -> None:
 )
 def test_any_other_name_is_not_served(authority: str) -> None:
     """N1: no more of an address or a name of ours than a part is not enough."""
-    assert not OURS.serve(authority)
+    assert not OURS.serves(authority)
 
 
-async def ask(address: Address, head: str, body: bytes = b"") -> bytes:
+async def ask(address: EndpointAddress, head: str, body: bytes = b"") -> bytes:
     request = head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body
     async with await anyio.connect_tcp(address.host, address.port) as stream:
         await stream.send(request)
@@ -96,7 +96,7 @@ def post(host: str) -> str:
 
 
 async def test_a_page_with_a_name_of_its_own_is_refused(
-    endpoint: Address, station: Station
+    endpoint: EndpointAddress, station: Station
 ) -> None:
     """N1: DNS rebinding neither publishes nor reads, and the answer names the setting."""
     refused = await ask(endpoint, post("evil.com"), GOOD)
@@ -110,7 +110,9 @@ async def test_a_page_with_a_name_of_its_own_is_refused(
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:80", "[::1]", socket.gethostname()])
-async def test_our_own_names_publish(endpoint: Address, station: Station, host: str) -> None:
+async def test_our_own_names_publish(
+    endpoint: EndpointAddress, station: Station, host: str
+) -> None:
     """N1: this machine by its name, and any address."""
     assert (await ask(endpoint, post(host), GOOD)).startswith(b"HTTP/1.1 202 ")
     assert station.published == [GOOD]
@@ -126,7 +128,7 @@ async def test_names_of_the_settings_are_served(listening: Listening) -> None:
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/startupz", "/healthz", "/metrics"])
-async def test_probes_and_metrics_answer_any_name(endpoint: Address, path: str) -> None:
+async def test_probes_and_metrics_answer_any_name(endpoint: EndpointAddress, path: str) -> None:
     """N2: what checks a node need not know its name."""
     head = f"GET {path} HTTP/1.1\nHost: evil.com\nConnection: close"
     assert (await ask(endpoint, head)).startswith(b"HTTP/1.1 200 ")
@@ -146,14 +148,18 @@ async def test_probes_and_metrics_answer_any_name(endpoint: Address, path: str) 
     ],
 )
 @pytest.mark.parametrize("path", ["/stats", "/livez"])
-async def test_a_request_that_http_forbids_is_400(endpoint: Address, path: str, head: str) -> None:
+async def test_a_request_that_http_forbids_is_400(
+    endpoint: EndpointAddress, path: str, head: str
+) -> None:
     """N3: on every route, and the connection is closed."""
     answer = await ask(endpoint, head.format(path=path))
     assert answer.split(b" ")[1] == b"400"
     assert b'"code":"malformed"' in answer
 
 
-async def test_a_chunked_body_of_http_1_0_is_not_read(endpoint: Address, station: Station) -> None:
+async def test_a_chunked_body_of_http_1_0_is_not_read(
+    endpoint: EndpointAddress, station: Station
+) -> None:
     """N3: two servers could see different ends of it, so it publishes nothing."""
     head = post("localhost").replace("HTTP/1.1", "HTTP/1.0").partition("\nContent-Length")[0]
     chunk = b"%x\r\n" % len(GOOD) + GOOD + b"\r\n0\r\n\r\n"
@@ -163,7 +169,7 @@ async def test_a_chunked_body_of_http_1_0_is_not_read(endpoint: Address, station
     assert station.published == []
 
 
-async def test_http_1_0_without_a_name_is_served(endpoint: Address) -> None:
+async def test_http_1_0_without_a_name_is_served(endpoint: EndpointAddress) -> None:
     """N3: it is older than Host, and no browser sends it."""
     assert b" 200 " in await ask(endpoint, "GET /stats HTTP/1.0\nX: y")
 
@@ -180,7 +186,7 @@ async def test_http_1_0_without_a_name_is_served(endpoint: Address) -> None:
     ],
 )
 async def test_a_target_that_is_a_url_names_this_node(
-    endpoint: Address, target: str, status: bytes
+    endpoint: EndpointAddress, target: str, status: bytes
 ) -> None:
     """N4: the Host beside it does not help."""
     head = f"GET {target} HTTP/1.1\nHost: localhost\nConnection: close"

@@ -17,7 +17,7 @@ from forebay.coordinator.instruments import PREFIX, SERIES_MAX, Instruments
 from support.prometheus import prometheus_on, query
 
 if TYPE_CHECKING:
-    from forebay.nodes.web.server import Address
+    from forebay.nodes.web.server import EndpointAddress
     from tests.nodes.web.conftest import Station
 
 NAMES = {
@@ -170,7 +170,7 @@ def test_a_histogram_counts_a_bound_into_its_own_bucket() -> None:
 
 
 @pytest.fixture
-async def target(endpoint: Address, station: Station) -> str:
+async def target(endpoint: EndpointAddress, station: Station) -> str:
     """host:port of an endpoint that counted three writes."""
     station.instruments.counts["events_processed", "write", "applied"] += 3
     return f"{endpoint.host}:{endpoint.port}"

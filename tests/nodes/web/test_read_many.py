@@ -99,7 +99,7 @@ async def test_an_answer_is_bounded(client: aiohttp.ClientSession, station) -> N
     async with client.get(target(*station.values)) as response:
         told = (await response.json())["keys"]
     assert [each["status"] for each in told] == [200, 413, 200]
-    assert told[1]["error"]["fix"] == "ask for fewer keys at once"
+    assert told[1]["error"]["fix"] == "request fewer keys at once"
     assert station.instruments.counts["limit_reached", "http_read_bytes"] == 1
 
 

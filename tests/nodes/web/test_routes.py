@@ -13,7 +13,7 @@ from forebay.schemas.errors import ConfigError, Disconnected, LoaderError
 from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
-    from forebay.nodes.web.server import Address
+    from forebay.nodes.web.server import EndpointAddress
     from tests.nodes.web.conftest import Listening, Station
 
 VALUE = Read(json=b'{"name":"tea"}', tier="near", age_ms=12, stale=True, version=1_700)
@@ -136,7 +136,9 @@ async def test_a_browsers_page_cannot_publish(client: aiohttp.ClientSession) -> 
         assert not [each for each in response.headers if each.startswith("Access-Control")]
 
 
-async def test_a_port_in_use_names_the_setting(endpoint: Address, listening: Listening) -> None:
+async def test_a_port_in_use_names_the_setting(
+    endpoint: EndpointAddress, listening: Listening
+) -> None:
     """The error says what is set, and how to get out of it."""
     with pytest.raises(ConfigError) as caught:
         async with listening(Http(port=endpoint.port)):

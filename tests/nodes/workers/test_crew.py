@@ -45,7 +45,7 @@ async def test_the_last_worker_empties_the_queues(
     async with node:
         await until(lambda: len(table.rows) > 0)
     assert node.drained is True
-    taken = node.instruments.counts["events_processed", "write", "applied"]
+    taken = node._instruments.counts["events_processed", "write", "applied"]
     assert len(table.rows) == taken > 0
     assert table.closed == 1
 
@@ -67,7 +67,7 @@ async def test_a_drain_takes_nothing_new_while_it_empties(
         async with node:
             tasks.start_soon(go_on_publishing)
             await table.hanging.wait()
-            crew = node.parts.crew
+            crew = node._parts.crew
             assert crew is not None
             tasks.start_soon(node.drain)
             await until(lambda: EVENTS not in crew.ownership.tenures)
@@ -76,7 +76,7 @@ async def test_a_drain_takes_nothing_new_while_it_empties(
             table.go_on.set()
         assert node.drained is True
         tasks.cancel_scope.cancel()
-    assert len(table.rows) == node.instruments.counts["events_processed", "write", "applied"]
+    assert len(table.rows) == node._instruments.counts["events_processed", "write", "applied"]
 
 
 async def test_one_of_several_leaves_its_work_to_the_others(
@@ -96,12 +96,12 @@ async def test_one_of_several_leaves_its_work_to_the_others(
 
         async with first:
             tasks.start_soon(go_on_publishing)
-            crew = first.parts.crew
+            crew = first._parts.crew
             assert crew is not None
             await until(lambda: len(crew.ownership.tenures) > 1)
             await until(lambda: len(table.rows) == 50)
         assert first.drained is True
-        other = second.parts.crew
+        other = second._parts.crew
         assert other is not None
         await until(lambda: len(other.ownership.tenures) == SHARDS + 1)
         tasks.cancel_scope.cancel()
@@ -169,7 +169,7 @@ async def test_a_short_command_timeout_does_not_cut_off_ingress(
     )
     node.sink("flight:{id}", table)
     async with node:
-        crew = node.parts.crew
+        crew = node._parts.crew
         assert crew is not None
         blocking: Any = crew.ingress._blocking
         await anyio.sleep(1.5)

@@ -78,12 +78,12 @@ class Shop:
         return node
 
     def entry(self, node: forebay.Node, key: str) -> str:
-        return node.parts.names.entry(key)
+        return node._parts.names.entry(key)
 
     def notices(self, node: forebay.Node) -> list[tuple[bytes, Notice | None]]:
         found = []
         for shard in range(SHARDS):
-            name = node.parts.names.part(shard, "log")
+            name = node._parts.names.part(shard, "log")
             for _, fields in self.server.execute("XRANGE", name, "-", "+"):
                 found.append((fields[3], read_notice(fields[3])))
         return found
@@ -115,7 +115,7 @@ class Gate(Dialer):
 
 def worker_of(node: forebay.Node, dialer: Dialer | None, **options: Any) -> ExternalWriters:
     """The worker, put together as for the crew of a node."""
-    parts = node.parts
+    parts = node._parts
     foreign = ForeignEntries(
         parts.backend.link,
         parts.names,
@@ -138,14 +138,14 @@ def worker_of(node: forebay.Node, dialer: Dialer | None, **options: Any) -> Exte
 
 def attach(node: forebay.Node, worker: ExternalWriters) -> None:
     """Have it hear of notices and of tenures."""
-    assert node.parts.crew is not None
-    apply, ownership = node.parts.follower._apply, node.parts.crew.ownership
+    assert node._parts.crew is not None
+    apply, ownership = node._parts.follower._apply, node._parts.crew.ownership
 
     def applied(shard: int, version: int, notice: Notice) -> None:
         apply(shard, version, notice)
         worker.noticed(version, notice)
 
-    node.parts.follower._apply = applied
+    node._parts.follower._apply = applied
     ownership.add(worker)
     if EVENTS in ownership.tenures:
         worker.gained(ownership.tenures[EVENTS])
@@ -164,7 +164,7 @@ async def following(
 
 
 def counted(node: forebay.Node, kind: str) -> int:
-    return node.instruments.counts["external_changes", kind]
+    return node._instruments.counts["external_changes", kind]
 
 
 async def assert_told(node: forebay.Node, *, set: int = 0, deleted: int = 0) -> None:
@@ -182,7 +182,7 @@ async def at_work(node: forebay.Node) -> None:
 
 
 def current(node: forebay.Node) -> bool:
-    return all(view.generation for view in node.parts.follower.views)
+    return all(view.generation for view in node._parts.follower.views)
 
 
 async def dealt_with(shop: Shop, node: forebay.Node) -> None:
@@ -208,7 +208,7 @@ async def near(node: forebay.Node, key: str) -> forebay.Node:
 async def put(node: forebay.Node, product: Product) -> None:
     """Store it as the newest, past the near cache."""
     tail = make_tail(msgspec.msgpack.encode(product), kind="v", codec="m", meta=EntryMeta())
-    shared = node.parts.shared
+    shared = node._parts.shared
     await shared.put(f"product:{product.id}", soft_ms=60_000, hard_ms=60_000, tail=tail)
 
 
@@ -241,8 +241,8 @@ async def test_without_the_worker_nobody_sees_it(shop: Shop) -> None:
     async with shop.node() as node:
         await near(node, "product:7")
         shop.server.execute("SET", shop.entry(node, "product:7"), b'{"id":7,"price":990}')
-        sweeps = node.parts.follower.statistics().sweeps
-        await until(lambda: node.parts.follower.statistics().sweeps > sweeps + 3)
+        sweeps = node._parts.follower.statistics().sweeps
+        await until(lambda: node._parts.follower.statistics().sweeps > sweeps + 3)
         copy = await until(lambda: node.caches[0]._cache.path.near.get("product:7"))
         assert copy.value == Product(7, 1)
 
@@ -324,7 +324,7 @@ async def test_a_load_that_finds_its_entry_expired_is_stored(shop: Shop) -> None
         for _ in range(5):
             await brief(1)
             await until(lambda: not shop.server.execute("EXISTS", shop.entry(node, "brief:1")))
-        assert node.instruments.counts["fills_refused", "brief"] == 0
+        assert node._instruments.counts["fills_refused", "brief"] == 0
 
 
 async def test_an_unknown_entry_that_ends_is_told(shop: Shop) -> None:
@@ -365,7 +365,7 @@ async def test_a_load_under_way_cannot_fill_over_what_others_set(shop: Shop) -> 
             shop.server.execute("SET", shop.entry(node, "product:7"), b'{"id":7,"price":990}')
             await until(lambda: shop.told(node))
             gate.set()
-        assert node.instruments.counts["fills_refused", "product"] == 1
+        assert node._instruments.counts["fills_refused", "product"] == 1
         found = await node.read("product:7")
         assert found is not None
         assert (found.tier, found.json) == ("shared", b'{"id":7,"price":990}')
@@ -375,7 +375,7 @@ async def test_names_that_are_no_entries_are_passed_over(shop: Shop) -> None:
     """Other caches' versions, keys that no cache can have, and those in a wrong shard."""
     async with shop.node() as node, following(node):
         await at_work(node)
-        names = node.parts.names
+        names = node._parts.names
         right = names.prefixes[names.shard("a")]
         wrong = names.prefixes[(names.shard("a") + 1) % SHARDS]
         foreign = [f"{right}e1:a", f"{wrong}e0:a", f"{right}e0:", f"{right}e0:a b", f"{right}x:a"]
@@ -433,7 +433,7 @@ async def test_what_was_missed_is_asked_for_again(shop: Shop) -> None:
         assert found is not None
         assert found.json == b'{"id":7,"price":990}'
         assert counted(node, "missed") == 2
-        assert node.instruments.counts["backend_reconnects", "tracking"] == 1
+        assert node._instruments.counts["backend_reconnects", "tracking"] == 1
 
 
 async def test_a_storm_is_one_reset(shop: Shop) -> None:
@@ -458,12 +458,12 @@ async def test_resets_keep_a_distance(shop: Shop) -> None:
     """V4: flush upon flush, one reset of each shard in a second; the last one is not lost."""
     async with shop.node() as node, following(node) as worker:
         await at_work(node)
-        began = node.parts.clock.monotonic()
+        began = node._parts.clock.monotonic()
         for _ in range(50):
             worker._changes.flushed()
             await anyio.sleep(0.01)
         await until(lambda: not worker._changes.doubtful)
-        took_s = node.parts.clock.monotonic() - began
+        took_s = node._parts.clock.monotonic() - began
         assert counted(node, "flushed") == 50
         assert shop.resets(node) // SHARDS <= 2 + took_s
 
@@ -473,13 +473,13 @@ async def test_telling_keeps_to_its_pace(shop: Shop) -> None:
     async with shop.node() as node, following(node, told_per_s_max=200):
         await at_work(node)
         names = [shop.entry(node, f"product:{n}") for n in range(100)]
-        began = node.parts.clock.monotonic()
+        began = node._parts.clock.monotonic()
         shop.server.execute("MSET", *(word for name in names for word in (name, "1")))
         await until(lambda: len(shop.told(node)) == 100)
         for _ in range(20):
             shop.server.execute("SET", shop.entry(node, "product:7"), "2")
         await until(lambda: len(shop.told(node)) > 100)
-        assert node.parts.clock.monotonic() - began > 100 / 200
+        assert node._parts.clock.monotonic() - began > 100 / 200
         assert len(shop.told(node)) == 101
 
 
@@ -487,7 +487,7 @@ async def test_a_broken_shard_costs_the_others_nothing(shop: Shop) -> None:
     """B4: its keys wait; those of the other shards are told, once, and it when it is mended."""
     async with shop.node() as node, following(node):
         await at_work(node)
-        names = node.parts.names
+        names = node._parts.names
         log = names.part(names.shard("product:0"), "log")
         aside = f"{log}:aside"
         shop.server.execute("RENAME", log, aside)
@@ -507,13 +507,13 @@ async def test_a_broken_shard_costs_the_others_nothing(shop: Shop) -> None:
 async def test_another_node_takes_over(shop: Shop) -> None:
     """V3: the owner dies; what is set before another is elected is read then, and after."""
     async with shop.node(ownership_ttl_ms=1_000) as first:
-        await until(lambda: EVENTS in first.parts.crew.ownership.tenures)
+        await until(lambda: EVENTS in first._parts.crew.ownership.tenures)
         async with shop.node(ownership_ttl_ms=1_000) as second, following(second):
             async with following(first):
                 await at_work(first)
                 assert counted(second, "missed") == 0
                 await near(second, "product:7")
-                first.parts.crew.ownership._left = True  # it beats no more
+                first._parts.crew.ownership._left = True  # it beats no more
             shop.server.execute("SET", shop.entry(second, "product:7"), b'{"id":7,"price":990}')
             await near(second, "product:7")
             await until(lambda: counted(second, "missed"))
@@ -552,8 +552,8 @@ async def test_without_a_server_that_tracks_it_is_off(shop: Shop) -> None:
 @asynccontextmanager
 async def deaf(node: forebay.Node, key: str) -> AsyncIterator[Callable[[int], None]]:
     """The node's follower hears nothing of the key's shard, until it is told how far it is."""
-    follower = node.parts.follower
-    view, commands = follower.views[node.parts.names.shard(key)], follower._commands
+    follower = node._parts.follower
+    view, commands = follower.views[node._parts.names.shard(key)], follower._commands
     behind = view.seq
 
     def caught_up(seq: int) -> None:
@@ -574,7 +574,7 @@ async def test_old_knowledge_explains_nothing(shop: Shop) -> None:
         foreign = worker_of(node, None)._foreign
         await node.read("product:7")
         await node.invalidate(["product:7"])
-        await until(lambda: node.parts.follower.views[node.parts.names.shard("product:7")].seq)
+        await until(lambda: node._parts.follower.views[node._parts.names.shard("product:7")].seq)
         foreign.noticed(10**16 - 1, Dropped(("product:7",)))
         assert (await foreign.tell(["product:7"])).deleted == 0
         async with deaf(node, "product:7"):

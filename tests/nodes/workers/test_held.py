@@ -36,7 +36,7 @@ async def member(shop: Workshop, name: str, *templates: str) -> Ownership:
         options=Workers(ownership_ttl_ms=60_000, beat_ms=100),
         clock=SystemClock(),
         rng=random.Random(name),
-        instruments=shop.node.instruments,
+        instruments=shop.node._instruments,
         profile=Profile(sinks=templates),
     )
     await made.beat()

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import forebay
-from forebay.nodes.strays import asked_to_stop
+from forebay.nodes.cancellation import asked_to_stop
 from forebay.nodes.workers import ingress as module
 from forebay.nodes.workers.ingress import _BATCH
 from forebay.schemas.errors import Unavailable

@@ -12,8 +12,7 @@ import anyio
 import pytest
 
 import forebay
-from forebay.nodes.gauges import gauges
-from forebay.nodes.status import checks
+from forebay.nodes.status import gauges
 from forebay.nodes.workers.ingress import read_mark
 from forebay.nodes.workers.plan import mark_of
 from forebay.schemas.entry import read_entry
@@ -220,13 +219,17 @@ async def test_an_id_ahead_is_reported_until_the_stream_is_drained(
     node.sink("flight:{id}", table)
 
     def warned() -> list[str]:
-        return [each.detail for each in checks(node) if each.name == "ingress_ids"]
+        return [each.detail for each in node.checks() if each.name == "ingress_ids"]
 
     def gauge() -> float:
-        return next(n for name, _, n in gauges(node) if name == "ingress_id_ahead_seconds")
+        return next(
+            n
+            for name, _, n in gauges(node._parts_if_running())
+            if name == "ingress_id_ahead_seconds"
+        )
 
     async with node:
-        link, names = node.parts.backend.link, node.parts.names
+        link, names = node._parts.backend.link, node._parts.names
         assert (warned(), gauge()) == ([], 0)
         await node.publish(writes([0]))
         await table.hanging.wait()
@@ -236,7 +239,7 @@ async def test_an_id_ahead_is_reported_until_the_stream_is_drained(
         await until(lambda: gauge() > 3_500)
         (detail,) = warned()
         assert names.events in detail
-        assert next(each for each in checks(node) if each.name == "ingress_ids").state == "warn"
+        assert next(each for each in node.checks() if each.name == "ingress_ids").state == "warn"
         table.go_on.set()
         await until(lambda: gauge() == 0)
         assert warned() == []

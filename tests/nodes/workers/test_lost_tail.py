@@ -59,8 +59,8 @@ def lose_tail(server: ValkeyServer, size: int) -> None:
 
 
 async def nothing_waits(node: forebay.Node) -> None:
-    writes = node.parts.names.part(0, "writes")
-    await until(_answered(node, lambda: node.parts.backend.link.call("XLEN", writes), 0))
+    writes = node._parts.names.part(0, "writes")
+    await until(_answered(node, lambda: node._parts.backend.link.call("XLEN", writes), 0))
 
 
 def _answered(
@@ -77,7 +77,7 @@ def _answered(
 
 async def ends(node: forebay.Node, key: str) -> bool:
     """Whether the entry is gone, or is going to expire."""
-    return bool(await node.parts.backend.link.call("PTTL", node.parts.names.entry(key)) != -1)
+    return bool(await node._parts.backend.link.call("PTTL", node._parts.names.entry(key)) != -1)
 
 
 @pytest.mark.parametrize("sinks", [1, 2])

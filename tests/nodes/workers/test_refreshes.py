@@ -65,7 +65,7 @@ def refreshes_of(shop: Workshop, **options: int) -> Refreshes:
         shop.names,
         shop.parts.routes,
         node_id="other",
-        instruments=shop.node.instruments,
+        instruments=shop.node._instruments,
         **limits | options,
     )
 
@@ -130,7 +130,7 @@ async def test_of_several_nodes_exactly_one_does_a_job(valkey_server: Any, names
     event = json.dumps({"type": "refresh", "keys": keys})
     async with cluster(valkey_server.socket_url, namespace, seats, 3) as nodes:
         valkey_server.execute("XADD", f"forebay:{namespace}:events", "*", "event", event)
-        await until(lambda: sum(n.instruments.counts["refreshes", "done"] for n in nodes) == 60)
+        await until(lambda: sum(n._instruments.counts["refreshes", "done"] for n in nodes) == 60)
     assert set(seats.loads.values()) == {1}
     assert len(seats.loads) == 60
 

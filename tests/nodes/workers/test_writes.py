@@ -537,7 +537,7 @@ async def test_work_goes_on_after_the_connection_was_lost(open_shop: OpenShop) -
         async with at_work(shop.write_behind(owner)):
             await table.hanging.wait()
             connects = shop.link.connects
-            shop.node.parts.backend.link._wire.drop("by the test")
+            shop.node._parts.backend.link._wire.drop("by the test")
             table.go_on.set()
             await until(lambda: shop.link.connects > connects)
             await shop.sunk()
