@@ -14,8 +14,8 @@ L7  An absence that is not to be remembered takes the old value away all the sam
     is still there: otherwise what is stored now is newer.
 L8  Callers get the loader's value in its decoded form, also where it is not stored: the same as
     from a later hit.
-Y1  An entry inherits the tags of the entries it depends on, through any number of dependencies: each
-    entry stores the tags that it inherited.
+Y1  An entry inherits the tags of the entries it depends on, at any depth: each entry stores the
+    tags that it inherited.
 Y2  Only stored tags are inherited: a missing or unreadable entry passes on its declared tags only.
 """
 
