@@ -5,8 +5,8 @@ S1  Limits may change while the set is in use: the next script uses the new numb
 S2  A request is answered without a round trip only from tokens that the server charged before
     (``local_tokens``), or with a denial that the server would repeat (``denials``).
 S3  A cancelled caller gets nothing: tokens granted to it are returned.
-S4  At most ``SUBJECTS_MAX`` subjects are kept. The oldest idle one is dropped first, and returns its
-    tokens.
+S4  At most ``SUBJECTS_MAX`` subjects are kept. The oldest idle one is dropped first, and returns
+    its tokens.
 """
 
 from __future__ import annotations
