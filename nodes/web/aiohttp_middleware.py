@@ -16,8 +16,6 @@ from aiohttp.typedefs import Handler
 
 from ..request_scope import request_scope
 
-__all__ = ["request_scope_middleware"]
-
 
 @web.middleware
 async def request_scope_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -17,8 +17,6 @@ from typing import Any
 
 from ..request_scope import request_scope
 
-__all__ = ["RequestScopeMiddleware"]
-
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

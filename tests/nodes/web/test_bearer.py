@@ -1,4 +1,4 @@
-"""The token of http.token_file while the node runs: nodes/web/bearer.py."""
+"""The token of http.token_file while the node runs: nodes/web/access.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which Host is served: nodes/web/hosts.py."""
+"""Which Host is served: nodes/web/access.py."""
 
 from __future__ import annotations
 
