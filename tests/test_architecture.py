@@ -196,8 +196,8 @@ def within(*allowed: str) -> Callable[[Source], bool]:
 
 IN_CLI = within("nodes/cli")
 CLI_OR_EXAMPLE = within("nodes/cli", "nodes/demo/app.py")
-CLOCK = within("coordinator/clock.py", "nodes/demo/replayer.py")
-REPLAYER = within("nodes/demo/replayer.py")  # a process of its own, as a stranger would write it
+CLOCK = within("coordinator/clock.py", "nodes/dev/replayer.py")
+REPLAYER = within("nodes/dev/replayer.py")  # a process of its own, as a stranger would write it
 EXAMPLE = within("nodes/demo/app.py", "nodes/demo/fastapi_app.py", "nodes/demo/aiohttp_app.py")
 NOWHERE = within()
 

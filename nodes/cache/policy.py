@@ -15,7 +15,7 @@ from typing import Literal
 from msgspec import Struct
 
 from ...schemas.entry import Entry
-from ..values.packing import Lifetimes
+from ..values.packing import EntryLifetimes
 from .tags import Standing
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 OnDisconnected = Literal["bypass", "stale", "fail"]
 
 
-class Policy(Lifetimes, frozen=True, kw_only=True):
+class Policy(EntryLifetimes, frozen=True, kw_only=True):
     """How one cache treats its entries. Times in milliseconds; 0: there is none."""
 
     lease_ms: int = 10_000

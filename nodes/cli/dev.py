@@ -1,9 +1,9 @@
-"""`forebay dev`: a server, three nodes and a day of real flights, in one command.
+"""``forebay dev``: Valkey, three nodes and a replay of one day of real flights, in one command.
 
-I1  It needs nothing but this package: Valkey is embedded unless a URL is set.
-I2  SIGINT or SIGTERM ends everything in order and exits 0; a second one ends it at once.
-I3  With ``--once`` it exits 0 only if all checks hold; cut short, it exits 1.
-I4  With ``--json`` stdout holds one document; everything else goes to stderr.
+I1  It needs only this package: Valkey is embedded unless a URL is set.
+I2  SIGINT or SIGTERM stops everything in order with exit code 0; a second signal kills everything.
+I3  With ``--once`` the exit code is 0 only if all checks pass, and 1 if it is interrupted.
+I4  With ``--json`` stdout holds one JSON document; all other output goes to stderr.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from ...schemas.masking import escape_controls
 from ...schemas.settings import Log, Secret, Settings
 from ...schemas.settings_names import FIELDS
 from ...schemas.settings_sources import Resolved
-from ..demo.session import Outcome, Plan, Session
+from ..dev.scene import Outcome, Plan
+from ..dev.session import Session
+from ..dev.view import View, outcome_lines, prepare, view_for
 from ..logs import configure_logs
-from .dev_view import View, outcome_lines, prepare, view_for
 from .options import setting_options
 from .sources import errors_told, load
-
-__all__ = ["command"]
 
 NAMESPACE = "flights"
 _ONCE_DURATION_S = 8.0
@@ -46,34 +45,40 @@ _OF_A_GIVEN_SERVER = ("url", "reader_url", "username", "password", "fake", "embe
 
 @click.command("dev")
 @setting_options
-@click.option("--once", is_flag=True, help="Play one day, compare all, and end.")
-@click.option("--json", "as_json", is_flag=True, help="With --once: the outcome, on stdout.")
-@click.option("--kill", is_flag=True, help="kill -9 one node half-way, and start it again.")
-@click.option("--nodes", type=click.IntRange(1, 16), default=3, show_default=True, help="How many.")
+@click.option("--once", is_flag=True, help="Replay one day, check the result, and exit.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="With --once: print the outcome as JSON on stdout."
+)
+@click.option(
+    "--kill", is_flag=True, help="Kill one node half-way through the day, and restart it."
+)
+@click.option(
+    "--nodes", type=click.IntRange(1, 16), default=3, show_default=True, help="Number of nodes."
+)
 @click.option(
     "--duration",
     type=click.FloatRange(0, 86_400),
     metavar="SECONDS",
-    help=f"Of one day.  [default: {_ENDLESS_DURATION_S:g}, with --once {_ONCE_DURATION_S:g}]",
+    help=f"Duration of a day.  [default: {_ENDLESS_DURATION_S:g}; --once: {_ONCE_DURATION_S:g}]",
 )
 @click.option(
     "--port",
     type=click.IntRange(0, 65_000),
     default=8642,
     show_default=True,
-    help="HTTP port of the first node; 0: any free ones.",
+    help="HTTP port of the first node; 0: any free ports.",
 )
 @click.option(
     "--rate",
     type=click.FloatRange(0.1, 10_000),
     default=150.0,
     show_default=True,
-    help="Boards looked at in a second.",
+    help="Reads of boards per second.",
 )
 @click.option(
     "--data-dir",
     type=click.Path(file_okay=False, path_type=Path),
-    help="For database and logs; kept.  [default: a temporary one]",
+    help="Directory of database and logs; it is kept.  [default: temporary]",
 )
 def command(
     config: str | None,
@@ -87,11 +92,11 @@ def command(
     rate: float,
     data_dir: Path | None,
 ) -> int:
-    """Try it out: departure boards of New York's airports, kept right while flights leave."""
+    """Try Forebay: departure boards of the New York airports, updated while flights depart."""
     if as_json and not once:
         raise click.UsageError("--json needs --once")
     if once and data_dir is not None and (data_dir / "flights.db").exists():
-        raise click.UsageError(f"--once needs a fresh database; there is one in {data_dir}")
+        raise click.UsageError(f"--once needs a new database, but {data_dir} already contains one")
     with errors_told():
         resolved = load(config, flags)
         _refuse_fake(resolved)
@@ -117,12 +122,12 @@ def command(
         failed = _process_failed(group)
         if failed is None:
             raise
-        _tell(failed)
+        _report(failed)
         return failed.exit_code
     except ProcessFailed as failed:
-        _tell(failed)
+        _report(failed)
         return failed.exit_code
-    return _ended(outcome, once=once, as_json=as_json)
+    return _exit_code(outcome, once=once, as_json=as_json)
 
 
 async def _run(plan: Plan, as_json: bool) -> Outcome | None:
@@ -144,7 +149,7 @@ async def _obey_signals(
         async for _ in signals:
             asked += 1
             if asked == 1:
-                session.scene.notes.append("ending; once more to end at once")
+                session.scene.notes.append("stopping; repeat the signal to kill all processes")
                 session.cancel()
             else:
                 session.kill_all()
@@ -156,7 +161,7 @@ async def _show(view: View) -> None:
         await anyio.sleep(_SHOW_EVERY_S)
 
 
-def _ended(outcome: Outcome | None, *, once: bool, as_json: bool) -> int:
+def _exit_code(outcome: Outcome | None, *, once: bool, as_json: bool) -> int:
     if outcome is None:
         if as_json:
             click.echo('{"ok": false, "interrupted": true}')
@@ -176,7 +181,7 @@ def _process_failed(group: BaseExceptionGroup[BaseException]) -> ProcessFailed |
     return found
 
 
-def _tell(failed: ProcessFailed) -> None:
+def _report(failed: ProcessFailed) -> None:
     for line in failed.said.splitlines():
         click.echo(f"  {failed.name} | {escape_controls(line)}", err=True)
     click.echo(f"Error: {failed}", err=True)
@@ -188,8 +193,8 @@ def _refuse_fake(resolved: Resolved) -> None:
             setting="valkey.fake",
             value="true",
             origin=resolved.origins["valkey.fake"],
-            problem="fakeredis lives in one process, and the demo has several",
-            fix="unset it, or try `forebay run` with it",
+            problem="fakeredis works in one process only, and the demo has several",
+            fix="unset it, or use it with `forebay run`",
         )
 
 
@@ -205,7 +210,7 @@ def _duration_s(given: float | None, *, once: bool) -> float:
 
 
 def _plain_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """What is there besides settings; these are handed on as they were understood here."""
+    """The environment without settings; the nodes get the resolved settings instead."""
     return {
         name: value
         for name, value in environ.items()
@@ -214,7 +219,7 @@ def _plain_environ(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _node_environ(settings: Settings) -> dict[str, str]:
-    """The settings that are not the default, for the nodes."""
+    """The settings that differ from their defaults, as environment of the nodes."""
     changed = {}
     for name, field in FIELDS.items():
         value = getattr(getattr(settings, field.section), field.leaf)

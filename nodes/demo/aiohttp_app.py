@@ -1,4 +1,4 @@
-"""A shop's products behind aiohttp, which writes to its database itself: to copy and change.
+"""A product service on aiohttp that writes to its database directly: copy and change it.
 
     pip install 'forebay[embedded,sql]'
     python -m aiohttp.web -H 127.0.0.1 -P 8080 forebay.nodes.demo.aiohttp_app:make_app
@@ -7,8 +7,8 @@
     curl localhost:8080/products/1
     curl localhost:8080/catalog
 
-Start as many as you like, with one FOREBAY_URL and one database: what is put through one of
-them is read from all.
+Several processes may run with one FOREBAY_URL and one database: a change through one process is
+visible in all of them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ routes = web.RouteTableDef()
 PRODUCT = r"/products/{id:\d{1,18}}"
 
 
-# Fresh for a minute, unless a write makes it old sooner; that there is none is remembered too.
+# Fresh for a minute unless a write invalidates it earlier; absent products are cached too.
 @node.cached("product:{id}", ttl=60, stale_for=300)
 async def product(id: int) -> Product | None:
     async with aiosqlite.connect(DATABASE, timeout=10) as database:
@@ -60,9 +60,9 @@ async def catalog() -> list[int]:
         return [row[0] for row in await database.execute_fetchall(query)]
 
 
-# First the commit, then the invalidation: the other way round, somebody could load the old
-# row in between. Should the invalidation fail, the client gets a 503, and puts it again; where
-# that is not enough, write behind, as fastapi_app.py does.
+# Commit first, then invalidate: in the other order a reader could load the old row in between.
+# If the invalidation fails, the client gets 503 and repeats the request; if that is not enough,
+# use write-behind as fastapi_app.py does.
 async def store(id: int, statement: str, values: Sequence[object]) -> None:
     async with aiosqlite.connect(DATABASE, timeout=10) as database:
         await database.execute(statement, values)
@@ -82,7 +82,7 @@ def answer(value: object, status: int = 200) -> web.Response:
 @routes.get(PRODUCT)
 async def get_product(request: web.Request) -> web.Response:
     found = await product(id_of(request))
-    return answer({"error": "there is no such product"}, 404) if found is None else answer(found)
+    return answer({"error": "product not found"}, 404) if found is None else answer(found)
 
 
 @routes.put(PRODUCT)

@@ -1,14 +1,14 @@
-"""Departure boards of New York's airports: a node to copy and change.
+"""Departure boards of the New York airports: a node to copy and change.
 
     forebay run --app forebay.nodes.demo.app:node
 
-Flights live in SQLite. They change by events, which any program may publish:
+The flights are in a SQLite database. Events change them, and any program may publish events:
 
     XADD forebay:flights:events * event '{"type": "write", "key": "flight:UA1545-EWR-IAH",
         "value": {...}, "invalidates": {"tags": ["airport:EWR", "airport:IAH"]}}'
 
-The new flight can be read at once. The node that owns its shard writes it to the database,
-and then makes the boards of both airports old, on every node.
+The new flight is visible at once. The node that owns its shard writes it to the database, and
+then invalidates the boards of both airports on every node.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ departures = Departures(DATABASE)
 node = forebay.Node("flights")
 
 
-# A board is fresh for 2 s, unless an event makes it old sooner. For 30 s more it is still
-# shown while a new one is made, so nobody waits for the database.
+# A board is fresh for 2 s unless an event invalidates it earlier. For another 30 s the stale
+# board is served while a new one loads, so no reader waits for the database.
 @node.cached("board:{airport}", ttl=2, stale_for=30, tags=["airport:{airport}"])
 async def board(airport: str) -> Board:
     rows = await departures.of_airport(airport)
     return board_of(airport, rows, airports=AIRPORTS, airlines=AIRLINES)
 
 
-# That there is no such flight is remembered as well.
+# An absent flight is cached too.
 @node.cached("flight:{id}", ttl=3600)
 async def flight(id: str) -> Flight | None:
     return await departures.flight(id)
 
 
-# Writes of flights end in this table: in order, many in one transaction, none twice.
+# Writes of flights go to this table: in order, in batches, each exactly once.
 node.sink(
     "flight:{id}",
     forebay.SqlSink(f"sqlite+aiosqlite:///{DATABASE}", table="flights", key=("id",)),

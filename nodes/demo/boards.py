@@ -1,9 +1,8 @@
-"""What the board of one airport shows.
+"""The departure board of one airport.
 
-A board is made from the rows of its airport alone, so the database that feeds the cache and
-the data set that the end of the day is checked against give the same board if, and only
-if, they hold the same rows for it. For EWR, JFK and LGA it shows where flights leave to,
-for every other airport which flights come from New York.
+A board depends on the rows of its airport only. So the database behind the cache and the data set
+give the same board exactly if they hold the same rows for that airport. EWR, JFK and LGA show
+the destinations of their flights; all other airports show the flights from New York.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from msgspec import Struct
 
 from .flights import Flight, Status, minutes_of
 
-__all__ = ["LINES_MAX", "Board", "Line", "board_of"]
-
 LINES_MAX = 10
 
 
@@ -26,7 +23,7 @@ class Line(Struct, frozen=True, kw_only=True):
 
     flight: str
     airline: str
-    other_end: str  #: where it goes to, or comes from
+    other_end: str  #: destination or origin
     due: str  #: HH:MM
     left: str | None  #: HH:MM
     delay_min: int | None
@@ -34,14 +31,14 @@ class Line(Struct, frozen=True, kw_only=True):
 
 
 class Board(Struct, frozen=True, kw_only=True):
-    """The next flights, the last ones, and the day in numbers."""
+    """The next flights, the last flights, and the totals of the day."""
 
     airport: str
     name: str
     counts: dict[Status, int]
-    delay_min_total: int  #: over all that left; each late flight changes it
+    delay_min_total: int  #: over all departed flights; each late flight changes it
     next: list[Line]
-    last: list[Line]  #: the latest first
+    last: list[Line]  #: latest first
 
 
 def board_of(
@@ -51,7 +48,7 @@ def board_of(
     airports: Mapping[str, str],
     airlines: Mapping[str, str],
 ) -> Board:
-    """The board of the airport; rows of other airports are passed over."""
+    """The board of the airport; rows of other airports are ignored."""
     mine = [row for row in rows if airport in row.airports]
     waiting = sorted((row for row in mine if row.status in ("scheduled", "delayed")), key=_due)
     gone = sorted((row for row in mine if row.status == "departed"), key=_left, reverse=True)

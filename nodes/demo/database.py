@@ -1,14 +1,14 @@
-"""The demo's database: a real SQLite file with the day's flights, and what became of them.
+"""The database of the demo: a SQLite file with the flights of the day and their history.
 
-    flights         the timetable at first; the sink turns its rows into the final ones
-    flight_history  every change of a row, written by a trigger inside the sink's transaction
+    flights         initially the timetable; the sink updates its rows
+    flight_history  every change of a row, written by a trigger in the transaction of the sink
 
-I1  ``create`` may be called again, also by several processes at once: it adds what is missing.
-I2  The history cannot be got round: whoever updates a flight leaves a line in it. A row that
-    goes back to ``scheduled`` begins a new day, so its old lines go, and the file stays small.
-I3  ``order_fault`` finds any flight whose version or status ever went back.
+I1  ``create`` may be called repeatedly, also by several processes at once; it adds missing parts.
+I2  Every update of a flight adds a line to the history. A row that returns to ``scheduled`` starts
+    a new day: its old lines are deleted, so the file stays small.
+I3  ``order_fault`` finds a flight whose version or status went back.
 
-``Departures`` is the reading side, as a service has it: one connection, one query each.
+``Departures`` is the reading side, as in a service: one connection, one query per call.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import msgspec
 from msgspec import Struct, structs
 
 from .flights import Flight, Status, as_scheduled
-
-__all__ = ["Change", "Departures", "create", "order_fault", "read_changes", "read_flights"]
 
 _BUSY_S = 10.0
 _SCHEMA = """
@@ -73,7 +71,7 @@ _RANKS: dict[Status, int] = {"scheduled": 0, "delayed": 1, "departed": 2, "cance
 
 
 class Change(Struct, frozen=True, kw_only=True):
-    """One line of the history."""
+    """A line of the history."""
 
     flight_id: str
     version: int | None
@@ -88,7 +86,7 @@ class Departures:
         self._connection: aiosqlite.Connection | None = None
 
     async def open(self) -> None:
-        # No transaction stays open between two queries, so each sees what was last committed.
+        # No transaction stays open between queries, so each query sees the last commit.
         self._connection = await aiosqlite.connect(
             self._path, timeout=_BUSY_S, isolation_level=None
         )
@@ -103,7 +101,7 @@ class Departures:
         return found[0] if found else None
 
     async def of_airport(self, airport: str) -> list[Flight]:
-        """All flights that leave from it or go to it."""
+        """All flights from or to the airport."""
         return await self._read("WHERE origin = ?1 OR dest = ?1", airport)
 
     async def _read(self, where: str, value: str) -> list[Flight]:
@@ -114,11 +112,11 @@ class Departures:
 
 
 def create(path: Path, day: Iterable[Flight]) -> None:
-    """Make the tables, and enter the day's timetable: nothing has left yet."""
+    """Create the tables and insert the timetable of the day."""
     places = ", ".join("?" * len(_COLUMNS))
     insert = f"INSERT OR IGNORE INTO flights ({', '.join(_COLUMNS)}) VALUES ({places})"  # noqa: S608
     with closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
-        # Readers go on while the sink writes.
+        # WAL lets readers continue while the sink writes.
         connection.execute("PRAGMA journal_mode = WAL")
         connection.executescript(_SCHEMA)
         with connection:
@@ -126,13 +124,13 @@ def create(path: Path, day: Iterable[Flight]) -> None:
 
 
 def read_flights(path: Path) -> list[Flight]:
-    """The whole table, by id."""
+    """The whole table, ordered by id."""
     with closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
         return [_flight(row) for row in connection.execute(f"{_SELECT} ORDER BY id")]
 
 
 def read_changes(path: Path) -> list[Change]:
-    """The history as it was written."""
+    """The history in the order of writing."""
     query = "SELECT flight_id, version, status FROM flight_history ORDER BY rowid"
     with closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
         return [
@@ -142,7 +140,7 @@ def read_changes(path: Path) -> list[Change]:
 
 
 def order_fault(changes: Iterable[Change]) -> str:
-    """The first change that went back, in words; empty if none did."""
+    """Description of the first change that went back; empty if there is none."""
     newest: dict[str, Change] = {}
     for change in changes:
         before = newest.get(change.flight_id)

@@ -1,4 +1,4 @@
-"""A shop's products behind FastAPI, written behind to SQLite: a service to copy and change.
+"""A product service on FastAPI with write-behind to SQLite: copy and change it.
 
     pip install 'forebay[embedded,sql]' fastapi uvicorn
     uvicorn forebay.nodes.demo.fastapi_app:app
@@ -7,8 +7,8 @@
     curl localhost:8000/products/1
     curl localhost:8000/catalog
 
-Start as many as you like, with one FOREBAY_URL and one database: what is put through one of
-them is read from all.
+Several processes may run with one FOREBAY_URL and one database: a change through one process is
+visible in all of them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Product(Offer):
 node = forebay.Node("shop")
 
 
-# Fresh for a minute, unless a write makes it old sooner; that there is none is remembered too.
+# Fresh for a minute unless a write invalidates it earlier; absent products are cached too.
 @node.cached("product:{id}", ttl=60, stale_for=300)
 async def product(id: int) -> Product | None:
     async with aiosqlite.connect(DATABASE, timeout=10) as database:
@@ -65,7 +65,7 @@ async def catalog() -> list[int]:
         return [row[0] for row in await database.execute_fetchall(query)]
 
 
-# Whatever is written behind ends in this table: in order, many in one transaction, none twice.
+# Write-behind writes go to this table: in order, in batches, each exactly once.
 node.sink("product:{id}", forebay.SqlSink(f"sqlite+aiosqlite:///{DATABASE}", table="products"))
 
 
@@ -77,7 +77,7 @@ async def create_table() -> None:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    async with node:  # leaving it drains: what was accepted is in the database then
+    async with node:  # leaving the block drains: accepted writes are then in the database
         yield
 
 
@@ -87,16 +87,16 @@ app.add_middleware(forebay.RequestScopeMiddleware)
 
 async def on_sale(id: Id) -> None:
     if await product(id) is None:
-        raise HTTPException(404, f"there is no product {id}")
+        raise HTTPException(404, f"product {id} not found")
 
 
-# By the request scope the second read is what the check has seen, whatever happens in between.
+# The request scope makes the second read return the value that the check has seen.
 @app.get("/products/{id}", dependencies=[Depends(on_sale)])
 async def get_product(id: Id) -> Product | None:
     return await product(id)
 
 
-# Every reader has it at once, and the database soon; then the pages of the catalog are old.
+# Readers see it at once and the database soon; then the catalog is invalidated.
 @app.put("/products/{id}", status_code=202)
 async def put_product(id: Id, offer: Offer) -> Product | None:
     new = Product(offer.name, offer.price, id)
@@ -121,7 +121,7 @@ async def ready() -> JSONResponse:
     return JSONResponse({"failing": failing}, 503 if failing else 200)
 
 
-# The writes' queue is full, or Valkey is away: the client should come back.
+# The queue of writes is full, or Valkey is unavailable: the client should retry.
 @app.exception_handler(forebay.Backpressure)
 @app.exception_handler(forebay.Unavailable)
 async def try_later(_: Request, error: Exception) -> JSONResponse:

@@ -1,15 +1,15 @@
 """One real day of departures from New York City, as rows and as events in their real order.
 
-I1  The data set is read as it is: ``NA`` is an absent value, nothing is corrected.
-I2  A flight's id is unique on the day, and is the same in its timetable row and its last.
-I3  The events of a flight rise in time: ``delayed`` at the scheduled minute if it left late,
-    then ``departed``, or ``cancelled`` at the scheduled minute. The last one carries the
-    row of the data set in full, so that after all events the table equals the data set.
-I4  The day is ordered by ``at_min``, minutes since its midnight, which run on past 1440 for
-    those that left on the next morning; then by id.
+I1  The data set is not corrected; ``NA`` is an absent value.
+I2  The id of a flight is unique on the day, and the same in its first and its last row.
+I3  The events of a flight are ordered in time: ``delayed`` at the scheduled minute if it departs
+    late, then ``departed``; or ``cancelled`` at the scheduled minute. The last event carries the
+    complete row of the data set, so that after all events the table equals the data set.
+I4  The day is ordered by ``at_min`` (minutes since midnight, beyond 1440 for flights that depart
+    the next morning), then by id.
 
-It imports nothing of Forebay: the replayer, which stands for a service in any language,
-takes its events from here.
+This module does not import Forebay: the replayer, which stands for a publishing service, takes its
+events from it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,6 @@ from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct, structs
-
-__all__ = [
-    "DATA",
-    "NEW_YORK",
-    "DayEvent",
-    "Flight",
-    "Status",
-    "as_scheduled",
-    "events_of",
-    "minutes_of",
-    "read_day",
-    "read_names",
-]
 
 DATA = Path(__file__).with_name("data")
 NEW_YORK = ("EWR", "JFK", "LGA")
@@ -71,20 +58,20 @@ class Flight(Struct, frozen=True, kw_only=True):
 
 
 class DayEvent(Struct, frozen=True, kw_only=True):
-    """What became of a flight, and when."""
+    """A change of a flight, and its time."""
 
     at_min: int
     flight: Flight
 
 
 def read_day(path: Path = DATA / "flights.csv") -> list[Flight]:
-    """The day as it ended: every flight has departed or was cancelled."""
+    """The final state of the day: every flight has departed or was cancelled."""
     with path.open(newline="", encoding="utf-8") as file:
         return [_final(row) for row in csv.DictReader(file)]
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Code to name, from the first two columns of airports.csv or airlines.csv."""
+    """Names by code, from the first two columns of airports.csv or airlines.csv."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.reader(file)
         next(rows)
@@ -92,12 +79,12 @@ def read_names(path: Path) -> dict[str, str]:
 
 
 def as_scheduled(flight: Flight, status: Status = "scheduled") -> Flight:
-    """The flight as it stands in the timetable: nothing is known that came afterwards."""
+    """The flight as in the timetable, without the values known only afterwards."""
     return structs.replace(flight, status=status, **dict.fromkeys(_KNOWN_AFTERWARDS))
 
 
 def events_of(day: Iterable[Flight]) -> list[DayEvent]:
-    """All that happens on the day, in order."""
+    """All events of the day, in order."""
     events = [event for flight in day for event in _events_of_one(flight)]
     return sorted(events, key=lambda event: (event.at_min, event.flight.id))
 

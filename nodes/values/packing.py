@@ -19,7 +19,7 @@ from .codec import ValueCodec
 T = TypeVar("T")
 
 
-class Lifetimes(Struct, frozen=True, kw_only=True):
+class EntryLifetimes(Struct, frozen=True, kw_only=True):
     """How long the entries of a cache live, in milliseconds; 0: not at all."""
 
     ttl_ms: int
@@ -44,7 +44,7 @@ class Packed(Struct, frozen=True):
 
 
 class Packer(Generic[T]):
-    def __init__(self, policy: Lifetimes, codec: ValueCodec[T], rng: random.Random) -> None:
+    def __init__(self, policy: EntryLifetimes, codec: ValueCodec[T], rng: random.Random) -> None:
         self._policy = policy
         self._codec = codec
         self._rng = rng

@@ -185,7 +185,7 @@ def test_a_second_signal_ends_it_at_once(namespace: str, tmp_path: Path) -> None
         (frozen, *_) = _pids(namespace, "demo.app:node")
         os.kill(frozen, signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: not _pids(namespace, "demo.replayer"))
+        wait_until(lambda: not _pids(namespace, "dev.replayer"))
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=15)
 

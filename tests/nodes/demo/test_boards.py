@@ -1,4 +1,4 @@
-"""Boards: what is next, what has gone, and the day in numbers."""
+"""Boards: next flights, last flights, and totals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def shown(airport: str, rows: list[Flight]) -> Board:
 
 
 def test_the_morning_board_shows_the_next_departures() -> None:
-    """Before anything has left, the board is the beginning of the timetable."""
+    """Before the first departure the board shows the start of the timetable."""
     board = shown("JFK", [as_scheduled(flight) for flight in DAY])
 
     dues = [line.due for line in board.next]
@@ -26,7 +26,7 @@ def test_the_morning_board_shows_the_next_departures() -> None:
 
 
 def test_the_evening_board_shows_the_latest_first() -> None:
-    """After the day the flight that left on the next morning stands on top."""
+    """After the day the flight that departed the next morning is at the top."""
     board = shown("JFK", DAY)
 
     assert board.next == []
@@ -36,7 +36,7 @@ def test_the_evening_board_shows_the_latest_first() -> None:
 
 
 def test_a_board_elsewhere_shows_where_flights_come_from() -> None:
-    """Outside New York the other end is the origin."""
+    """Outside New York a board shows the origins of the flights."""
     board = shown("BOS", DAY)
 
     assert board.name == "General Edward Lawrence Logan Intl"
@@ -45,21 +45,21 @@ def test_a_board_elsewhere_shows_where_flights_come_from() -> None:
 
 
 def test_every_flight_counts_on_two_boards() -> None:
-    """Over all airports each flight is counted twice: where it leaves, and where it goes."""
+    """Over all airports each flight counts twice: at its origin and at its destination."""
     airports = {airport for flight in DAY for airport in flight.airports}
 
     assert sum(sum(shown(each, DAY).counts.values()) for each in airports) == 2 * len(DAY)
 
 
 def test_rows_of_other_airports_change_nothing() -> None:
-    """The loader may give a board its own rows only, or all of them."""
+    """A board is the same whether the loader passes its own rows or all rows."""
     own = [flight for flight in DAY if "ATL" in flight.airports]
 
     assert shown("ATL", own) == shown("ATL", DAY)
 
 
 def test_each_change_of_a_row_shows() -> None:
-    """A row that is not in its final state makes another board, wherever it stands."""
+    """Every row that is not in its final state changes the board."""
     final = shown("ATL", DAY)
     own = [flight for flight in DAY if "ATL" in flight.airports]
     for number, flight in enumerate(own):
@@ -68,5 +68,5 @@ def test_each_change_of_a_row_shows() -> None:
 
 
 def test_an_airport_without_a_name_shows_its_code() -> None:
-    """San Juan is not in the list of airports, as the source has it."""
+    """San Juan is missing in the list of airports, so its code is shown."""
     assert shown("SJU", DAY).name == "SJU"

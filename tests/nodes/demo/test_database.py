@@ -1,4 +1,4 @@
-"""The demo's database: timetable, history by triggers, and the check of its order."""
+"""The database of the demo: timetable, history, and the check of its order."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def update(path: Path, status: str, version: int) -> None:
 
 
 def test_the_table_begins_with_the_timetable(path: Path) -> None:
-    """Every flight is scheduled, without a version, and nothing is in the history."""
+    """At first every flight is scheduled without a version, and the history is empty."""
     timetable = sorted((as_scheduled(flight) for flight in DAY), key=lambda flight: flight.id)
 
     assert read_flights(path) == timetable
@@ -51,7 +51,7 @@ def test_the_table_begins_with_the_timetable(path: Path) -> None:
 
 
 def test_create_again_keeps_what_has_happened(path: Path) -> None:
-    """I1: a node that starts later does not reset the day."""
+    """I1: a second create() does not reset the day."""
     update(path, "departed", 7)
 
     create(path, DAY)
@@ -61,7 +61,7 @@ def test_create_again_keeps_what_has_happened(path: Path) -> None:
 
 
 def test_each_update_leaves_a_line(path: Path) -> None:
-    """I2: the trigger writes the history, whoever updates."""
+    """I2: every update adds a line to the history."""
     update(path, "delayed", 5)
     update(path, "departed", 9)
 
@@ -72,7 +72,7 @@ def test_each_update_leaves_a_line(path: Path) -> None:
 
 
 def test_an_upsert_leaves_a_line_only_if_it_changes_the_row(path: Path) -> None:
-    """I2: what a version guard refuses is no change."""
+    """I2: an upsert that the version guard refuses adds no line."""
     upsert = (
         "INSERT INTO flights SELECT * FROM flights WHERE id = ? "
         "ON CONFLICT (id) DO UPDATE SET status = 'departed', version = ? "
@@ -86,7 +86,7 @@ def test_an_upsert_leaves_a_line_only_if_it_changes_the_row(path: Path) -> None:
 
 
 def test_a_new_day_begins_the_history_anew(path: Path) -> None:
-    """I2: back to scheduled, the old lines of the flight go; the file stays small."""
+    """I2: a flight that returns to scheduled loses its old lines."""
     update(path, "departed", 5)
     update(path, "scheduled", 6)
 
@@ -94,7 +94,7 @@ def test_a_new_day_begins_the_history_anew(path: Path) -> None:
 
 
 def test_an_unknown_status_is_refused(path: Path) -> None:
-    """The table itself holds the states that a flight can have."""
+    """The table refuses an unknown status."""
     with pytest.raises(sqlite3.IntegrityError):
         update(path, "vanished", 5)
 
@@ -113,7 +113,7 @@ def change(version: int | None, status: str, flight_id: str = "a") -> Change:
     ],
 )
 def test_good_orders_pass(changes: list[Change]) -> None:
-    """I3: versions rise within a flight; flights are independent of each other."""
+    """I3: versions rise within each flight, independently of other flights."""
     assert order_fault(changes) == ""
 
 
@@ -128,12 +128,12 @@ def test_good_orders_pass(changes: list[Change]) -> None:
     ],
 )
 def test_going_back_is_found(changes: list[Change], words: str) -> None:
-    """I3: an older version, the same again, or an earlier status is a fault."""
+    """I3: an older or equal version, or an earlier status, is a fault."""
     assert words in order_fault(changes)
 
 
 async def test_departures_see_what_was_last_committed(path: Path) -> None:
-    """The reading side keeps no snapshot from one query to the next."""
+    """Each query of the reading side sees the last commit."""
     departures = Departures(path)
     await departures.open()
     try:

@@ -1,4 +1,4 @@
-"""The day's flights: rows, ids, events and their order."""
+"""The flights of the day: rows, ids, events and their order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def by_flight(events: list[DayEvent]) -> dict[str, list[DayEvent]]:
 
 
 def test_rows_are_the_lines_of_the_data_set() -> None:
-    """I1: every cell of the file is in the row, and NA is None."""
+    """I1: a row contains every cell of the file, and NA is None."""
     with (DATA / "flights.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
 
@@ -42,13 +42,13 @@ def test_rows_are_the_lines_of_the_data_set() -> None:
 
 
 def test_ids_are_unique() -> None:
-    """I2: no two flights of the day have one id."""
+    """I2: the ids of the day are unique."""
     assert len({flight.id for flight in DAY}) == len(DAY)
     assert "UA1545-EWR-IAH" in {flight.id for flight in DAY}
 
 
 def test_the_timetable_knows_nothing_of_later() -> None:
-    """I2: a timetable row has the id, and no column that the day would fill."""
+    """I2: a timetable row has the same id, and no value known only afterwards."""
     for flight in DAY:
         row = as_scheduled(flight)
         later = (row.dep_time, row.dep_delay, row.arr_time, row.arr_delay, row.air_time)
@@ -57,14 +57,14 @@ def test_the_timetable_knows_nothing_of_later() -> None:
 
 
 def test_the_last_event_of_a_flight_is_its_row() -> None:
-    """I3: after all events, in order, the table equals the data set."""
+    """I3: after all events in order the table equals the data set."""
     table: dict[str, Flight] = {event.flight.id: event.flight for event in EVENTS}
 
     assert table == {flight.id: flight for flight in DAY}
 
 
 def test_only_late_flights_are_delayed_first() -> None:
-    """I3: delayed at the scheduled minute, then departed later; others have one event."""
+    """I3: a late flight has two events, delayed and departed; the others have one."""
     for events in by_flight(EVENTS).values():
         last = events[-1]
         late = (last.flight.dep_delay or 0) > 0
@@ -75,7 +75,7 @@ def test_only_late_flights_are_delayed_first() -> None:
 
 
 def test_the_day_is_in_order() -> None:
-    """I4: events rise in time; the ones of the next morning come last."""
+    """I4: events are ordered in time, and those of the next morning come last."""
     moments = [(event.at_min, event.flight.id) for event in EVENTS]
 
     assert moments == sorted(moments)
@@ -84,7 +84,7 @@ def test_the_day_is_in_order() -> None:
 
 
 def test_departures_are_at_their_real_time() -> None:
-    """I4: the minute of a departure is the one that the data set has for it."""
+    """I4: a departure has the minute of the data set."""
     for event in EVENTS:
         if event.flight.status == "departed":
             assert event.flight.dep_time is not None
@@ -92,12 +92,12 @@ def test_departures_are_at_their_real_time() -> None:
 
 
 def test_the_order_does_not_depend_on_the_order_of_the_rows() -> None:
-    """I4: ties are decided by the id, not by the file."""
+    """I4: events of one minute are ordered by id."""
     assert events_of(reversed(DAY)) == EVENTS
 
 
 def test_every_flight_leaves_new_york() -> None:
-    """One of the two airports is New York's, the other is not."""
+    """Exactly one airport of a flight is in New York."""
     for flight in DAY:
         assert flight.origin in NEW_YORK
         assert flight.dest not in NEW_YORK
@@ -105,12 +105,12 @@ def test_every_flight_leaves_new_york() -> None:
 
 @pytest.mark.parametrize(("hhmm", "minutes"), [(0, 0), (515, 315), (2359, 1439), (2400, 1440)])
 def test_minutes_of(hhmm: int, minutes: int) -> None:
-    """HHMM is hours and minutes; 2400 is the end of the day."""
+    """HHMM becomes minutes since midnight, and 2400 is the end of the day."""
     assert minutes_of(hhmm) == minutes
 
 
 def test_airlines_all_have_names() -> None:
-    """The shipped names cover the airlines of the day."""
+    """The shipped names include every airline of the day."""
     names = read_names(DATA / "airlines.csv")
 
     assert {flight.carrier for flight in DAY} <= set(names)

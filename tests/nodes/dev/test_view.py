@@ -1,4 +1,4 @@
-"""What `forebay dev` shows."""
+"""The display of `forebay dev`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, cast
 
 import pytest
 
-from forebay.nodes.cli import dev_view
-from forebay.nodes.demo.cluster import free_ports
-from forebay.nodes.demo.scene import NodeScene, Scene
-from forebay.nodes.demo.session import Session
+from forebay.nodes.dev import view
+from forebay.nodes.dev.processes import free_ports
+from forebay.nodes.dev.scene import NodeScene, Scene
+from forebay.nodes.dev.session import Session
 
 
-def test_state_of_a_node_is_a_word_also_when_a_note_goes_by() -> None:
-    """Notes are printed without markup, and the table is printed anew with them."""
+def test_the_table_shows_states_without_markup() -> None:
+    """The console prints notes, and the table with them, without interpreting markup."""
     console_module = pytest.importorskip("rich.console")
     live_module = pytest.importorskip("rich.live")
     nodes = [NodeScene(name="node-1", url="u", up=True), NodeScene(name="node-2", url="u")]
@@ -24,7 +24,7 @@ def test_state_of_a_node_is_a_word_also_when_a_note_goes_by() -> None:
         file=written, force_terminal=True, no_color=True, highlight=False, width=100
     )
     with live_module.Live(console=console, auto_refresh=False) as live:
-        live.update(dev_view._table(Scene(nodes=nodes)), refresh=True)
+        live.update(view._table(Scene(nodes=nodes)), refresh=True)
         console.print("a [note]", markup=False)
     assert "ready" in written.getvalue()
     assert "down" in written.getvalue()
@@ -32,8 +32,8 @@ def test_state_of_a_node_is_a_word_also_when_a_note_goes_by() -> None:
     assert "a [note]" in written.getvalue()
 
 
-def test_port_that_is_taken_is_told_with_the_one_in_its_place() -> None:
-    """Or one waits for an answer from somebody else."""
+def test_a_port_in_use_is_reported_with_its_replacement() -> None:
+    """A note names the port in use and the port that replaces it."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -42,7 +42,7 @@ def test_port_that_is_taken_is_told_with_the_one_in_its_place() -> None:
         session.scene = Scene()
         session._plan = cast(Any, type("Plan", (), {"port": first, "nodes": 1}))
         (got,) = session._ports()
-    assert list(session.scene.notes) == [f"port {first} is taken: node-1 listens on {got} instead"]
+    assert list(session.scene.notes) == [f"port {first} is in use: node-1 listens on {got} instead"]
     session._plan.port = 0
     assert len(session._ports()) == 1
     assert len(session.scene.notes) == 1

@@ -1,4 +1,4 @@
-"""Processes of the demo: started, watched and ended, with a small program in place of a node."""
+"""Child processes and clusters of `forebay dev`, with a small program in place of a node."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from forebay.nodes.demo.cluster import Cluster, free_ports
-from forebay.nodes.demo.scene import Backlog
+from forebay.nodes.dev.processes import Cluster, free_ports
+from forebay.nodes.dev.scene import Backlog
 from forebay.schemas.errors import ProcessFailed
 
 STAND_IN = """
@@ -59,7 +59,7 @@ def assert_nothing_left(cluster: Cluster) -> None:
 
 
 def test_ports_are_the_wanted_ones_or_others_where_taken() -> None:
-    """A port that is taken is replaced, its neighbours are not."""
+    """A port in use is replaced; the other ports are not."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         first = taken.getsockname()[1]
         ports = free_ports(first, 1)
@@ -71,7 +71,7 @@ def test_ports_are_the_wanted_ones_or_others_where_taken() -> None:
 
 
 async def test_nodes_are_ready_inside_and_gone_afterwards(tmp_path: Path) -> None:
-    """I1, I3: each answers inside the block; each got SIGTERM and exited 0."""
+    """I5, I7: every node responds inside the block, then gets SIGTERM and exits with 0."""
     async with cluster_of(tmp_path, "obeys") as cluster:
         await cluster.observe()
         scenes = [node.scene for node in cluster.nodes]
@@ -82,45 +82,45 @@ async def test_nodes_are_ready_inside_and_gone_afterwards(tmp_path: Path) -> Non
     assert_nothing_left(cluster)
 
 
-async def test_a_node_that_ends_at_start_is_told_with_its_log(tmp_path: Path) -> None:
-    """I2: the error has the node's last words, and passes on that the backend is missing."""
+async def test_a_node_that_exits_at_start_is_reported_with_its_log(tmp_path: Path) -> None:
+    """I6: the error contains the end of the log and the exit code for a missing backend."""
     cluster = cluster_of(tmp_path, "dies")
-    with pytest.raises(ProcessFailed, match="node-1 ended with 3") as failed:
+    with pytest.raises(ProcessFailed, match="node-1 exited with 3") as failed:
         async with cluster:
-            pytest.fail("it was not ready")
+            pytest.fail("the block was entered")
 
     assert failed.value.said == "there is no such server"
     assert failed.value.exit_code == 3
     assert_nothing_left(cluster)
 
 
-async def test_a_node_that_is_never_ready_is_told_in_time(tmp_path: Path) -> None:
-    """I2: waiting for readiness has an end, and the nodes are ended then."""
+async def test_a_node_that_is_never_ready_is_reported_in_time(tmp_path: Path) -> None:
+    """I6: the wait for readiness is bounded, and the nodes are stopped afterwards."""
     cluster = cluster_of(tmp_path, "never-ready", ready_limit_s=0.5)
     with pytest.raises(ProcessFailed, match="not ready within") as failed:
         async with cluster:
-            pytest.fail("it was not ready")
+            pytest.fail("the block was entered")
 
     assert failed.value.exit_code == 1
     assert_nothing_left(cluster)
 
 
 async def test_a_killed_node_comes_back_at_its_port(tmp_path: Path) -> None:
-    """kill -9 and a new start: both exits are kept, and it answers where it did before."""
+    """I4: after SIGKILL and a restart both exit codes are recorded, and the address is the same."""
     async with cluster_of(tmp_path, "obeys") as cluster:
         first, _ = cluster.nodes
         before = first.child.pid
         await cluster.kill_and_restart(first, after_s=0)
-        reading = await cluster.get(first, "/readyz")
+        response = await cluster.get(first, "/readyz")
         assert first.child.pid != before
-        assert reading is not None
-        assert reading.status == 200
+        assert response is not None
+        assert response.status == 200
 
     assert [node.child.exits for node in cluster.nodes] == [[-9, 0], [0]]
 
 
 async def test_a_node_that_hangs_is_killed(tmp_path: Path) -> None:
-    """I3: SIGTERM is waited for as long as a drain may take, then SIGKILL."""
+    """I2, I7: a node that ignores SIGTERM for the drain limit gets SIGKILL."""
     async with cluster_of(tmp_path, "hangs", nodes=1) as cluster:
         pass
 
@@ -128,8 +128,8 @@ async def test_a_node_that_hangs_is_killed(tmp_path: Path) -> None:
     assert_nothing_left(cluster)
 
 
-async def test_what_a_node_has_started_goes_with_it(tmp_path: Path) -> None:
-    """Its whole process group is ended, not only the process that we know."""
+async def test_the_children_of_a_node_are_killed_with_it(tmp_path: Path) -> None:
+    """I2: the whole process group of a node is killed."""
     async with cluster_of(tmp_path, "has-child", nodes=1) as cluster:
         pass
 
@@ -140,12 +140,12 @@ async def test_what_a_node_has_started_goes_with_it(tmp_path: Path) -> None:
 
 
 async def test_cancelled_while_starting_nothing_is_left(tmp_path: Path) -> None:
-    """A Ctrl-C before the nodes are ready ends those that were started."""
+    """A cancellation before the nodes are ready stops all started nodes."""
     cluster = cluster_of(tmp_path, "never-ready")
     with anyio.move_on_after(0.4):
         async with cluster:
-            pytest.fail("it was not ready")
+            pytest.fail("the block was entered")
 
-    # Before it has set its handler, SIGTERM itself ends the program.
+    # SIGTERM ends the program before it has installed its handler.
     assert all(node.child.exits in ([0], [-15]) for node in cluster.nodes)
     assert_nothing_left(cluster)

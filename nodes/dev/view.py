@@ -1,7 +1,7 @@
-"""What `forebay dev` shows: a live table on a terminal that has rich, plain lines otherwise.
+"""The display of ``forebay dev``: a live table if rich is installed, plain lines otherwise.
 
-Plain: the beginning once, then a line every two seconds, and each note as it comes. With
-``--json`` the same goes to stderr, less often: the document has stdout to itself.
+The plain view prints an introduction, then one line every two seconds and each note. With
+``--json`` it prints to stderr and less often, because stdout holds the JSON document only.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import click
 
 from ... import __version__
-from ..demo.scene import Scene
-from ..demo.session import Outcome, Plan
-from .sources import wants_color
+from ..cli.sources import wants_color
+from .scene import Outcome, Plan, Scene
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["View", "outcome_lines", "prepare", "view_for"]
-
-_PLAIN_EVERY = 2  #: updates, which come once a second
+_PLAIN_EVERY = 2  #: updates; there is one per second
 _JSON_EVERY = 10
 _EXAMPLE = (
     '{"type":"write","key":"flight:FB1-JFK-LAX","value":{"id":"FB1-JFK-LAX","status":"delayed",'
@@ -50,7 +47,7 @@ class View(Protocol):
 
 
 def prepare() -> None:
-    """Import the view's modules before the event loop runs: they would block it."""
+    """Import modules of the view before the event loop runs, because imports block it."""
     if _has_table():
         import_module("rich.live")
 
@@ -74,7 +71,7 @@ class PlainView:
         self._every = every
         self._to_stderr = to_stderr
         self._updates = 0
-        self._begun = False
+        self._introduced = False
 
     def __enter__(self) -> Self:
         return self
@@ -85,30 +82,30 @@ class PlainView:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._notes()
+        self._print_notes()
 
     def update(self) -> None:
-        self._notes()
+        self._print_notes()
         if not self._scene.ready:
             return
-        if not self._begun:
-            self._begun = True
-            for line in beginning(self._scene, self._plan):
-                self._say(line)
+        if not self._introduced:
+            self._introduced = True
+            for line in introduction(self._scene, self._plan):
+                self._print(line)
         if self._updates % self._every == 0 and self._scene.replay is not None:
-            self._say(_summary(self._scene))
+            self._print(_summary(self._scene))
         self._updates += 1
 
-    def _notes(self) -> None:
+    def _print_notes(self) -> None:
         while self._scene.notes:
-            self._say(self._scene.notes.popleft())
+            self._print(self._scene.notes.popleft())
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         click.echo(line, err=self._to_stderr)
 
 
 class RichView:
-    """Needs rich; the table stays at the bottom, notes go by above it."""
+    """The view with rich: the table stays at the bottom, and notes appear above it."""
 
     def __init__(self, scene: Scene, plan: Plan) -> None:
         from rich.console import Console
@@ -116,7 +113,7 @@ class RichView:
 
         self._scene = scene
         self._plan = plan
-        self._begun = False
+        self._introduced = False
         self._console = Console(no_color=not wants_color(sys.stdout), highlight=False)
         self._live: Any = Live(console=self._console, auto_refresh=False, transient=False)
 
@@ -134,18 +131,18 @@ class RichView:
         self._live.stop()
 
     def update(self) -> None:
-        if self._scene.ready and not self._begun:
-            self._begun = True
-            for line in beginning(self._scene, self._plan):
+        if self._scene.ready and not self._introduced:
+            self._introduced = True
+            for line in introduction(self._scene, self._plan):
                 self._console.print(line, markup=False, soft_wrap=True)
         while self._scene.notes:
             self._console.print(self._scene.notes.popleft(), markup=False)
-        if self._begun:
+        if self._introduced:
             self._live.update(_table(self._scene), refresh=True)
 
 
-def beginning(scene: Scene, plan: Plan) -> Iterator[str]:
-    """What a newcomer needs: what runs where, and what to try next."""
+def introduction(scene: Scene, plan: Plan) -> Iterator[str]:
+    """Introduction: the processes, their addresses, and commands to try."""
     node = scene.nodes[0].url
     events_key = f"forebay:{plan.namespace}:events"
     yield f"Forebay {__version__}: departure boards of New York's airports on 1 January 2013"
@@ -154,20 +151,20 @@ def beginning(scene: Scene, plan: Plan) -> Iterator[str]:
     yield f"  nodes   {'  '.join(each.url for each in scene.nodes)}"
     yield f"  files   {scene.directory}  (database, logs{'' if plan.data_dir else '; temporary'})"
     yield ""
-    yield "Look at a board, on any node:"
+    yield "Read a board, on any node:"
     yield f"  curl -s {node}/v1/cache/board:JFK"
-    yield "Publish an event, from any language, and look again: a flight to LAX stands on top."
+    yield "Publish an event, then read the board again: a flight to LAX is at the top."
     if _client := _shell_client(scene.backend, plan):
         yield f"  {_client} XADD {events_key} '*' event '{_EXAMPLE}'"
-        yield "or without a client:"
+        yield "or with curl:"
     yield f"  curl -s {node}/v1/events -H 'content-type: application/json' -d '{_EXAMPLE}'"
     yield ""
-    yield "Ctrl-C ends it all."
+    yield "Press Ctrl-C to stop."
     yield ""
 
 
 def outcome_lines(outcome: Outcome) -> Iterator[str]:
-    """For people; ``--json`` has the same."""
+    """The outcome as text; ``--json`` prints the same as JSON."""
     counts = outcome.counts
     yield ""
     yield (
@@ -180,7 +177,7 @@ def outcome_lines(outcome: Outcome) -> Iterator[str]:
 
 
 def _shell_client(address: str, plan: Plan) -> str:
-    """redis-cli and valkey-cli are the same to us; nothing if neither is here."""
+    """A command line of valkey-cli or redis-cli, or an empty string if neither is installed."""
     client = next((name for name in ("valkey-cli", "redis-cli") if shutil.which(name)), "")
     if not client or not address.startswith(("redis://", "valkey://")):
         return ""
@@ -216,10 +213,10 @@ def _table(scene: Scene) -> Group:
         table.add_column(name)
     for node in scene.nodes:
         backlog = node.backlog
-        told = ("-", "-") if backlog is None else (str(backlog.events), str(backlog.writes))
-        # No markup: notes are printed without any, and the table along with them.
+        waiting = ("-", "-") if backlog is None else (str(backlog.events), str(backlog.writes))
+        # Text instead of markup: the console prints notes, and the table with them, without markup.
         state = Text("ready", style="green") if node.up else Text("down", style="red")
-        table.add_row(node.name, node.url, state, *told)
+        table.add_row(node.name, node.url, state, *waiting)
     return Group(_summary(scene), table)
 
 

@@ -1,4 +1,4 @@
-"""The readers: what they count, and that a node that is down costs nothing but its reads."""
+"""The readers: counts, and reads of a node that is down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import anyio
 from aiohttp import web
 
 from forebay.nodes.demo.flights import read_day
-from forebay.nodes.demo.readers import Readers, Tally, airport_weights
+from forebay.nodes.dev.readers import Readers, Tally, airport_weights
 from support.valkey_server import free_port
 
 DAY = read_day()
@@ -18,11 +18,13 @@ DAY = read_day()
 def read(
     tally: Tally, version: int, floor: int, *, stale: bool = False, tier: str = "near"
 ) -> None:
-    tally.read("n", "JFK", tier=tier, stale=stale, version=version, floor=floor, ms=float(version))
+    tally.count_read(
+        "n", "JFK", tier=tier, stale=stale, version=version, floor=floor, ms=float(version)
+    )
 
 
 def test_airports_are_as_uneven_as_the_routes() -> None:
-    """I1: an airport weighs as much as it has flights."""
+    """I1: the weight of an airport is its number of flights."""
     weights = airport_weights(DAY)
 
     assert sum(weights.values()) == 2 * len(DAY)
@@ -30,11 +32,11 @@ def test_airports_are_as_uneven_as_the_routes() -> None:
 
 
 def test_a_report_is_of_the_time_since_the_last() -> None:
-    """Counts of a second begin anew, totals do not."""
+    """A report resets the counts of the last second and keeps the totals."""
     tally = Tally()
     read(tally, 1, 0)
     read(tally, 2, 1, stale=True, tier="shared")
-    tally.error()
+    tally.count_error()
     first = tally.report()
     read(tally, 3, 2)
     second = tally.report()
@@ -46,7 +48,7 @@ def test_a_report_is_of_the_time_since_the_last() -> None:
 
 
 def test_a_board_that_goes_back_is_counted() -> None:
-    """I4: an older version than one shown before the read began; a concurrent one may be."""
+    """I4: a read is counted if it is older than one that ended before it started."""
     tally = Tally()
     floor_before = tally.newest("n", "JFK")
     read(tally, 5, floor_before)
@@ -58,7 +60,7 @@ def test_a_board_that_goes_back_is_counted() -> None:
 
 
 async def test_reads_go_to_all_nodes_and_errors_are_only_counted() -> None:
-    """I2, I3: one node answers, one is down; the reads go on at both, within the rate."""
+    """I2, I3: reads continue on both nodes within the rate, although one is down."""
     asked: Counter[str] = Counter()
 
     async def board(request: web.Request) -> web.Response:

@@ -1,15 +1,15 @@
-"""Passengers looking at boards: reads over HTTP on all nodes, as uneven as the real routes.
+"""Passengers who read boards: HTTP reads on all nodes, distributed like the real routes.
 
-    python -m forebay.nodes.demo.readers --nodes http://127.0.0.1:8642,http://127.0.0.1:8643
+    python -m forebay.nodes.dev.readers --nodes http://127.0.0.1:8642,http://127.0.0.1:8643
 
-I1  An airport is looked at in proportion to its flights; a node is chosen evenly.
-I2  No more than ``rate`` reads are begun in a second, nor more than ``IN_FLIGHT_MAX`` are
-    under way; what would be more is not made up for later.
-I3  A node that is down costs its reads, which are counted as errors, and nothing else.
-I4  ``went_back`` counts reads that showed an older board than a read on the same node that
-    had ended before: that must never happen.
+I1  An airport is read in proportion to its flights; the nodes are chosen with equal probability.
+I2  At most ``rate`` reads start per second, and at most ``IN_FLIGHT_MAX`` run at a time; missed
+    reads are not made up for later.
+I3  Reads of a node that is down count as errors and have no other effect.
+I4  ``went_back`` counts reads that returned an older board than an earlier read on the same node
+    had returned; it must stay 0.
 
-On stdout it reports each second, one JSON object a line; SIGTERM ends it with exit 0.
+It reports once per second on stdout, one JSON object per line. SIGTERM ends it with exit code 0.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ from anyio.abc import TaskGroup
 from msgspec import Struct
 
 from ...coordinator.clock import Clock, SystemClock
-from .flights import Flight, read_day
-
-__all__ = ["IN_FLIGHT_MAX", "ReadReport", "Readers", "Tally", "airport_weights", "main"]
+from ..demo.flights import Flight, read_day
 
 IN_FLIGHT_MAX = 64
 _TIMEOUT = aiohttp.ClientTimeout(total=5.0)
@@ -41,12 +39,12 @@ _FAULTS = (aiohttp.ClientError, OSError, TimeoutError)
 
 
 class ReadReport(Struct, frozen=True, kw_only=True):
-    """The last second; ``*_total`` since the beginning."""
+    """The last second; ``*_total`` counts from the start."""
 
     reads: int
     errors: int
     stale: int
-    tiers: dict[str, int]  #: near, shared, loader: where the answers came from
+    tiers: dict[str, int]  #: reads by tier: near, shared or loader
     p50_ms: float
     p99_ms: float
     reads_total: int
@@ -56,27 +54,27 @@ class ReadReport(Struct, frozen=True, kw_only=True):
 
 
 class Tally:
-    """Counts reads, and watches that no board goes back in time."""
+    """Counts reads, and checks that no board goes back to an older version."""
 
     def __init__(self) -> None:
         self._reads_total = self._errors_total = self._stale_total = self._went_back = 0
         self._newest: dict[tuple[str, str], int] = {}
-        self._begin()
+        self._start_interval()
 
-    def _begin(self) -> None:
+    def _start_interval(self) -> None:
         self._errors = self._stale = 0
         self._tiers: Counter[str] = Counter()
         self._took_ms: list[float] = []
 
     def newest(self, node: str, airport: str) -> int:
-        """The newest version of this board that this node has shown."""
+        """The newest version of this board that this node has returned."""
         return self._newest.get((node, airport), 0)
 
-    def error(self) -> None:
+    def count_error(self) -> None:
         self._errors += 1
         self._errors_total += 1
 
-    def read(
+    def count_read(
         self,
         node: str,
         airport: str,
@@ -87,7 +85,7 @@ class Tally:
         floor: int,
         ms: float,
     ) -> None:
-        """``floor`` is what ``newest`` said when the read began."""
+        """``floor`` is the value of ``newest`` when the read started."""
         self._reads_total += 1
         self._tiers[tier] += 1
         self._stale += stale
@@ -97,7 +95,7 @@ class Tally:
         self._newest[node, airport] = max(version, self.newest(node, airport))
 
     def report(self) -> ReadReport:
-        """What happened since the last report."""
+        """The figures since the last report."""
         took_ms = sorted(self._took_ms)
         report = ReadReport(
             reads=len(took_ms),
@@ -111,7 +109,7 @@ class Tally:
             stale_total=self._stale_total,
             went_back=self._went_back,
         )
-        self._begin()
+        self._start_interval()
         return report
 
 
@@ -135,7 +133,7 @@ class Readers:
         self._cumulated = list(accumulate(weights.values()))
         self._choices = choices
         self._monotonic = (clock or SystemClock()).monotonic
-        self._places = anyio.Semaphore(IN_FLIGHT_MAX)
+        self._slots = anyio.Semaphore(IN_FLIGHT_MAX)
 
     async def run(self) -> None:
         async with (
@@ -144,12 +142,12 @@ class Readers:
         ):
             due = self._monotonic()
             while True:
-                await self._begin_one(session, tasks)
+                await self._start_one(session, tasks)
                 due = max(due + self._interval_s, self._monotonic() - self._interval_s)
                 await anyio.sleep(max(0.0, due - self._monotonic()))
 
-    async def _begin_one(self, session: aiohttp.ClientSession, tasks: TaskGroup) -> None:
-        await self._places.acquire()
+    async def _start_one(self, session: aiohttp.ClientSession, tasks: TaskGroup) -> None:
+        await self._slots.acquire()
         (airport,) = self._choices.choices(self._airports, cum_weights=self._cumulated)
         tasks.start_soon(self._read, session, self._choices.choice(self._nodes), airport)
 
@@ -159,10 +157,10 @@ class Readers:
             async with session.get(f"{node}/v1/cache/board:{airport}") as response:
                 await response.read()
                 if response.status != 200:
-                    self.tally.error()
+                    self.tally.count_error()
                     return
                 headers = response.headers
-            self.tally.read(
+            self.tally.count_read(
                 node,
                 airport,
                 tier=headers.get("X-Forebay-Tier", "unknown"),
@@ -172,13 +170,13 @@ class Readers:
                 ms=(self._monotonic() - began_at) * 1000,
             )
         except _FAULTS:
-            self.tally.error()
+            self.tally.count_error()
         finally:
-            self._places.release()
+            self._slots.release()
 
 
 def airport_weights(flights: Sequence[Flight]) -> dict[str, int]:
-    """How many flights each airport has on the day."""
+    """The number of flights of each airport on the day."""
     return dict(Counter(airport for flight in flights for airport in flight.airports))
 
 
@@ -215,11 +213,11 @@ def main(arguments: Sequence[str] | None = None, stdout: TextIO | None = None) -
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="readers", description="Looks at departure boards.")
+    parser = argparse.ArgumentParser(prog="readers", description="Reads departure boards.")
     add = parser.add_argument
-    add("--nodes", default="http://127.0.0.1:8642", help="URLs of the nodes, with commas")
-    add("--rate", type=float, default=150.0, help="reads a second, over all nodes")
-    add("--seed", type=int, default=None, help="to repeat the same choices")
+    add("--nodes", default="http://127.0.0.1:8642", help="URLs of the nodes, separated by commas")
+    add("--rate", type=float, default=150.0, help="reads per second, over all nodes")
+    add("--seed", type=int, default=None, help="seed of the random choices")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The replayer against a real server: all events, in order, none lost, none counted twice."""
+"""The replayer on a real server: it publishes all events in order, each counted once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
+from valkey import Valkey
 
 from forebay.nodes.demo.flights import events_of, read_day
-from forebay.nodes.demo.replayer import QUIET_MIN_MAX, Publisher, Replayer, main, offsets_s
-from forebay.nodes.demo.wire import Refused, Wire
+from forebay.nodes.dev.replayer import QUIET_MIN_MAX, Publisher, Replayer, main, offsets_s
 from forebay.schemas.events import Write, read_event
 from support.valkey_server import ValkeyServer
 
@@ -37,7 +37,7 @@ def replayed(server: ValkeyServer, key: str, *arguments: str) -> list[dict[str, 
 
 
 class LossyProxy:
-    """Hands each command on, and now and then loses the reply, with the connection."""
+    """Forwards commands; at every n-th reply it drops the reply and the connection."""
 
     def __init__(self, target: str, *, lose_every: int) -> None:
         self._target = target
@@ -50,7 +50,7 @@ class LossyProxy:
         self._thread.start()
 
     def close(self) -> None:
-        # Closing alone does not wake a thread that is in accept.
+        # close() alone does not wake a thread in accept().
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -65,7 +65,7 @@ class LossyProxy:
                     self._relay(client, server)
 
     def _relay(self, client: socket.socket, server: socket.socket) -> None:
-        # A command of this test fits one segment, as does its reply.
+        # Each command and each reply of this test fits one segment.
         while command := client.recv(65_536):
             server.sendall(command)
             reply = server.recv(65_536)
@@ -86,7 +86,7 @@ def lossy(server: ValkeyServer, *, lose_every: int) -> Iterator[LossyProxy]:
 
 
 def test_the_stream_holds_the_day_in_order(valkey_server: ValkeyServer, namespace: str) -> None:
-    """I1: every event of the day is there, once, in the day's order."""
+    """I1: the stream holds every event of the day once, in the order of the day."""
     reports = replayed(valkey_server, namespace)
 
     published = in_stream(valkey_server, namespace)
@@ -101,7 +101,7 @@ def test_the_stream_holds_the_day_in_order(valkey_server: ValkeyServer, namespac
 
 
 def test_every_event_is_one_that_forebay_reads(valkey_server: ValkeyServer, namespace: str) -> None:
-    """What goes over the wire is a write of the flight that makes both boards old."""
+    """Each entry is a write of the flight that invalidates both boards."""
     replayed(valkey_server, namespace)
 
     for (_, fields), event in zip(
@@ -115,7 +115,7 @@ def test_every_event_is_one_that_forebay_reads(valkey_server: ValkeyServer, name
 
 
 def test_lost_replies_lose_no_event(valkey_server: ValkeyServer, namespace: str) -> None:
-    """I2: repeated events carry the same id; without the repetitions it is the day in order."""
+    """I2: repeated events have the same id; without repetitions the stream is the day in order."""
     out = io.StringIO()
     with lossy(valkey_server, lose_every=100) as proxy:
         code = main(["--url", proxy.url, "--events-key", namespace, "--duration", "0"], out)
@@ -131,7 +131,7 @@ def test_lost_replies_lose_no_event(valkey_server: ValkeyServer, namespace: str)
 
 
 def test_two_runs_have_different_ids(valkey_server: ValkeyServer, namespace: str) -> None:
-    """I2: an id means one event of one run, so a second run is not taken for a repetition."""
+    """I2: two runs use different ids, so the second run is not treated as a repetition."""
     replayed(valkey_server, namespace)
     replayed(valkey_server, namespace)
 
@@ -142,7 +142,7 @@ def test_two_runs_have_different_ids(valkey_server: ValkeyServer, namespace: str
 def test_a_second_day_begins_with_its_timetable(
     valkey_server: ValkeyServer, namespace: str
 ) -> None:
-    """The boards of the next day are reset by events, like everything else."""
+    """Events reset the boards at the start of the next day."""
     replayed(valkey_server, namespace, "--days", "2")
 
     published = in_stream(valkey_server, namespace)
@@ -152,7 +152,7 @@ def test_a_second_day_begins_with_its_timetable(
 
 
 def test_it_is_never_ahead_of_its_schedule() -> None:
-    """I3: with a clock that only its own waiting moves, each event leaves on the dot."""
+    """I3: on a clock that only its sleep advances, each event is sent exactly when due."""
     slept = [0.0]
     sent_at = []
 
@@ -165,7 +165,7 @@ def test_it_is_never_ahead_of_its_schedule() -> None:
         slept[0] += seconds
 
     replayer = Replayer(
-        Sends(Wire("valkey://127.0.0.1:1"), "unused"),
+        Sends(Valkey(), "unused"),
         duration_s=60,
         run="r",
         monotonic=lambda: slept[0],
@@ -177,7 +177,7 @@ def test_it_is_never_ahead_of_its_schedule() -> None:
 
 
 def test_the_schedule_is_the_day_without_its_night() -> None:
-    """Offsets rise from 0 to the duration; no pause is longer than the cut one."""
+    """Offsets rise from 0 to the duration, and long pauses are shortened."""
     offsets = offsets_s(EVENTS, 100)
     gaps = [later - earlier for earlier, later in itertools.pairwise(offsets)]
 
@@ -189,7 +189,7 @@ def test_the_schedule_is_the_day_without_its_night() -> None:
 
 
 def test_a_refused_event_ends_it(valkey_server: ValkeyServer, namespace: str) -> None:
-    """What the server will never take is not tried for ever: exit 1, and why."""
+    """An event that the server refuses is not repeated: exit code 1."""
     valkey_server.execute("SET", namespace, "a string")
 
     code = main(["--url", valkey_server.socket_url, "--events-key", namespace], io.StringIO())
@@ -198,7 +198,7 @@ def test_a_refused_event_ends_it(valkey_server: ValkeyServer, namespace: str) ->
 
 
 def test_it_gives_up_on_a_server_that_stays_away() -> None:
-    """Patience has an end: exit 1."""
+    """A server that stays unavailable beyond the patience: exit code 1."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # not listening, so connections are refused
         url = f"valkey://127.0.0.1:{taken.getsockname()[1]}"
@@ -207,20 +207,18 @@ def test_it_gives_up_on_a_server_that_stays_away() -> None:
 
 
 def test_a_url_of_another_kind_is_usage() -> None:
-    """Exit 2 for an address that is none."""
+    """An unsupported URL: exit code 2."""
     assert main(["--url", "http://127.0.0.1"], io.StringIO()) == 2
 
 
-def test_the_wire_logs_in_and_selects(make_server: Any) -> None:
-    """A URL with user, password and database is honoured."""
+def test_the_url_may_hold_a_password_and_a_database(make_server: Any) -> None:
+    """The replayer logs in and selects the database of its URL; a wrong password exits with 1."""
     server = make_server("valkey", config={"requirepass": "s p@ce"})
-    wire = Wire(f"valkey://:s%20p%40ce@127.0.0.1:{server.port}/3")
-    try:
-        assert wire.call("SET", "a", "1") == "OK"
-        assert "db=3" in wire.text("CLIENT", "INFO")
-        assert wire.call("GET", "none") is None
-        assert wire.call("LRANGE", "none", 0, -1) == []
-    finally:
-        wire.close()
-    with pytest.raises(Refused, match="WRONGPASS"):
-        Wire(f"valkey://:wrong@127.0.0.1:{server.port}").call("PING")
+    to = ["--events-key", "events", "--duration", "0", "--patience", "0"]
+
+    right = main(["--url", f"valkey://:s%20p%40ce@127.0.0.1:{server.port}/3", *to], io.StringIO())
+    wrong = main(["--url", f"valkey://:wrong@127.0.0.1:{server.port}/3", *to], io.StringIO())
+
+    with Valkey(port=server.port, db=3, password="s p@ce") as client:
+        assert client.xlen("events") == len(EVENTS)
+    assert (right, wrong) == (0, 1)

@@ -1,10 +1,10 @@
-"""The end of the day: was anything lost, doubled, or put in the wrong order?
+"""Checks at the end of the day: nothing is lost, repeated or out of order.
 
-Each check compares what the cluster did with the data set itself, and gives a ``Finding`` that
-says in words what is wrong. What is asked over HTTP is asked of every node.
+Each check compares the state of the cluster with the data set, and returns a ``Finding`` that
+describes the first differences. Checks over HTTP ask every node.
 
-A board that is flagged stale may show an older state: that is what the flag says. It is
-read again until it is not; a board without the flag has to show the final state at once.
+A board with the stale flag may show an older state, so it is read again until the flag is
+gone; a board without the flag must show the final state.
 """
 
 from __future__ import annotations
@@ -19,26 +19,13 @@ from msgspec import Struct, structs
 
 from ...coordinator.valkey.link import Commands
 from ...schemas.keys import EVENTS, Names
-from .boards import Board, board_of
-from .cluster import Cluster, NodeProcess
-from .database import Change, order_fault, read_changes, read_flights
-from .flights import DATA, Flight, read_names
+from ..demo.boards import Board, board_of
+from ..demo.database import Change, order_fault, read_changes, read_flights
+from ..demo.flights import DATA, Flight, read_names
+from .processes import Cluster, NodeProcess
 from .readers import ReadReport
 
-__all__ = [
-    "Finding",
-    "all_final",
-    "boards_shown",
-    "expected_boards",
-    "never_back",
-    "no_dead_letters",
-    "order_kept",
-    "read_table",
-    "rows_equal",
-    "until_drained",
-]
-
-MAX_STALENESS_S = 0.5  #: what the nodes promise; see cache.max_staleness_ms
+MAX_STALENESS_S = 0.5  #: cache.max_staleness_ms of the nodes
 _POLL_S = 0.1
 _STALE_READS_MAX = 50
 _DIFFERENCES_SHOWN = 5
@@ -47,7 +34,7 @@ _DIFFERENCES_SHOWN = 5
 class Finding(Struct, frozen=True, kw_only=True):
     ok: bool
     problem: str = ""
-    count: int = 0  #: of what was looked at
+    count: int = 0  #: of compared items
 
 
 def rows_equal(stored: Sequence[Flight], day: Sequence[Flight]) -> Finding:
@@ -59,7 +46,7 @@ def rows_equal(stored: Sequence[Flight], day: Sequence[Flight]) -> Finding:
 
 
 def order_kept(changes: Sequence[Change], day: Sequence[Flight]) -> Finding:
-    """No version and no status ever went back, and every flight was changed."""
+    """No version and no status went back, and every flight was changed."""
     if fault := order_fault(changes):
         return Finding(ok=False, problem=fault, count=len(changes))
     untouched = {flight.id for flight in day} - {change.flight_id for change in changes}
@@ -67,7 +54,7 @@ def order_kept(changes: Sequence[Change], day: Sequence[Flight]) -> Finding:
 
 
 def expected_boards(day: Sequence[Flight]) -> dict[str, Board]:
-    """By airport, from the data set alone."""
+    """The final boards by airport, computed from the data set."""
     airports, airlines = read_names(DATA / "airports.csv"), read_names(DATA / "airlines.csv")
     return {
         airport: board_of(airport, day, airports=airports, airlines=airlines)
@@ -76,7 +63,7 @@ def expected_boards(day: Sequence[Flight]) -> dict[str, Board]:
 
 
 async def boards_shown(cluster: Cluster, expected: Mapping[str, Board]) -> Finding:
-    """Every board on every node."""
+    """Every node shows every expected board."""
     wrong: list[str] = []
 
     async def ask(node: NodeProcess) -> None:
@@ -91,30 +78,30 @@ async def boards_shown(cluster: Cluster, expected: Mapping[str, Board]) -> Findi
 
 
 async def no_dead_letters(commands: Commands, names: Names) -> Finding:
-    """Of all shards and of the ingress stream."""
+    """No dead letter exists, in any shard or in the ingress stream."""
     streams = [names.part(shard, "dead") for shard in (EVENTS, *range(names.shards))]
     dead = sum([int(await commands.call("XLEN", stream)) for stream in streams])
     return Finding(ok=dead == 0, problem=f"{dead} dead letters" if dead else "", count=dead)
 
 
 def never_back(reads: ReadReport) -> Finding:
-    """No node showed an older board after a newer one."""
+    """No node returned an older board after a newer one."""
     problem = f"{reads.went_back} of {reads.reads_total} reads" if reads.went_back else ""
     return Finding(ok=not reads.went_back, problem=problem, count=reads.reads_total)
 
 
 async def until_drained(cluster: Cluster, database: Path, *, limit_s: float) -> Finding:
-    """Nothing waits on any node, and no flight in the table is still to leave."""
+    """Wait until no node has a backlog and every flight in the table has its final status."""
     with anyio.move_on_after(limit_s):
         idle_in_a_row = 0
         while idle_in_a_row < 2:
             await anyio.sleep(_POLL_S)
             idle_in_a_row = idle_in_a_row + 1 if await _idle(cluster, database) else 0
-        # What was sunk last may still be on its way into the near caches.
+        # The invalidations of the last writes may still be on their way to the near caches.
         await anyio.sleep(MAX_STALENESS_S)
         return Finding(ok=True)
     await cluster.observe()
-    backlogs = ", ".join(f"{node.child.name} {_told(node)}" for node in cluster.nodes)
+    backlogs = ", ".join(f"{node.child.name} {_backlog_text(node)}" for node in cluster.nodes)
     return Finding(ok=False, problem=f"not drained within {limit_s:g} s: {backlogs}")
 
 
@@ -139,11 +126,11 @@ async def _idle(cluster: Cluster, database: Path) -> bool:
 
 async def _board_fault(cluster: Cluster, node: NodeProcess, airport: str, expected: Board) -> str:
     for _ in range(_STALE_READS_MAX):
-        reading = await cluster.get(node, f"/v1/cache/board:{airport}")
-        if reading is None or reading.status != 200:
-            return "no answer" if reading is None else f"status {reading.status}"
-        if not reading.stale:
-            return _board_difference(reading.body, expected)
+        response = await cluster.get(node, f"/v1/cache/board:{airport}")
+        if response is None or response.status != 200:
+            return "no response" if response is None else f"status {response.status}"
+        if not response.stale:
+            return _board_difference(response.body, expected)
         await anyio.sleep(_POLL_S)
     return "stays stale"
 
@@ -177,6 +164,6 @@ def _finding(wrong: Sequence[str], *, count: int) -> Finding:
     )
 
 
-def _told(node: NodeProcess) -> str:
+def _backlog_text(node: NodeProcess) -> str:
     backlog = node.scene.backlog
-    return "does not tell" if backlog is None else f"{backlog.events}+{backlog.writes}"
+    return "does not report it" if backlog is None else f"{backlog.events}+{backlog.writes}"

@@ -1,11 +1,12 @@
-"""One run of the demo: Valkey, the nodes, the replayer and the readers, from start to end.
+"""One run of ``forebay dev``: Valkey, the nodes, the replayer and the readers, start to end.
 
-I1  Whatever ends it, things end in this order: replayer and readers, the nodes (which drain),
-    Valkey, the directory.
-I2  ``cancel`` begins that ending at any moment; ``kill_all`` makes it short.
-I3  With ``once``, a day is played, what the cluster still has to do is waited for, and then
-    all is compared with the data set; the outcome also tells how the processes ended, and
-    whether any is left.
+I1  Everything stops in this order: replayer and readers, the nodes (which drain), Valkey, the
+    directory.
+I2  ``cancel`` starts that stop at any time; ``kill_all`` makes it immediate.
+I3  With ``once``, one day is replayed, the session waits until the cluster has finished its work,
+    and compares everything with the data set. The outcome also reports how the processes
+    exited, and any process that is left.
+I4  A replayer or a reader that exits early raises ProcessFailed with the end of its log.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
 import anyio
 import anyio.to_thread
-from msgspec import Struct
+import msgspec
 
 from ...coordinator.background import BackgroundTasks, background_tasks
 from ...coordinator.clock import Clock
@@ -28,54 +29,19 @@ from ...coordinator.valkey.backend import Backend
 from ...coordinator.valkey.data_dir import claim_temporary
 from ...schemas.errors import ProcessFailed
 from ...schemas.keys import Names
-from ...schemas.settings import Settings
+from ..demo.database import create
+from ..demo.flights import read_day
 from . import verify
-from .children import Child
-from .cluster import Cluster, free_ports
-from .database import create
-from .flights import read_day
-from .programs import Programs
-from .scene import Scene
+from .processes import Child, Cluster, free_ports, tail_of
+from .readers import ReadReport
+from .replayer import ReplayReport
+from .scene import Outcome, Plan, Scene
 from .verify import Finding
 
-__all__ = ["NODE_COMMAND", "Outcome", "Plan", "Session"]
-
-NODE_COMMAND = (
-    *(sys.executable, "-P", "-m", "forebay.nodes.cli", "run"),
-    *("--app", "forebay.nodes.demo.app:node"),
-)
 KILLED_FOR_S = 2.0
 DRAIN_LIMIT_S = 60.0
 _OBSERVE_EVERY_S = 1.0
-
-
-class Plan(Struct, frozen=True, kw_only=True):
-    settings: Settings
-    origins: Mapping[str, str]  #: of the settings
-    environ: Mapping[str, str]  #: of all children
-    node_environ: Mapping[str, str]  #: settings of the nodes; the session adds its own
-    namespace: str
-    nodes: int = 3
-    port: int = 8642
-    duration_s: float = 60.0  #: of a day
-    rate: float = 150.0  #: reads a second
-    once: bool = False
-    kill: bool = False
-    data_dir: Path | None = None  #: kept; None: a temporary one
-    node_command: tuple[str, ...] = NODE_COMMAND
-
-
-class Outcome(Struct, frozen=True, kw_only=True):
-    """What came of a day played once."""
-
-    ok: bool
-    killed: bool
-    checks: dict[str, bool]
-    problems: dict[str, str]  #: of the checks that failed
-    counts: dict[str, int]
-    timings_s: dict[str, float]
-    backend: dict[str, str]
-    nodes: dict[str, list[int]]  #: exit codes, one for each time a node was started
+_STOP_LIMIT_S = 3.0
 
 
 class Session:
@@ -91,12 +57,14 @@ class Session:
         self._backend: Backend | None = None
         self._findings: dict[str, Finding] = {}
         self._timings_s: dict[str, float] = {}
+        self._half_way = anyio.Event()
+        self._replayed = anyio.Event()
 
     def cancel(self) -> None:
         self._scope.cancel()
 
     def kill_all(self) -> None:
-        """At once, without drain; ``run`` then returns soon."""
+        """Kill all processes without a drain; ``run`` then returns soon."""
         for child in self._children:
             child.kill()
         if server := self._server_pid():
@@ -104,11 +72,11 @@ class Session:
                 os.kill(server, signal.SIGKILL)
 
     async def run(self) -> Outcome | None:
-        """None if it was cancelled before a day was played and compared.
+        """The outcome, or None if the session was cancelled before the comparison.
 
         Raises:
-            ProcessFailed: one of the processes ended by itself.
-            StartupError: Valkey was not reached.
+            ProcessFailed: a process exited early.
+            StartupError: Valkey is not reachable.
         """
         played = False
         with self._scope:
@@ -118,6 +86,8 @@ class Session:
                     played = True
                 self._check_processes(cluster)
         return self._outcome() if played and not self._scope.cancelled_caught else None
+
+    # Start and stop
 
     @asynccontextmanager
     async def _directory(self) -> AsyncGenerator[Path]:
@@ -152,10 +122,9 @@ class Session:
         first, ports = self._plan.port, free_ports(self._plan.port, self._plan.nodes)
         for number, port in enumerate(ports):
             if first and port != first + number:
-                note = (
-                    f"port {first + number} is taken: node-{number + 1} listens on {port} instead"
+                self.scene.notes.append(
+                    f"port {first + number} is in use: node-{number + 1} listens on {port} instead"
                 )
-                self.scene.notes.append(note)
         return ports
 
     @asynccontextmanager
@@ -172,14 +141,14 @@ class Session:
         self.scene.nodes = [node.scene for node in cluster.nodes]
         began_at = self._clock.monotonic()
         async with cluster:
-            self._took("start", began_at)
+            self._record_time("start", began_at)
             self.scene.ready = True
             try:
                 yield cluster
             finally:
                 self.scene.ready = False
                 began_at = self._clock.monotonic()
-        self._took("stop", began_at)
+        self._record_time("stop", began_at)
 
     def _node_environ(self, database: Path) -> dict[str, str]:
         return {
@@ -189,49 +158,83 @@ class Session:
             "FOREBAY_NODE__NAMESPACE": self._plan.namespace,
             "FOREBAY_HTTP__HOST": "127.0.0.1",
             "FOREBAY_LOG__FORMAT": "json",
-            # A board is made in milliseconds: readers need not wait long for a node that died.
+            # A board loads within milliseconds: readers need not wait long for a killed node.
             "FOREBAY_CACHE__LEASE_MS": "2000",
             "FOREBAY_DEMO_DB": str(database),
         }
 
+    def _program(self, name: str, directory: Path, *arguments: str, first_line: str = "") -> Child:
+        child = Child(
+            name,
+            [sys.executable, "-P", "-m", f"{__package__}.{name}", *arguments],
+            environ=self._plan.environ,
+            log_path=directory / f"{name}.log",
+            reports=True,
+            first_line=first_line,
+        )
+        self._children.append(child)
+        return child
+
+    # The day
+
     async def _play(self, backend: Backend, cluster: Cluster, directory: Path) -> None:
-        programs = self._programs(cluster, directory)
-        self._children += programs.children
         began_at = self._clock.monotonic()
         async with background_tasks() as tasks:
             tasks.start_soon(self._observe, cluster)
-            async with programs.running():
-                restarted = self._begin_kill(tasks, programs, cluster)
-                await programs.replayed()
-                self._took("day", began_at)
+            async with self._replayer_and_readers(cluster, directory):
+                restarted = self._kill_half_way(tasks, cluster)
+                await self._replayed.wait()
+                self._record_time("day", began_at)
                 await restarted.wait()
                 await self._drain(cluster, directory)
         await self._compare(backend, cluster, directory)
 
-    def _programs(self, cluster: Cluster, directory: Path) -> Programs:
-        return Programs(
-            self.scene,
-            directory=directory,
-            environ=self._plan.environ,
-            url=self._url(),
-            events_key=self._names.events,
-            nodes=cluster.urls,
-            duration_s=self._plan.duration_s,
-            days=1 if self._plan.once else 0,
-            rate=self._plan.rate,
+    @asynccontextmanager
+    async def _replayer_and_readers(
+        self, cluster: Cluster, directory: Path
+    ) -> AsyncGenerator[None]:
+        plan, nodes = self._plan, ",".join(node.url for node in cluster.nodes)
+        replayer = self._program(
+            *("replayer", directory, "--url", "-", "--events-key", self._names.events),
+            *("--duration", str(plan.duration_s), "--days", "1" if plan.once else "0"),
+            first_line=self._url(),  # on stdin, since it may contain a password
         )
+        readers = self._program("readers", directory, "--nodes", nodes, "--rate", str(plan.rate))
+        try:
+            await replayer.start()
+            await readers.start()
+            async with background_tasks() as tasks:
+                tasks.start_soon(self._follow_replayer, replayer)
+                tasks.start_soon(self._follow_readers, readers)
+                yield
+        finally:
+            await replayer.stop(_STOP_LIMIT_S)
+            await readers.stop(_STOP_LIMIT_S)
 
-    def _begin_kill(
-        self, tasks: BackgroundTasks, programs: Programs, cluster: Cluster
-    ) -> anyio.Event:
-        """The event is set when the killed node is back; at once if none is to be killed."""
+    async def _follow_replayer(self, replayer: Child) -> None:
+        async for line in replayer.lines():
+            self.scene.replay = report = msgspec.json.decode(line, type=ReplayReport)
+            if report.published * 2 >= report.total:
+                self._half_way.set()
+        if await replayer.wait():
+            raise _exited(replayer)
+        self._replayed.set()
+
+    async def _follow_readers(self, readers: Child) -> None:
+        async for line in readers.lines():
+            self.scene.reads = msgspec.json.decode(line, type=ReadReport)
+        await readers.wait()
+        raise _exited(readers)
+
+    def _kill_half_way(self, tasks: BackgroundTasks, cluster: Cluster) -> anyio.Event:
+        """An event that is set when the killed node is back, or now if none is to be killed."""
         restarted = anyio.Event()
 
         async def kill_one() -> None:
-            await programs.half_way.wait()
+            await self._half_way.wait()
             self.scene.notes.append("kill -9 node-1")
             await cluster.kill_and_restart(cluster.nodes[0], after_s=KILLED_FOR_S)
-            self.scene.notes.append("node-1 is back")
+            self.scene.notes.append("node-1 is ready again")
             restarted.set()
 
         if self._plan.kill:
@@ -245,12 +248,14 @@ class Session:
             await cluster.observe()
             await anyio.sleep(_OBSERVE_EVERY_S)
 
+    # The comparison
+
     async def _drain(self, cluster: Cluster, directory: Path) -> None:
         began_at = self._clock.monotonic()
         self._findings["backlog_drained"] = await verify.until_drained(
             cluster, directory / "flights.db", limit_s=DRAIN_LIMIT_S
         )
-        self._took("drain", began_at)
+        self._record_time("drain", began_at)
 
     async def _compare(self, backend: Backend, cluster: Cluster, directory: Path) -> None:
         began_at = self._clock.monotonic()
@@ -264,7 +269,7 @@ class Session:
         }
         if self.scene.reads is not None:
             self._findings["no_board_went_back"] = verify.never_back(self.scene.reads)
-        self._took("compare", began_at)
+        self._record_time("compare", began_at)
 
     def _check_processes(self, cluster: Cluster) -> None:
         exits = {node.child.name: node.child.exits for node in cluster.nodes}
@@ -272,13 +277,11 @@ class Session:
         if self._plan.kill:
             expected["node-1"] = [-signal.SIGKILL, 0]
         wrong = [
-            f"{name} ended with {exits[name]}" for name in exits if exits[name] != expected[name]
+            f"{name} exited with {exits[name]}" for name in exits if exits[name] != expected[name]
         ]
         self._findings["nodes_ended_cleanly"] = Finding(ok=not wrong, problem="; ".join(wrong))
         left = [
-            f"{child.name} ({child.groups_alive()})"
-            for child in self._children
-            if child.groups_alive()
+            f"{each.name} ({each.groups_alive()})" for each in self._children if each.groups_alive()
         ]
         if pid := self._server_pid():
             left += [f"valkey ({pid})"] if Path(f"/proc/{pid}").exists() else []
@@ -315,7 +318,7 @@ class Session:
         return self._backend.server.pid if self._backend and self._backend.server else 0
 
     def _address(self) -> str:
-        """Without user and password: the nodes have these as settings."""
+        """Without user and password, which the nodes get as settings."""
         assert self._backend is not None
         if self._backend.server is not None:
             return f"unix://{self._backend.server.socket_path}"
@@ -330,10 +333,15 @@ class Session:
         user, password = quote(valkey.username, safe=""), quote(valkey.password.reveal(), safe="")
         return f"{scheme}://{user}:{password}@{rest}"
 
-    def _took(self, what: str, began_at: float) -> None:
-        self._timings_s[what] = round(self._clock.monotonic() - began_at, 3)
+    def _record_time(self, phase: str, began_at: float) -> None:
+        self._timings_s[phase] = round(self._clock.monotonic() - began_at, 3)
+
+
+def _exited(child: Child) -> ProcessFailed:
+    said = tail_of(child.log_path)
+    return ProcessFailed(child.name, f"exited with {child.exits[-1]}", said=said)
 
 
 async def _fail_when_dead(died: anyio.Event) -> None:
     await died.wait()
-    raise ProcessFailed("valkey", "ended by itself")
+    raise ProcessFailed("valkey", "exited")

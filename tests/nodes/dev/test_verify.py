@@ -1,4 +1,4 @@
-"""The checks at the end of the day find what is wrong: each is shown a fault."""
+"""The checks at the end of the day: each finds a planted fault."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from forebay.nodes.demo.cluster import Cluster, free_ports
 from forebay.nodes.demo.database import Change
 from forebay.nodes.demo.flights import as_scheduled, read_day
-from forebay.nodes.demo.readers import Tally
-from forebay.nodes.demo.verify import (
+from forebay.nodes.dev.processes import Cluster, free_ports
+from forebay.nodes.dev.readers import Tally
+from forebay.nodes.dev.verify import (
     all_final,
     boards_shown,
     expected_boards,
@@ -53,14 +53,14 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[4])), Answers).serve_forever()
 
 
 def test_equal_rows_pass() -> None:
-    """The order of rows does not matter, their content does."""
+    """Rows are compared by content and not by order."""
     finding = rows_equal(list(reversed(DAY)), DAY)
 
     assert (finding.ok, finding.count) == (True, len(DAY))
 
 
 def test_a_wrong_cell_is_named() -> None:
-    """One column of one row is enough, and the problem says which."""
+    """One wrong column of one row fails the check, and the problem names it."""
     wrong = structs.replace(DAY[7], tailnum="N0")
 
     finding = rows_equal([*DAY[:7], wrong, *DAY[8:]], DAY)
@@ -70,7 +70,7 @@ def test_a_wrong_cell_is_named() -> None:
 
 
 def test_missing_and_added_rows_are_named() -> None:
-    """A row that is lost, and one that nobody published."""
+    """A lost row and an unknown row are both named."""
     added = structs.replace(DAY[0], id="XX1-JFK-LAX")
 
     finding = rows_equal([*DAY[1:], added], DAY)
@@ -80,19 +80,19 @@ def test_missing_and_added_rows_are_named() -> None:
 
 
 def test_many_differences_are_counted_not_listed() -> None:
-    """The report stays readable when everything is wrong."""
+    """A long list of differences is cut, with a count."""
     finding = rows_equal([], DAY)
 
     assert finding.problem.endswith(f"and {len(DAY) - 5} more")
 
 
 def test_a_full_history_in_order_passes() -> None:
-    """Every flight was written, none went back."""
+    """A history passes if every flight was written and none went back."""
     assert order_kept(FULL, DAY).ok
 
 
 def test_a_flight_that_was_never_written_is_found() -> None:
-    """A lost event shows even if its row should be right by accident."""
+    """A lost event is found even if the row is right by accident."""
     finding = order_kept(FULL[1:], DAY)
 
     assert not finding.ok
@@ -100,21 +100,21 @@ def test_a_flight_that_was_never_written_is_found() -> None:
 
 
 def test_a_doubled_write_is_found() -> None:
-    """The same version twice is no progress."""
+    """A repeated version fails the check."""
     assert not order_kept([*FULL, FULL[0]], DAY).ok
 
 
 def test_a_day_is_over_when_no_flight_is_to_leave() -> None:
-    """One scheduled flight keeps the day open."""
+    """The day is over when every flight has its final status."""
     assert all_final(DAY)
     assert not all_final([*DAY[1:], as_scheduled(DAY[0])])
 
 
 def test_a_board_that_went_back_fails_the_check() -> None:
-    """The count of the readers decides."""
+    """A read of an older board fails the check."""
     tally = Tally()
     for version, floor in ((5, 0), (4, 5)):
-        tally.read("n", "JFK", tier="near", stale=False, version=version, floor=floor, ms=1)
+        tally.count_read("n", "JFK", tier="near", stale=False, version=version, floor=floor, ms=1)
 
     finding = never_back(tally.report())
 
@@ -131,7 +131,7 @@ def test_a_board_that_went_back_fails_the_check() -> None:
     ],
 )
 async def test_boards_are_compared_on_every_node(tmp_path: Path, how: str, problem: str) -> None:
-    """An old board fails the check, unless it says that it is stale and then is right."""
+    """An old board fails the check, unless it has the stale flag and is right later."""
     expected = expected_boards(DAY)
     (tmp_path / "boards.json").write_bytes(msgspec.json.encode(expected))
     (tmp_path / "boards.py").write_text(BOARDS)
