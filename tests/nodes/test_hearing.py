@@ -1,4 +1,4 @@
-"""What a node does about what it is told, with the parts that are told in our hands."""
+"""The dispatch of notices and messages, with recording parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OFFSET_S = 1_000_000.0  #: the server's clock less ours
 
 
 class Path:
-    """A cache that writes down what it is told."""
+    """A cache that records its calls."""
 
     def __init__(self, name: str, told: list[Any]) -> None:
         self.name = name
@@ -38,7 +38,7 @@ class Path:
 
 
 class Told:
-    """A hearing, and what came of it."""
+    """A dispatcher and the calls that it made."""
 
     def __init__(self) -> None:
         self.told: list[Any] = []
@@ -55,7 +55,7 @@ class Told:
         return {tag: Captured(100, 100) for tag in tags}
 
     def of(self, version: int, notice: Notice) -> list[Any]:
-        """What the parts are told of this notice."""
+        """The calls that this notice causes."""
         self.told.clear()
         self.hearing.apply(version, notice)
         return list(self.told)
@@ -71,7 +71,7 @@ OUTDATED = [("a", dependents_of("k")), ("b", dependents_of("k"))]
 
 
 async def test_a_written_key_outdates_what_depends_on_it(told: Told) -> None:
-    """E2: its copies are old, and what carries the tag named after it is invalid."""
+    """E2: a change invalidates the copies of the key and its dependents."""
     (state,) = [told.tags.state(dependents_of("k"))]
     await told.tags.versions([dependents_of("k")], trust=True)
     assert told.of(200, Changed("k", outdates=True)) == [*KEY, *OUTDATED]
@@ -79,7 +79,7 @@ async def test_a_written_key_outdates_what_depends_on_it(told: Told) -> None:
 
 
 async def test_a_loaded_key_outdates_nothing(told: Told) -> None:
-    """E3: though its copies are old."""
+    """E3: a fill makes copies old, and invalidates no dependents."""
     state = told.tags.state(dependents_of("k"))
     await told.tags.versions([dependents_of("k")], trust=True)
     assert told.of(200, Changed("k")) == KEY
@@ -88,7 +88,7 @@ async def test_a_loaded_key_outdates_nothing(told: Told) -> None:
 
 @pytest.mark.parametrize("soft", [True, False])
 async def test_dropped_keys_outdate_what_depends_on_them(told: Told, soft: bool) -> None:
-    """E2: as softly as they are dropped themselves."""
+    """E2: a soft drop makes the dependents soft-stale too."""
     states = [told.tags.state(dependents_of("k")), told.tags.state(dependents_of("l"))]
     await told.tags.versions([dependents_of("k"), dependents_of("l")], trust=True)
     got = told.of(200, Dropped(("k", "l", "m"), soft))
@@ -100,7 +100,7 @@ async def test_dropped_keys_outdate_what_depends_on_them(told: Told, soft: bool)
 
 @pytest.mark.parametrize("soft", [True, False])
 async def test_bumped_tags_have_new_versions(told: Told, soft: bool) -> None:
-    """E1: every cache hears of it; what a soft bump outdates may be served as stale."""
+    """E1: a bump reaches every cache; entries of a soft bump may be served as stale."""
     state = told.tags.state("red")
     await told.tags.versions(["red"], trust=True)
     assert told.of(200, Bumped(("red", "blue"), soft=soft)) == [("a", "red"), ("b", "red")]
@@ -109,7 +109,7 @@ async def test_bumped_tags_have_new_versions(told: Told, soft: bool) -> None:
 
 
 def test_a_tag_that_nobody_here_knows_is_nobody_s_business(told: Told) -> None:
-    """Or each write anywhere would cost a look at all loads, and a state."""
+    """An unknown tag changes nothing: otherwise each write would cost a scan of all loads."""
     assert told.of(200, Changed("k", outdates=True)) == KEY
     assert told.of(200, Bumped(("red",))) == []
     assert len(told.tags) == 0
@@ -119,7 +119,7 @@ def test_a_tag_that_nobody_here_knows_is_nobody_s_business(told: Told) -> None:
 def test_what_was_extended_lives_from_the_moment_of_its_version(
     told: Told, ahead_s: float, until_s: float
 ) -> None:
-    """By the server's clock or by ours, whichever ends sooner; who waits for the key is woken."""
+    """An extension ends at the earlier of both clocks, and wakes the waiters of the key."""
     version = int((told.now_s + OFFSET_S + ahead_s) * 1e6)
     got = told.of(version, Extended("k", 150, 3_000, 9_000))
     assert [each[:5] for each in got[:2]] == [
@@ -130,7 +130,7 @@ def test_what_was_extended_lives_from_the_moment_of_its_version(
 
 
 async def test_a_reset_forgets_tags_of_its_shard_and_all_loads(told: Told) -> None:
-    """Notices may have been missed, of any key or tag of the shard."""
+    """A reset forgets the tags of the shard, and detaches all loads."""
     tags = [str(number) for number in range(20)]
     states = [told.tags.state(tag) for tag in tags]
     await told.tags.versions(tags, trust=True)
@@ -163,7 +163,7 @@ async def test_a_reset_forgets_tags_of_its_shard_and_all_loads(told: Told) -> No
     ids=lambda value: repr(value)[:12],
 )
 def test_words_are_for_one_cache_or_one_shard(told: Told, payload: bytes, expected) -> None:
-    """What is no word of ours is nobody's; no bytes at all are an error."""
+    """An unknown message is ignored; no message raises an error."""
     jobs = {
         kind: lambda shard, kind=kind: told.told.append((kind.decode(), shard))
         for kind in (b"w", b"r")
@@ -173,7 +173,7 @@ def test_words_are_for_one_cache_or_one_shard(told: Told, payload: bytes, expect
 
 
 def test_words_of_jobs_are_for_those_who_work(told: Told) -> None:
-    """A node without workers hears of sources all the same."""
+    """A node without workers receives messages about sources too."""
     told.hearing.word(b"w 1", {})
     told.hearing.word(b"o a", {})
     assert told.told == [("a", False)]

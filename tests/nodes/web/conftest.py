@@ -1,4 +1,4 @@
-"""An endpoint on a real socket, over a node whose answers the test sets."""
+"""An endpoint on a real socket, over a fake node whose answers the test sets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Listening = Callable[[Http], AbstractAsyncContextManager[EndpointAddress]]
 
 
 class Station:
-    """Stands for the node: it answers what the test put into it."""
+    """A fake node: it returns the values that the test has set."""
 
     def __init__(self) -> None:
         self.instance = "node-1"
@@ -131,5 +131,5 @@ async def client(endpoint: EndpointAddress) -> AsyncIterator[aiohttp.ClientSessi
 
 @pytest.fixture
 def tool() -> Callable[[str], str]:
-    """The path of a program; CI must have it, elsewhere the test is skipped without."""
+    """The path of a program; without it CI fails, and elsewhere the test is skipped."""
     return programs.tool

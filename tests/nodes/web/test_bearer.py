@@ -45,7 +45,7 @@ def accepts(bearer: BearerToken, token: str) -> bool:
 
 
 def test_a_replaced_file_counts_soon(path: Path, clock: Hand) -> None:
-    """B3: after LOOK_S the old token is none any more."""
+    """B3: after LOOK_S the old token is refused."""
     bearer = BearerToken(path, clock)
     replace(path, SECOND)
     assert accepts(bearer, FIRST)
@@ -58,7 +58,7 @@ def test_a_replaced_file_counts_soon(path: Path, clock: Hand) -> None:
 def test_a_file_that_is_spoilt_leaves_the_token(
     path: Path, clock: Hand, spoilt: str | None
 ) -> None:
-    """B3: nobody is let in by it, or shut out."""
+    """B3: an invalid file neither admits a client nor locks one out."""
     bearer = BearerToken(path, clock)
     if spoilt is None:
         os.remove(path)
@@ -74,7 +74,7 @@ def test_a_file_that_is_spoilt_leaves_the_token(
 
 
 def test_only_one_header_with_the_token_is_accepted(path: Path, clock: Hand) -> None:
-    """The scheme in any case; nothing beside the token, and no second header."""
+    """The scheme is case-insensitive; further text or a second header is refused."""
     bearer = BearerToken(path, clock)
     assert bearer.accepts([f"bEARER {FIRST}"])
     for headers in (

@@ -1,4 +1,4 @@
-"""The probes."""
+"""Probes, and the delay of the event loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check(name: str, state: State, *gates: Gate, detail: str = "") -> Check:
 
 
 async def test_a_probe_that_passes_says_ok(client: aiohttp.ClientSession) -> None:
-    """Without anything wrong, each probe answers ``ok``, and is never kept by a proxy."""
+    """Without a fault each probe answers ``ok``, and forbids caching."""
     for path in ("/livez", "/readyz", "/startupz", "/healthz"):
         async with client.get(path) as response:
             assert (response.status, await response.text()) == (200, "ok\n")
@@ -32,7 +32,7 @@ async def test_a_probe_that_passes_says_ok(client: aiohttp.ClientSession) -> Non
 async def test_a_failing_check_fails_only_its_own_probes(
     client: aiohttp.ClientSession, station: Station
 ) -> None:
-    """H1, H2: a node without Valkey is alive, but not ready, and says why."""
+    """H1, H2: a node without Valkey is alive, but not ready, and reports why."""
     station.listed = [check("valkey", "fail", "ready", detail="no reply for 3 s")]
 
     answers = {}
@@ -48,7 +48,7 @@ async def test_a_failing_check_fails_only_its_own_probes(
 async def test_verbose_lists_every_check_of_the_probe(
     client: aiohttp.ClientSession, station: Station
 ) -> None:
-    """``?verbose`` names what passed too, in the order of the node."""
+    """``?verbose`` names passed checks too, in the order of the node."""
     station.listed = [
         check("valkey", "pass", "ready"),
         check("sink", "warn", "ready", detail="paused"),
@@ -62,7 +62,7 @@ async def test_verbose_lists_every_check_of_the_probe(
 async def test_json_has_the_verdict_and_all_checks(
     client: aiohttp.ClientSession, station: Station
 ) -> None:
-    """H3: /healthz shows the breaker, which is a warning there and no failure."""
+    """H3: /healthz shows the breaker as a warning, not as a failure."""
     station.listed = [check("breaker:link", "fail", detail="open, next try in 400 ms")]
 
     async with client.get("/healthz", headers=JSON) as response:
@@ -77,7 +77,7 @@ async def test_json_has_the_verdict_and_all_checks(
 
 
 async def test_one_check_can_be_asked_for(client: aiohttp.ClientSession, station: Station) -> None:
-    """``/readyz/<check>`` has the status of that check, and 404 for one that is not there."""
+    """``/readyz/<check>`` has the status of that check, and 404 for an unknown check."""
     station.listed = [check("valkey", "pass", "ready"), check("sink", "fail", "ready")]
 
     statuses = {}
@@ -89,7 +89,7 @@ async def test_one_check_can_be_asked_for(client: aiohttp.ClientSession, station
 
 
 async def test_the_longest_delay_is_of_the_last_15_seconds() -> None:
-    """I1: neither the latest beat alone, nor a stall of long ago, however few beats came since."""
+    """H5: the maximum covers the window: more than the latest beat, and no older stall."""
     clock = ManualClock()
     heartbeat = Heartbeat(clock)
     with heartbeat.beating():
@@ -104,7 +104,7 @@ async def test_the_longest_delay_is_of_the_last_15_seconds() -> None:
 
 
 async def test_the_heartbeat_fails_when_it_is_long_overdue() -> None:
-    """I1: lag counts from when the next beat was due, and only a long one is a failure."""
+    """H5: the delay counts from when the next beat was due, and only a long one fails."""
     clock = ManualClock()
     heartbeat = Heartbeat(clock)
     with heartbeat.beating():

@@ -30,7 +30,7 @@ NAMES = {
 
 
 def count_everything(instruments: Instruments) -> None:
-    """Have every series that there can be with one cache, sink, limit and route."""
+    """Count every possible series of one cache, sink, limit and route."""
     for owner, name in NAMES.items():
         instruments.declare(owner, name)  # type: ignore[arg-type]
     instruments.add_source(gauges)
@@ -80,7 +80,7 @@ async def test_promtool_finds_nothing_to_complain_of(
 
 
 async def test_the_scraper_chooses_the_format(client: aiohttp.ClientSession) -> None:
-    """M2: OpenMetrics is given to who asks for it, plain text to everybody else."""
+    """S5: the answer is OpenMetrics if the scraper accepts it, and plain text otherwise."""
     openmetrics = await scrape(client, "application/openmetrics-text; version=1.0.0")
     plain = await scrape(client)
 
@@ -138,7 +138,7 @@ def test_more_labels_than_allowed_become_other() -> None:
 
 
 def test_what_is_declared_again_keeps_its_counts() -> None:
-    """I3: a node that starts a second time goes on counting."""
+    """I3: a node that starts a second time continues its counts."""
     registry = CollectorRegistry()
     instruments = Instruments(registry)
     for _ in range(2):

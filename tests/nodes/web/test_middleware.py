@@ -1,4 +1,4 @@
-"""Request scope in web servers: FastAPI on uvicorn, and aiohttp, asked over the loopback."""
+"""Request scope in web servers: FastAPI on uvicorn, and aiohttp, over the loopback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATIENCE_S = 20.0  #: for whatever has to come; not what is promised
 
 
 class Desk:
-    """What the handlers read: a number that is higher with each read. Some handlers wait here."""
+    """The value that the handlers read: it rises with each read. Some handlers wait here."""
 
     def __init__(self) -> None:
         self.reads = 0
@@ -164,7 +164,7 @@ def desk() -> Desk:
 
 @pytest.fixture(autouse=True)
 def none_is_left_open() -> Iterator[None]:
-    """Whatever a request does, its scope is closed in the end."""
+    """After each test all scopes are closed."""
     yield
     assert scope.opened == 0
 
@@ -195,7 +195,7 @@ async def body_of(client: aiohttp.ClientSession, path: str) -> Any:
 async def test_each_request_has_a_scope_of_its_own(
     client: aiohttp.ClientSession, desk: Desk
 ) -> None:
-    """M1: twenty requests at once each read twice, and each sees its first value again."""
+    """M1: twenty concurrent requests read twice, and each sees its first value again."""
     answers: list[list[int]] = []
 
     async def ask() -> None:
@@ -214,7 +214,7 @@ async def test_each_request_has_a_scope_of_its_own(
 async def test_request_that_fails_leaves_no_scope_open(
     client: aiohttp.ClientSession, desk: Desk
 ) -> None:
-    """M3: the error passes as it is, and the next request on the connection reads anew."""
+    """M3: the error passes unchanged, and the next request on the connection reads a new value."""
     for number in (1, 2):
         async with client.get("/broken") as response:
             assert response.status == 500
@@ -225,7 +225,7 @@ async def test_request_that_fails_leaves_no_scope_open(
 async def test_request_whose_client_has_gone_leaves_no_scope_open(
     client: aiohttp.ClientSession, desk: Desk
 ) -> None:
-    """M3: cancelled, or finished for nobody, the scope is closed."""
+    """M3: after a disconnect the scope is closed, also if the handler finishes."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(body_of, client, "/twice")
         await desk.until_waiting(1)
@@ -236,7 +236,7 @@ async def test_request_whose_client_has_gone_leaves_no_scope_open(
 
 
 async def test_cancelled_handler_is_cancelled_through_the_scope(desk: Desk) -> None:
-    """M3: aiohttp cancels the handler of a client that has gone, and the scope is closed."""
+    """M3: aiohttp cancels the handler of a disconnected client, and the scope is closed."""
     async with on_aiohttp(aiohttp_app(desk)) as url, aiohttp.ClientSession(url) as client:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(body_of, client, "/twice")
@@ -258,7 +258,7 @@ async def test_http_error_of_aiohttp_passes(desk: Desk) -> None:
 
 
 async def test_websocket_of_aiohttp_has_no_scope(desk: Desk) -> None:
-    """M2: it may stay open for days, so each read is current."""
+    """M2: a WebSocket may stay open for days, so each of its reads is current."""
     async with (
         on_aiohttp(aiohttp_app(desk)) as url,
         aiohttp.ClientSession(url) as client,
@@ -269,7 +269,7 @@ async def test_websocket_of_aiohttp_has_no_scope(desk: Desk) -> None:
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan"])
 async def test_what_is_no_request_is_passed_on_as_it_is(desk: Desk, kind: str) -> None:
-    """M2: the application gets the very same three arguments, and no scope."""
+    """M2: the application gets the same three arguments, and no scope."""
     got: list[object] = []
 
     async def app(*given: object) -> None:
@@ -286,12 +286,12 @@ async def test_what_is_no_request_is_passed_on_as_it_is(desk: Desk, kind: str) -
 
 
 async def test_lifespan_has_no_scope(asgi: aiohttp.ClientSession, desk: Desk) -> None:
-    """M2: the tasks of a node that is started there would keep it for ever."""
+    """M2: the lifespan has no scope: tasks started in it would keep the scope forever."""
     assert desk.afterwards == [False]
 
 
 async def test_dependency_and_endpoint_are_one_request(asgi: aiohttp.ClientSession) -> None:
-    """M1: what a check has seen is what the endpoint gets."""
+    """M1: a dependency and the endpoint read the same value."""
     assert await body_of(asgi, "/depends") == [1, 1]
 
 
@@ -309,7 +309,7 @@ async def test_stream_is_one_request(asgi: aiohttp.ClientSession) -> None:
 async def test_background_task_after_the_answer_has_no_scope(
     asgi: aiohttp.ClientSession, desk: Desk
 ) -> None:
-    """M1: it may run for long; what it reads is current."""
+    """M1: a background task has no scope: its reads are current."""
     await body_of(asgi, "/background")
     await until(lambda: len(desk.afterwards) == 2)
 

@@ -1,4 +1,4 @@
-"""GET /v1/cache?key=A&key=B: many keys, each with the status that it would have by itself."""
+"""GET /v1/cache?key=A&key=B: many keys, each with the status of a single read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def target(*keys: str) -> URL:
 
 
 async def test_each_key_has_its_own_answer(client: aiohttp.ClientSession, station) -> None:
-    """In the order of the query, twice what is asked for twice; the errors are those of one key."""
+    """Answers follow the order of the query, with repeated keys; errors are those of one key."""
     station.values = {
         "product:1": VALUE,
         "product:2": IMPORTED,
@@ -77,21 +77,21 @@ async def test_each_key_has_its_own_answer(client: aiohttp.ClientSession, statio
 async def test_a_query_that_cannot_be_is_400(
     client: aiohttp.ClientSession, query: str, code: str
 ) -> None:
-    """None, too many, or no keys: the field is named, and nothing is read."""
+    """Missing, too many or invalid keys: the error names the field, and nothing is read."""
     async with client.get(URL(f"/v1/cache?{query}", encoded=True)) as response:
         error = (await response.json())["error"]
         assert (response.status, error["code"], error["field"]) == (400, code, "key")
 
 
 async def test_a_plus_is_a_plus(client: aiohttp.ClientSession, station) -> None:
-    """The query decodes as the path does."""
+    """The query is decoded like the path."""
     station.values = {"product:a+b": VALUE}
     async with client.get(URL("/v1/cache?key=product:a+b&key=product%3Aa%2Bb", encoded=True)) as it:
         assert [each["status"] for each in (await it.json())["keys"]] == [200, 200]
 
 
 async def test_an_answer_is_bounded(client: aiohttp.ClientSession, station) -> None:
-    """Values beyond the bound are refused by name, smaller ones after them are not; counted."""
+    """A value beyond the bound is refused and counted; a smaller one after it is served."""
     big = Read(
         json=b'"' + b"x" * (BYTES_MAX // 2) + b'"', tier="near", age_ms=1, stale=False, version=1
     )

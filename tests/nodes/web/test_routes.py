@@ -1,4 +1,4 @@
-"""Reads, stats, the index, and what every answer has in common."""
+"""Reads, stats, the index, and the common headers of all answers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_a_value_comes_with_its_story(
 async def test_a_read_that_gives_nothing_says_why(
     client: aiohttp.ClientSession, station: Station, path: str, status: int, code: str
 ) -> None:
-    """Each reason has its status and its stable code; none tells what is inside."""
+    """Each error has its status and its stable code; none reveals internals."""
     station.values = {
         "product:gone": ABSENT,
         "product:broken": LoaderError("product", "product:broken", "password=hunter2"),
@@ -72,7 +72,7 @@ async def test_a_read_that_gives_nothing_says_why(
 async def test_a_key_is_percent_decoded_once(
     client: aiohttp.ClientSession, station: Station
 ) -> None:
-    """A key that holds an escape, or a slash, is reached by escaping it."""
+    """A key with a percent sign or a slash is reached by encoding it."""
     station.values = {"product:a%3Ab/c": VALUE}
     for path in ("product:a%253Ab/c", "product%3Aa%253Ab%2Fc"):
         url = URL(f"/v1/cache/{path}", encoded=True)
@@ -81,7 +81,7 @@ async def test_a_key_is_percent_decoded_once(
 
 
 async def test_stats_are_the_nodes_own(client: aiohttp.ClientSession, station: Station) -> None:
-    """The object names the instance and the namespace, and has what the node gives."""
+    """The object names the instance and the namespace, and has the node's fields."""
     async with client.get("/stats") as response:
         body = await response.json()
 
@@ -94,7 +94,7 @@ async def test_stats_are_the_nodes_own(client: aiohttp.ClientSession, station: S
 
 
 async def test_the_index_lists_routes_that_work(client: aiohttp.ClientSession) -> None:
-    """GET / is true: each route without a parameter that it lists answers."""
+    """Each route without a parameter that GET / lists answers."""
     async with client.get("/") as response:
         routes = (await response.json())["routes"]
 
@@ -139,7 +139,7 @@ async def test_a_browsers_page_cannot_publish(client: aiohttp.ClientSession) -> 
 async def test_a_port_in_use_names_the_setting(
     endpoint: EndpointAddress, listening: Listening
 ) -> None:
-    """The error says what is set, and how to get out of it."""
+    """The error has the setting, its value and the fix."""
     with pytest.raises(ConfigError) as caught:
         async with listening(Http(port=endpoint.port)):
             pytest.fail("it listened on a port in use")
@@ -150,7 +150,7 @@ async def test_a_port_in_use_names_the_setting(
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 async def test_a_host_that_is_not_ours_names_the_setting(listening: Listening, host: str) -> None:
-    """An address of another machine is a wrong http.host."""
+    """An address of another machine is an invalid http.host."""
     with pytest.raises(ConfigError) as caught:
         async with listening(Http(host=host, port=0)):
             pytest.fail("it listened on another machine's address")
