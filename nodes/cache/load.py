@@ -14,11 +14,15 @@ L7  An absence that is not to be remembered takes the old value away all the sam
     is still there: otherwise what is stored now is newer.
 L8  Callers get the loader's value in its decoded form, also where it is not stored: the same as
     from a later hit.
+Y1  An entry inherits the tags of the entries it depends on, at any depth: each entry stores the
+    tags that it inherited.
+Y2  Only stored tags are inherited: a missing or unreadable entry passes on its declared tags only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Generic, Literal, TypeVar, cast
 
@@ -26,7 +30,7 @@ import anyio
 import structlog
 
 from ...coordinator.log_once import LogOnce
-from ...schemas.entry import Entry
+from ...schemas.entry import Entry, read_entry
 from ...schemas.errors import (
     CancelledInside,
     ForebayError,
@@ -36,18 +40,17 @@ from ...schemas.errors import (
     SourceFailing,
     Unavailable,
 )
-from ...schemas.keys import dependents_of
+from ...schemas.keys import depended_on, dependents_of
 from ..cancellation import run_apart
 from ..request_scope import outside
 from ..values.codec import Encoded, ValueCodec
 from ..values.packing import Packed, Packer
 from .core import Core, Hit, Lease, LoadCall
 from .fill_leases import FillLeases
-from .inheritance import inherited
 from .loading import NOT_MODIFIED, Loading, under_way
 from .near import NearCache, NearEntry, Reservation
 from .policy import Policy, ahead_ms
-from .shared import Stamp
+from .shared import SharedTier, Stamp
 from .source import Source
 from .tags import TagState
 
@@ -195,7 +198,7 @@ class LoadPath(Generic[T]):
         """The versions of the tags that the loader named; None if one was bumped meanwhile."""
         traced = {*load.kept, *self._core.behind(load.dependencies)}
         try:
-            traced |= await inherited({*lease.tags, *traced}, self._core.shared)
+            traced |= await _inherited({*lease.tags, *traced}, self._core.shared)
             traced.discard(dependents_of(lease.key))
             more = [tag for tag in dict.fromkeys((*load.tags, *traced)) if tag not in lease.tags]
             if not more:
@@ -351,3 +354,18 @@ def _written_at(stamp: Stamp | Entry, offset_s: float) -> float | None:
     if isinstance(stamp, Entry) and stamp.meta.imported:
         return None
     return stamp.version / 1e6 - offset_s
+
+
+async def _inherited(tags: Iterable[str], shared: SharedTier) -> set[str]:
+    """The tags of all stored entries that these tags name as dependencies.
+
+    Raises:
+        Unavailable, ServerRefused: the entries cannot be read.
+    """
+    keys = [key for tag in tags if (key := depended_on(tag)) is not None]
+    found: set[str] = set()
+    for raw in await asyncio.gather(*[shared.get(key) for key in keys]):
+        if raw:
+            with suppress(InvalidEntry):
+                found.update(read_entry(raw, bytes_max=len(raw)).meta.tags)
+    return found

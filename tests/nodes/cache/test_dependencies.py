@@ -267,7 +267,7 @@ async def test_a_named_dependency_is_worth_one_load(make_node, source) -> None:
 
 
 async def test_what_loaders_name_is_passed_on(make_node, source, eventually) -> None:
-    """Inheritance Y1: through any number of entries, with their tags; here and elsewhere."""
+    """Load Y1: through any number of entries, with their tags; here and elsewhere."""
     nodes = [make_node(jitter=0.0, lease_ms=60_000) for _ in range(2)]
 
     def declare(node: forebay.Node) -> Any:
