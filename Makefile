@@ -24,7 +24,7 @@ test: $(VENV)/for-test  ## all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # What differs most between versions of Python: tasks and cancellation, annotations, encoding.
-PART := tests/schemas tests/nodes/cache tests/nodes/values tests/nodes/test_life.py tests/nodes/test_node.py \
+PART := tests/schemas tests/nodes/cache tests/nodes/values tests/nodes/test_lifespan.py tests/nodes/test_node.py \
 	tests/nodes/test_declarations.py tests/coordinator/test_link.py tests/coordinator/test_log.py
 OTHER_PYTHONS := 3.12 3.13
 

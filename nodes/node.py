@@ -97,7 +97,7 @@ class Node(Declarations, Locking):
         settings = self._running.settings if self._running else self._in_code.settings
         return f"<Node {settings.node.namespace} {self._id or '-'} {self.state}>"
 
-    def configure(self, resolved: Resolved, again: Callable[[], Resolved] | None = None) -> None:
+    def _configure(self, resolved: Resolved, again: Callable[[], Resolved] | None = None) -> None:
         """Use these settings instead of loading them; they replace settings passed in code.
 
         ``again`` loads them once more, for ``reload_limits``.
@@ -108,7 +108,7 @@ class Node(Declarations, Locking):
         self._resolved, self._load_again = resolved, again
 
     async def __aenter__(self) -> Self:
-        return await self.enter()
+        return await self._enter()
 
     async def __aexit__(
         self,
@@ -118,7 +118,7 @@ class Node(Declarations, Locking):
     ) -> None:
         await self._end(exc)
 
-    async def enter(self, *, workers: bool | None = None) -> Self:
+    async def _enter(self, *, workers: bool | None = None) -> Self:
         """The first half of ``async with``: start the node.
 
         Until ``__aexit__``, a failure of the node cancels the current task.
@@ -426,6 +426,18 @@ class Node(Declarations, Locking):
 def running_parts(node: Node) -> Running:
     """The parts of a running node, for the command line; raises ForebayError: see ``_parts``."""
     return node._parts  # noqa: SLF001  # not for users of a node
+
+
+def use_settings(
+    node: Node, resolved: Resolved, again: Callable[[], Resolved] | None = None
+) -> None:
+    """Make a node use these settings, for the command line; see ``_configure``."""
+    node._configure(resolved, again)  # noqa: SLF001  # as above
+
+
+async def enter(node: Node, *, workers: bool) -> None:
+    """Start a node before an ``async with`` block could, for the command line; see ``_enter``."""
+    await node._enter(workers=workers)  # noqa: SLF001  # as above
 
 
 def _log_info(event: str, **fields: object) -> None:

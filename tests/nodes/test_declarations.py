@@ -163,7 +163,7 @@ async def test_nothing_is_declared_on_a_running_node(make_node: MakeNode) -> Non
             "sink": lambda: node.sink("a:{id}")(_takes_all),
             "on_start": lambda: node.on_start(_nothing),
             "on_stop": lambda: node.on_stop(_nothing),
-            "configure": lambda: node.configure(Resolved(settings=Settings(), origins={})),
+            "configure": lambda: node._configure(Resolved(settings=Settings(), origins={})),
         }
         for name, attempt in tries.items():
             with pytest.raises(forebay.ConfigError, match="already running"):

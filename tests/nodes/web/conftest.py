@@ -28,7 +28,7 @@ from support import programs
 Listening = Callable[[Http], AbstractAsyncContextManager[EndpointAddress]]
 
 
-class Station:
+class FakeNode:
     """A fake node: it returns the values that the test has set."""
 
     def __init__(self) -> None:
@@ -94,20 +94,20 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-def station() -> Station:
-    return Station()
+def fake_node() -> FakeNode:
+    return FakeNode()
 
 
 @pytest.fixture
-def listening(station: Station) -> Listening:
+def listening(fake_node: FakeNode) -> Listening:
     """Opens an endpoint with these settings, on a free port of the loopback."""
 
     def opened(http: Http) -> AbstractAsyncContextManager[EndpointAddress]:
         clock, random = SystemClock(), Random(7)
         return serve(
-            station,
+            fake_node,
             http,
-            instruments=station.instruments,
+            instruments=fake_node.instruments,
             event_bytes_max=65_536,
             clock=clock,
             random=random,

@@ -18,7 +18,7 @@ from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import EndpointAddress
-    from tests.nodes.web.conftest import Listening, Station
+    from tests.nodes.web.conftest import FakeNode, Listening
 
 LOOPS = {"asyncio": False, "uvloop": True}
 PROBE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -72,7 +72,7 @@ async def finish(streams: list[SocketStream]) -> None:
 
 
 async def test_the_connection_idle_longest_makes_room(
-    listening: Listening, station: Station
+    listening: Listening, fake_node: FakeNode
 ) -> None:
     """G2: kept-alive connections lock no client out; the last used one stays longest."""
     async with (
@@ -86,7 +86,7 @@ async def test_the_connection_idle_longest_makes_room(
             assert await until_closed(kept[1]) == b""
             for stream in (kept[0], kept[2]):
                 assert b" 200 " in await ask(stream, PROBE)
-    assert station.instruments.counts["limit_reached", "http_connections"] == 1
+    assert fake_node.instruments.counts["limit_reached", "http_connections"] == 1
 
 
 async def test_one_at_work_stays_when_idle_ones_make_room(listening: Listening) -> None:
@@ -105,7 +105,7 @@ async def test_one_at_work_stays_when_idle_ones_make_room(listening: Listening) 
 
 
 async def test_probes_are_served_when_all_are_at_work(
-    listening: Listening, station: Station
+    listening: Listening, fake_node: FakeNode
 ) -> None:
     """G2: a connection beyond the limit serves one probe; any other request gets a 503."""
     async with (
@@ -125,7 +125,7 @@ async def test_probes_are_served_when_all_are_at_work(
         await finish(busy)
         async with connected(address, 1) as later:
             assert b" 202 " in await ask(later[0], WAITING.replace(b"Expect", b"X") + GOOD)
-    assert station.published == [GOOD] * 3
+    assert fake_node.published == [GOOD] * 3
 
 
 async def test_silent_connections_do_not_keep_probes_out(listening: Listening) -> None:
@@ -143,12 +143,12 @@ async def test_silent_connections_do_not_keep_probes_out(listening: Listening) -
 
 
 async def test_an_answer_of_any_size_has_to_be_read(
-    listening: Listening, station: Station, monkeypatch: pytest.MonkeyPatch
+    listening: Listening, fake_node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G3: an unread answer is cut off, also a small one on a kept-alive connection."""
     small = b'"' + b"x" * 50_000 + b'"'
-    station.values["a"] = Read(json=small, tier="near", age_ms=0, stale=False, version=1)
-    counts, links = station.instruments.counts, []
+    fake_node.values["a"] = Read(json=small, tier="near", age_ms=0, stale=False, version=1)
+    counts, links = fake_node.instruments.counts, []
 
     def made(self: GuardedHandler, transport: asyncio.BaseTransport) -> None:
         links.append(transport)

@@ -11,7 +11,7 @@ from yarl import URL
 from forebay.schemas.errors import Backpressure, Disconnected
 
 if TYPE_CHECKING:
-    from tests.nodes.web.conftest import Station
+    from tests.nodes.web.conftest import FakeNode
 
 
 async def test_document_is_json_unless_words_are_asked_for(client: aiohttp.ClientSession) -> None:
@@ -39,14 +39,14 @@ async def test_document_is_json_unless_words_are_asked_for(client: aiohttp.Clien
 )
 async def test_what_cannot_be_explained_is_refused(
     client: aiohttp.ClientSession,
-    station: Station,
+    fake_node: FakeNode,
     failure: Exception | None,
     path: str,
     status: int,
     code: str,
 ) -> None:
     """Each error has its status and its stable code."""
-    station.failure = failure
+    fake_node.failure = failure
     async with client.get(URL(f"/v1/explain/{path}", encoded=True)) as response:
         body = await response.text()
 

@@ -12,7 +12,7 @@ from forebay.nodes.web.protocols import Check, Gate, State
 from support.clock import ManualClock
 
 if TYPE_CHECKING:
-    from tests.nodes.web.conftest import Station
+    from tests.nodes.web.conftest import FakeNode
 
 JSON = {"Accept": "application/json"}
 
@@ -30,10 +30,10 @@ async def test_a_probe_that_passes_says_ok(client: aiohttp.ClientSession) -> Non
 
 
 async def test_a_failing_check_fails_only_its_own_probes(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """H1, H2: a node without Valkey is alive, but not ready, and reports why."""
-    station.listed = [check("valkey", "fail", "ready", detail="no reply for 3 s")]
+    fake_node.listed = [check("valkey", "fail", "ready", detail="no reply for 3 s")]
 
     answers = {}
     for path in ("/livez", "/startupz", "/readyz", "/healthz"):
@@ -46,10 +46,10 @@ async def test_a_failing_check_fails_only_its_own_probes(
 
 
 async def test_verbose_lists_every_check_of_the_probe(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """``?verbose`` names passed checks too, in the order of the node."""
-    station.listed = [
+    fake_node.listed = [
         check("valkey", "pass", "ready"),
         check("sink", "warn", "ready", detail="paused"),
         check("shards", "pass", "start"),
@@ -60,10 +60,10 @@ async def test_verbose_lists_every_check_of_the_probe(
 
 
 async def test_json_has_the_verdict_and_all_checks(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """H3: /healthz shows the breaker as a warning, not as a failure."""
-    station.listed = [check("breaker:link", "fail", detail="open, next try in 400 ms")]
+    fake_node.listed = [check("breaker:link", "fail", detail="open, next try in 400 ms")]
 
     async with client.get("/healthz", headers=JSON) as response:
         body = await response.json()
@@ -76,9 +76,11 @@ async def test_json_has_the_verdict_and_all_checks(
     assert body["checks"]["event_loop"]["status"] == "pass"
 
 
-async def test_one_check_can_be_asked_for(client: aiohttp.ClientSession, station: Station) -> None:
+async def test_one_check_can_be_asked_for(
+    client: aiohttp.ClientSession, fake_node: FakeNode
+) -> None:
     """``/readyz/<check>`` has the status of that check, and 404 for an unknown check."""
-    station.listed = [check("valkey", "pass", "ready"), check("sink", "fail", "ready")]
+    fake_node.listed = [check("valkey", "pass", "ready"), check("sink", "fail", "ready")]
 
     statuses = {}
     for name in ("valkey", "sink", "nothing"):

@@ -15,7 +15,7 @@ from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import EndpointAddress
-    from tests.nodes.web.conftest import Listening, Station
+    from tests.nodes.web.conftest import FakeNode, Listening
 
 GOOD = b'{"type":"invalidate","keys":["a"]}'
 OURS = ServedNames(["localhost", "Vm.", "", "cache.internal", "*.svc.x"])
@@ -96,7 +96,7 @@ def post(host: str) -> str:
 
 
 async def test_a_page_with_a_name_of_its_own_is_refused(
-    endpoint: EndpointAddress, station: Station
+    endpoint: EndpointAddress, fake_node: FakeNode
 ) -> None:
     """N1: a rebound DNS name can neither publish nor read, and the answer names the setting."""
     refused = await ask(endpoint, post("evil.com"), GOOD)
@@ -106,16 +106,16 @@ async def test_a_page_with_a_name_of_its_own_is_refused(
     for path in ("/", "/stats", "/openapi.json", "/v1/cache/a", "/v1/explain/a", "/nothing"):
         head = f"GET {path} HTTP/1.1\nHost: evil.com:{endpoint.port}"
         assert (await ask(endpoint, head)).startswith(b"HTTP/1.1 421 ")
-    assert station.published == []
+    assert fake_node.published == []
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:80", "[::1]", socket.gethostname()])
 async def test_our_own_names_publish(
-    endpoint: EndpointAddress, station: Station, host: str
+    endpoint: EndpointAddress, fake_node: FakeNode, host: str
 ) -> None:
     """N1: the name of this machine and any IP address are served."""
     assert (await ask(endpoint, post(host), GOOD)).startswith(b"HTTP/1.1 202 ")
-    assert station.published == [GOOD]
+    assert fake_node.published == [GOOD]
 
 
 async def test_names_of_the_settings_are_served(listening: Listening) -> None:
@@ -158,7 +158,7 @@ async def test_a_request_that_http_forbids_is_400(
 
 
 async def test_a_chunked_body_of_http_1_0_is_not_read(
-    endpoint: EndpointAddress, station: Station
+    endpoint: EndpointAddress, fake_node: FakeNode
 ) -> None:
     """N3: an HTTP/1.0 request with Transfer-Encoding is refused: its end is ambiguous."""
     head = post("localhost").replace("HTTP/1.1", "HTTP/1.0").partition("\nContent-Length")[0]
@@ -166,7 +166,7 @@ async def test_a_chunked_body_of_http_1_0_is_not_read(
     answer = await ask(endpoint, head + "\nTransfer-Encoding: chunked", chunk)
     assert answer.startswith(b"HTTP/1.0 400 ")
     assert b"HTTP/1.0 has no Transfer-Encoding" in answer
-    assert station.published == []
+    assert fake_node.published == []
 
 
 async def test_http_1_0_without_a_name_is_served(endpoint: EndpointAddress) -> None:

@@ -14,17 +14,17 @@ from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import EndpointAddress
-    from tests.nodes.web.conftest import Listening, Station
+    from tests.nodes.web.conftest import FakeNode, Listening
 
 VALUE = Read(json=b'{"name":"tea"}', tier="near", age_ms=12, stale=True, version=1_700)
 ABSENT = Read(json=b"null", tier="shared", age_ms=1, stale=False, version=9, negative=True)
 
 
 async def test_a_value_comes_with_its_story(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """The body is the value alone; tier, age, staleness and version are headers."""
-    station.values["product:1"] = VALUE
+    fake_node.values["product:1"] = VALUE
     async with client.get("/v1/cache/product:1") as response:
         assert (response.status, await response.json()) == (200, {"name": "tea"})
         told = {k: v for k, v in response.headers.items() if k.startswith("X-Forebay")}
@@ -52,10 +52,10 @@ async def test_a_value_comes_with_its_story(
     ],
 )
 async def test_a_read_that_gives_nothing_says_why(
-    client: aiohttp.ClientSession, station: Station, path: str, status: int, code: str
+    client: aiohttp.ClientSession, fake_node: FakeNode, path: str, status: int, code: str
 ) -> None:
     """Each error has its status and its stable code; none reveals internals."""
-    station.values = {
+    fake_node.values = {
         "product:gone": ABSENT,
         "product:broken": LoaderError("product", "product:broken", "password=hunter2"),
         "product:away": Disconnected("hunter2"),
@@ -70,17 +70,17 @@ async def test_a_read_that_gives_nothing_says_why(
 
 
 async def test_a_key_is_percent_decoded_once(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """A key with a percent sign or a slash is reached by encoding it."""
-    station.values = {"product:a%3Ab/c": VALUE}
+    fake_node.values = {"product:a%3Ab/c": VALUE}
     for path in ("product:a%253Ab/c", "product%3Aa%253Ab%2Fc"):
         url = URL(f"/v1/cache/{path}", encoded=True)
         async with client.get(url) as response:
             assert response.status == 200
 
 
-async def test_stats_are_the_nodes_own(client: aiohttp.ClientSession, station: Station) -> None:
+async def test_stats_are_the_nodes_own(client: aiohttp.ClientSession, fake_node: FakeNode) -> None:
     """The object names the instance and the namespace, and has the node's fields."""
     async with client.get("/stats") as response:
         body = await response.json()
@@ -88,7 +88,7 @@ async def test_stats_are_the_nodes_own(client: aiohttp.ClientSession, station: S
     assert (body["instance"], body["namespace"]) == ("node-1", "shop")
     assert body["keys"] == {"entries": 3}
 
-    station.failure = Disconnected("gone")
+    fake_node.failure = Disconnected("gone")
     async with client.get("/stats") as response:
         assert response.status == 503
 
@@ -108,7 +108,7 @@ async def test_the_index_lists_routes_that_work(client: aiohttp.ClientSession) -
 
 
 async def test_every_answer_is_guarded_and_counted_by_its_template(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """S2: labels are route templates: a thousand paths make one series."""
     for path in ("/livez", "/v1/cache/a", "/v1/cache/b", "/nothing", "/nothing/else"):
@@ -119,7 +119,7 @@ async def test_every_answer_is_guarded_and_counted_by_its_template(
         assert response.headers["Allow"] == "POST"
         assert (await response.json())["error"]["code"] == "method_not_allowed"
 
-    counts = station.instruments.counts
+    counts = fake_node.instruments.counts
     counted = {key[1:]: n for key, n in counts.items() if key[0] == "http_requests" and n}
     assert counted == {
         ("/livez", "2xx"): 1,

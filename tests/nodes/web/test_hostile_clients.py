@@ -22,7 +22,7 @@ from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import EndpointAddress
-    from tests.nodes.web.conftest import Listening, Station
+    from tests.nodes.web.conftest import FakeNode, Listening
 
 GOOD = b'{"type":"invalidate","keys":["a"]}'
 PROBE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -81,7 +81,7 @@ async def is_served(address: EndpointAddress) -> bool:
 
 @pytest.mark.parametrize("name", MALFORMED)
 async def test_what_is_no_http_gets_400_and_no_traceback(
-    endpoint: EndpointAddress, station: Station, name: str
+    endpoint: EndpointAddress, fake_node: FakeNode, name: str
 ) -> None:
     """G4: malformed input gets one 400 and one debug line without its bytes; others are served."""
     with capture_logs() as logs:
@@ -93,7 +93,7 @@ async def test_what_is_no_http_gets_400_and_no_traceback(
     assert b"nosniff" in answer
     assert [(each["event"], each["log_level"]) for each in logs] == [("http.malformed", "debug")]
     assert set(logs[0]) == {"event", "log_level", "remote", "fault"}
-    assert station.instruments.counts["http_requests", "malformed", "4xx"] == 1
+    assert fake_node.instruments.counts["http_requests", "malformed", "4xx"] == 1
     assert await is_served(endpoint)
 
 
@@ -116,7 +116,7 @@ async def test_a_body_that_breaks_half_way_gets_400_and_no_traceback(
 
 
 async def test_who_hangs_up_half_way_leaves_no_trace(
-    endpoint: EndpointAddress, station: Station
+    endpoint: EndpointAddress, fake_node: FakeNode
 ) -> None:
     """A client that disconnects in the middle of its body causes no error."""
     with capture_logs() as logs:
@@ -126,12 +126,12 @@ async def test_who_hangs_up_half_way_leaves_no_trace(
         assert await is_served(endpoint)
 
     assert {each["log_level"] for each in logs} <= {"debug"}
-    assert station.published == []
+    assert fake_node.published == []
 
 
 @pytest.mark.parametrize("start", [b"", b"G", PROBE[:-2], PROBE + b"GET /li"])
 async def test_headers_that_do_not_come_close_the_connection(
-    listening: Listening, station: Station, start: bytes
+    listening: Listening, fake_node: FakeNode, start: bytes
 ) -> None:
     """G1: a silent connection and one with half of its headers are both closed."""
     http = Http(port=0, header_timeout_ms=200)
@@ -141,7 +141,7 @@ async def test_headers_that_do_not_come_close_the_connection(
             assert (await stream.receive()).startswith(b"HTTP/1.1 200")
         await stream.send(start.removeprefix(PROBE))
         assert await until_closed(stream) == b""
-    assert station.instruments.counts["limit_reached", "http_headers"] == 1
+    assert fake_node.instruments.counts["limit_reached", "http_headers"] == 1
 
 
 async def test_dripping_headers_do_not_gain_time(listening: Listening) -> None:
@@ -163,7 +163,7 @@ async def test_dripping_headers_do_not_gain_time(listening: Listening) -> None:
 
 
 async def test_good_clients_are_served_beside_200_slow_ones(
-    listening: Listening, station: Station
+    listening: Listening, fake_node: FakeNode
 ) -> None:
     """Slow connections do not delay other clients, and all of them are closed."""
     closed = 0
@@ -184,7 +184,7 @@ async def test_good_clients_are_served_beside_200_slow_ones(
         assert closed == 200
 
 
-async def test_silent_connections_make_room(listening: Listening, station: Station) -> None:
+async def test_silent_connections_make_room(listening: Listening, fake_node: FakeNode) -> None:
     """G2: at the limit the longest-waiting connection is closed, so a probe is still served."""
     http = Http(port=0, connections_max=5, header_timeout_ms=60_000)
     async with listening(http) as address:
@@ -193,10 +193,12 @@ async def test_silent_connections_make_room(listening: Listening, station: Stati
         assert await until_closed(streams[0]) == b""
         for stream in streams:
             await stream.aclose()
-    assert station.instruments.counts["limit_reached", "http_connections"] >= 15
+    assert fake_node.instruments.counts["limit_reached", "http_connections"] >= 15
 
 
-async def test_connections_at_work_are_not_given_up(listening: Listening, station: Station) -> None:
+async def test_connections_at_work_are_not_given_up(
+    listening: Listening, fake_node: FakeNode
+) -> None:
     """G2: when all connections are busy, a new one gets a 503 with Retry-After."""
     http = Http(port=0, connections_max=2, body_timeout_ms=60_000)
     async with (
@@ -254,17 +256,17 @@ async def test_a_body_over_the_limit_is_413(endpoint: EndpointAddress, sent: byt
     ids=["one_byte_chunks", "long_extension"],
 )
 async def test_odd_chunks_are_the_same_body(
-    endpoint: EndpointAddress, station: Station, body: bytes
+    endpoint: EndpointAddress, fake_node: FakeNode, body: bytes
 ) -> None:
     """A body is the same for any split into packets."""
     answer = await answered(endpoint, CHUNKED + body)
 
     assert answer.startswith(b"HTTP/1.1 202 ")
-    assert station.published == [GOOD]
+    assert fake_node.published == [GOOD]
 
 
 async def test_bodies_together_have_a_limit(
-    listening: Listening, station: Station, monkeypatch: pytest.MonkeyPatch
+    listening: Listening, fake_node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """I2: the bytes of unfinished bodies are bounded, and released when they end."""
     monkeypatch.setattr(bodies, "ALL_BYTES_MAX", 0)
@@ -291,20 +293,20 @@ async def _first_reply(stream: SocketStream, replies: list[bytes], tasks: TaskGr
     tasks.cancel_scope.cancel()
 
 
-async def test_who_does_not_read_is_cut_off(listening: Listening, station: Station) -> None:
+async def test_who_does_not_read_is_cut_off(listening: Listening, fake_node: FakeNode) -> None:
     """G3: an unread answer does not stay in memory."""
     huge = b'"' + b"x" * 30_000_000 + b'"'
-    station.values["a"] = Read(json=huge, tier="near", age_ms=0, stale=False, version=1)
+    fake_node.values["a"] = Read(json=huge, tier="near", age_ms=0, stale=False, version=1)
     async with listening(Http(port=0, body_timeout_ms=200)) as address:
         with socket.create_connection((address.host, address.port)) as lazy:
             lazy.sendall(PROBE.replace(b"/livez", b"/v1/cache/a"))
             with anyio.fail_after(20):
-                while not station.instruments.counts["limit_reached", "http_unread_answer"]:
+                while not fake_node.instruments.counts["limit_reached", "http_unread_answer"]:
                     await anyio.sleep(0.05)
             assert await is_served(address)
 
 
-async def test_a_handler_that_hangs_does_not_hold_up_the_stop(station: Station) -> None:
+async def test_a_handler_that_hangs_does_not_hold_up_the_stop(fake_node: FakeNode) -> None:
     """S1: the endpoint stops within its bound, and cuts off running requests."""
     asked = anyio.Event()
 
@@ -313,15 +315,15 @@ async def test_a_handler_that_hangs_does_not_hold_up_the_stop(station: Station) 
         await anyio.sleep_forever()
         return {}
 
-    station.stats = hang  # type: ignore[method-assign]
+    fake_node.stats = hang  # type: ignore[method-assign]
     clock, random, http = SystemClock(), Random(1), Http(port=0)
     with anyio.fail_after(20):
         async with (
             anyio.create_task_group() as tasks,
             serve(
-                station,
+                fake_node,
                 http,
-                instruments=station.instruments,
+                instruments=fake_node.instruments,
                 event_bytes_max=1_000,
                 clock=clock,
                 random=random,
