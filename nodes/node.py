@@ -317,7 +317,7 @@ class Node(Declarations, Locking):
             Unavailable: the outcome may be unknown; repeat the call.
         """
         if keys is None and tags is None:
-            raise InvalidKey("keys", "", "are missing, and so are tags; pass keys or tags")
+            raise InvalidKey("keys", "", "and tags are missing: pass at least one of them")
         refuse_one_string("keys", keys or ())
         refuse_one_string("tags", tags or ())
         checked_keys = [check_key(key) for key in keys or ()]

@@ -112,7 +112,7 @@ async def test_published_events_are_stored_in_order(
 
 async def test_nothing_to_invalidate_is_a_mistake(node: forebay.Node) -> None:
     """Empty lists are accepted, and do nothing."""
-    with pytest.raises(forebay.InvalidKey, match="name what is to be invalidated"):
+    with pytest.raises(forebay.InvalidKey, match="pass at least one of them"):
         await node.invalidate()
     await node.invalidate([], tags=[])
 
