@@ -145,3 +145,23 @@ def test_dead_link_is_found_when_planted() -> None:
     text = "# A heading\n[1](#a-heading) [2](#another) [3](no/file.md) [4](README.md#forebay)"
 
     assert dead_links(ROOT / "X.md", text) == ["X.md: #another", "X.md: no/file.md"]
+
+
+def lost_paths(text: str) -> list[str]:
+    """Paths of source files in backticks that do not exist, from the root or from a layer."""
+    roots = [ROOT, ROOT / "nodes", ROOT / "coordinator"]
+    paths = re.findall(r"`([a-z_]+/[a-z_/]*\.(?:py|lua|md|acl))`", text)
+    return [path for path in paths if not any((root / path).exists() for root in roots)]
+
+
+def test_source_files_in_documents_exist() -> None:
+    """Every path of a source file that a document names leads to a file."""
+    assert {path.name: lost_paths(path.read_text()) for path in DOCUMENTS} == {
+        path.name: [] for path in DOCUMENTS
+    }
+
+
+def test_a_lost_path_is_found_when_planted() -> None:
+    """The check of paths finds a file that does not exist, and accepts those that do."""
+    text = "`nodes/node.py`, `cache/read.py`, `nodes/gone.py` and `scripts/_change.lua`"
+    assert lost_paths(text) == ["nodes/gone.py"]

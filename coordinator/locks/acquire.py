@@ -1,12 +1,12 @@
-"""How a lease is had and given back, so that nothing is left behind whatever happens.
+"""Acquire and release a lease so that a failed or cancelled call leaves nothing behind.
 
-G1  The nonce is drawn before anything is sent, and everything asked for with it can be asked again.
-G2  Whoever is cancelled, or gets no answer, while acquiring or releasing, has it released before
-    the cancellation goes on: by itself within ``INSIST_S``, else by the reaper.
-G3  A caller who waits keeps its place through an outage, up to ``OUTAGE_S`` or its timeout; so it
-    does while a server loads its data, or is no primary.
-G4  At level ``replicated`` a lease is given to the caller only when replicas have it; where they
-    have it not in time, it is released.
+G1  The nonce is chosen before the first request, and every request with it can be repeated.
+G2  If a caller is cancelled, or gets no reply, while it acquires or releases, the lease is released
+    before the cancellation continues: directly within ``INSIST_S``, else by the reaper.
+G3  A waiter keeps its queue entry through an outage, for up to ``OUTAGE_S`` or its timeout; also
+    while the server loads its data, or is not a primary.
+G4  At level ``replicated`` the caller gets a lease only when replicas have it. If they do not
+    have it in time, it is released.
 """
 
 from __future__ import annotations
@@ -65,17 +65,17 @@ class Acquisitions:
         self._numbers = count(1)
 
     def acquire(self, terms: Terms, *, timeout_s: float = math.inf) -> Coroutine[None, None, Lease]:
-        """A lease, as soon as it is this caller's turn.
+        """Wait for the lock and return a lease.
 
         Raises:
             LockNotAcquired: not within ``timeout_s``, or the queue is full. InvalidLock: the name
-                is that of another kind of lock. Unavailable: Valkey does not answer.
+                belongs to another kind of lock. Unavailable: Valkey does not reply.
         """
         mode: Mode = "wait" if terms.fair else "barge"
         return self._acquire(terms, mode if timeout_s else "try", timeout_s)
 
     async def try_acquire(self, terms: Terms) -> Lease | None:
-        """A lease if it is free and nobody waits for it; raises as ``acquire``."""
+        """A lease, or None if the lock is held or has waiters; raises like ``acquire``."""
         try:
             return await self._acquire(terms, "try", 0.0)
         except LockNotAcquired as refused:
@@ -84,7 +84,7 @@ class Acquisitions:
             return None
 
     async def release(self, lease: Lease) -> None:
-        """Give it back, once."""
+        """Release the lease; a second call does nothing."""
         if lease.released or lease.reason is not None:
             return
         lease.released = True
@@ -111,7 +111,7 @@ class Acquisitions:
             except ForebayError as error:
                 if mode == "try" or not _passes(error):
                     raise
-                grant = None  # there was no answer, and it may be asked again
+                grant = None  # no reply: repeat the request
             if isinstance(grant, Grant):
                 self._counts["lock_acquires", "taken"] += 1
             else:
@@ -141,13 +141,13 @@ class Acquisitions:
             holder = answer.holder if answer else ""
             raise LockNotAcquired(terms.name, waited_ms=0, holder=holder, reason="held")
         began = answered_at = self._clock.monotonic()
-        with self._queue.place(nonce) as place:
+        with self._queue.enqueue(nonce) as entry:
             while True:
                 patience_s = self._queue.patience_s(answer) if answer else _PAUSE_S
                 left_s = began + timeout_s - self._clock.monotonic()
-                await place.rung(min(patience_s, left_s))
-                if place.grant is not None:
-                    return self._waited(began, place.grant)
+                await entry.wait(min(patience_s, left_s))
+                if entry.grant is not None:
+                    return self._waited(began, entry.grant)
                 waited_s = self._clock.monotonic() - began
                 if waited_s >= timeout_s:
                     holder = answer.holder if answer else ""
@@ -183,7 +183,7 @@ class Acquisitions:
     async def _insist(
         self, name: str, nonce: str, lease_s: float, error: BaseException, *, sure: bool = True
     ) -> None:
-        """Have it released, in spite of cancellation; G2. ``sure``: it was granted before."""
+        """Release it in spite of cancellation (G2). ``sure``: it was granted before."""
         if isinstance(error, LockNotAcquired) and error.reason in ("held", "queue_full"):
             return
         until = self._clock.monotonic() + lease_s
@@ -195,11 +195,11 @@ class Acquisitions:
                         return
             except ForebayError as failed:
                 log.debug("lock.not_released", lock=name, error=str(failed))
-        self._reaper.take(name, nonce, until=until)
+        self._reaper.add(name, nonce, until=until)
 
 
 def _passes(error: ForebayError) -> bool:
-    """Whether the same may be asked again."""
+    """Whether the request may be repeated."""
     refused = isinstance(error, ServerRefused) and error.code in _PASSING
     return refused or isinstance(error, Unavailable)
 

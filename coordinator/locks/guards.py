@@ -1,13 +1,14 @@
-"""Keys that refuse whoever comes with an older fencing token than somebody before.
+"""Keys that refuse writes with an older fencing token than an earlier write.
 
     await guards.set("report:7", page, token=lease)
 
-V1  A write under a lower token than one that was seen for the key is refused, and nothing changes.
-    The same token may write again.
-V2  The highest token is kept beside the key, for good, also where the value expires or is deleted.
+V1  A write with a lower token than one seen for the key is refused, and changes nothing. The same
+    token may write again.
+V2  The highest token is stored beside the key without expiry, also when the value expires or is
+    deleted.
 
-A key is given as it is in Valkey. It must be written through its guard alone: a plain SET is not
-seen.
+The key is the full key in Valkey. It must be written through its guard only: a plain SET is not
+noticed.
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ class Guards:
         self._delete = scripts["guard_delete"]
 
     async def set(self, key: str, value: str | bytes, *, token: Token, ttl: float = 0) -> None:
-        """Set the key; ``ttl`` in seconds, 0: for good.
+        """Set the key; ``ttl`` in seconds, 0: no expiry.
 
         Raises:
-            StaleToken: refused. LeaseLost: the lease is over. Unavailable: it may have been set.
+            StaleToken: refused. LeaseLost: the lease has ended. Unavailable: it may have been set.
         """
         number = token_of(token)
         args: list[Arg] = [number, value, max(1, int(ttl * 1000)) if ttl > 0 else 0]
         _obey(key, number, await run(self._commands, self._set, _keys(key), args))
 
     async def delete(self, key: str, *, token: Token) -> bool:
-        """Delete the key; false if there was none. Raises as ``set``."""
+        """Delete the key; False if it did not exist. Raises like ``set``."""
         number = token_of(token)
         reply = await run(self._commands, self._delete, _keys(key), [number])
         return bool(_obey(key, number, reply))
 
     async def highest(self, key: str) -> int:
-        """The highest token that was seen; 0: none."""
+        """The highest token seen for the key; 0 if there is none."""
         fence = fence_of(check_key(key))
         return integer(await self._commands.call("GET", fence) or 0, fence, high=WHOLE_MAX)
 
 
 def fence_of(key: str) -> str:
-    """Where the highest token is kept: beside the key, also in a cluster."""
+    """The key of the highest token, in the same slot as the key."""
     return f"{{{key}}}:fence"
 
 
@@ -62,7 +63,7 @@ def _keys(key: str) -> list[str]:
 
 
 def token_of(token: Token) -> int:
-    """The number; raises LeaseLost if the lease is over."""
+    """The number; raises LeaseLost if the lease has ended."""
     if isinstance(token, Lease):
         token.check()
         return token.token

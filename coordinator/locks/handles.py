@@ -1,7 +1,7 @@
-"""What is used as a lock: in a block, as a semaphore, as a read-write lock.
+"""Handles of locks: mutex, semaphore and read-write lock.
 
-All of them are one record with a capacity; see ``schemas.locks``. A writer that waits
-holds back the readers that come after it.
+Each is one record with a capacity; see ``schemas.locks``. A waiting writer blocks the readers that
+arrive after it.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ __all__ = ["LockHandle", "LockOptions", "LockSource", "ReadWriteLock", "Semaphor
 
 
 class LockOptions(TypedDict, total=False):
-    """How a lock is taken; durations in seconds."""
+    """Options of a lock; durations in seconds."""
 
-    lease: float  #: how long it outlives its process; renewed while that is well
-    timeout: float | None  #: how long to wait; None: as long as it takes, 0: not at all
-    meta: Mapping[str, object] | None  #: shown to those who look
+    lease: (
+        float  #: time until the lock is free after its process died; renewed while the process runs
+    )
+    timeout: float | None  #: maximum wait; None: unlimited, 0: no wait
+    meta: Mapping[str, object] | None  #: metadata that `forebay locks` shows
     level: LockLevel
     fair: bool
     on_loss: OnLoss
 
 
 class LockHandle:
-    """``async with`` it: the block has the lease. Good for one block at a time."""
+    """A lock for ``async with``, which returns the lease; for one block at a time."""
 
     __slots__ = ("_grants", "_lease", "_timeout_s", "terms")
 
@@ -55,7 +57,7 @@ class LockHandle:
         return f"<LockHandle {self.terms.name}>"
 
     async def acquire(self) -> Lease:
-        """The lease, to be released by the caller; raises as ``Acquisitions.acquire``."""
+        """Acquire a lease, which the caller must release; raises like ``Acquisitions.acquire``."""
         return await self._grants.acquire(self.terms, timeout_s=self._timeout_s)
 
     async def __aenter__(self) -> Lease:
@@ -74,7 +76,7 @@ class LockHandle:
 
 
 class LockSource:
-    """Makes what is wanted of names and options; each is checked here, before anything is sent."""
+    """Makes handles from names and options, and checks both before any request is sent."""
 
     def __init__(self, grants: Acquisitions, records: LockStore, node_id: str) -> None:
         self.grants = grants
@@ -110,7 +112,7 @@ class LockSource:
 
 
 class Semaphore:
-    """Room for so many at once. What the dead have held is free when their leases end."""
+    """At most ``capacity`` holders. The permits of a dead process are free when its leases end."""
 
     def __init__(self, source: LockSource, name: str, capacity: int) -> None:
         self.name = name
@@ -121,19 +123,19 @@ class Semaphore:
         return f"<Semaphore {self.name} {self.capacity}>"
 
     def acquire(self, weight: int = 1, **options: Unpack[LockOptions]) -> LockHandle:
-        """``async with`` it: the block has room for ``weight``."""
+        """A handle for ``async with`` that holds ``weight`` permits."""
         return self._source.want(self.name, options, "s", self.capacity, weight)
 
     async def try_acquire(self, weight: int = 1, **options: Unpack[LockOptions]) -> Lease | None:
-        """A lease, if there is room now and nobody waits for it."""
+        """A lease, or None if there are not enough permits or there are waiters."""
         wanted = self._source.want(self.name, options, "s", self.capacity, weight)
         return await self._source.grants.try_acquire(wanted.terms)
 
     async def resize(self, capacity: int | None) -> None:
-        """Set the capacity for the whole cluster from now on; None: as it is declared.
+        """Set the capacity for the whole cluster; None restores the declared capacity.
 
         Raises:
-            InvalidLock: the name is that of another kind of lock.
+            InvalidLock: the name belongs to another kind of lock.
         """
         if capacity is not None:
             check_capacity(self.name, capacity)

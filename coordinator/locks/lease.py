@@ -1,19 +1,19 @@
 """The right to act on a lock until a deadline.
 
-    async with lease:                  # what try_lock gives; node.lock(...) gives it in a block
+    async with lease:                  # from try_lock; node.lock(...) enters the block itself
         await store(row, lease.token)
 
-A1  A lease ends for its holder no later than the server forgets it: the deadline counts from before
-    the request left, less a margin, on the monotonic clock. Only the rates of clocks matter.
-A2  When it is lost, the body is cancelled at once, and LeaseLost raised out of the block with the
-    reason; with ``on_loss="event"`` only ``lost`` is set, and nothing is raised.
-A3  Only the cancellation that A2 caused becomes LeaseLost. Another, from outside, passes; and so
-    does what the body raised.
-A4  Releasing is done once. Again, or after the loss, it does nothing.
-A5  ``token`` is the fencing token, larger than any before. Storage that has seen a larger one must
-    refuse: a process that stands still notices nothing, so a lease alone stops nobody.
+A1  A lease ends for its holder no later than for the server: the deadline counts from before the
+    request was sent, minus a margin, on the monotonic clock. Only the rates of clocks matter.
+A2  When the lease is lost, the body is cancelled at once, and the block raises LeaseLost with the
+    reason. With ``on_loss="event"`` only ``lost`` is set, and nothing is raised.
+A3  Only the cancellation caused by A2 becomes LeaseLost. Any other cancellation, and an error of
+    the body, propagate.
+A4  A lease is released once. A second release, or one after the loss, does nothing.
+A5  ``token`` is the fencing token, larger than all earlier ones. Storage must refuse a token
+    smaller than one it has seen: a suspended process does not notice the loss of its lease.
 
-Nothing here suspends but ``release``. Renewing is ``Renewals``.
+Only ``release`` suspends. ``Renewals`` renews.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Lease:
         self.token = token
         self.deadline = sent_at + terms.deadline_s  #: monotonic seconds
         self.renew_at = sent_at + terms.lease_us / 3e6
-        self.reason: LossReason | None = None  #: why it is lost
+        self.reason: LossReason | None = None  #: the reason of the loss
         self.released = False
         self._clock = clock
         self._give_back = give_back
@@ -78,7 +78,7 @@ class Lease:
 
     @property
     def held(self) -> bool:
-        """Whether it may be acted on right now."""
+        """Whether the lease is valid now."""
         return self.reason is None and not self.released and self._clock.monotonic() < self.deadline
 
     @property
@@ -91,26 +91,26 @@ class Lease:
         return self._lost
 
     def remaining_s(self) -> float:
-        """How long it may be relied on, unless it is renewed; 0 if it is over."""
+        """Seconds until the deadline unless it is renewed; 0 if it has ended."""
         if self.reason is not None or self.released:
             return 0.0
         return max(0.0, self.deadline - self._clock.monotonic())
 
     def check(self) -> None:
-        """Nothing, if it is held.
+        """Return if the lease is valid.
 
         Raises:
-            LeaseLost: it is not, also where nobody has noticed yet.
+            LeaseLost: it is not, even if the loss was not noticed yet.
         """
         if not self.held:
             raise LeaseLost(self.name, self.reason or "expired", self.token)
 
     def renewed(self, sent_at: float) -> None:
-        """The server has renewed it, on a request that left at ``sent_at``."""
+        """Move the deadline: the server renewed it on a request sent at ``sent_at``."""
         self.deadline = max(self.deadline, sent_at + self.terms.deadline_s)
 
     def lose(self, reason: LossReason) -> None:
-        """It is over: tell whoever is in the block."""
+        """Mark the lease as lost, and cancel the block."""
         if self.reason is not None or self.released:
             return
         self.reason = reason
@@ -120,17 +120,17 @@ class Lease:
             self._scope.cancel()
 
     async def release(self) -> None:
-        """Give it back; whoever waits has it then.
+        """Release the lease; the next waiter gets the lock.
 
         Raises:
-            LeaseLost: it was lost before, which means that others may have had the lock.
+            LeaseLost: it was lost before, so another caller may have held the lock.
         """
         await self._give_back(self)
         if self.reason is not None:
             raise LeaseLost(self.name, self.reason, self.token)
 
     def enter(self) -> None:
-        """Begin the block that is cancelled on loss; ``__aexit__`` ends it."""
+        """Enter the scope that is cancelled on loss; ``__aexit__`` leaves it."""
         if self.terms.on_loss == "cancel":
             self._scope = scope = anyio.CancelScope()
             if self.reason is not None:
@@ -153,5 +153,5 @@ class Lease:
         if not self.released:
             await self._give_back(self)
         if ours or (self.reason is not None and scope is not None and exc is None):
-            # The cancellation that ended the block was ours: it never ends without an error.
+            # Our own cancellation ended the block, so the block must raise.
             raise LeaseLost(self.name, self.reason or "expired", self.token) from None

@@ -3,18 +3,18 @@
     async with locks.lock("rebuild", lease=10) as lease:
         await store(rows, token=lease.token)
 
-K1  Of two leases of a lock, the later one has the larger token: also after a restart of the server,
-    a failover, or the loss of the lock's record.
-K2  ``fast``: while the server keeps what it has accepted, no two hold a lock that takes one. After
-    a failover or restart nothing new is granted for a grace; who held a lock reclaims it.
-    ``replicated``: a grant or a renewal counts only when replicas have it. Neither stops a process
-    that stands still from acting late: that is what tokens and guards are for.
-K3  Who waits is served in order, by ticket; ``fair=False`` passes by those who wait if the lock is
-    free at that moment.
-K4  One connection, one subscription, one schedule of renewals, whatever the number of locks.
+K1  The later of two leases of a lock has the larger token, even after a restart of the server, a
+    failover, or the loss of the lock's record.
+K2  ``fast``: a lock has at most one holder while the server keeps all accepted writes. After a
+    failover or a restart no new lease is granted during a grace period, and holders reclaim
+    their locks. ``replicated``: a grant or a renewal counts only when replicas have it. Neither
+    level stops a suspended process from acting late; tokens and guards do.
+K3  Waiters are served in FIFO order, by ticket. With ``fair=False`` a caller takes a free lock
+    before the waiters.
+K4  All locks share one connection, one subscription and one renewal schedule.
 
-The parts: ``grants`` (how a lease is had), ``lease``, ``renewals``, ``queue``, ``reaper``,
-``records`` (the scripts). Durations are in seconds.
+The parts: ``acquire`` (acquire and release), ``lease``, ``renewals``, ``queue``, ``reaper``,
+``store`` (the scripts). Durations are in seconds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .reaper import Reaper
 from .renewals import Renewals
 from .store import LockStore
 
-__all__ = ["Locks", "Notification"]
+__all__ = ["Locks", "PubSubEvents"]
 
 log = structlog.get_logger(__name__)
 
@@ -58,13 +58,13 @@ _STOP_S = 1.0
 
 
 class Connects(Protocol):
-    """What is needed of the link beyond its commands."""
+    """The part of the link that reports its state."""
 
     def on_state(self, listener: Callable[[bool], None]) -> Callable[[], None]: ...
 
 
-class Notification(Protocol):
-    """What is needed of the pubsub."""
+class PubSubEvents(Protocol):
+    """The part of pub/sub that locks use."""
 
     def subscribe(self, *channels: bytes) -> None: ...
 
@@ -76,7 +76,7 @@ class Notification(Protocol):
 class LockStatistics(Struct, frozen=True, kw_only=True):
     held: int
     waiting: int
-    reaping: int  #: releases that are yet to be answered
+    reaping: int  #: releases without a reply yet
 
 
 class Locks:
@@ -92,7 +92,7 @@ class Locks:
         rng: random.Random,
         instruments: Instruments,
     ) -> None:
-        """``process`` is unique to this start of the node, and has no dot."""
+        """``process`` identifies this start of the node, and contains no dot."""
         self.replication: Confirms | None = None
         self._commands = commands
         self._names = names
@@ -104,7 +104,7 @@ class Locks:
         )
         self._clock = clock
         self._connections = 0
-        self._strange = anyio.Event()  # a connection whose server may be another
+        self._strange = anyio.Event()  # set for a connection to a possibly different server
         self._reaper = Reaper(records, clock=clock, instruments=instruments)
         self._renewals = Renewals(
             records,
@@ -137,16 +137,16 @@ class Locks:
         )
 
     def lock(self, name: str, **options: Unpack[LockOptions]) -> LockHandle:
-        """A lock for one at a time; ``async with`` it.
+        """A mutex for ``async with``.
 
         Raises:
-            InvalidLock, InvalidKey: what was given cannot be. Entering the block raises as
-                ``Acquisitions.acquire``, leaving it LeaseLost.
+            InvalidLock, InvalidKey: an option or the name is invalid. Entering the block raises the
+                errors of ``Acquisitions.acquire``; leaving it raises LeaseLost.
         """
         return self._source.want(name, options)
 
     async def try_lock(self, name: str, **options: Unpack[LockOptions]) -> Lease | None:
-        """A lease if the lock is free and nobody waits; to be used as ``async with``."""
+        """A lease for ``async with``, or None if the lock is held or has waiters."""
         return await self._source.grants.try_acquire(self._source.want(name, options).terms)
 
     def semaphore(self, name: str, *, capacity: int) -> Semaphore:
@@ -159,27 +159,27 @@ class Locks:
     async def lock_all(
         self, names: Sequence[str], **options: Unpack[LockOptions]
     ) -> AsyncGenerator[dict[str, Lease]]:
-        """All of these locks, or none. They are taken in one order everywhere, so that two who
-        want the same never wait for each other; the timeout is for each.
+        """Acquire all of these locks, or none. All callers acquire them in the same order, so
+        there is no deadlock. The timeout applies to each lock.
         """
         wanted = [self._source.want(name, options) for name in sorted(set(names))]
         async with AsyncExitStack() as stack:
             yield {each.terms.name: await stack.enter_async_context(each) for each in wanted}
 
     async def list(self, *, bound: int = LISTED_MAX) -> Sequence[LockView]:
-        """The locks that are held, by name."""
+        """The held locks, ordered by name."""
         return await self._records.held(bound)
 
     async def show(self, name: str) -> LockView:
-        """Who holds it, since when and what for; who waits."""
+        """The holders with their times and metadata, and the waiters."""
         (view,) = await self._records.show([check_key(name, name="lock")])
         return view
 
     async def force_release(self, name: str) -> int:
-        """Take a lock from whoever holds it; returns how many these were.
+        """Release a lock without its holders, and return their number.
 
-        Their blocks are cancelled as soon as they hear of it, which may be after another has the
-        lock: what they do meanwhile, guards refuse by the token.
+        The block of a holder is cancelled when the message arrives, which may be after the next
+        holder has the lock. Until then guards refuse its writes by the token.
         """
         return await self._records.force(check_key(name, name="lock"))
 
@@ -187,13 +187,13 @@ class Locks:
         """Release a lease of any process by its nonce.
 
         Raises:
-            LockNotHeld: it does not hold the lock, and was not the last to do so.
+            LockNotHeld: this nonce does not hold the lock, or its lease has expired.
         """
         if not await self._records.release(check_key(name, name="lock"), nonce):
             raise LockNotHeld(name, nonce)
 
     async def begin(self, run_id: Callable[[], Awaitable[str]]) -> None:
-        """See to it that every shard has an era; before the first lock."""
+        """Make sure that every shard has an era; called before the first lock."""
         run = (await run_id()).split(" ", maxsplit=1)[0]
         born = await self._records.first_run(run)
         left_s = await self._records.begin(fresh=born == run)
@@ -201,30 +201,30 @@ class Locks:
             log.info("locks.grace", left_s=round(left_s, 3))
 
     def connection_changed(self, connected: bool) -> None:
-        """To be told before anything is sent in a new connection."""
+        """Called before the first command on a new connection."""
         self._records.run = ""
         self._connections += 1
         if connected:
             self._strange.set()
             self._renewals.connected()
-            self._queue.ring_all()
+            self._queue.wake_all()
 
     async def run(
         self,
-        bell: Notification,
+        pubsub: PubSubEvents,
         link: Connects,
         run_id: Callable[[], Awaitable[str]],
         *,
         task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Begin; then renew, wake and reap until cancelled, and release what is left."""
+        """Begin, then renew, wake and reap until cancelled; finally release all leases."""
         await self.begin(run_id)
         forget = [
             link.on_state(self.connection_changed),
-            bell.on_message(self._heard),
-            bell.on_state(self._bell_changed),
+            pubsub.on_message(self._on_message),
+            pubsub.on_state(self._on_pubsub_state),
         ]
-        bell.subscribe(self._channel)
+        pubsub.subscribe(self._channel)
         try:
             async with anyio.create_task_group() as tasks:
                 await tasks.start(self._renewals.run)
@@ -238,7 +238,7 @@ class Locks:
                 await self._stop()
 
     async def _ask_run(self) -> NoReturn:
-        """Know which run of the server answers, so that scripts need not look."""
+        """Track the run id of the server, so that scripts need not read it."""
         while True:
             self._strange = anyio.Event()
             connections = self._connections
@@ -261,17 +261,17 @@ class Locks:
 
     def _abandoned(self, lease: Lease) -> None:
         until = self._clock.monotonic() + lease.terms.lease_s
-        self._reaper.take(lease.name, lease.nonce, until=until)
+        self._reaper.add(lease.name, lease.nonce, until=until)
 
-    def _heard(self, channel: bytes, payload: bytes) -> None:
+    def _on_message(self, channel: bytes, payload: bytes) -> None:
         if channel != self._channel:
             return
         kind, _, nonce = payload.decode(errors="replace").partition(" ")
         if kind == "g":
-            self._queue.ring(nonce)
+            self._queue.wake(nonce)
         elif kind == "x":
             self._renewals.lose(nonce, "forced")
 
-    def _bell_changed(self, live: bool) -> None:
+    def _on_pubsub_state(self, live: bool) -> None:
         if live:
-            self._queue.ring_all()
+            self._queue.wake_all()

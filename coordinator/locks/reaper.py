@@ -1,8 +1,8 @@
-"""Releases what nobody here knows the fate of: a request that was cancelled, or got no reply.
+"""Releases leases with an unknown outcome: the request was cancelled or got no reply.
 
-P1  A nonce is released again and again until a release was answered in whose connection nothing
-    older can be on its way, or the lease that it may have must be over.
-P2  At most ``PENDING_MAX`` are kept; what comes beyond that ends by itself, with its lease.
+P1  A nonce is released repeatedly until a release is confirmed on a connection without an older
+    request in flight, or until its possible lease has expired.
+P2  At most ``PENDING_MAX`` nonces are kept; the leases of further ones end by expiry.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Reaper:
         self._clock = clock
         self._instruments = instruments
         self._pending: dict[str, tuple[str, float]] = {}
-        self._rung = anyio.Event()
+        self._added = anyio.Event()
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -39,26 +39,26 @@ class Reaper:
     def __repr__(self) -> str:
         return f"<Reaper: {len(self._pending)} pending>"
 
-    def take(self, name: str, nonce: str, *, until: float) -> None:
-        """Release this; ``until`` is when it must be over, in monotonic seconds."""
+    def add(self, name: str, nonce: str, *, until: float) -> None:
+        """Release it; ``until`` is the latest end of its lease, in monotonic seconds."""
         if len(self._pending) >= PENDING_MAX:
             self._instruments.counts["limit_reached", "lock_reaper"] += 1
             return
         self._pending[nonce] = name, until
-        self._rung.set()
+        self._added.set()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
         while True:
             while not self._pending:
-                self._rung = anyio.Event()
-                await self._rung.wait()
+                self._added = anyio.Event()
+                await self._added.wait()
             await self.round()
             if self._pending:
                 await anyio.sleep(_PAUSE_S)
 
     async def round(self) -> None:
-        """Try all of them once."""
+        """Release each pending nonce once."""
         now = self._clock.monotonic()
         pending = [(name, nonce) for nonce, (name, _) in self._pending.items()]
         for at in range(0, len(pending), _AT_ONCE):
@@ -74,7 +74,7 @@ class Reaper:
             log.debug("lock.not_released", count=len(pairs), error=str(error))
             return
         for (_, nonce), released in zip(pairs, replies, strict=True):
-            # If not, the request itself may have yet to arrive, on an older connection.
+            # Otherwise the request itself may still arrive, on an older connection.
             if released:
                 self._pending.pop(nonce, None)
                 self._instruments.counts["lock_reaped",] += 1

@@ -1,17 +1,17 @@
-"""Keeps the leases of this process alive, and ends those that it cannot keep.
+"""Renews the leases of this process, and ends leases that it cannot renew.
 
-N1  Each lease is renewed a third, two thirds ... after it was granted: on a schedule that does not
-    move when a renewal was slow or the event loop busy. What fails is tried again after a twelfth,
-    so that two may run out of time, and a third comes before the deadline.
-N2  All leases of a shard that are due travel in one script, up to ``AT_ONCE``.
-N3  A lease whose deadline has come is lost then, whatever a renewal under way will say: before
-    the server can give the lock to another (A1 of ``lease``).
-N4  A lease that a new era of the server does not know is reclaimed, for the rest of its time.
-N5  When a connection is made anew, everything is renewed at once.
-N6  At level ``replicated`` a renewal counts only when replicas have it: a primary that goes on
-    alone keeps no lease alive that its successor lets end.
+N1  A lease is renewed after one third of its time, two thirds, and so on. A slow renewal or a busy
+    event loop does not move the schedule. A failed renewal is repeated after a twelfth, so two
+    may time out and a third is sent before the deadline.
+N2  All due leases of a shard are renewed in one script, up to ``AT_ONCE``.
+N3  A lease is lost at its deadline, even if a renewal is in flight: before the server can grant
+    the lock to another caller (A1 of ``lease``).
+N4  A lease that is missing in a new era of the server is reclaimed for its remaining time.
+N5  After a reconnect all leases are renewed at once.
+N6  At level ``replicated`` a renewal counts only when replicas have it: an isolated primary
+    extends no lease that the new primary lets expire.
 
-One task for the schedule, one for the deadlines, however many leases there are.
+One task serves the schedule and one the deadlines, for any number of leases.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = ["AT_ONCE", "Renewals"]
 log = structlog.get_logger(__name__)
 
 AT_ONCE = 100
-_TOGETHER_S = 0.02  #: what is due so soon goes along
+_TOGETHER_S = 0.02  #: leases due within this time are renewed together
 
 
 class _Alarm:
-    """Sleeps until a time that may still come nearer."""
+    """Sleeps until a time that may be moved forward."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -57,7 +57,7 @@ class _Alarm:
             self._nearer.set()
 
     async def next(self) -> float:
-        """Wait for it; returns when it was due, and is set to never."""
+        """Wait, return the due time, and reset the alarm."""
         while (left_s := self._at - self._clock.monotonic()) > 0:
             self._nearer = anyio.Event()
             with anyio.move_on_after(left_s):
@@ -103,7 +103,7 @@ class Renewals:
         self.held.pop(lease.nonce, None)
 
     def lose(self, nonce: str, reason: LossReason) -> None:
-        """A lease is over; no word if it is none of ours."""
+        """Mark a lease of this process as lost; ignore other nonces."""
         lease = self.held.pop(nonce, None)
         if lease is None:
             return
@@ -114,7 +114,7 @@ class Renewals:
             self._abandoned(lease)
 
     def connected(self) -> None:
-        """The server may be another, or have forgotten."""
+        """Renew all leases: the server may be a different one, or may have lost them."""
         now = self._clock.monotonic()
         for lease in self.held.values():
             lease.renew_at = now
@@ -134,7 +134,7 @@ class Renewals:
             self.expire(now)
 
     def expire(self, now: float) -> None:
-        """End what is past its deadline, and look again at the next."""
+        """End leases past their deadline, and set the alarm for the next one."""
         for lease in list(self.held.values()):
             if lease.deadline <= now:
                 self.lose(lease.nonce, "expired")
@@ -149,7 +149,7 @@ class Renewals:
             await self.renew(self._choose(now))
 
     def _choose(self, now: float) -> list[Lease]:
-        """What is due; its next time is a whole number of steps after its last."""
+        """The due leases; each is due again after a whole number of steps."""
         chosen = []
         for lease in self.held.values():
             if lease.renew_at <= now + _TOGETHER_S:
@@ -161,7 +161,7 @@ class Renewals:
         return chosen
 
     async def renew(self, leases: Sequence[Lease]) -> None:
-        """Renew these, each shard's together."""
+        """Renew these leases, grouped by shard."""
         if not leases:
             return
         timeout_ms = min(each.terms.lease_us for each in leases) // 6_000
@@ -213,7 +213,7 @@ class Renewals:
         sent_at: float,
         timeout_ms: int,
     ) -> None:
-        """N6: these were renewed on a request that left at ``sent_at``, if replicas have it."""
+        """N6: renewals of a request sent at ``sent_at`` count if replicas have them."""
         try:
             await replication.confirm(since=since, timeout_ms=timeout_ms)
         except ForebayError as error:
@@ -228,7 +228,7 @@ class Renewals:
         held = Held(lease.terms, lease.nonce, lease.token)
         left_s = lease.remaining_s()
         try:
-            # Not for longer than it was granted: the deadline stays, and is renewed afterwards.
+            # The deadline stays; a renewal extends it afterwards.
             reclaimed = left_s > 0 and await self._records.reclaim(held, left_s)
         except ForebayError as error:
             self._failing.say(log, "lease.not_reclaimed", error, lock=lease.name)

@@ -1,11 +1,11 @@
-"""The locks as Valkey has them: each script as a method.
+"""The records of locks in Valkey: each script as a method.
 
-R1  Every time here is the caller's monotonic clock, taken before sending. The server counts from
-    later on, so whoever goes by it stops earlier.
-R2  What an answer says of others of this process, who got a lock by it, is told before the
-    method returns: they need no message.
-R3  Nothing is retried here. Each method may be repeated with the same nonce; see its script.
-R4  What looks at many keys (``begin``, ``held``) leaves out those of another type, with a warning
+R1  Every time is the monotonic clock of the caller, read before sending. The server counts from
+    later, so the caller's lease ends earlier.
+R2  If a reply hands a lock to another waiter of this process, that waiter is woken before the
+    method returns, without a message.
+R3  No method retries. Each may be repeated with the same nonce; see its script.
+R4  Methods that read many keys (``begin``, ``held``) skip keys of the wrong type, with a warning
     that names them.
 """
 
@@ -35,10 +35,10 @@ _WAITING = re.compile(rb"([0-9]{1,16}) ([0-9]{1,16}) [0-9]{1,16} (.*)", re.DOTAL
 _USUAL_US = int(LEASE_DEFAULT_S * 1e6)
 _SHOWN_MAX = 100
 _WARNED_MAX = 3
-USED_MAX = 10_000  #: names of one shard that are looked at
+USED_MAX = 10_000  #: names read per shard
 
 Mode = Literal["try", "wait", "barge"]
-Handed = Callable[[str, int, float], None]  #: nonce, token, when it was asked for at the earliest
+Handed = Callable[[str, int, float], None]  #: nonce, token, earliest time of the request
 
 
 class Grant(NamedTuple):
@@ -47,13 +47,13 @@ class Grant(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    left_s: float  #: when to ask again at the latest, if nobody calls before
+    left_s: float  #: time until the next request, unless a message arrives earlier
     holder: str
-    first: bool  #: whether the caller is the next to have it
+    first: bool  #: whether the caller is first in the queue
 
 
 class Held(NamedTuple):
-    """A lease, as a renewal names it."""
+    """A lease to renew."""
 
     terms: Terms
     nonce: str
@@ -70,8 +70,8 @@ class LockStore:
         clock: Clock,
         handed: Handed,
     ) -> None:
-        self.highest = 0  #: of all tokens that this process has seen
-        self.run = ""  #: of the server, as it said in the connection that is there; else empty
+        self.highest = 0  #: highest token that this process has seen
+        self.run = ""  #: run id of the server on the present connection, or empty
         self._commands = commands
         self._names = names
         self._clock = clock
@@ -103,13 +103,13 @@ class LockStore:
         code = reply[0]
         if code == 1:
             if reply[2]:
-                self._tell(reply[2], sent_at)
+                self._hand_over(reply[2], sent_at)
             token = int(reply[1])
             self.highest = max(self.highest, token)
             return Grant(token, sent_at)
         if code == 0:
             if reply[4]:
-                self._tell(reply[4], sent_at)
+                self._hand_over(reply[4], sent_at)
             return Refusal(int(reply[1]) / 1e6, _about(reply[2])[0], bool(reply[3]))
         if code == -2:
             used_as = _kind(reply[1])
@@ -119,7 +119,7 @@ class LockStore:
         raise LockNotAcquired(terms.name, waited_ms=0, reason=reason)
 
     async def release(self, name: str, nonce: str) -> bool:
-        """Give back a lease or a place in the queue; false if there was none, or not any more."""
+        """Release a lease or a queue entry; False if there was none."""
         sent_at = self._clock.monotonic()
         reply = await run(
             self._commands, self._release, self._names.lock(name), (nonce, self.run, name)
@@ -130,11 +130,11 @@ class LockStore:
         if reply == 1:
             return True
         code, handed = reply
-        self._tell(handed, sent_at)
+        self._hand_over(handed, sent_at)
         return bool(code)
 
     async def release_many(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """As ``release``, for these names and nonces; false also where the server refused."""
+        """``release`` for many names and nonces; also False if the server refused."""
         calls = [
             Call(
                 script=self._release,
@@ -151,7 +151,7 @@ class LockStore:
         ]
 
     async def renew(self, leases: Sequence[Held], *, timeout_ms: int) -> tuple[int, list[int]]:
-        """Renew leases of one shard: the server's clock in us, and a status for each."""
+        """Renew leases of one shard; returns the server clock in microseconds and the statuses."""
         keys = [self._names.lock(each.terms.name) for each in leases]
         args: list[Arg] = []
         for each in leases:
@@ -166,7 +166,7 @@ class LockStore:
         return int(now_us), statuses
 
     async def reclaim(self, lease: Held, left_s: float) -> bool:
-        """Put back what a failover lost, for the rest of its time; false if it is lost."""
+        """Restore a lease that a failover lost, for its remaining time; False if it is taken."""
         terms = lease.terms
         record, queue, _, index, era = self._names.lock(terms.name)
         args: list[Arg] = [
@@ -184,7 +184,7 @@ class LockStore:
         return bool(code)
 
     async def force(self, name: str) -> int:
-        """Take it from its holders; returns how many there were."""
+        """Release the lock without its holders, and return their number."""
         count, token = await run(
             self._commands, self._scripts["lock_force"], self._names.lock(name), [name]
         )
@@ -192,10 +192,10 @@ class LockStore:
         return int(count)
 
     async def resize(self, name: str, capacity: int | None, *, declared: int) -> None:
-        """Set the capacity of a semaphore; None: as it is declared.
+        """Set the capacity of a semaphore; None restores the declared capacity.
 
         Raises:
-            InvalidLock: the name is that of another kind of lock.
+            InvalidLock: the name belongs to another kind of lock.
         """
         args: list[Arg] = [name, capacity or 0, declared]
         done, kind, *_ = await run(
@@ -206,8 +206,8 @@ class LockStore:
             raise InvalidLock(name, "kind", KINDS["s"], fix)
 
     async def first_run(self, run_id: str) -> str:
-        """The run of the server in which the namespace's first lock manager began; by default
-        this one.
+        """The run id of the server at the first start of locks in the namespace; ``run_id`` if
+        this is the first start.
         """
         reply = await run(
             self._commands, self._scripts["meta_set"], [self._names.meta], ["locks", run_id]
@@ -215,7 +215,7 @@ class LockStore:
         return bytes(reply).decode()
 
     async def begin(self, *, fresh: bool) -> float:
-        """Have an era in every shard; returns how many seconds of grace are left at most."""
+        """Create missing eras; returns the longest remaining grace period in seconds."""
         script, part = self._scripts["lock_begin"], self._names.part
         calls = [
             Call(
@@ -229,7 +229,7 @@ class LockStore:
         return max([int(reply) for reply in replies], default=0) / 1e6
 
     async def names_used(self) -> list[str]:
-        """Names of locks that are held, and of some that were until a minute or two ago."""
+        """Names of held locks, and of some released in the last minutes."""
         now = await self._commands.call("TIME")
         now_us = int(now[0]) * 1_000_000 + int(now[1])
         indexes = [self._names.part(shard, "locks") for shard in range(self._names.shards)]
@@ -242,7 +242,7 @@ class LockStore:
         return sorted(_text(name) for reply in replies for name in reply)
 
     async def held(self, bound: int) -> list[LockView]:
-        """The locks that are held, by name, at most so many (R4)."""
+        """At most ``bound`` held locks, ordered by name (R4)."""
         names = await self.names_used()
         found: list[LockView] = []
         for at in range(0, len(names), bound):
@@ -253,7 +253,7 @@ class LockStore:
         return found[:bound]
 
     async def show(self, names: Sequence[str]) -> list[LockView]:
-        """Raises ServerRefused if the keys of one are of another type."""
+        """Raises ServerRefused if a key has the wrong type."""
         return list(granted(await self._views(names)))
 
     async def _views(self, names: Sequence[str]) -> list[LockView | ForebayError]:
@@ -268,13 +268,13 @@ class LockStore:
             for name, reply in zip(names, replies, strict=True)
         ]
 
-    def _tell(self, handed: Sequence[bytes], sent_at: float) -> None:
+    def _hand_over(self, handed: Sequence[bytes], sent_at: float) -> None:
         for nonce, token in zip(handed[::2], handed[1::2], strict=True):
             self._handed(_text(nonce), integer(token, "a token"), sent_at)
 
 
 def _readable(replies: Sequence[Reply]) -> list[Reply]:
-    """Those that are no refusal of keys of another type (R4); raises any other error."""
+    """The replies without refusals of keys of the wrong type (R4); raises other errors."""
     refused = [each for each in replies if isinstance(each, ServerRefused) and each.of_keys]
     for each in refused[:_WARNED_MAX]:
         log.warning("locks.refused", key=each.key, error=str(each), count=len(refused))
@@ -282,7 +282,7 @@ def _readable(replies: Sequence[Reply]) -> list[Reply]:
 
 
 def _text(raw: bytes) -> str:
-    """Names and nonces: ASCII from Forebay, any bytes from others."""
+    """A name or nonce: ASCII from Forebay, any bytes from other programs."""
     return raw.decode(errors="replace")
 
 
@@ -291,7 +291,7 @@ def _kind(raw: bytes) -> str:
 
 
 def _ticket(raw: bytes) -> int:
-    """A score, which may be any float; 0 if it is not a valid time."""
+    """A ticket from a score, which may be any float; 0 if it is not a valid time."""
     number = float(raw)
     return int(number) if 0 <= number <= WHOLE_MAX else 0
 

@@ -28,8 +28,8 @@ from msgspec import Struct
 from ...coordinator.background import BackgroundTasks
 from ...coordinator.clock import Clock
 from ...coordinator.instruments import Instruments
-from ...coordinator.locks.locks import LISTED_MAX, Notification
-from ...coordinator.locks.queue import BEAT_S, Place
+from ...coordinator.locks.locks import LISTED_MAX, PubSubEvents
+from ...coordinator.locks.queue import BEAT_S, QueueEntry
 from ...coordinator.locks.store import Grant, Held, LockStore, Refusal
 from ...coordinator.valkey.link import Commands
 from ...coordinator.valkey.scripting import Scripts
@@ -62,7 +62,7 @@ class LockService:
     def __init__(
         self,
         commands: Commands,
-        bell: Notification,
+        bell: PubSubEvents,
         names: Names,
         scripts: Scripts,
         *,
@@ -81,7 +81,7 @@ class LockService:
         self._buckets = [names.process(f"http-{number:02d}") for number in range(_BUCKETS)]
         self._channels = {f"{names.wake}{bucket}".encode(): None for bucket in self._buckets}
         self._wake = names.wake
-        self._places: dict[str, list[Place]] = {}
+        self._places: dict[str, list[QueueEntry]] = {}
         self._node_id = node_id
         self._clock = clock
         self._rng = rng
@@ -97,7 +97,7 @@ class LockService:
     def listening(self) -> Iterator[None]:
         """Those who wait are woken while the body runs."""
         self._bell.subscribe(*self._channels)
-        forget = self._bell.on_message(self._heard)
+        forget = self._bell.on_message(self._on_message)
         try:
             yield
         finally:
@@ -191,7 +191,7 @@ class LockService:
                 if isinstance(answer, Grant):
                     return answer
                 left_s = began + wish.timeout_s - self._clock.monotonic()
-                await place.rung(min(self._patience_s(answer), left_s))
+                await place.wait(min(self._patience_s(answer), left_s))
                 waited_s = self._clock.monotonic() - began
                 if waited_s >= wish.timeout_s:
                     ms = int(waited_s * 1000)
@@ -206,12 +206,12 @@ class LockService:
         return min(beat_s, max(_SOONEST_S, refusal.left_s)) if refusal.first else beat_s
 
     @contextmanager
-    def _place(self, name: str, inner: str) -> Iterator[Place]:
+    def _place(self, name: str, inner: str) -> Iterator[QueueEntry]:
         """Where a ring for this nonce arrives; requests that repeat it all have one."""
         if sum(map(len, self._places.values())) >= self._waiters_max:
             self._counts["limit_reached", "http_lock_waiters"] += 1
             raise LockNotAcquired(name, waited_ms=0, reason="queue_full")
-        place = Place()
+        place = QueueEntry()
         self._places.setdefault(inner, []).append(place)
         try:
             yield place
@@ -232,10 +232,10 @@ class LockService:
         except ForebayError as error:
             log.debug("lock.not_told", error=str(error))  # it asks by itself: D4
 
-    def _heard(self, channel: bytes, payload: bytes) -> None:
+    def _on_message(self, channel: bytes, payload: bytes) -> None:
         if channel in self._channels:
             for place in self._places.get(payload.decode(errors="replace").partition(" ")[2], ()):
-                place.ring()
+                place.wake()
 
 
 def _bucket_of(nonce: str) -> int:

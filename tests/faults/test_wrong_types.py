@@ -28,7 +28,7 @@ from faults.service import SHARDS, Service, lock_of, subject_of, works
 from forebay.coordinator.valkey.link import Commands
 from forebay.coordinator.valkey.scripting import granted
 from forebay.nodes.explain.collect import explain
-from forebay.nodes.status import checks, gauges
+from forebay.nodes.status import gauges
 from forebay.nodes.web.health import verdict
 from forebay.nodes.web.protocols import Check
 from forebay.schemas.errors import ForebayError, StartupError
@@ -333,7 +333,7 @@ async def test_a_key_of_another_type_costs_its_part_only(
             await works(shop, next(numbers), events=not case.stops_events)
             await start_another(shop, case, key)
         assert all(node.is_running for node in shop.nodes[:2])
-        await until(lambda: all(verdict(checks(n), "ready") != "fail" for n in shop.nodes[:2]))
+        await until(lambda: all(verdict(n.checks(), "ready") != "fail" for n in shop.nodes[:2]))
         await link.call("DEL", key)
         await until(partial(is_well, shop, numbers))
         await works(shop, next(numbers))
