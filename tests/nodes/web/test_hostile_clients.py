@@ -15,7 +15,7 @@ from anyio.abc import SocketStream, TaskGroup
 from structlog.testing import capture_logs
 
 from forebay.coordinator.clock import SystemClock
-from forebay.nodes.web import bodies
+from forebay.nodes.web import server
 from forebay.nodes.web.protocols import Read
 from forebay.nodes.web.server import serve
 from forebay.schemas.settings import Http
@@ -268,8 +268,8 @@ async def test_odd_chunks_are_the_same_body(
 async def test_bodies_together_have_a_limit(
     listening: Listening, fake_node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """I2: the bytes of unfinished bodies are bounded, and released when they end."""
-    monkeypatch.setattr(bodies, "ALL_BYTES_MAX", 0)
+    """B2: the bytes of unfinished bodies are bounded, and released when they end."""
+    monkeypatch.setattr(server, "ALL_BYTES_MAX", 0)
     http = Http(port=0, body_bytes_max=100_000)
     head = POST + b"Content-Length: 90000\r\n\r\n"
     replies: list[bytes] = []

@@ -92,7 +92,7 @@ def test_every_route_of_coordination_has_a_shape() -> None:
             {"id": "1"},
         ),
         (
-            "Refusal",
+            "ErrorResponse",
             {"error": {"code": "held", "problem": "p", "field": "", "fix": ""}, "holder": "n"},
             {},
         ),
