@@ -11,20 +11,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 INSTALL := $(PIP) install --constraint constraints.txt --editable
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: run help test test-others test-part soak check lint types layers format bench clean
+.PHONY: run help test test-others test-part test-newest-aiohttp soak check lint types layers format bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/for-run  ## a server, three nodes and a day of real flights; Ctrl-C ends it
 	@$(BIN)/forebay dev
 
 help:  ## what there is to make
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: $(VENV)/for-test  ## all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # What differs most between versions of Python: tasks and cancellation, annotations, encoding.
-PART := tests/schemas tests/nodes/cache tests/nodes/values tests/nodes/test_life.py tests/nodes/test_node.py \
+PART := tests/schemas tests/nodes/cache tests/nodes/values tests/nodes/test_lifespan.py tests/nodes/test_node.py \
 	tests/nodes/test_declarations.py tests/coordinator/test_link.py tests/coordinator/test_log.py
 OTHER_PYTHONS := 3.12 3.13
 
@@ -41,6 +41,13 @@ test-others:  ## a part of the tests, on each other Python that is supported and
 
 test-part: $(VENV)/for-test  ## the tests that test-others runs, on this Python
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not slow" --ignore tests/nodes/cache/test_fence.py $(PART)
+
+NEWEST_AIOHTTP := .venv-newest-aiohttp
+
+test-newest-aiohttp:  ## the tests of HTTP with the newest aiohttp, in a venv of its own
+	$(MAKE) --no-print-directory VENV=$(NEWEST_AIOHTTP) $(NEWEST_AIOHTTP)/for-test
+	$(NEWEST_AIOHTTP)/bin/python -m pip --disable-pip-version-check --no-input -qq install --upgrade aiohttp
+	$(NEWEST_AIOHTTP)/bin/python -m pytest -n $(JOBS) -q tests/nodes/web
 
 SOAK_SECONDS ?= 120
 
@@ -75,7 +82,7 @@ bench: $(VENV)/for-test  ## compared with peers, in one run; each file is a prog
 	@for each in tests/benchmarks/bench_*.py; do $(BIN)/python $$each || exit 1; done
 
 clean:  ## remove what was made, .venv too
-	rm -rf $(VENV) .venv-3.* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.* $(NEWEST_AIOHTTP) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/src/forebay:

@@ -64,10 +64,8 @@ if TYPE_CHECKING:
     from .nodes.request_scope import request_scope
     from .nodes.sinks.base import Write
     from .nodes.sinks.sql import SqlSink
-    from .nodes.web.aiohttp_middleware import request_scope_middleware
-    from .nodes.web.asgi import RequestScopeMiddleware
-    from .nodes.web.limit_aiohttp import rate_limit_middleware
-    from .nodes.web.limit_asgi import RateLimitMiddleware
+    from .nodes.web.aiohttp_middleware import rate_limit_middleware, request_scope_middleware
+    from .nodes.web.asgi import RateLimitMiddleware, RequestScopeMiddleware
     from .schemas.errors import (
         Backpressure,
         BusySinkError,
@@ -110,7 +108,7 @@ _HOMES = {
     "LockNotAcquired": ".schemas.errors_locks",
     "LockNotHeld": ".schemas.errors_locks",
     "Node": ".nodes.node",
-    "RateLimitMiddleware": ".nodes.web.limit_asgi",
+    "RateLimitMiddleware": ".nodes.web.asgi",
     "RateLimited": ".schemas.errors_limits",
     "RequestScopeMiddleware": ".nodes.web.asgi",
     "SlotLost": ".schemas.errors_limits",
@@ -120,7 +118,7 @@ _HOMES = {
     "Verdict": ".schemas.limits",
     "Write": ".nodes.sinks.base",
     "loading": ".nodes.cache.loading",
-    "rate_limit_middleware": ".nodes.web.limit_aiohttp",
+    "rate_limit_middleware": ".nodes.web.aiohttp_middleware",
     "request_scope": ".nodes.request_scope",
     "request_scope_middleware": ".nodes.web.aiohttp_middleware",
 }

@@ -1,9 +1,9 @@
-"""What is declared on a node: caches, sinks, and what runs when it starts and stops.
+"""Declarations on a node: caches, sinks, limits, and hooks for its start and stop.
 
-D1  What cannot work is refused where it is declared: lifetimes, templates that do not fit
-    their function, a name or template that is there already.
-D2  A decorator leaves the function's types as they were.
-D3  Nothing is declared on a node that runs.
+D1  An invalid declaration raises where it is made: lifetimes, templates that do not match their
+    function, a name or template that is declared twice.
+D2  A decorator keeps the types of the function.
+D3  A running node accepts no declarations, except limits.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from .sinks.callables import CallableSink
 from .values.introspection import name_of_function, refuse_sync
 from .workers.routes import Routes
 
-__all__ = ["Declarations"]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 Loader = Callable[P, Awaitable[T]]
@@ -43,7 +41,7 @@ class Declarations:
         self._limits = LimitBook()
         self._on_start: list[Hook] = []
         self._on_stop: list[Hook] = []
-        self._begun = False  # from the beginning of a start to the end of its stop
+        self._begun = False  # true from the beginning of a start to the end of its stop
 
     def cached(
         self,
@@ -65,7 +63,7 @@ class Declarations:
         legacy_key: str = "",
         name: str = "",
     ) -> Callable[[Loader[P, T]], Cached[P, T]]:
-        """Cache what a loader returns. Times in seconds.
+        """Cache the results of a loader. Times in seconds.
 
         Args:
             template: the key, with every parameter of the loader as a field.
@@ -73,21 +71,22 @@ class Declarations:
             stale_for: how much longer it may be served while a new one is loaded.
             stale_if_error: how long after ``ttl`` it may be served if the loader fails.
             negative_ttl: how long None is remembered; by default like ``ttl``, at most 10 s.
-            refresh_ahead: the fraction of ``ttl`` after which a read has it loaded anew.
-            soft_timeout: how long a caller waits for the loader who could be served stale.
-            hard_timeout: how long any caller waits; the load itself goes on.
-            tags: labels by which entries are invalidated together; may have fields too.
-            depends_on: keys with which entries are invalidated, and with what these depend on.
+            refresh_ahead: the fraction of ``ttl`` after which a read reloads the value.
+            soft_timeout: how long a caller waits for the loader if a stale value is available.
+            hard_timeout: how long any caller waits; the load itself continues.
+            tags: labels that invalidate entries together; they may have fields.
+            depends_on: keys whose invalidation invalidates the entries, directly or through
+                their own dependencies.
             max_staleness: how far this node may lag behind changes elsewhere.
-            on_disconnected: what to do without Valkey: ``bypass``, ``stale`` or ``fail``.
-            harmless: exceptions of the loader that say nothing of the source's health.
-            mutable: give each caller a copy of its own.
-            legacy_key: where another service stored its values as JSON, with the same fields, such
-                as ``v1:product:{id}``. A value there spares the first load of a key.
-            name: in metrics and logs; by default the function's.
+            on_disconnected: behaviour without Valkey: ``bypass``, ``stale`` or ``fail``.
+            harmless: exceptions of the loader that do not count as failures of the source.
+            mutable: return a separate copy to each caller.
+            legacy_key: a key with the same fields under which another service stores the values as
+                JSON, such as ``v1:product:{id}``. A value there replaces the first load.
+            name: the name in metrics and logs; by default that of the function.
 
         Raises:
-            ConfigError, InvalidKey: the declaration cannot work.
+            ConfigError, InvalidKey: the declaration is invalid.
         """
         refuse_one_string(f"tags of {template}:", tags)
         refuse_one_string(f"depends_on of {template}:", depends_on)
@@ -111,8 +110,7 @@ class Declarations:
             legacy_key=legacy_key,
             name=name,
         )
-        # So that what is wrong is refused here; by the longest lease, since the node's own is
-        # known only when it starts, and then it is looked at again.
+        # Checked with the longest lease here, and with the node's own at its start.
         with declaring(template):
             policy_of(declared, CacheDefaults(lease_ms=LEASE_MS_MAX))
 
@@ -133,10 +131,10 @@ class Declarations:
     def sink(self, template: str) -> Callable[[S], S]: ...
 
     def sink(self, template: str, sink: Sink | None = None) -> Callable[[S], S] | None:
-        """Where write-behind puts the values of these keys: a sink, or a decorated function.
+        """Declare the sink that stores the values of these keys: a Sink, or a function.
 
         Raises:
-            ConfigError, InvalidKey: the declaration cannot work.
+            ConfigError, InvalidKey: the declaration is invalid.
         """
         if sink is not None:
             self._add_sink(template, sink)
@@ -162,26 +160,25 @@ class Declarations:
         lease_hold: float = 1.0,
         concurrency: int = 0,
     ) -> RateLimit:
-        """A rate limit that all nodes share; also on a node that runs. Times in seconds.
+        """A rate limit that all nodes share; also on a running node. Times in seconds.
 
-        Without ``rate`` it is what the settings say: a table [limits.NAME], or for the default
-        name ``limiter.max_tokens`` and ``limiter.window_s``. With it, that is what holds where
-        the settings say nothing.
+        The settings define the limit: a table [limits.NAME], or for the default name
+        ``limiter.max_tokens`` and ``limiter.window_s``. The arguments are a default for them.
 
         Args:
-            name: in settings, metrics, headers and verdicts.
+            name: the name in settings, metrics, headers and verdicts.
             rate: tokens in every ``per``.
             per: see ``rate``.
             burst: tokens at once; by default as many as ``rate``.
-            shadow: charge and count, but refuse nothing.
-            store_down: what holds without Valkey: a fair share (``local``), nothing is let in
-                (``closed``), or all is (``open``).
-            lease: fetch tokens ahead, and spend them without asking.
-            lease_hold: how long such tokens are kept.
-            concurrency: slots at a time.
+            shadow: charge and count, but never refuse.
+            store_down: behaviour without Valkey: allow this node's share (``local``), refuse all
+                requests (``closed``), or allow all (``open``).
+            lease: fetch tokens in advance, and spend them without a request to Valkey.
+            lease_hold: how long such tokens are kept, in seconds.
+            concurrency: the number of concurrent slots.
 
         Raises:
-            InvalidLimit, InvalidKey: it cannot work.
+            InvalidLimit, InvalidKey: the limit is invalid.
         """
         if rate is not None:
             self._limits.declare(
@@ -200,20 +197,20 @@ class Declarations:
         return self._limits.handle(name)
 
     def limits(self, *names: str) -> RateLimit:
-        """Several limits that are asked together: all of them grant, or none does."""
+        """Several limits that are taken together: all of them grant, or none does."""
         return self._limits.handle(*names)
 
     def on_start(self, hook: H) -> H:
-        """Run before the workers start, when the node can be used already."""
+        """Run this hook before the workers start; the node can be used in it."""
         self._only_before_start()
         self._on_start.append(hook)
         return hook
 
     def on_stop(self, hook: H) -> H:
-        """Run after the drain, the last declared first; also if the start failed at a hook.
+        """Run this hook after the drain, in reverse order; also if a start hook failed.
 
-        It is cancelled after ten seconds. What it raises is raised by the block, unless
-        that has raised something itself.
+        It is cancelled after ten seconds. The block raises its exception, unless the block raised
+        another one.
         """
         self._only_before_start()
         self._on_stop.append(hook)
@@ -238,6 +235,6 @@ class Declarations:
                 setting="the node",
                 value=repr(self),
                 origin="the code",
-                problem="it is running already",
+                problem="it is already running",
                 fix="declare everything before `async with node:`, and start it once",
             )

@@ -1,4 +1,4 @@
-"""What a service embeds, and what ``forebay run`` runs.
+"""The node: a service embeds it, and ``forebay run`` runs it.
 
     node = forebay.Node("shop")
 
@@ -8,18 +8,17 @@
     async with node:
         await product(42)
 
-I1  Everything is declared before the node is started, and checked then; what cannot work is a
-    ConfigError or InvalidKey where it is declared.
-I2  Settings come from the environment and from forebay.toml, unless they are given in code; a
-    namespace given in code is a default for these.
+I1  Caches, sinks and hooks are declared before the node starts, and checked at the declaration:
+    an invalid one raises ConfigError or InvalidKey there.
+I2  Settings come from the environment and from forebay.toml, unless code passes them; a namespace
+    passed in code is a default for these.
 I3  A node runs once at a time, and may be started again after it has stopped.
-I4  Each start has an identity of its own in the cluster, also where ``node.id`` is the same:
-    two processes are never taken for one owner.
-I5  Leaving the block drains first, also when it is cancelled; what the block raised comes out
-    as it is (see ``life``). So does ``stop``; either may be done by any task of the loop.
+I4  Each start has an identity of its own in the cluster, also if ``node.id`` is the same: two
+    processes are never mistaken for one owner.
+I5  Leaving the block drains first, also when the block is cancelled; its exception is raised
+    unchanged (see ``lifespan``). ``stop`` drains too. Any task of the loop may do either.
 
-A node that has sinks also does the cluster's ordered work, unless ``workers.enabled`` says
-otherwise.
+A node with sinks also applies events and writes to its sinks, unless ``workers.enabled`` is set.
 """
 
 from __future__ import annotations
@@ -66,20 +65,23 @@ State = Literal["not running", "starting", "running", "draining", "drained", "fa
 
 
 class Node(Declarations, Locking):
-    """Declare caches and sinks on it, then use it as ``async with node``."""
+    """Declare caches and sinks on a node, then use it as ``async with node``."""
 
     def __init__(self, namespace: str | None = None, *, settings: Settings | None = None) -> None:
-        """``settings`` are then all there are; without, FOREBAY_NAMESPACE and the like go
-        before ``namespace``.
+        """Create a node; it connects when it is started.
+
+        Args:
+            namespace: a default; FOREBAY_NAMESPACE, a flag and forebay.toml override it.
+            settings: all settings; nothing is read from the environment or a file then.
 
         Raises:
-            ConfigError: one of them cannot be used.
+            ConfigError: a setting is invalid.
         """
         super().__init__()
         self._in_code = in_code(namespace, settings)
         configure_embedded(self._in_code.settings.log, instance="-")
         self._resolved = self._in_code if settings is not None else None
-        self._look_again: Callable[[], Resolved] | None = None
+        self._load_again: Callable[[], Resolved] | None = None
         self._running: Running | None = None
         self._lifespan: Lifespan | None = None
         self._id = ""
@@ -88,23 +90,25 @@ class Node(Declarations, Locking):
         self._instruments = Instruments(self.registry)
         ProcessCollector(registry=self.registry)
         self._instruments.add_source(lambda: status.gauges(self._parts_if_running()))
-        self.drained: bool | None = None  #: whether the last drain left nothing undone
+        #: whether the last drain finished all accepted work; None: there was none
+        self.drained: bool | None = None
 
     def __repr__(self) -> str:
         settings = self._running.settings if self._running else self._in_code.settings
         return f"<Node {settings.node.namespace} {self._id or '-'} {self.state}>"
 
-    def configure(self, resolved: Resolved, again: Callable[[], Resolved] | None = None) -> None:
-        """Take these settings instead of looking for them; they replace those given in code.
-        ``again`` finds them anew, for ``reload_limits``.
+    def _configure(self, resolved: Resolved, again: Callable[[], Resolved] | None = None) -> None:
+        """Use these settings instead of loading them; they replace settings passed in code.
+
+        ``again`` loads them once more, for ``reload_limits``.
         """
         self._only_before_start()
         if self._resolved is self._in_code:
-            log.warning("node.settings_replaced", reason="those in code are not looked at")
-        self._resolved, self._look_again = resolved, again
+            log.warning("node.settings_replaced", reason="the settings passed in code are ignored")
+        self._resolved, self._load_again = resolved, again
 
     async def __aenter__(self) -> Self:
-        return await self.enter()
+        return await self._enter()
 
     async def __aexit__(
         self,
@@ -114,9 +118,10 @@ class Node(Declarations, Locking):
     ) -> None:
         await self._end(exc)
 
-    async def enter(self, *, workers: bool | None = None) -> Self:
-        """The first half of ``async with``: start, and cancel the current task if the node fails,
-        until ``__aexit__``.
+    async def _enter(self, *, workers: bool | None = None) -> Self:
+        """The first half of ``async with``: start the node.
+
+        Until ``__aexit__``, a failure of the node cancels the current task.
         """
         await self.start(workers=workers)
         assert self._lifespan is not None
@@ -124,11 +129,11 @@ class Node(Declarations, Locking):
         return self
 
     async def stop(self) -> None:
-        """Drain and stop, from any task of the loop; does nothing if the node does not run. Every
-        caller returns when it has stopped.
+        """Drain and stop, from any task of the event loop. Returns when the node has stopped; does
+        nothing if it is not running.
 
         Raises:
-            ForebayError: it runs in another event loop, or is asked by a hook of its own.
+            ForebayError: the node runs in another event loop, or a hook of the node called this.
             Any exception of a stop hook, or the failure of the node.
         """
         await self._end(None)
@@ -136,7 +141,7 @@ class Node(Declarations, Locking):
     async def _end(self, error: BaseException | None) -> None:
         lifespan = self._lifespan
         if lifespan is None:
-            return  # somebody else has stopped it
+            return  # another task has stopped it
         if self._running is not None:
             self._running.tasks.check_loop()
         try:
@@ -145,17 +150,17 @@ class Node(Declarations, Locking):
             if lifespan.over and self._lifespan is lifespan:
                 self.drained = self._running.drained if self._running else None
                 self._forget()
-                _say("node.stopped", drained=self.drained)
+                _log_info("node.stopped", drained=self.drained)
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[str]:
-        """Answer HTTP while the block runs, as `forebay run` does: probes, stats, metrics, events
-        and reads, at ``http.host`` and ``http.port`` of the settings, by default 127.0.0.1:8642.
+        """Serve HTTP while the block runs, like `forebay run`: probes, stats, metrics, events and
+        reads, at ``http.host`` and ``http.port`` of the settings, by default 127.0.0.1:8642.
 
             async with node, node.serving() as url:
                 ...
 
-        Gives the URL; an empty one where ``http.enabled`` is false, and nobody is answered.
+        Yields the URL. With ``http.enabled`` false it yields an empty string, and serves nothing.
 
         Raises:
             ConfigError: the address cannot be listened on. ForebayError: the node is not running.
@@ -164,7 +169,7 @@ class Node(Declarations, Locking):
         if not settings.http.enabled:
             yield ""
             return
-        await load(f"{__package__}.web.server")  # not needed by an embedded node
+        await load(f"{__package__}.web.server")  # an embedded node does not need it
         from .web.server import serve
 
         async with serve(
@@ -180,32 +185,34 @@ class Node(Declarations, Locking):
             yield address.url
 
     async def drain(self) -> bool:
-        """Take no new work, finish what is under way, hand over the rest; before stopping.
+        """Accept no new work, finish the current work, and hand over the rest; before stopping.
 
-        It is not cut short by cancellation. Returns false if accepted events or writes are left
-        that no other worker does, or ``workers.drain_ms`` was not enough; ``node.undrained`` in
-        the log counts them, and says whether they are lost with the server.
+        Cancellation does not interrupt it. Returns false if accepted events or writes remain that
+        no other worker will do, or ``workers.drain_ms`` was too short; ``node.undrained`` in the
+        log counts them, and says whether they are lost with the server.
         """
         return await self._parts.drain()
 
     async def start(self, *, workers: bool | None = None) -> Self:
-        """Connect, become current, and start; ``workers`` where the settings do not say.
+        """Connect, catch up with the logs, and start.
 
-        Any task of the loop may ``stop`` the node, not only the one that started it. If it fails
-        in between, the failure is logged, and ``stop`` raises it.
+        ``workers``: whether to apply events and write to sinks, if ``workers.enabled`` is unset.
+        Any task of the event loop may ``stop`` the node. If the node fails before that, the
+        failure is logged, and ``stop`` raises it.
 
         Raises:
-            StartupError: the server cannot be reached or used. ConfigError: a setting, the node
-            runs already, or the event loop is not asyncio's.
+            StartupError: the server cannot be reached or used.
+            ConfigError: a setting is invalid, the node is running already, or the event loop is
+            not an asyncio loop.
         """
         if self._lifespan is not None and self._lifespan.over:
-            self._forget()  # it failed, or its loop is gone
+            self._forget()  # it failed, or its event loop has ended
         self._only_before_start()
         refuse_other_loops()
         resolved = self._settings()
-        self._id = resolved.settings.node.id or _made_up_id()
-        told = [resolved.settings.valkey.password]
-        configure_embedded(resolved.settings.log, instance=self._id, secrets=told)
+        self._id = resolved.settings.node.id or _generated_id()
+        secrets_known = [resolved.settings.valkey.password]
+        configure_embedded(resolved.settings.log, instance=self._id, secrets=secrets_known)
         for warning in resolved.warnings:
             log.warning("setting.unused", **structs.asdict(warning))
         for warning in exposed_secrets(resolved):
@@ -218,12 +225,12 @@ class Node(Declarations, Locking):
             if self._lifespan is lifespan:
                 self._forget()
             raise
-        _say("node.running", namespace=self.namespace, workers=self._parts.crew is not None)
+        _log_info("node.running", namespace=self.namespace, workers=self._parts.crew is not None)
         return self
 
     @asynccontextmanager
     async def _living(self, resolved: Resolved, otherwise: bool | None) -> AsyncGenerator[None]:
-        await load("zstandard", optional=True)  # entries compressed by it may be there
+        await load("zstandard", optional=True)  # stored entries may be compressed with it
         settings = resolved.settings
         works = settings.workers.enabled
         if works is None:
@@ -261,7 +268,7 @@ class Node(Declarations, Locking):
         """The parts of the running node.
 
         Raises:
-            ForebayError: it is not running, has failed, or runs in another event loop.
+            ForebayError: the node is not running, has failed, or runs in another event loop.
         """
         if self._running is None:
             raise ForebayError("the node is not running; use it inside `async with node:`")
@@ -279,7 +286,7 @@ class Node(Declarations, Locking):
 
     @property
     def state(self) -> State:
-        """``drained``: it can still be read, and takes no new work; ``stop`` it."""
+        """The state of the node; a ``drained`` one serves reads, and accepts no new work."""
         if self._lifespan is None:
             return "not running"
         if self._lifespan.over:
@@ -297,14 +304,20 @@ class Node(Declarations, Locking):
         tags: Sequence[str] | None = None,
         soft: bool = False,
     ) -> None:
-        """Make every copy of these keys, and whatever carries these tags, old: on this node
-        before it returns, elsewhere within ``max_staleness_ms``.
+        """Invalidate these keys, and every entry with one of these tags: on this node before it
+        returns, on other nodes within ``max_staleness_ms``.
+
+        Args:
+            keys: the keys of entries.
+            tags: the tags of entries.
+            soft: keep the entries as stale values, which are refreshed by the next read.
 
         Raises:
-            InvalidKey: nothing was done. Unavailable: the outcome may be unknown; repeat it.
+            InvalidKey: a key or tag is invalid; nothing was invalidated.
+            Unavailable: the outcome may be unknown; repeat the call.
         """
         if keys is None and tags is None:
-            raise InvalidKey("keys", "", "are not given, nor tags; name what is to be invalidated")
+            raise InvalidKey("keys", "", "and tags are missing: pass at least one of them")
         refuse_one_string("keys", keys or ())
         refuse_one_string("tags", tags or ())
         checked_keys = [check_key(key) for key in keys or ()]
@@ -312,12 +325,13 @@ class Node(Declarations, Locking):
         await self._parts.invalidate(checked_keys, checked_tags, soft)
 
     async def publish(self, events: Sequence[Event]) -> list[str]:
-        """Put events, as JSON or dicts, into the ingress stream, all or none; returns their ids.
+        """Append events, as JSON or dicts, to the ingress stream, all or none; returns their ids.
 
         Raises:
-            InvalidEvent: one can never be applied; none was stored. Its ``fault`` is ``no_sink``
-                for a write to a key for which no live member declares a sink.
-            Backpressure, Unavailable: none was stored, or it is unknown.
+            InvalidEvent: an event can never be applied; none was stored. Its ``fault`` is
+                ``no_sink`` for a write to a key for which no live member declares a sink.
+            Backpressure: the stream is full; none was stored.
+            Unavailable: none was stored, or the outcome is unknown.
         """
         parts = self._parts
         bound = parts.settings.durable.events_max
@@ -333,21 +347,21 @@ class Node(Declarations, Locking):
         return [bytes(each).decode() for each in reply]
 
     def reload_limits(self) -> list[str]:
-        """Take what the configuration says of limits now, as it was found at the start; the
-        names of those that changed. Debts stay as they are.
+        """Load the limits from the configuration again; returns the names of the changed ones.
+        Tokens that are in use stay counted.
 
         Raises:
-            ConfigError, InvalidLimit: one cannot be used; all stay as they were.
+            ConfigError, InvalidLimit: a limit is invalid; none was changed.
         """
-        found = self._look_again() if self._look_again else self._settings()
+        found = self._load_again() if self._load_again else self._settings()
         return self._limits.reload(found.settings.limiter)
 
     async def read(self, key: str) -> Read | None:
-        """The value of a key through the cache that declares it; None if none does.
+        """The value of a key through the cache that declares it; None if no cache does.
 
         Raises:
-            LoaderError: whatever the loader raised. Unavailable: by the cache's policy.
-            NoJsonForm: the value is more than JSON can hold.
+            LoaderError: the loader raised an exception. Unavailable: by the cache's policy.
+            NoJsonForm: JSON cannot hold the value.
         """
         cached = self._routes.cache_of(key)
         if cached is None:
@@ -361,7 +375,7 @@ class Node(Declarations, Locking):
         return _read_of(cached, key, hit)
 
     async def read_many(self, keys: Sequence[str]) -> list[Read | ForebayError | None]:
-        """As ``read``, of many keys at once, in their order; an error stands in its key's place."""
+        """Like ``read``, for many keys, in their order; a key that failed has its error."""
         found: dict[str, Read | ForebayError | None] = dict.fromkeys(keys)
         of_cache: dict[str, tuple[Cache[Any], list[str]]] = {}
         for key in found:
@@ -373,20 +387,20 @@ class Node(Declarations, Locking):
         return [found[key] for key in keys]
 
     async def explain(self, key: str) -> Explanation:
-        """Why a read of this key hits or misses, here and on all nodes that run.
+        """Why a read of this key hits or misses, here and on all running nodes.
 
         Raises:
-            InvalidKey: it is none. Backpressure: too many ask this node at a time.
+            InvalidKey: the key is invalid. Backpressure: too many concurrent calls on this node.
             Unavailable: Valkey did not answer.
         """
         return await self._parts.explaining.explain(key)
 
     def checks(self) -> Sequence[Check]:
-        """The state of this node, from memory."""
+        """The health checks of this node; reads memory only."""
         return status.checks(self._parts_if_running())
 
     async def stats(self) -> dict[str, object]:
-        """What ``/stats`` shows."""
+        """The document of ``/stats``."""
         return await status.stats(self._parts)
 
     @property
@@ -414,13 +428,25 @@ def running_parts(node: Node) -> Running:
     return node._parts  # noqa: SLF001  # not for users of a node
 
 
-def _say(event: str, **fields: object) -> None:
-    """A line between a start and its end: an application's own logging may raise anything."""
+def use_settings(
+    node: Node, resolved: Resolved, again: Callable[[], Resolved] | None = None
+) -> None:
+    """Make a node use these settings, for the command line; see ``_configure``."""
+    node._configure(resolved, again)  # noqa: SLF001  # as above
+
+
+async def enter(node: Node, *, workers: bool) -> None:
+    """Start a node before an ``async with`` block could, for the command line; see ``_enter``."""
+    await node._enter(workers=workers)  # noqa: SLF001  # as above
+
+
+def _log_info(event: str, **fields: object) -> None:
+    """Log a line during a start or stop, which an exception of the logging must not break."""
     with suppress(Exception):
         log.info(event, **fields)
 
 
-def _made_up_id() -> str:
+def _generated_id() -> str:
     return f"{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
@@ -431,7 +457,7 @@ def _unique(name: str) -> str:
 async def _read_all(
     cached: Cache[Any], keys: Sequence[str], found: dict[str, Read | ForebayError | None]
 ) -> None:
-    """Put there what the cache has of these keys, or why it has not."""
+    """Add the results of one cache for these keys to ``found``."""
     try:
         hits = await cached.read_keys(keys)
     except ForebayError as error:
@@ -440,14 +466,16 @@ async def _read_all(
     for key, hit in zip(keys, hits, strict=True):
         try:
             found[key] = (
-                _read_of(cached, key, hit) if isinstance(hit, Hit) else _told(cached, key, hit)
+                _read_of(cached, key, hit)
+                if isinstance(hit, Hit)
+                else _as_forebay_error(cached, key, hit)
             )
         except ForebayError as error:
             found[key] = error
 
 
 def _read_of(cached: Cache[Any], key: str, hit: Hit[Any]) -> Read:
-    """Raises NoJsonForm: the value is more than JSON can hold."""
+    """Raises NoJsonForm: JSON cannot hold the value."""
     return Read(
         json=cached.json_of(key, hit.value),
         tier=hit.tier,
@@ -458,7 +486,7 @@ def _read_of(cached: Cache[Any], key: str, hit: Hit[Any]) -> Read:
     )
 
 
-def _told(cached: Cache[Any], key: str, error: Exception) -> ForebayError:
+def _as_forebay_error(cached: Cache[Any], key: str, error: Exception) -> ForebayError:
     return error if isinstance(error, ForebayError) else _loader_error(cached, key, error)
 
 

@@ -1,8 +1,9 @@
-"""What a node does about what it is told: notices of the logs, words on the working channel.
+"""Dispatches notices of the logs, and pub/sub messages of the work channel, to the caches.
 
-E1  A notice reaches every cache of this node before the next one is looked at.
-E2  Copies of a key that was written or dropped are old; and so is, as softly, what depends on it.
-E3  What was loaded only replaces what has ended: it outdates nothing.
+E1  A notice reaches every cache of this node before the next notice is applied.
+E2  A write or drop of a key invalidates its copies, and in the same way, soft or not, the entries
+    that depend on the key.
+E3  A fill by a load only replaces an expired entry: it invalidates nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from ..schemas.notices import Bumped, Changed, Dropped, Extended, Notice
 from .cache.read import ReadPath
 from .cache.tags import TagTable
 from .cache.waits import KeyWaits
-
-__all__ = ["NoticeDispatcher"]
 
 
 class NoticeDispatcher:
@@ -38,7 +37,7 @@ class NoticeDispatcher:
         self._shards = {str(shard).encode(): shard for shard in range(shards)}
 
     def apply(self, version: int, notice: Notice) -> None:
-        """Take in what a notice says."""
+        """Apply a notice."""
         match notice:
             case Changed(key=key, outdates=outdates):
                 self._noticed(key, version)
@@ -55,22 +54,24 @@ class NoticeDispatcher:
                 self._extended(version, notice)
 
     def reset(self, shard: int) -> None:
-        """Notices of this shard may have been missed."""
+        """Forget the tags and loads that may have missed notices of this shard."""
         self._tags.reset(shard)
         for path in self.paths:
             path.flights.detach_all()
 
-    def word(self, payload: bytes, told: Mapping[bytes, Callable[[int], None]]) -> None:
-        """A word on the working channel, of the source of a cache, or of a job in a shard:
-        ``told`` says who is to know, by the kind of job.
+    def dispatch_message(
+        self, payload: bytes, handlers: Mapping[bytes, Callable[[int], None]]
+    ) -> None:
+        """A message of the work channel: about the source of a cache, or about a job in a shard.
+        ``handlers`` are called with the shard, by the kind of job.
         """
         kind, _, rest = payload.partition(b" ")
         if kind in (b"f", b"o"):
             for path in self.paths:
                 if path.name.encode() == rest:
                     path.loads.source.heard(failing=kind == b"f")
-        elif kind in told and rest in self._shards:
-            told[kind](self._shards[rest])
+        elif kind in handlers and rest in self._shards:
+            handlers[kind](self._shards[rest])
 
     def _noticed(self, key: str, version: int) -> None:
         for path in self.paths:
@@ -79,15 +80,15 @@ class NoticeDispatcher:
 
     def _outdated(self, tag: str, version: int, *, soft: bool) -> None:
         if tag not in self._tags:
-            return  # no entry here carries it, and no load captured it
+            return  # no entry of this node has the tag, and no load has captured it
         self._tags.bump(tag, version, soft=soft)
         for path in self.paths:
             path.tag_noticed(tag)
 
     def _extended(self, version: int, notice: Extended) -> None:
-        # By this node's clock, as by the server's: whichever comes first.
-        told_at = version / 1e6 - self._server_clock.offset_s
-        soft_until = min(told_at, self._clock.monotonic()) + notice.soft_ms / 1000
+        # The earlier one by this node's clock and by the server's.
+        extended_at = version / 1e6 - self._server_clock.offset_s
+        soft_until = min(extended_at, self._clock.monotonic()) + notice.soft_ms / 1000
         for path in self.paths:
             path.extended(notice, version, soft_until)
         self._waits.wake(notice.key)

@@ -1,4 +1,4 @@
-"""A pace that the whole cluster keeps: several nodes that warm one cache share its rate."""
+"""A rate that the whole cluster shares: several nodes that warm one cache keep to it together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import anyio
 from ..coordinator.limits.limiter import Limiter
 from ..schemas.limits import Limit
 
-__all__ = ["Pacing"]
-
 _SUBJECT = "all"
 _PLAIN_MAX = 40
 
 
 def _limit_name(name: str) -> str:
-    """A name that limits may have, for any pace: names of caches may be longer, and wilder."""
+    """A valid limit name for a pace: a cache name may be longer, with other characters."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "-", name)
     if plain == name and len(name) <= _PLAIN_MAX:
         return name
@@ -26,7 +24,7 @@ def _limit_name(name: str) -> str:
 
 
 class Pacing:
-    """Each pace is a limit of its name; without Valkey each node keeps its share of it."""
+    """Each pace is a rate limit; without Valkey each node keeps to its share of the rate."""
 
     def __init__(
         self, limiter: Limiter, *, sleep: Callable[[float], Awaitable[None]] = anyio.sleep
@@ -35,7 +33,7 @@ class Pacing:
         self._sleep = sleep
 
     async def turn(self, name: str, count: int, *, per_second: float, burst: int) -> None:
-        """Return when so many more may begin, at most ``burst`` of them at once."""
+        """Wait until ``count`` more operations may begin, at most ``burst`` at once."""
         pace = _limit_name(name)
         self._limiter.define([Limit(name=pace, rate=per_second, burst=burst)])
         limit = self._limiter.of(pace)

@@ -1,19 +1,18 @@
-"""A node while it runs: its parts, put together in the order in which they need each other.
+"""A running node: its parts, created in the order of their dependencies.
 
-Starting: the server, the namespace's facts, the clock, the log (``running``); then the
-``on_start`` hooks, then the workers (``at_work``). Stopping is the same backwards:
+Start: the server, the metadata of the namespace, the clock, the log (``running``); then the
+``on_start`` hooks, then the workers (``at_work``). The stop is the reverse:
 
-U1  Inside the block every shard was live once, so the first read is already right.
-U2  Notices reach every cache of this node, in order, before the next one is looked at.
-U3  A drain takes no new work, finishes what is under way, hands over what is owned, and takes
-    at most ``drain_ms``; the last worker of a namespace also empties the queues.
-    It is finished if all accepted work is done (see ``leftovers``). There is one
-    drain, however often it is asked for, and cancelling whoever asked does not cut it short;
-    there is none where a worker has failed.
-U4  After the drain every ``on_stop`` hook runs, whatever happened before (see ``hooks``).
-U5  A server that cannot be used is one StartupError, up to the first proof of being current. One
-    that was reached and then is silent, away or loading is asked again, until
-    ``valkey.startup_timeout_ms`` have passed since the beginning.
+U1  Inside the block every shard was current once, so the first read is already correct.
+U2  A notice reaches every cache of this node, in order, before the next notice is applied.
+U3  A drain accepts no new work, finishes the current work, hands over the owned shards, and takes
+    at most ``drain_ms``; the last worker of a namespace also empties the queues. It is finished
+    if all accepted work is done (see ``leftovers``). All calls share one drain, and cancelling a
+    caller does not interrupt it. After a failure of a worker there is no drain.
+U4  After the drain every ``on_stop`` hook runs, also after a failure (see ``lifespan``).
+U5  Until the logs are current, a server that cannot be used raises one StartupError. A server that
+    was reached and then does not answer, closes, or is loading is retried until
+    ``valkey.startup_timeout_ms`` have passed since the start.
 """
 
 from __future__ import annotations
@@ -73,11 +72,11 @@ log = structlog.get_logger(__name__)
 
 _NO_WORKERS = DrainOutcome(finished=True, events_done=True, writes_done=True, held_done=True)
 
-_PAUSE_S = 0.05  #: between two tries of a step of the start
+_PAUSE_S = 0.05  #: between two attempts of a step of the start
 
 
 class Running:
-    """The parts. Made by ``running``; nothing of it outlives the block."""
+    """The parts of a running node. ``running`` creates them, and closes them with its block."""
 
     metadata: NamespaceMetadata
 
@@ -239,7 +238,7 @@ class Running:
         )
 
     def members(self) -> int:
-        """Processes that share the limits, as far as this one knows."""
+        """The number of processes that share the limits, as known to this one."""
         working = 0 if self.crew is None else len(self.crew.ownership.nodes)
         return max(working, self.member_count.count)
 
@@ -254,12 +253,12 @@ class Running:
             for notice, version in await self.shared.invalidate(keys=keys, tags=tags, soft=soft):
                 self.apply(0, version, notice)
         finally:
-            # Also if the outcome is unknown; with what depends on them, whatever that is.
+            # Also if the outcome is unknown; ``more``: dependents may have changed too.
             more = bool(tags) or any(dependents_of(key) in self.tags for key in keys)
             scope.forget(keys, more=more)
 
     def apply(self, shard: int, version: int, notice: Notice) -> None:
-        """Take in what a notice says."""
+        """Apply a notice to this node."""
         if self.crew is not None and self.crew.external is not None:
             self.crew.external.noticed(version, notice)
         self.notices.apply(version, notice)
@@ -268,7 +267,7 @@ class Running:
             self.instruments.observe("event_propagation_seconds", delay_ms / 1000)
 
     def bell(self, channel: bytes, payload: bytes) -> None:
-        """A pubsub message of either channel."""
+        """Handle a pub/sub message."""
         if channel == self.names.bell.encode():
             self.follower.bell(payload)
             return
@@ -277,17 +276,17 @@ class Running:
         if payload.startswith(b"x "):
             self.explaining.asked(payload[2:])
             return
-        told = {b"r": self.refreshes.bell, b"d": self.writing.checkpoint_moved}
+        handlers = {b"r": self.refreshes.bell, b"d": self.writing.checkpoint_moved}
         if self.crew is not None:
-            told[b"w"] = self.crew.writes.bell
-        self.notices.word(payload, told)
+            handlers[b"w"] = self.crew.writes.bell
+        self.notices.dispatch_message(payload, handlers)
 
-    async def follow(self, stack: AsyncExitStack, patience: Patience) -> None:
-        """Start the clock and the log, and become current."""
+    async def follow(self, stack: AsyncExitStack, retries: StartupRetries) -> None:
+        """Start the clock and the log, and wait until the log is current."""
         link, pubsub, start = self.backend.link, self.backend.pubsub, self.tasks.start
         await self.load_scripts()
         clock_sync = ClockSync(link, self.server_clock, self.clock, self.instruments)
-        await patience.until_done(partial(start, clock_sync.run))
+        await retries.run_step(partial(start, clock_sync.run))
         stack.callback(pubsub.on_message(self.bell))
         stack.callback(pubsub.on_state(self.follower.doorbell_changed))
         stack.callback(pubsub.on_message(self.limiter.heard))
@@ -298,8 +297,8 @@ class Running:
         self.tasks.start_soon(self.member_count.run)
         stack.callback(link.on_state(self._link_changed))
         locks = partial(start, self.locks.run, pubsub, link, self.backend.run_id)
-        await patience.until_done(locks)
-        await patience.until_done(self.follower.sweep)
+        await retries.run_step(locks)
+        await retries.run_step(self.follower.sweep)
         await start(self.write_check.run)
         self.tasks.start_soon(self.scripts.wrong_keys.run, link)
         if self.private_server is not None:
@@ -312,7 +311,7 @@ class Running:
             await start(self.refreshes.run)
 
     async def begin_legacy(self) -> None:
-        """Have changes marked, where values of another service may be brought over."""
+        """Mark changes of entries that may be loaded from values of another service."""
         caches = self.routes.caches.values()
         entries = {
             each.template.shape: each.path.legacy for each in caches if each.path.legacy is not None
@@ -327,11 +326,11 @@ class Running:
     def _link_changed(self, connected: bool) -> None:
         self.follower.connection_changed()
         if connected:
-            with suppress(Unavailable):  # the node is being stopped
+            with suppress(Unavailable):  # the node is stopping
                 self.tasks.start_soon(self.load_scripts)
 
     async def load_scripts(self) -> None:
-        """Make the scripts known, so that none has to be sent in full in the middle of work."""
+        """Load the scripts into the server, so that a later call sends only their hash."""
         commands = [("SCRIPT", "LOAD", script.source) for script in self.scripts.values()]
         try:
             await self.backend.link.call_many(commands)
@@ -347,8 +346,9 @@ class Running:
         on_stop: Sequence[Hook],
         cancelled: Callable[[], bool],
     ) -> AsyncGenerator[None]:
-        """Run the hooks and the workers, and drain in the end. ``cancelled`` tells whether this
-        task is cancelled from outside.
+        """Run the hooks and the workers, and drain at the end.
+
+        ``cancelled`` returns whether a caller cancelled this task.
         """
         async with stop_hooks_at_end(on_stop, cancelled), AsyncExitStack() as stack:
             for hook in on_start:
@@ -356,7 +356,7 @@ class Running:
             if workers:
                 self.crew = await stack.enter_async_context(crew(self._work_parts()))
             yield
-            await self.drain()  # not if a worker failed, or nobody has time for it
+            await self.drain()  # not after a failure of a worker, or after a cancellation
 
     def _work_parts(self) -> WorkParts:
         return WorkParts(
@@ -372,9 +372,9 @@ class Running:
         )
 
     async def drain(self) -> bool:
-        """Finish what is under way and hand over the rest, once; false if time ran out."""
+        """Finish the current work and hand over the rest, once; false if the time ran out."""
         self.draining = True
-        with anyio.CancelScope(shield=True):  # the crew's own limit bounds it
+        with anyio.CancelScope(shield=True):  # ``drain_ms`` bounds it
             async with self._drain_once:
                 if self.drained is None:
                     self.drained = await self._drain()
@@ -405,7 +405,7 @@ async def running(
     node_id: str,
     origins: Mapping[str, str],
 ) -> AsyncGenerator[Running]:
-    """Connect, become current, and give the parts."""
+    """Connect, wait until the log is current, and yield the parts."""
     give_up_at = SystemClock().monotonic() + settings.valkey.startup_timeout_ms / 1000
     async with AsyncExitStack() as stack:
         backend = Backend(settings.valkey, client_name=f"forebay-{node_id}", origins=origins)
@@ -417,15 +417,15 @@ async def running(
             backend.link, self.names, self.scripts, origins, self.begin_legacy
         )
         stack.push_async_callback(self.writing.aclose)
-        patience = Patience(_target(backend, settings, origins), self.clock, give_up_at)
-        with _faults_of(patience.target):
-            await patience.until_done(self.rights.look)
+        retries = StartupRetries(_target(backend, settings, origins), self.clock, give_up_at)
+        with _startup_errors(retries.target):
+            await retries.run_step(self.rights.look)
             if (missing := self.rights.missing) and not missing.is_partial:
-                raise patience.target.fault(missing.problem, missing.fix, leaf="username")
+                raise retries.target.fault(missing.problem, missing.fix, leaf="username")
             check = partial(check_metadata, backend.link, self.names, self.scripts, origins)
-            await patience.until_done(check)
-            await patience.until_done(self.begin_legacy)
-            await self.follow(stack, patience)
+            await retries.run_step(check)
+            await retries.run_step(self.begin_legacy)
+            await self.follow(stack, retries)
         stack.push_async_callback(self.limiter.aclose)
         yield self
 
@@ -444,8 +444,8 @@ def _unbind(routes: Routes) -> None:
         cached.unbind()
 
 
-class Patience:
-    """Tries the steps of a start again while the server may come back."""
+class StartupRetries:
+    """Retries the steps of a start while the server may recover."""
 
     def __init__(self, target: Target, clock: Clock, give_up_at: float) -> None:
         self.target = target
@@ -453,7 +453,7 @@ class Patience:
         self._give_up_at = give_up_at
         self._waiting = LogOnce(clock)
 
-    async def until_done(self, step: Callable[[], Awaitable[object]]) -> None:
+    async def run_step(self, step: Callable[[], Awaitable[object]]) -> None:
         while True:
             try:
                 await step()
@@ -461,7 +461,7 @@ class Patience:
                 left_s = self._give_up_at - self._clock.monotonic()
                 if left_s <= 0 or not self.target.may_pass(error):
                     raise
-                self._waiting.say(log, "start.waits", error, left_s=round(left_s, 1))
+                self._waiting.say(log, "start.waiting", error, left_s=round(left_s, 1))
             else:
                 return
             await anyio.sleep(_PAUSE_S)
@@ -478,15 +478,17 @@ def _target(backend: Backend, settings: Settings, origins: Mapping[str, str]) ->
 
 
 @contextmanager
-def _faults_of(target: Target) -> Iterator[None]:
-    """Raises StartupError for a refusal or missing answer of the server at the start."""
+def _startup_errors(target: Target) -> Iterator[None]:
+    """Raise StartupError for a refusal or a missing answer of the server during the start."""
     try:
         yield
     except ServerRefused as error:
         raise target.refused(error) from error
     except Unavailable as error:
-        raise _left_alone(target, error) from error
+        raise _connection_lost(target, error) from error
 
 
-def _left_alone(target: Target, error: Unavailable) -> StartupError:
-    return target.fault(f"it went away during the start: {error.reason}", "see what its log says")
+def _connection_lost(target: Target, error: Unavailable) -> StartupError:
+    return target.fault(
+        f"the connection was lost during the start: {error.reason}", "see the log of the server"
+    )

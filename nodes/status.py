@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from .. import __version__
 from ..coordinator.log_once import Failing
 from ..coordinator.rights import Missing
 from ..coordinator.valkey.breaker import Breaker
@@ -196,6 +195,8 @@ def _warning(name: str, *details: str) -> Check:
 
 def gauges(parts: Running | None) -> Iterator[Gauge]:
     """The gauges of a node; None: it is not running."""
+    from .. import __version__
+
     yield "build_info", (__version__,), 1.0
     ready = all(each.state != "fail" for each in checks(parts) if "ready" in each.gates)
     yield "ready", (), float(ready)
@@ -319,6 +320,8 @@ def _of_cluster(parts: Running, crew: WorkerGroup) -> Iterator[Gauge]:
 
 async def stats(parts: Running) -> dict[str, object]:
     """The document of ``/stats``; nodes/web/health.py describes its fields."""
+    from .. import __version__
+
     _update_counters(parts)
     crew = parts.crew
     return {

@@ -29,7 +29,7 @@ from ...schemas.keys import KeyTemplate
 from ...schemas.replies import array, integer
 from ..cache.cache import Cache
 from ..cache.cached import cache_of
-from ..node import Node, running_parts
+from ..node import Node, running_parts, use_settings
 from .options import setting_options
 from .run import load_app
 from .sources import errors_told, load, log_to_stderr, must_be_shared
@@ -82,7 +82,7 @@ def command(
         must_be_shared(resolved, "to import from")
         log_to_stderr(resolved, "import")
         node = load_app(app)
-        node.configure(resolved)
+        use_settings(node, resolved)
         cached = _cache_of(node, template)
         names = OldNames(match, KeyTemplate(template))
         cached.declare_legacy_key(names.legacy_key)

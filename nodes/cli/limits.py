@@ -20,7 +20,7 @@ from ...coordinator.limits.limiter import Limiter
 from ...schemas.errors import InvalidKey
 from ...schemas.errors_limits import InvalidLimit
 from ...schemas.limits import Limit, Verdict
-from ..node import Node, running_parts
+from ..node import Node, running_parts, use_settings
 from .options import setting_options
 from .run import load_app
 from .sources import errors_told, load, log_to_stderr, must_be_shared
@@ -99,7 +99,7 @@ def _asked(
         must_be_shared(resolved, "to ask")
         log_to_stderr(resolved, _NAME)
         node = load_app(app) if app else Node()
-        node.configure(resolved)
+        use_settings(node, resolved)
     try:
         return anyio.run(partial(_ask, node, question))
     except (InvalidLimit, InvalidKey) as error:

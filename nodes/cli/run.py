@@ -30,7 +30,7 @@ from ...coordinator.background import background_tasks
 from ...coordinator.valkey.embedded import EmbeddedServer
 from ...schemas.errors import ConfigError, ForebayError, ProcessFailed
 from ..logs import configure_logs
-from ..node import Node, running_parts
+from ..node import Node, enter, running_parts, use_settings
 from .options import setting_options
 from .reloads import reloads, watch
 from .sources import errors_told, file_in_force, load, wants_color
@@ -69,7 +69,7 @@ def command(
             color=wants_color(sys.stderr),
         )
         node = load_app(app) if app else Node()
-        node.configure(resolved, lambda: load(config, given))
+        use_settings(node, resolved, lambda: load(config, given))
         found = file_in_force(config)
         watched = found[0] if found else None
         # Before the event loop runs: this would block it.
@@ -137,7 +137,7 @@ async def run_node(node: Node, watched: Path | None) -> int:
         with _signals() as signals:
             signals.first = lambda _: life.cancel()
             async with AsyncExitStack() as stack:
-                await node.enter(workers=True)
+                await enter(node, workers=True)
                 stack.push_async_exit(node.__aexit__)
                 tasks = await stack.enter_async_context(background_tasks())
                 tasks.start_soon(_fail_with, running_parts(node).backend.server)

@@ -24,7 +24,7 @@ from ...schemas.keys import KEY_BYTES_MAX
 from ..cache.cache import Cache
 from ..cache.cached import cache_of
 from ..cache.warming import WarmReport, warm
-from ..node import Node
+from ..node import Node, use_settings
 from .options import setting_options
 from .run import load_app
 from .sources import errors_told, load, log_to_stderr, must_be_shared
@@ -89,7 +89,7 @@ def command(
         must_be_shared(resolved, "to load into")
         log_to_stderr(resolved, _NAME)
         node = load_app(app)
-        node.configure(resolved)
+        use_settings(node, resolved)
     found = _cache_of(node, cache)
     wanted = _checked(found, keys, keys_from)
     prepare()

@@ -12,7 +12,7 @@ G4  Input that is not valid HTTP/1.1 gets a 400 and is counted. It leaves one lo
     level, without any byte of the input.
 G5  These limits hold on the event loop of asyncio and on uvloop.
 
-The limits of bodies are in bodies.py. ``make test-newest-aiohttp`` tests this file with the newest
+The limits of bodies are in server.py. ``make test-newest-aiohttp`` tests this file with the newest
 aiohttp.
 """
 

@@ -30,7 +30,7 @@ from ...schemas.errors import ForebayError, InvalidKey
 from ...schemas.keys import check_key
 from ..explain.renderer import words
 from .error_responses import answer, of_error, refuse
-from .openapi import ReadKey, ReadKeys, Refusal
+from .openapi import ErrorResponse, ReadKey, ReadKeys
 from .protocols import CONTEXT, Context, Read
 
 READ_MANY = "/v1/cache"
@@ -121,7 +121,7 @@ def _refusal_of(context: Context, found: Read | ForebayError | None) -> web.Resp
 def _error_entry(key: str, refused: web.Response) -> ReadKey:
     """The body of the answer that this key alone would get."""
     assert isinstance(refused.body, bytes)
-    fault = msgspec.json.decode(refused.body, type=Refusal).error
+    fault = msgspec.json.decode(refused.body, type=ErrorResponse).error
     return ReadKey(key=key, status=refused.status, error=fault)
 
 

@@ -163,7 +163,7 @@ async def asked(request: web.Request, decode: msgspec.json.Decoder[T]) -> T:
         kind = request.headers.get("Content-Type", "")[:80]
         problem, fix = f"{kind!r} is not taken", "send application/json"
         raise RequestRefused(415, "media_type", problem, field="Content-Type", fix=fix)
-    body = await request.app[CONTEXT].bodies.read(request)
+    body = await request.app[CONTEXT].read_body(request)
     if isinstance(body, web.Response):
         raise RequestRefused.of_response(body)
     try:

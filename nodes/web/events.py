@@ -43,7 +43,7 @@ async def post_events(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     if (refused := _refused_type(request)) is not None:
         return refused
-    body = await context.bodies.read(request)
+    body = await context.read_body(request)
     if isinstance(body, web.Response):
         return body
     events, is_array = read_bodies(request, body)

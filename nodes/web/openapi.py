@@ -2,7 +2,7 @@
 
 O1  It lists exactly the routes of this node. Its schemas are generated from the types that the
     handlers decode and encode, so that they cannot differ.
-O2  Every error response has the schema ``Refusal``, and a stable ``code``.
+O2  Every error response has the schema ``ErrorResponse``, and a stable ``code``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Fault(Struct, frozen=True, kw_only=True):
     fix: str
 
 
-class Refusal(Struct, frozen=True, kw_only=True):
+class ErrorResponse(Struct, frozen=True, kw_only=True):
     """An error response: the error, and details of its lock or limit."""
 
     error: Fault
@@ -165,7 +165,7 @@ def document(
     """
     types = {each for s in SHAPES.values() for each in (s.asks, s.answers) if each}
     _, schemas = msgspec.json.schema_components(
-        [*sorted(types, key=lambda each: each.__name__), *_EVENTS.values(), Refusal],
+        [*sorted(types, key=lambda each: each.__name__), *_EVENTS.values(), ErrorResponse],
         ref_template=_REF,
     )
     paths: dict[str, Schema] = {}
@@ -221,7 +221,7 @@ def _answer(answers: type | None) -> Schema:
 
 
 def _refused(status: int) -> Schema:
-    return {"description": _REASONS[status], "content": {JSON: {"schema": _ref("Refusal")}}}
+    return {"description": _REASONS[status], "content": {JSON: {"schema": _ref("ErrorResponse")}}}
 
 
 def _in_path(path: str) -> list[Schema]:

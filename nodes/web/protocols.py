@@ -9,7 +9,7 @@ I3  ``stats``, ``explain`` and ``read`` keep their own deadlines, and raise erro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 from typing import Literal, Protocol
 
@@ -23,7 +23,6 @@ from ...coordinator.limits.limiter import Limiter
 from ...schemas.errors import ForebayError
 from ...schemas.settings import Http
 from ..explain.document import Explanation
-from .bodies import Bodies
 from .lock_service import LockService
 
 Gate = Literal["live", "ready", "start"]
@@ -110,7 +109,7 @@ class Context(Struct, frozen=True, kw_only=True):
     instruments: Instruments
     http: Http
     event_bytes_max: int
-    bodies: Bodies
+    read_body: Callable[[web.Request], Awaitable[bytes | web.Response]]
     event_loop_check: Callable[[], Check]
     random: Random
     clock: Clock

@@ -1,4 +1,4 @@
-"""Code of the application that cancels itself fails by itself, and never ends the node."""
+"""Application code that cancels itself fails alone, and never ends the node."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fault(request: pytest.FixtureRequest) -> Fault:
 
 @pytest.mark.parametrize("batch", [False, True])
 async def test_loader(make_node: MakeNode, fault: Fault, batch: bool) -> None:
-    """A single read, a bulk read, a read by key, and a refresh in the background: LoaderError."""
+    """A cancelled loader raises LoaderError in a read, a bulk read, a read by key and a refresh."""
     node = make_node()
     well = False
 
@@ -93,7 +93,7 @@ async def test_loader(make_node: MakeNode, fault: Fault, batch: bool) -> None:
 
 
 async def test_loader_cancelled_while_the_node_stops(make_node: MakeNode) -> None:
-    """A cancellation from outside stays one: the loader cleans up, the reader is told."""
+    """A cancellation from outside propagates: the loader cleans up, the reader gets an error."""
     node = make_node()
     told: list[str] = []
     begun = anyio.Event()
@@ -116,7 +116,7 @@ async def test_loader_cancelled_while_the_node_stops(make_node: MakeNode) -> Non
 
 
 async def test_sink(make_node: MakeNode, fault: Fault) -> None:
-    """The sink counts as stopped, or the write-through fails; both name the sink."""
+    """The sink is reported as stopped, or the write-through fails; both errors name the sink."""
     node = make_node()
 
     @node.cached("a:{id}", ttl=60)
@@ -186,7 +186,7 @@ async def test_hooks_share_a_task_and_its_context(make_node: MakeNode) -> None:
 
 
 async def test_call_apart_returns_raises_and_is_cancelled() -> None:
-    """C1, C2, C3: each way in which a call may end."""
+    """C1, C2, C3: a result, an error and each kind of cancellation come out as promised."""
 
     async def give(value: Any) -> Any:
         if isinstance(value, BaseException):
@@ -224,7 +224,7 @@ async def loaded(id: int) -> int:
     if id == 1:
         asyncio.current_task().cancel()
         await asyncio.sleep(30)
-    if id == 2:  # a fault in the node itself
+    if id == 2:  # a fault of the node itself
         next(each for each in asyncio.all_tasks() if each.get_name() == "forebay node").cancel()
     return id
 """
@@ -243,7 +243,7 @@ def process(valkey_server: ValkeyServer, namespace: str, tmp_path: Path) -> Node
 
 
 def test_process_goes_on(process: NodeProcess) -> None:
-    """`forebay run`: the request fails, and the next is served."""
+    """`forebay run`: the request fails, and the next one is served."""
     with process as node:
         assert node.get("/v1/cache/a:1").status == 504
         assert node.get("/v1/cache/a:3").status == 200

@@ -86,7 +86,7 @@ def test_settings_from_the_command_line_replace_those_in_code(make_node: MakeNod
     """configure: what `forebay run` found is in force, and a line says what is not."""
     node = make_node()
     with capture_logs() as lines:
-        node.configure(Resolved(settings=Settings(), origins={}))
+        node._configure(Resolved(settings=Settings(), origins={}))
 
     assert [line["event"] for line in lines] == ["node.settings_replaced"]
     assert node._settings().settings.valkey.url == ""

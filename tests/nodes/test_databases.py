@@ -60,7 +60,7 @@ async def shops(valkey_server: ValkeyServer, namespace: str) -> AsyncIterator[li
 
 
 async def test_a_failing_source_is_failing_in_its_database_only(shops: list[Shop]) -> None:
-    """The other node of database 3 hears of it; the nodes of database 0 load."""
+    """An invalidation in database 3 reaches the nodes of database 3 only."""
     plain, _, broken, beside = shops
     broken.is_down = beside.is_down = True
     with pytest.raises(OSError, match="source is down"):
@@ -80,7 +80,7 @@ async def test_a_failing_source_is_failing_in_its_database_only(shops: list[Shop
 
 
 async def test_members_and_explanations_are_of_the_database(shops: list[Shop]) -> None:
-    """Each database has two processes to share its limits, and two nodes that explain a key."""
+    """Each database has two processes that share its limits, and two nodes that explain."""
     for shop in shops:
         await shop.item(1)
         headcount = shop.node._parts.member_count
@@ -93,7 +93,7 @@ async def test_members_and_explanations_are_of_the_database(shops: list[Shop]) -
 async def test_refunds_are_told_in_the_database_only(
     shops: list[Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is given back in database 3 changes no stock of database 0."""
+    """Tokens returned in database 3 change no local tokens in database 0."""
     plain, _, giving, beside = shops
     heard: dict[int, list[bytes]] = {0: [], 3: []}
     for shop in (plain, beside):
@@ -114,7 +114,7 @@ async def test_refunds_are_told_in_the_database_only(
 
 
 async def test_locks_are_handed_over_within_the_database(shops: list[Shop]) -> None:
-    """One who waits is woken in its database; the same name in the other one is another lock."""
+    """A waiter wakes in its own database; the same name in the other database is another lock."""
     plain, _, first, second = shops
     async with plain.node.lock("rebuild", lease=10), anyio.create_task_group() as tasks:
         holder = await first.node.lock("rebuild", lease=10).acquire()
@@ -140,7 +140,7 @@ async def test_locks_are_handed_over_within_the_database(shops: list[Shop]) -> N
 async def test_no_channel_is_used_by_two_databases(
     shops: list[Shop], valkey_server: ValkeyServer
 ) -> None:
-    """Every channel to which nodes of the namespace listen has listeners of one database."""
+    """Every channel of the namespace has subscribers of one database only."""
     pattern = f"forebay:{shops[0].names.namespace}:*"
     channels = {
         bytes(each).decode() for each in valkey_server.execute("PUBSUB", "CHANNELS", pattern)
@@ -154,7 +154,7 @@ async def test_no_channel_is_used_by_two_databases(
 
 
 async def _round_trip(shop: Shop) -> None:
-    """What was published before has arrived after this."""
+    """Wait until earlier messages have arrived."""
     parts = shop.node._parts
     arrived = anyio.Event()
 

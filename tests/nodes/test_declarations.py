@@ -1,4 +1,4 @@
-"""What may be declared on a node; tests/test_typing.py tells what its decorators do to types."""
+"""Declarations on a node; tests/test_typing.py tests the types of its decorators."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_lifetime_that_cannot_be_is_refused(make_node: MakeNode, ttl: Any) -> No
 @pytest.mark.parametrize("name", ["stale_for", "negative_ttl"])
 @pytest.mark.parametrize("seconds", [-1, math.nan, math.inf, 1e9])
 def test_second_lifetimes_are_checked_too(make_node: MakeNode, name: str, seconds: float) -> None:
-    """D1: the other lifetimes may be zero, and are no more special."""
+    """D1: the other lifetimes may be zero, and are otherwise checked in the same way."""
     options: dict[str, Any] = {name: seconds}
     with pytest.raises(forebay.ConfigError, match=name):
         make_node().cached("a:{id}", ttl=60, **options)(squared)
@@ -62,7 +62,7 @@ def test_second_lifetimes_are_checked_too(make_node: MakeNode, name: str, second
 def test_other_options_are_checked_where_they_are_declared(
     make_node: MakeNode, name: str, value: Any
 ) -> None:
-    """D1: and the error names the option."""
+    """D1: the error names the option."""
     with pytest.raises(forebay.ConfigError, match=name):
         make_node().cached("a:{id}", ttl=60, **{name: value})
 
@@ -70,7 +70,7 @@ def test_other_options_are_checked_where_they_are_declared(
 def test_a_caller_is_not_held_longer_for_having_something_to_be_served(
     make_node: MakeNode,
 ) -> None:
-    """D1: the hard timeout is for any caller."""
+    """D1: the hard timeout must exceed the soft timeout."""
     with pytest.raises(forebay.ConfigError, match="soft_timeout"):
         make_node().cached("a:{id}", ttl=60, soft_timeout=2, hard_timeout=1)
     make_node().cached("a:{id}", ttl=60, soft_timeout=1, hard_timeout=1)
@@ -78,7 +78,7 @@ def test_a_caller_is_not_held_longer_for_having_something_to_be_served(
 
 
 def test_one_exception_is_harmless_without_a_list(make_node: MakeNode) -> None:
-    """As in an except clause."""
+    """An option for exceptions takes what an except clause takes."""
     for given in (KeyError, [KeyError], (KeyError,)):
         options: dict[str, Any] = {"harmless": given}
         made = make_node().cached("a:{id}", ttl=60, **options)(squared)
@@ -127,13 +127,13 @@ def test_two_caches_for_one_key_are_refused(make_node: MakeNode) -> None:
 
 
 def test_two_sinks_of_one_name_are_refused(make_node: MakeNode) -> None:
-    """D1: by its name a sink gets its writes: two functions of one name would mix theirs."""
+    """D1: two sinks of one name are refused: writes are assigned by the name."""
     node = make_node()
 
     def declare(template: str) -> None:
         @node.sink(template)
         async def save(writes: list[forebay.Write[int]]) -> None:
-            """It takes whatever comes."""
+            """Accept all writes."""
 
     declare("a:{id}")
     with pytest.raises(forebay.ConfigError, match="another sink has that name"):
@@ -143,7 +143,7 @@ def test_two_sinks_of_one_name_are_refused(make_node: MakeNode) -> None:
 
 
 def test_one_sink_may_serve_two_templates(make_node: MakeNode, tmp_path: Path) -> None:
-    """The same sink object is one sink, however many kinds of keys it gets."""
+    """One sink object may be declared for several templates."""
     node = make_node()
     sink = forebay.SqlSink(f"sqlite+aiosqlite:///{tmp_path / 'x.db'}", table="x", key=("id",))
     node.sink("a:{id}", sink)
@@ -153,7 +153,7 @@ def test_one_sink_may_serve_two_templates(make_node: MakeNode, tmp_path: Path) -
 
 
 async def test_nothing_is_declared_on_a_running_node(make_node: MakeNode) -> None:
-    """D3: caches, sinks, hooks and settings come before the start, also for a start hook."""
+    """D3: caches, sinks, hooks and settings are refused after the start, also in a start hook."""
     node = make_node()
     refused: list[str] = []
 
@@ -163,10 +163,10 @@ async def test_nothing_is_declared_on_a_running_node(make_node: MakeNode) -> Non
             "sink": lambda: node.sink("a:{id}")(_takes_all),
             "on_start": lambda: node.on_start(_nothing),
             "on_stop": lambda: node.on_stop(_nothing),
-            "configure": lambda: node.configure(Resolved(settings=Settings(), origins={})),
+            "configure": lambda: node._configure(Resolved(settings=Settings(), origins={})),
         }
         for name, attempt in tries.items():
-            with pytest.raises(forebay.ConfigError, match="running already"):
+            with pytest.raises(forebay.ConfigError, match="already running"):
                 attempt()
             refused.append(name)
 
@@ -181,11 +181,11 @@ async def test_nothing_is_declared_on_a_running_node(make_node: MakeNode) -> Non
 
 
 async def _takes_all(writes: list[forebay.Write[Any]]) -> None:
-    """Nothing is done with them."""
+    """Ignore the writes."""
 
 
 async def _nothing() -> None:
-    """Nothing is done."""
+    """Do nothing."""
 
 
 @pytest.mark.parametrize(
@@ -200,14 +200,14 @@ async def _nothing() -> None:
     ],
 )
 def test_a_refusal_says_which_cache_it_is_about(make_node: MakeNode, options: Any) -> None:
-    """D1: an application has many of them."""
+    """D1: the error names the declaration."""
     with pytest.raises((forebay.ConfigError, forebay.InvalidKey), match=r"a:\{id\}"):
         make_node().cached("a:{id}", **options)(squared)
 
 
 @pytest.mark.parametrize("tag", [1, None, "x:{id:d}", "x:{}"])
 def test_a_tag_that_cannot_be_is_named(make_node: MakeNode, tag: Any) -> None:
-    """D1: as a tag, not as a key template."""
+    """D1: an invalid tag is reported as a tag, not as a key template."""
     with pytest.raises(forebay.InvalidKey) as caught:
         make_node().cached("a:{id}", ttl=1, tags=[tag])(squared)
     assert caught.value.name == "tag"

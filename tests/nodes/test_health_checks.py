@@ -1,4 +1,4 @@
-"""Health names stalled work and its cause: W1-W3, L1-L4, C1-C3."""
+"""Health checks name stalled work and its cause: S4, S5, L1-L4, C1-C3."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def warns(node: forebay.Node, name: str, words: str = "") -> Callable[[], bool]:
 
 
 async def test_each_kind_of_work_has_a_check_that_passes(node: forebay.Node) -> None:
-    """W1: all is well, and nothing is said."""
+    """S4: without a fault every check passes without details."""
     found = {each.name: each for each in node.checks()}
     assert set(WORK) | {"valkey_writes"} <= set(found)
     assert {name: found[name].state for name in WORK} == dict.fromkeys(WORK, "pass")
@@ -101,7 +101,7 @@ async def test_each_kind_of_work_has_a_check_that_passes(node: forebay.Node) -> 
 async def test_a_paused_sink_says_for_how_long_which_attempt_and_why(
     node: forebay.Node, sink: Faulty
 ) -> None:
-    """W2: a database that is down warns at once, fails no probe, and is forgotten afterwards."""
+    """S5: a failed database warns at once, fails no probe, and passes after its recovery."""
     sink.fault = TransientSinkError("connection refused")
     (name,) = node._parts.crew.deliveries
     await node.caches[0].write_behind(1, 1)
@@ -123,7 +123,7 @@ async def test_a_paused_sink_says_for_how_long_which_attempt_and_why(
 async def test_work_that_nobody_does_is_late(
     valkey_server: ValkeyServer, namespace: str, sink: Faulty, kind: Any
 ) -> None:
-    """L1, L4: an entry in a stream is seen there, even if the workers believe it done."""
+    """L1, L4: a waiting entry is found in the stream, even if the workers consider it done."""
     async with shop(valkey_server, namespace, sink) as node:
         parts, crew = node._parts, node._parts.crew
         names, link = parts.names, parts.backend.link
@@ -170,7 +170,7 @@ def backlog_of(node: forebay.Node, owner: Any) -> Backlog:
 
 
 async def test_an_entry_is_as_old_as_its_id_says(node: forebay.Node) -> None:
-    """L2: a node that has just taken over knows how long the work has waited before."""
+    """L2: a new owner knows how long the work has waited already."""
     parts = node._parts
     stream = parts.names.part(2, "dead")  # a stream that nobody reads
     backlog = backlog_of(node, Owner(range(2, 3)))
@@ -185,7 +185,7 @@ async def test_an_entry_is_as_old_as_its_id_says(node: forebay.Node) -> None:
 async def test_a_node_without_its_server_says_what_stands_still(
     make_server: Any, namespace: str, sink: Faulty
 ) -> None:
-    """W2: ownership, ingress and writes name the failure that goes on; then all is well again."""
+    """S5: ownership, ingress and writes name the current failure, and pass after it."""
     server = make_server()
     async with shop(server, namespace, sink) as node:
         server.stop()
@@ -197,7 +197,7 @@ async def test_a_node_without_its_server_says_what_stands_still(
 
 
 async def test_a_key_of_a_wrong_type_is_seen_in_ownership(node: forebay.Node) -> None:
-    """W2: a claim that the server refuses is reported, with its error."""
+    """S5: a claim that the server refuses is reported with its error."""
     own, link = node._parts.names.part(1, "own"), node._parts.backend.link
     await link.call("SET", own, "x")
     await until(warns(node, "ownership", "WRONGTYPE"))
@@ -215,7 +215,7 @@ async def test_a_key_of_a_wrong_type_is_seen_in_ownership(node: forebay.Node) ->
 async def test_a_server_that_refuses_all_writes_fails_readiness(
     make_server: Any, namespace: str, sink: Faulty, refuse: Any, accept: Any, code: str
 ) -> None:
-    """W1, C1: until it accepts them again; liveness is not affected."""
+    """S4, C1: readiness fails until the server accepts writes; liveness is not affected."""
     server = make_server(config={"maxmemory-policy": "noeviction"})
     async with shop(server, namespace, sink) as node:
         server.execute("CONFIG", "SET", *refuse)
@@ -228,7 +228,7 @@ async def test_a_server_that_refuses_all_writes_fails_readiness(
 
 
 class Counting:
-    """Commands that are counted, and refused on request."""
+    """Counts commands, and refuses them on request."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -265,7 +265,7 @@ async def test_what_is_refused_to_all_and_what_is_not(code: str) -> None:
 
 
 async def test_asking_writes_nothing(make_server: Any) -> None:
-    """C1: the name does not come to be, and neither the disk nor a replica gets anything."""
+    """C1: the check creates no key, and sends nothing to the disk or a replica."""
     server = make_server()
 
     class Direct:
@@ -288,7 +288,7 @@ async def test_asking_writes_nothing(make_server: Any) -> None:
 async def test_a_key_of_another_type_is_named_until_it_is_gone(
     make_node: Any, valkey_server: ValkeyServer
 ) -> None:
-    """A refused put shows the key and the type that it should have; readiness stays as it is."""
+    """A refused put shows the key and its expected type; readiness does not change."""
     node = make_node()
 
     @node.cached("row:{id}", ttl=60)

@@ -1,4 +1,4 @@
-"""What an application runs when its node starts and stops."""
+"""The hooks that an application runs when its node starts and stops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def squared(id: int) -> int:
 
 
 async def test_hooks_run_in_order_and_can_use_the_node(make_node: MakeNode) -> None:
-    """Start hooks in their order once the node works; stop hooks backwards while it still does."""
+    """Start hooks run in order once the node works; stop hooks in reverse while it still works."""
     node = make_node()
     cached = node.cached("a:{id}", ttl=60)(squared)
     told: list[object] = []
@@ -53,7 +53,7 @@ class Oops(Exception):
 
 
 async def test_start_hook_that_fails_stops_the_start(make_node: MakeNode) -> None:
-    """H1: its error comes out as it is; the hooks behind it do not run, all stop hooks do."""
+    """H1: the error is raised unchanged; later start hooks do not run, all stop hooks do."""
     node = make_node()
     told: list[str] = []
 
@@ -77,7 +77,7 @@ async def test_start_hook_that_fails_stops_the_start(make_node: MakeNode) -> Non
 
 
 async def test_stop_hooks_that_fail_stop_nobody(make_node: MakeNode) -> None:
-    """H1, H3: the others run; the first error comes out, but never in place of the body's."""
+    """H1, H3: the others run; the first error is raised, unless the body raised one."""
     node = make_node()
     told: list[str] = []
 
@@ -109,7 +109,7 @@ async def test_stop_hooks_that_fail_stop_nobody(make_node: MakeNode) -> None:
 async def test_stop_hook_that_hangs_is_given_up(
     make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """H2: it is cancelled after its limit, and that is an error."""
+    """H2: a stop hook is cancelled after its limit, and that is an error."""
     monkeypatch.setattr(hooks, "LIMIT_S", 0.05)
     node = make_node()
 

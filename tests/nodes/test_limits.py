@@ -116,7 +116,7 @@ def configured(path: Path, server: ValkeyServer, namespace: str) -> tuple[foreba
         return load(str(path), {}, environ=environ)
 
     node = forebay.Node()
-    node.configure(again(), again)
+    node._configure(again(), again)
     return node, again
 
 

@@ -44,7 +44,7 @@ def fail(text: str) -> None:
 
 
 def started(settings: Log | None = None, stream: io.StringIO | None = None, **more: Any) -> Any:
-    """A logger, and a function that returns the lines written so far."""
+    """A logger, and a function that returns the written lines."""
     stream = stream or io.StringIO()
     configure_logs(settings or Log(format="json"), instance="node-1", stream=stream, **more)
 
@@ -83,7 +83,7 @@ def test_json_line_has_the_four_keys_first() -> None:
 def test_the_form_follows_the_stream_unless_set(
     settings: Log, stream: io.StringIO, is_json: bool
 ) -> None:
-    """auto is pretty on a terminal and JSON elsewhere; log.format decides over it."""
+    """auto is pretty on a terminal and JSON elsewhere; log.format overrides it."""
     log, lines = started(settings, stream)
 
     log.warning("shard.suspect", shard=3)
@@ -94,7 +94,7 @@ def test_the_form_follows_the_stream_unless_set(
 
 
 def test_below_the_level_nothing_is_written() -> None:
-    """log.level counts for our loggers and for those of the libraries."""
+    """log.level applies to the loggers of Forebay and of the libraries."""
     log, lines = started(Log(level="warning", format="json"))
 
     log.info("a.b")
@@ -106,7 +106,7 @@ def test_below_the_level_nothing_is_written() -> None:
 
 
 def test_access_and_statement_logs_stay_quiet_even_at_debug() -> None:
-    """A line per request, or per statement with its values, is not what debug asks for."""
+    """Level debug does not log a line per request, or per statement with its values."""
     log, lines = started(Log(level="debug", format="json"))
 
     logging.getLogger("aiohttp.access").info("GET /")
@@ -117,7 +117,7 @@ def test_access_and_statement_logs_stay_quiet_even_at_debug() -> None:
 
 
 def test_stdlib_records_take_the_same_way() -> None:
-    """A library's record becomes the same kind of line, with its logger and its traceback."""
+    """A record of a library becomes a line of the same form, with its logger and traceback."""
     _, lines = started()
 
     try:
@@ -132,7 +132,7 @@ def test_stdlib_records_take_the_same_way() -> None:
 
 
 def test_warnings_become_log_lines() -> None:
-    """What the warnings module would print into the JSON stream is a line of it."""
+    """Output of the warnings module becomes a log line."""
     _, lines = started()
 
     with warnings.catch_warnings():
@@ -143,7 +143,7 @@ def test_warnings_become_log_lines() -> None:
 
 
 def test_configuring_again_replaces_and_does_not_double() -> None:
-    """Loggers made before follow the new stream, and a record is written once."""
+    """Existing loggers follow a second configuration, and a record is written once."""
     log, first = started()
     _, second = started()
 
@@ -198,7 +198,7 @@ def test_no_field_shows_a_secret(form: Any, name: str, value: object) -> None:
 
 @pytest.mark.parametrize("form", ["json", "pretty"])
 def test_secrets_that_were_told_never_show(form: Any) -> None:
-    """I2: given to configure_logs, a secret is masked wherever it stands, tracebacks too."""
+    """I2: a secret passed to configure_logs is masked everywhere, tracebacks included."""
     log, lines = started(Log(format=form), secrets=[Secret(CANARY), Secret("")])
 
     try:
@@ -213,7 +213,7 @@ def test_secrets_that_were_told_never_show(form: Any) -> None:
 
 
 def test_fencing_tokens_and_counts_are_no_secrets() -> None:
-    """Numbers, and the tokens that lock logs need, stay readable."""
+    """Numbers, and the tokens in log lines of locks, stay readable."""
     log, lines = started()
 
     log.info("lease.granted", token=17, fencing_token="18", tokens=3, token_count=1)
@@ -229,7 +229,7 @@ def test_fencing_tokens_and_counts_are_no_secrets() -> None:
 
 @pytest.mark.parametrize("form", ["json", "pretty"])
 def test_values_that_cannot_be_written_do_not_raise(form: Any) -> None:
-    """I4: odd numbers, lone surrogates, endless structures and broken objects become text."""
+    """I4: unusual numbers, lone surrogates, endless structures and broken objects become text."""
     log, lines = started(Log(format=form))
     endless: list[object] = []
     endless.append(endless)
@@ -246,7 +246,7 @@ def test_values_that_cannot_be_written_do_not_raise(form: Any) -> None:
 
 
 def test_a_long_text_keeps_its_end() -> None:
-    """What is too long loses its middle: the last line of a traceback says what happened."""
+    """Long text loses its middle: the last line of a traceback is kept."""
     log, lines = started()
 
     log.info("a.b", text="begin" + "x" * 100_000 + "end")
@@ -263,7 +263,7 @@ class Closed(io.StringIO):
 
 
 def test_a_broken_stream_does_not_raise() -> None:
-    """I4: a reader that went away does not take the node down."""
+    """I4: a closed log reader does not end the node."""
     log, lines = started(stream=Closed())
 
     log.error("a.b")
@@ -273,7 +273,7 @@ def test_a_broken_stream_does_not_raise() -> None:
 
 
 def test_a_value_cannot_forge_a_line_or_paint_the_terminal() -> None:
-    """I1: CR, LF and escape sequences are written out in the pretty form."""
+    """I1: the pretty form escapes CR, LF and escape sequences."""
     log, lines = started(Log(format="pretty"))
 
     log.info("a.b\nforged", value="x\r\n12:00:00 error forged \x1b[31m\x9b2J", **{"n\n": "y\u202e"})
@@ -285,7 +285,7 @@ def test_a_value_cannot_forge_a_line_or_paint_the_terminal() -> None:
 
 
 def test_the_lines_of_a_traceback_are_set_off() -> None:
-    """A line end in an exception's text cannot pass for a line of the log."""
+    """A line break in an exception's text cannot forge a log line."""
     log, lines = started(Log(format="pretty"))
 
     try:
@@ -299,7 +299,7 @@ def test_the_lines_of_a_traceback_are_set_off() -> None:
 
 
 def test_colors_only_when_asked_for() -> None:
-    """The pretty form is plain text unless the caller knows that the terminal wants more."""
+    """The pretty form is plain text unless the caller enables colors."""
     log, lines = started(Log(format="pretty"), color=True)
     log.error("a.b", x="y z")
     coloured = lines()[0]
@@ -312,7 +312,7 @@ def test_colors_only_when_asked_for() -> None:
 
 
 def test_repeated_errors_are_suppressed_and_counted() -> None:
-    """I3: ten of one name in ten seconds; the next one after that has the count."""
+    """I3: ten errors of one name are written in ten seconds; the next one reports the count."""
     clock = ManualClock()
     log, lines = started(clock=clock)
 
@@ -336,7 +336,7 @@ def test_repeated_errors_are_suppressed_and_counted() -> None:
 
 
 def test_repeated_library_errors_count_by_their_template() -> None:
-    """A library's message with changing values is still one repeated error."""
+    """A library message with changing values is one repeated error."""
     _, lines = started(clock=ManualClock())
 
     for number in range(25):
@@ -355,7 +355,7 @@ def test_repeated_library_errors_count_by_their_template() -> None:
     ],
 )
 def test_cache_keys_appear_as_set(form: Any, key: str, keys: object) -> None:
-    """I5: log.keys decides on the fields key and keys; equal keys have equal hashes."""
+    """I5: log.keys sets the form of the fields key and keys; equal keys have equal hashes."""
     log, lines = started(Log(format="json", keys=form))
 
     log.info("entry.filled", key="user:1", keys=["user:1", "user:2"])
@@ -370,7 +370,7 @@ def test_cache_keys_appear_as_set(form: Any, key: str, keys: object) -> None:
 
 
 def test_bound_context_is_part_of_the_line() -> None:
-    """What is bound to the logger or the context, such as a trace id, is written too."""
+    """Values bound to the logger or the context, such as a trace id, are written too."""
     log, lines = started()
 
     with structlog.contextvars.bound_contextvars(trace_id="t1", instance="forged"):
@@ -384,7 +384,7 @@ def test_bound_context_is_part_of_the_line() -> None:
 def test_embedded_node_speaks_on_stderr_from_its_level(
     capsys: pytest.CaptureFixture[str], level: Any, events: list[str]
 ) -> None:
-    """Where nobody has configured structlog, and as often as a node of the process starts."""
+    """Each start of a node configures structlog, unless the application has done so."""
     structlog.reset_defaults()
     configure_embedded(Log(level="debug"), instance="-")
     configure_embedded(Log(level=level), instance="node-1", secrets=[Secret(CANARY)])
@@ -399,7 +399,7 @@ def test_embedded_node_speaks_on_stderr_from_its_level(
 
 
 def test_application_that_has_configured_structlog_keeps_it() -> None:
-    """Also one that did so with less than we would."""
+    """A partial configuration by the application is kept."""
     structlog.reset_defaults()
     structlog.configure(processors=[structlog.processors.JSONRenderer()])
     before = structlog.get_config()
@@ -408,7 +408,7 @@ def test_application_that_has_configured_structlog_keeps_it() -> None:
 
 
 def test_stderr_that_is_gone_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """I4: a closed stream, and a reader that went away."""
+    """I4: a closed stream or a closed reader raises nothing."""
     structlog.reset_defaults()
     configure_embedded(Log(), instance="node-1")
     monkeypatch.setattr(sys, "stderr", None)

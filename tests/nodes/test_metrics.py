@@ -1,4 +1,4 @@
-"""What a node exports before anything has happened: every series that can occur, and no other."""
+"""The series of a node: from its start it exports every series that can occur, and no other."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def declare(node: forebay.Node) -> None:
 
     @node.sink("cache0:{id}")
     async def orders(writes: list[forebay.Write[int]]) -> None:
-        """It takes them."""
+        """Accept the writes."""
 
     @node.sink("cache1:{id}")
     async def products(writes: list[forebay.Write[int]]) -> None:
-        """It takes them."""
+        """Accept the writes."""
 
     for limit in LIMITS:
         node.limit(limit, rate=10)
 
 
 class Cluster:
-    """A node with ten caches, two sinks and two limits that knows three others."""
+    """A node with ten caches, two sinks and two limits that knows three other nodes."""
 
     def __init__(self, node: forebay.Node, others: Sequence[forebay.Node], url: str) -> None:
         self.node = node
@@ -94,7 +94,7 @@ async def cluster(valkey_server: ValkeyServer, namespace: str) -> AsyncIterator[
 
 
 def exposed(text: str) -> Series:
-    """Series by the metric's name and its label values, buckets left out."""
+    """Series by the metric's name and its label values, without buckets."""
     found: Series = set()
     for family in text_string_to_metric_families(text):
         suffix = "_total" if family.type == "counter" else ""
@@ -111,7 +111,7 @@ def values(name: str, labels: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def can_occur(routes: Sequence[str]) -> Series:
-    """All that the catalogue lists, for what is declared here."""
+    """All series of the catalogue for the declarations of this test."""
     breakers = ["valkey", *(f"loader {name}" for name in CACHES)]
     names: Mapping[str, Sequence[str]] = {
         "cache": CACHES,
@@ -132,7 +132,7 @@ def can_occur(routes: Sequence[str]) -> Series:
 
 
 def _possible(each: Instrument, labels: tuple[str, ...]) -> bool:
-    if each.name == "writes_total":  # only what has a sink is written to one
+    if each.name == "writes_total":  # only caches with a sink write to one
         return labels[0] in ("cache0", "cache1") or labels[1] == "put"
     if each.name == "http_requests_total":
         return labels[0] not in ("unmatched", "malformed") or labels[1] != "2xx"
@@ -140,7 +140,7 @@ def _possible(each: Instrument, labels: tuple[str, ...]) -> bool:
 
 
 async def test_every_series_exists_before_its_first_event(cluster: Cluster) -> None:
-    """Nothing was read, written, published or refused; each family of the catalogue is there."""
+    """Each family of the catalogue is exported before any read, write, event or refusal."""
     async with aiohttp.ClientSession() as client, client.get(f"{cluster.url}/") as response:
         routes = ["/", *{each["path"] for each in (await response.json())["routes"]}]
     text = await cluster.text()
@@ -181,7 +181,7 @@ async def test_the_process_is_measured(cluster: Cluster) -> None:
 
 
 async def test_ready_draining_and_the_event_loop(cluster: Cluster) -> None:
-    """1 while it is so; the delay is that of 15 seconds, and not of the latest beat."""
+    """The gauges are 1 while their state holds; the delay is the maximum of 15 seconds."""
     value = cluster.node.registry.get_sample_value
     await until(lambda: value("forebay_ready") == 1)
     assert value("forebay_draining") == 0
@@ -200,7 +200,7 @@ def state_of(node: forebay.Node, metric: str, **labels: str) -> list[str]:
 
 
 async def test_breakers_and_sinks_tell_their_state_by_name(cluster: Cluster) -> None:
-    """Each is in one state; a loader that fails, or a sink that is stopped, is told from others."""
+    """S7: each state set has one state; a failing loader and a stopped sink are distinguished."""
     node = cluster.node
     crew = node._parts.crew
     assert crew is not None
@@ -219,7 +219,7 @@ async def test_breakers_and_sinks_tell_their_state_by_name(cluster: Cluster) -> 
 
 
 async def test_fill_levels_have_their_bounds_beside_them(cluster: Cluster) -> None:
-    """C3: of the same labels, so that a division tells how full it is; nothing is full here."""
+    """C3: a fill level and its bound have the same labels, so that their ratio is the usage."""
     node, (cached, *_) = cluster.node, cluster.node.caches
     await cached.many(range(50))
     samples = {
@@ -239,7 +239,7 @@ async def test_fill_levels_have_their_bounds_beside_them(cluster: Cluster) -> No
 
 
 async def test_each_node_measures_the_time_from_publishing_to_applying(cluster: Cluster) -> None:
-    """One sample for each notice of an event, on every node; calls of a node make none."""
+    """Each notice of an event is one sample on every node; calls of a node make none."""
     nodes = [cluster.node, *cluster.others]
     name = "forebay_event_propagation_seconds"
     await cluster.node.invalidate(["cache0:7"], tags=["t"])
@@ -289,14 +289,14 @@ async def test_what_a_node_changes_itself_is_counted_apart_from_events(cluster: 
 
 
 def test_gaps_are_those_of_the_follower() -> None:
-    """The catalogue lists what ``coordinator.log`` counts, which imports it."""
+    """The catalogue lists each reason that ``coordinator.log`` counts."""
     (gaps,) = [each for each in CATALOGUE if each.name == "log_gaps_total"]
 
     assert {labels[0] for labels in gaps.series} == set(ResetReason.__args__)  # type: ignore[attr-defined]
 
 
 def counted_in_code() -> Iterator[tuple[str, tuple[str | None, ...]]]:
-    """Every metric that the code counts or gives, with its literal label values."""
+    """Every metric that the code counts or yields, with its literal label values."""
     package = Path(forebay.__file__).parent
     for folder in ("coordinator", "nodes"):
         for path in (package / folder).rglob("*.py"):
@@ -328,7 +328,7 @@ def _literal(parts: Sequence[ast.expr]) -> Iterator[tuple[str, tuple[str | None,
 
 
 def test_what_the_code_counts_is_in_the_catalogue() -> None:
-    """No count is refused at its first event: literal labels are combinations of the catalogue."""
+    """Literal labels in the code are combinations of the catalogue."""
     known = {each.short: each for each in CATALOGUE}
     counted = list(counted_in_code())
     assert len(counted) > 60
@@ -343,7 +343,7 @@ def test_what_the_code_counts_is_in_the_catalogue() -> None:
 
 
 def test_every_counter_and_histogram_of_the_catalogue_is_counted() -> None:
-    """A family that nothing counts would stay at 0 for ever."""
+    """The code counts every family of the catalogue."""
     counted = {name for name, _ in counted_in_code()}
     expected = {each.short for each in CATALOGUE if each.kind != "gauge"}
     by_variable = {"limiter_shadow_refused", "limiter_returned"}  # Desk.count

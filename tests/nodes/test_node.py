@@ -1,4 +1,4 @@
-"""A running node inside a service: what can be done with it."""
+"""The calls of a running node inside a service."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def node(make_node: MakeNode) -> AsyncIterator[forebay.Node]:
 
 
 async def test_read_goes_through_the_cache_of_the_key(node: forebay.Node) -> None:
-    """A key is read as its cache would; one that no cache declares is None."""
+    """A key is read through its cache; a key that no cache declares is None."""
     first, second = await node.read("a:4"), await node.read("a:4")
 
     assert first is not None
@@ -59,7 +59,7 @@ async def test_read_goes_through_the_cache_of_the_key(node: forebay.Node) -> Non
 
 
 async def test_read_tells_whose_fault_it_is(node: forebay.Node) -> None:
-    """What a loader raises is a LoaderError that names the cache, and stands in the log."""
+    """An exception of a loader becomes a LoaderError that names the cache, and is logged."""
     with capture_logs() as lines, pytest.raises(forebay.LoaderError) as caught:
         await node.read("bad:1")
 
@@ -72,7 +72,7 @@ async def test_read_tells_whose_fault_it_is(node: forebay.Node) -> None:
 async def test_invalidation_is_seen_by_the_next_read(
     node: forebay.Node, how: dict[str, list[str]]
 ) -> None:
-    """Before ``invalidate`` returns this node has forgotten; the new entry is newer."""
+    """When ``invalidate`` returns, this node has dropped the entry; the new entry is newer."""
     first = await node.read("a:4")
     await node.invalidate(**how)
     second = await node.read("a:4")
@@ -90,7 +90,7 @@ async def test_invalidation_is_seen_by_the_next_read(
 async def test_what_cannot_be_a_key_is_not_invalidated(
     node: forebay.Node, how: dict[str, Any]
 ) -> None:
-    """A string in the place of a list would be taken for its letters: it is refused."""
+    """A string instead of a list is refused: it would be read letter by letter."""
     with pytest.raises(forebay.InvalidKey):
         await node.invalidate(**how)
 
@@ -98,7 +98,7 @@ async def test_what_cannot_be_a_key_is_not_invalidated(
 async def test_published_events_are_stored_in_order(
     node: forebay.Node, valkey_server: ValkeyServer
 ) -> None:
-    """publish: all of them, as they are, under ids that rise."""
+    """publish: all events are stored unchanged, under rising ids."""
     events = [f'{{"type":"refresh","keys":["a:{n}"]}}'.encode() for n in range(3)]
     ids = await node.publish(events)
     stored = valkey_server.execute("XRANGE", f"forebay:{node.namespace}:events", "-", "+")
@@ -111,14 +111,14 @@ async def test_published_events_are_stored_in_order(
 
 
 async def test_nothing_to_invalidate_is_a_mistake(node: forebay.Node) -> None:
-    """Lists that happen to be empty are none."""
-    with pytest.raises(forebay.InvalidKey, match="name what is to be invalidated"):
+    """Empty lists are accepted, and do nothing."""
+    with pytest.raises(forebay.InvalidKey, match="pass at least one of them"):
         await node.invalidate()
     await node.invalidate([], tags=[])
 
 
 async def test_events_may_be_text_or_dicts(node: forebay.Node, valkey_server: ValkeyServer) -> None:
-    """publish: they are stored as JSON."""
+    """publish: dicts are stored as JSON."""
     event = {"type": "refresh", "keys": ["a:1"]}
     await node.publish([event, msgspec.json.encode(event).decode(), msgspec.json.encode(event)])
     stored = valkey_server.execute("XRANGE", f"forebay:{node.namespace}:events", "-", "+")
@@ -137,13 +137,13 @@ async def test_events_may_be_text_or_dicts(node: forebay.Node, valkey_server: Va
     ],
 )
 async def test_one_event_is_no_list_of_events(node: forebay.Node, given: Any) -> None:
-    """publish: it is refused for what it is, and not read letter by letter."""
+    """publish: a string instead of a list is refused, and not read letter by letter."""
     with pytest.raises(forebay.InvalidEvent, match=r"write a list|give JSON"):
         await node.publish(given)
 
 
 async def test_one_bad_event_keeps_all_out(node: forebay.Node, valkey_server: ValkeyServer) -> None:
-    """publish: what can never be applied is refused with the reason, and nothing is stored."""
+    """publish: an invalid event is refused with the reason, and nothing is stored."""
     good = b'{"type":"refresh","keys":["a:1"]}'
     for bad in (b"{", b"[]", b'{"type":"juggle"}', b'{"type":"refresh"}', b" " * 70_000):
         with pytest.raises(forebay.InvalidEvent):
@@ -153,7 +153,7 @@ async def test_one_bad_event_keeps_all_out(node: forebay.Node, valkey_server: Va
 
 
 async def test_events_of_a_newer_version_are_published(node: forebay.Node) -> None:
-    """publish: a newer node may know them; here they are counted as unknown."""
+    """publish: events of an unknown type are stored, and counted as unknown."""
     event = b'{"specversion":"1.0","type":"dev.forebay.cache.write.v2","id":"1","source":"x"}'
 
     assert len(await node.publish([event])) == 1
@@ -161,7 +161,7 @@ async def test_events_of_a_newer_version_are_published(node: forebay.Node) -> No
 
 
 async def test_two_nodes_in_one_process_share_one_server(make_node: MakeNode) -> None:
-    """Each has its caches, metrics and near cache; what one invalidates the other reads anew."""
+    """Each node has its own caches, metrics and near cache; an invalidation reaches the other."""
     loads: list[str] = []
 
     def shop(name: str) -> forebay.Node:
@@ -198,7 +198,7 @@ async def test_two_nodes_in_one_process_share_one_server(make_node: MakeNode) ->
 async def test_two_namespaces_on_one_server_do_not_meet(
     make_node: MakeNode, namespace: str
 ) -> None:
-    """The same key in two namespaces is two entries."""
+    """One key in two namespaces is two entries."""
     one, two = make_node(f"{namespace}-1"), make_node(f"{namespace}-2")
     cached = [node.cached("a:{id}", ttl=60)(squared) for node in (one, two)]
     async with one, two:
@@ -210,7 +210,7 @@ async def test_two_namespaces_on_one_server_do_not_meet(
 async def test_node_without_logging_configured_keeps_quiet_about_secrets(
     make_server: MakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An embedding service that configures no logs still gets no password on its terminal."""
+    """A service that configures no logs gets no password on its terminal."""
     structlog.reset_defaults()
     server = make_server(config={"requirepass": "hunter2"})
     url = server.url.replace("//", "//:hunter2@")
@@ -225,7 +225,7 @@ async def test_node_without_logging_configured_keeps_quiet_about_secrets(
 async def test_embedded_node_serves_http_while_asked_to(
     valkey_server: ValkeyServer, namespace: str
 ) -> None:
-    """serving: as `forebay run` does, as often as the application likes."""
+    """serving: the endpoint answers like `forebay run`, and can be opened again."""
     settings = Settings(
         node=NodeSettings(namespace=namespace),
         valkey=Valkey(url=valkey_server.socket_url),
@@ -247,7 +247,7 @@ async def test_embedded_node_serves_http_while_asked_to(
 async def test_endpoint_that_is_switched_off_is_not_served(
     valkey_server: ValkeyServer, namespace: str
 ) -> None:
-    """serving: a setting of the operator's, which the code need not ask for."""
+    """serving: http.enabled=false yields an empty URL, without a check in the code."""
     settings = Settings(
         node=NodeSettings(namespace=namespace),
         valkey=Valkey(url=valkey_server.socket_url),
@@ -260,7 +260,7 @@ async def test_endpoint_that_is_switched_off_is_not_served(
 async def test_port_of_an_embedded_node_that_is_taken_is_told(
     valkey_server: ValkeyServer, namespace: str
 ) -> None:
-    """serving: with the setting, where it came from, and what to do; the node stops in order."""
+    """serving: the error has the setting, its origin and the fix; the node stops in order."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -277,7 +277,7 @@ async def test_port_of_an_embedded_node_that_is_taken_is_told(
 
 
 def test_a_running_loop_waits_for_no_import(valkey_server: ValkeyServer, tmp_path: Path) -> None:
-    """Web server, driver, compression: to load them takes longer than a promise may lapse."""
+    """Slow imports (web server, driver, compression) do not block the event loop."""
     program = Path(__file__).parents[1] / "support/late_imports.py"
     done = subprocess.run(
         [sys.executable, str(program), valkey_server.socket_url, str(tmp_path / "shop.db")],

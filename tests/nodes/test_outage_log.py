@@ -16,7 +16,7 @@ from support.eventually import until
 
 
 async def test_an_outage_is_one_line_for_each_loop(make_server: Any, namespace: str) -> None:
-    """A worker without its server fails hundreds of times, and says each thing once a minute."""
+    """A worker without its server fails hundreds of times, and logs each failure once a minute."""
     server = make_server()
     options = Valkey(
         url=server.socket_url,

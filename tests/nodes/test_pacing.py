@@ -1,4 +1,4 @@
-"""A pace that several nodes keep together."""
+"""A rate that several nodes share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from forebay.nodes.pacing import Pacing
 
 
 async def test_two_nodes_share_a_pace(make_node) -> None:
-    """What one has begun counts for the other; another name is another pace."""
+    """Operations of one node count for the other; another name is another rate."""
     one, two = make_node(), make_node()
     waited: list[float] = []
 

@@ -186,7 +186,7 @@ async def start_of(server: ValkeyServer) -> str:
     """How the start of a further node ends: with this message, or well."""
     shop = Shop.at(server, external_writers=True)
     try:
-        await shop.node.enter(workers=False)
+        await shop.node._enter(workers=False)
     except StartupError as error:
         return str(error)
     await shop.node.stop()

@@ -23,6 +23,7 @@ from forebay.schemas.settings import Http, Log, Settings, Valkey
 from forebay.schemas.settings_env import Found
 from forebay.schemas.settings_sources import FileSource
 from forebay.schemas.urls import endpoint_of
+from support.clock import ManualClock
 from support.node_process import environ
 from support.valkey_server import ValkeyServer
 
@@ -121,17 +122,11 @@ def test_a_fifo_does_not_hang_the_loop(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("a-token-of-some-length")
 
-    class Hand:
-        now = 0.0
-
-        def monotonic(self) -> float:
-            return self.now
-
-    clock = Hand()
+    clock = ManualClock()
     bearer = BearerToken(path, clock)
     path.unlink()
     os.mkfifo(path)
-    clock.now += LOOK_S
+    clock.now_s += LOOK_S
     assert bearer.accepts(["Bearer a-token-of-some-length"])
     with pytest.raises(Disconnected, match=r"tls_ca_file .* it is a FIFO"):
         _check_readable(Valkey(tls_ca_file=str(path)))

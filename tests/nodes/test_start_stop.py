@@ -1,4 +1,4 @@
-"""A node is started and stopped by other tasks than those that use it, or by another loop."""
+"""A node is started and stopped by other tasks than its users, or by another event loop."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def in_a_task(call: Callable[[], Awaitable[object]]) -> Any:
 
 
 async def test_start_use_and_stop_in_a_task_each(declared: Declared) -> None:
-    """I5: as start and stop hooks of frameworks do; and so again with the same node."""
+    """I5: start and stop work from framework hooks, and again with the same node."""
     node, cached = declared
     for _ in range(2):
         await in_a_task(node.start)
@@ -53,7 +53,7 @@ async def test_start_use_and_stop_in_a_task_each(declared: Declared) -> None:
 
 
 async def test_block_left_in_another_task(declared: Declared) -> None:
-    """I5: as fixtures of pytest-asyncio do, whose task has ended by then."""
+    """I5: start and stop work from pytest-asyncio fixtures, whose tasks have ended."""
     node, cached = declared
     await in_a_task(node.__aenter__)
     assert await cached(3) == 9
@@ -62,7 +62,7 @@ async def test_block_left_in_another_task(declared: Declared) -> None:
 
 
 async def test_block_left_in_another_task_while_its_own_goes_on(declared: Declared) -> None:
-    """I5: scopes and groups of the task that entered it are left as they were."""
+    """I5: scopes and groups of the entering task are unchanged."""
     node, _ = declared
     with anyio.CancelScope() as outer:
         await node.__aenter__()
@@ -76,7 +76,7 @@ async def test_block_left_in_another_task_while_its_own_goes_on(declared: Declar
 
 
 async def test_stop_may_be_asked_for_by_several_and_without_need(declared: Declared) -> None:
-    """Each returns when it has stopped; where nothing runs there is nothing to do."""
+    """Each call of stop returns when the node has stopped; a second stop does nothing."""
     node, cached = declared
     await node.stop()
     await node.start()
@@ -94,7 +94,7 @@ async def test_stop_may_be_asked_for_by_several_and_without_need(declared: Decla
 
 
 async def test_stop_ends_a_start(declared: Declared) -> None:
-    """The start says so with an error, and the node can be started again."""
+    """A start that is stopped raises an error, and the node can be started again."""
     node, cached = declared
     for turns in range(0, 40, 4):
         start = asyncio.ensure_future(node.start())
@@ -110,7 +110,7 @@ async def test_stop_ends_a_start(declared: Declared) -> None:
 
 
 async def test_state_tells_of_a_drain(declared: Declared) -> None:
-    """The state goes from running by draining to drained; a drained node can be read."""
+    """The state goes from running to draining to drained; a drained node serves reads."""
     node, cached = declared
     states = [node.state]
     release = anyio.Event()
@@ -143,7 +143,7 @@ async def test_state_tells_of_a_drain(declared: Declared) -> None:
 
 
 async def test_hook_cannot_stop_its_node(declared: Declared) -> None:
-    """The hook would wait for itself, so it gets an error."""
+    """A hook that stops its own node gets an error: it would wait for itself."""
     node, _ = declared
     node.on_start(node.stop)
     with anyio.fail_after(20), pytest.raises(forebay.ForebayError, match="a hook of the node"):
@@ -160,7 +160,7 @@ async def _fail() -> None:
 
 
 async def test_failure_of_a_started_node_is_told(declared: Declared) -> None:
-    """L3: without a block to cancel, the log has it, uses are errors, ``stop`` raises it."""
+    """L3: without a block, the failure is logged, calls raise, and ``stop`` raises it."""
     node, cached = declared
     await in_a_task(node.start)
     with capture_logs() as lines:
@@ -196,7 +196,7 @@ async def test_failed_node_may_be_started_without_a_stop(declared: Declared) -> 
 
 
 def test_loop_that_ends_without_a_stop(declared: Declared) -> None:
-    """``asyncio.run`` ends under the node: a line of the log says so; the next loop starts it."""
+    """If ``asyncio.run`` ends before the node, that is logged, and the next loop can start it."""
     node, cached = declared
 
     async def forgetful() -> int:
@@ -215,7 +215,7 @@ def test_loop_that_ends_without_a_stop(declared: Declared) -> None:
 
 @pytest.fixture
 async def elsewhere() -> AsyncIterator[Callable[[Callable[[], Awaitable[object]]], Any]]:
-    """Runs a call in the loop of another thread, and raises its exceptions here."""
+    """Run a call in the event loop of another thread, and raise its exceptions here."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -235,7 +235,7 @@ async def elsewhere() -> AsyncIterator[Callable[[Callable[[], Awaitable[object]]
 async def test_use_from_another_loop_is_one_clear_error(
     make_node: MakeNode, elsewhere: Callable[..., Any]
 ) -> None:
-    """Every call raises; and calls in the node's own loop still work."""
+    """Every call from another loop raises; calls in the node's own loop still work."""
     node = make_node()
     cached = node.cached("a:{id}", ttl=60)(squared)
 

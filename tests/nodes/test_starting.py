@@ -1,4 +1,4 @@
-"""A server that is silent for a while during the start: U5."""
+"""A server that does not answer for a while during the start: U5."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.valkey_server import ValkeyServer
 
 
 class Silence:
-    """A way to a server on which nothing passes for a while, from the ``at``-th request on."""
+    """A proxy to a server that forwards nothing for a while, from the ``at``-th request on."""
 
     def __init__(self, port: int, *, at: int, seconds: float) -> None:
         self._port = port
@@ -44,7 +44,7 @@ class Silence:
                 await self._open.wait()
                 writer.write(chunk)
         except OSError:
-            pass  # either side has hung up
+            pass  # one side has disconnected
         finally:
             writer.transport.abort()
 
@@ -90,12 +90,12 @@ def node_at(port: int, namespace: str, *, startup_timeout_ms: int) -> forebay.No
 async def test_a_server_that_is_silent_for_a_while_is_waited_for(
     valkey_server: ValkeyServer, namespace: str, at: int
 ) -> None:
-    """U5: at any request the server may fall silent; the node starts when it answers again."""
+    """U5: the server may stop answering at any request; the node starts when it answers again."""
     async with silence(valkey_server, at=at, seconds=0.3) as (between, port):
         node = node_at(port, namespace, startup_timeout_ms=20_000)
         async with node:
             with anyio.fail_after(20):
-                while not between.fell:  # the last ones come when it has started
+                while not between.fell:  # the last requests come after the start
                     await anyio.sleep(0.01)
                 assert await node.caches[0](7) == 7
 
@@ -104,7 +104,7 @@ async def test_a_server_that_is_silent_for_a_while_is_waited_for(
 async def test_a_server_that_stays_silent_fails_the_start_in_time(
     valkey_server: ValkeyServer, namespace: str, at: int
 ) -> None:
-    """U5: one error that names the server, when the time for a start is over."""
+    """U5: after valkey.startup_timeout_ms one error names the server."""
     async with silence(valkey_server, at=at, seconds=60) as (between, port):
         node = node_at(port, namespace, startup_timeout_ms=400)
         with anyio.fail_after(20), pytest.raises(StartupError, match=f":{port}"):
@@ -114,7 +114,7 @@ async def test_a_server_that_stays_silent_fails_the_start_in_time(
 
 
 def test_without_an_event_loop_of_asyncio_there_is_one_config_error() -> None:
-    """As under trio: nothing is begun, and no coroutine is left that nobody awaits."""
+    """Without an asyncio loop nothing is started, and no coroutine is left unawaited."""
     node = forebay.Node("shop")
     with pytest.raises(ConfigError, match=r"asyncio\.run\(main\(\)\)") as caught:
         node.start().send(None)
@@ -123,7 +123,7 @@ def test_without_an_event_loop_of_asyncio_there_is_one_config_error() -> None:
 
 
 def test_trio_is_named() -> None:
-    """By its own word: it may be imported, and not run."""
+    """Under trio the package can be imported, and a start raises an error."""
     trio = pytest.importorskip("trio")
 
     async def main() -> ConfigError:

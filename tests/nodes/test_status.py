@@ -1,4 +1,4 @@
-"""What a node tells of itself: checks, gauges, and the document behind /stats."""
+"""Node status: checks, gauges, and the document of /stats."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def shop(valkey: Valkey, namespace: str) -> forebay.Node:
 
     @node.sink("product:{id}")
     async def save(writes: list[forebay.Write[int]]) -> None:
-        """It takes whatever comes."""
+        """Accept all writes."""
 
     return node
 
@@ -77,7 +77,7 @@ async def node(valkey_server: ValkeyServer, namespace: str) -> AsyncIterator[for
 
 
 def misfits(document: object, shape: object, path: str = "") -> list[str]:
-    """Where the document lacks what the shape has, or has it in another type."""
+    """The paths where the document lacks a field of the shape, or has another type."""
     if isinstance(shape, dict):
         if not isinstance(document, dict):
             return [f"{path}: {document!r}"]
@@ -91,7 +91,7 @@ def misfits(document: object, shape: object, path: str = "") -> list[str]:
 
 
 async def test_stats_have_the_documented_shape(node: forebay.Node) -> None:
-    """S2: fields may be added, those of this list keep their names and their types."""
+    """S2: fields may be added; the fields of this list keep their names and types."""
     await node.publish([b'{"type":"invalidate","keys":["product:1"]}'])
     await node.read("product:1")
     document = msgspec.json.decode(msgspec.json.encode(await node.stats()))
@@ -106,7 +106,7 @@ async def test_stats_have_the_documented_shape(node: forebay.Node) -> None:
 
 
 async def test_stats_of_a_node_without_workers(valkey_server: ValkeyServer, namespace: str) -> None:
-    """S2: ``workers`` is null where there are none, and all else is there."""
+    """S2: ``workers`` is null on a node without workers, and all else is there."""
     node = forebay.Node(namespace, settings=Settings(valkey=Valkey(url=valkey_server.socket_url)))
     async with node:
         document = await node.stats()
@@ -119,7 +119,7 @@ async def test_stats_of_a_node_without_workers(valkey_server: ValkeyServer, name
 async def test_stats_count_what_waits_and_what_is_dead(
     valkey_server: ValkeyServer, namespace: str
 ) -> None:
-    """The backlog is what no worker has done yet, in the whole of the namespace."""
+    """The backlog counts the undone work of the whole namespace."""
     node = forebay.Node(namespace, settings=Settings(valkey=Valkey(url=valkey_server.socket_url)))
     async with node:
         names = node._parts.names
@@ -135,7 +135,7 @@ async def test_stats_count_what_waits_and_what_is_dead(
 async def test_stats_say_why_the_server_is_not_asked(
     make_server: MakeServer, namespace: str
 ) -> None:
-    """S2: while Valkey is away all keys are there, null with a reason; nothing raises."""
+    """S2: without Valkey all fields are there, null with a reason; nothing raises."""
     server = make_server()
     async with shop(Valkey(url=server.socket_url, command_timeout_ms=300), namespace) as node:
         server.kill9()
@@ -150,7 +150,7 @@ async def test_stats_say_why_the_server_is_not_asked(
 async def test_refused_commands_do_not_break_stats(
     node: forebay.Node, valkey_server: ValkeyServer
 ) -> None:
-    """S2: a key of another type where a stream should be is left out, and named."""
+    """S2: a key of another type in the place of a stream is left out, and named."""
     dead = node._parts.names.part(3, "dead")
     valkey_server.execute("SET", dead, "x")
     document = await node.stats()
@@ -171,7 +171,7 @@ async def eventually(node: forebay.Node, gate: str, names: set[str]) -> None:
 
 
 async def test_checks_follow_the_node(make_server: MakeServer, namespace: str) -> None:
-    """S1, S3: not started: neither gate; running: both; Valkey away or draining: not ready."""
+    """S1, S3: a running node passes both gates; without Valkey, or draining, it is not ready."""
     server = make_server()
     valkey = Valkey(
         url=server.socket_url, command_timeout_ms=300, reconnect_jitter_ms=5, reconnect_max_ms=50
@@ -196,7 +196,7 @@ async def test_checks_follow_the_node(make_server: MakeServer, namespace: str) -
 async def test_stopped_sink_warns_and_fails_nothing(
     valkey_server: ValkeyServer, namespace: str
 ) -> None:
-    """A sink in need of a person is shown; the node serves on."""
+    """A stopped sink is shown; the node keeps serving."""
     async with shop(Valkey(url=valkey_server.socket_url), namespace) as node:
         assert node._parts.crew is not None
         delivery = node._parts.crew.deliveries["save"]
@@ -215,7 +215,7 @@ async def test_stopped_sink_warns_and_fails_nothing(
 
 
 async def test_gauges_are_there_while_the_node_runs(node: forebay.Node) -> None:
-    """What a scrape shows besides counters, with a value for each cache."""
+    """S6: a scrape has the gauges, with a value for each cache."""
     await node.read("product:1")
     found = {(name, *labels): value for name, labels, value in gauges(node._parts_if_running())}
 
@@ -229,7 +229,7 @@ async def test_gauges_are_there_while_the_node_runs(node: forebay.Node) -> None:
 
 
 def test_gauges_of_a_node_that_does_not_run() -> None:
-    """Before the start and after the stop a scrape says that nothing is up, and no more."""
+    """S6: before the start and after the stop a scrape has the gauges of a stopped node only."""
     found = list(gauges(None))
 
     down = [("ready", (), 0.0), ("draining", (), 0.0), ("backend_up", (), 0.0)]

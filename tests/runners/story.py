@@ -131,7 +131,7 @@ class Story:
         return self.sunk
 
     async def _locked(self) -> list[int]:
-        """One client has a lock and gives it back to another, who waits."""
+        """One client releases a lock to another client that waits."""
         first, second = _nonces_of_one_bucket()
         statuses: list[int] = []
         async with aiohttp.ClientSession(self.url) as session, anyio.create_task_group() as tasks:
@@ -157,7 +157,7 @@ class Story:
 
 
 def _nonces_of_one_bucket() -> tuple[str, str]:
-    """One node then gets a message about the hand-over between them."""
+    """A node gets a message about the handover between the clients."""
     nonces: dict[int, str] = {}
     for number in range(1_000):
         nonce = f"nonce-of-a-client-{number}"

@@ -58,7 +58,7 @@ def env(valkey_server: ValkeyServer, namespace: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("way", PROGRAMS)
 def test_program(way: str, env: dict[str, str]) -> None:
-    """A loop that the program runs itself: everything that a node does works."""
+    """A node works in an event loop that the program runs itself."""
     program = f"{BEFORE}\nprint('told', {PROGRAMS[way]}.decode())"
     done = subprocess.run(
         [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=50
@@ -71,7 +71,7 @@ def test_program(way: str, env: dict[str, str]) -> None:
 
 @contextmanager
 def served(command: list[str], log: Path, env: dict[str, str]) -> Iterator[str]:
-    """The URL of a web server, as soon as it listens; it is stopped by SIGTERM."""
+    """The URL of a web server that listens; SIGTERM stops it."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             bound_to_owner([sys.executable, "-m", *command], signal.SIGKILL),
@@ -98,7 +98,7 @@ def served(command: list[str], log: Path, env: dict[str, str]) -> Iterator[str]:
 
 @pytest.mark.parametrize("way", SERVERS)
 def test_web_server(way: str, env: dict[str, str], tmp_path: Path) -> None:
-    """Started and stopped by a web server, used in its requests."""
+    """A node works if a web server starts and stops it, and its requests use it."""
     log = tmp_path / "log"
     with (
         served(SERVERS[way], log, env) as url,
@@ -112,7 +112,7 @@ def test_web_server(way: str, env: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_pytest_asyncio(env: dict[str, str], tmp_path: Path) -> None:
-    """pytest-asyncio runs it, with a configuration of its own."""
+    """A node works under pytest-asyncio with its own configuration."""
     (tmp_path / "pytest.ini").write_text(
         "[pytest]\nasyncio_mode = auto\nfilterwarnings = error\n"
         "asyncio_default_fixture_loop_scope = function\n"

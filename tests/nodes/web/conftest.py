@@ -1,4 +1,4 @@
-"""An endpoint on a real socket, over a node whose answers the test sets."""
+"""An endpoint on a real socket, over a fake node whose answers the test sets."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from support import programs
 Listening = Callable[[Http], AbstractAsyncContextManager[EndpointAddress]]
 
 
-class Station:
-    """Stands for the node: it answers what the test put into it."""
+class FakeNode:
+    """A fake node: it returns the values that the test has set."""
 
     def __init__(self) -> None:
         self.instance = "node-1"
@@ -94,20 +94,20 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-def station() -> Station:
-    return Station()
+def fake_node() -> FakeNode:
+    return FakeNode()
 
 
 @pytest.fixture
-def listening(station: Station) -> Listening:
+def listening(fake_node: FakeNode) -> Listening:
     """Opens an endpoint with these settings, on a free port of the loopback."""
 
     def opened(http: Http) -> AbstractAsyncContextManager[EndpointAddress]:
         clock, random = SystemClock(), Random(7)
         return serve(
-            station,
+            fake_node,
             http,
-            instruments=station.instruments,
+            instruments=fake_node.instruments,
             event_bytes_max=65_536,
             clock=clock,
             random=random,
@@ -131,5 +131,5 @@ async def client(endpoint: EndpointAddress) -> AsyncIterator[aiohttp.ClientSessi
 
 @pytest.fixture
 def tool() -> Callable[[str], str]:
-    """The path of a program; CI must have it, elsewhere the test is skipped without."""
+    """The path of a program; without it CI fails, and elsewhere the test is skipped."""
     return programs.tool

@@ -1,4 +1,4 @@
-"""The token of http.token_file while the node runs: nodes/web/bearer.py."""
+"""The token of http.token_file while the node runs: nodes/web/access.py."""
 
 from __future__ import annotations
 
@@ -8,23 +8,14 @@ from pathlib import Path
 import pytest
 
 from forebay.nodes.web.access import LOOK_S, BearerToken
+from support.clock import ManualClock
 
 FIRST, SECOND = "first-token-of-them", "second-token-of-them"
 
 
-class Hand:
-    """A clock that is moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Hand:
-    return Hand()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
@@ -44,37 +35,37 @@ def accepts(bearer: BearerToken, token: str) -> bool:
     return bearer.accepts([f"Bearer {token}"])
 
 
-def test_a_replaced_file_counts_soon(path: Path, clock: Hand) -> None:
-    """B3: after LOOK_S the old token is none any more."""
+def test_a_replaced_file_counts_soon(path: Path, clock: ManualClock) -> None:
+    """B3: after LOOK_S the old token is refused."""
     bearer = BearerToken(path, clock)
     replace(path, SECOND)
     assert accepts(bearer, FIRST)
-    clock.now += LOOK_S
+    clock.now_s += LOOK_S
     assert accepts(bearer, SECOND)
     assert not accepts(bearer, FIRST)
 
 
 @pytest.mark.parametrize("spoilt", ["", "short", "two tokens in a line", "a" * 5_000, None])
 def test_a_file_that_is_spoilt_leaves_the_token(
-    path: Path, clock: Hand, spoilt: str | None
+    path: Path, clock: ManualClock, spoilt: str | None
 ) -> None:
-    """B3: nobody is let in by it, or shut out."""
+    """B3: an invalid file neither admits a client nor locks one out."""
     bearer = BearerToken(path, clock)
     if spoilt is None:
         os.remove(path)
     else:
         replace(path, spoilt)
-    clock.now += LOOK_S
+    clock.now_s += LOOK_S
     assert accepts(bearer, FIRST)
     assert not accepts(bearer, "")
     assert not accepts(bearer, spoilt or "")
     replace(path, SECOND)
-    clock.now += LOOK_S
+    clock.now_s += LOOK_S
     assert accepts(bearer, SECOND)
 
 
-def test_only_one_header_with_the_token_is_accepted(path: Path, clock: Hand) -> None:
-    """The scheme in any case; nothing beside the token, and no second header."""
+def test_only_one_header_with_the_token_is_accepted(path: Path, clock: ManualClock) -> None:
+    """The scheme is case-insensitive; further text or a second header is refused."""
     bearer = BearerToken(path, clock)
     assert bearer.accepts([f"bEARER {FIRST}"])
     for headers in (

@@ -1,4 +1,4 @@
-"""Too many connections, on the loop of asyncio and on uvloop: who makes room, who is served."""
+"""The connection limit, on the event loop of asyncio and on uvloop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import EndpointAddress
-    from tests.nodes.web.conftest import Listening, Station
+    from tests.nodes.web.conftest import FakeNode, Listening
 
 LOOPS = {"asyncio": False, "uvloop": True}
 PROBE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -43,7 +43,7 @@ async def connected(address: EndpointAddress, count: int) -> AsyncIterator[list[
 
 
 async def ask(stream: SocketStream, request: bytes) -> bytes:
-    """The first part of the answer; nothing if the connection is closed."""
+    """The first part of the answer; empty if the connection is closed."""
     try:
         await stream.send(request)
         return await stream.receive()
@@ -61,7 +61,7 @@ async def until_closed(stream: SocketStream) -> bytes:
 
 
 async def work(streams: list[SocketStream]) -> None:
-    """Have each of them at work: its body is awaited."""
+    """Make each connection busy: the node waits for its body."""
     for stream in streams:
         assert b"100 Continue" in await ask(stream, WAITING)
 
@@ -72,9 +72,9 @@ async def finish(streams: list[SocketStream]) -> None:
 
 
 async def test_the_connection_idle_longest_makes_room(
-    listening: Listening, station: Station
+    listening: Listening, fake_node: FakeNode
 ) -> None:
-    """G2: kept-alive connections lock nobody out; the one used last stays longest."""
+    """G2: kept-alive connections lock no client out; the last used one stays longest."""
     async with (
         listening(Http(port=0, connections_max=3)) as address,
         connected(address, 3) as kept,
@@ -86,7 +86,7 @@ async def test_the_connection_idle_longest_makes_room(
             assert await until_closed(kept[1]) == b""
             for stream in (kept[0], kept[2]):
                 assert b" 200 " in await ask(stream, PROBE)
-    assert station.instruments.counts["limit_reached", "http_connections"] == 1
+    assert fake_node.instruments.counts["limit_reached", "http_connections"] == 1
 
 
 async def test_one_at_work_stays_when_idle_ones_make_room(listening: Listening) -> None:
@@ -105,9 +105,9 @@ async def test_one_at_work_stays_when_idle_ones_make_room(listening: Listening) 
 
 
 async def test_probes_are_served_when_all_are_at_work(
-    listening: Listening, station: Station
+    listening: Listening, fake_node: FakeNode
 ) -> None:
-    """G2: beyond the limit one probe each; whatever else is asked there is a 503."""
+    """G2: a connection beyond the limit serves one probe; any other request gets a 503."""
     async with (
         listening(Http(port=0, connections_max=2)) as address,
         connected(address, 2) as busy,
@@ -125,11 +125,11 @@ async def test_probes_are_served_when_all_are_at_work(
         await finish(busy)
         async with connected(address, 1) as later:
             assert b" 202 " in await ask(later[0], WAITING.replace(b"Expect", b"X") + GOOD)
-    assert station.published == [GOOD] * 3
+    assert fake_node.published == [GOOD] * 3
 
 
 async def test_silent_connections_do_not_keep_probes_out(listening: Listening) -> None:
-    """G2: the spare connections make room among themselves, and are told to come again."""
+    """G2: spare connections replace each other, and get Retry-After."""
     async with (
         listening(Http(port=0, connections_max=1)) as address,
         connected(address, 1) as busy,
@@ -143,12 +143,12 @@ async def test_silent_connections_do_not_keep_probes_out(listening: Listening) -
 
 
 async def test_an_answer_of_any_size_has_to_be_read(
-    listening: Listening, station: Station, monkeypatch: pytest.MonkeyPatch
+    listening: Listening, fake_node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G3: also one that is too small to make its handler wait, on a connection that is kept."""
+    """G3: an unread answer is cut off, also a small one on a kept-alive connection."""
     small = b'"' + b"x" * 50_000 + b'"'
-    station.values["a"] = Read(json=small, tier="near", age_ms=0, stale=False, version=1)
-    counts, links = station.instruments.counts, []
+    fake_node.values["a"] = Read(json=small, tier="near", age_ms=0, stale=False, version=1)
+    counts, links = fake_node.instruments.counts, []
 
     def made(self: GuardedHandler, transport: asyncio.BaseTransport) -> None:
         links.append(transport)
@@ -164,7 +164,7 @@ async def test_an_answer_of_any_size_has_to_be_read(
                 asked += 1
                 while counts["http_requests", "/v1/cache/{key}", "2xx"] < asked:
                     await anyio.sleep(0.001)
-                await anyio.sleep(0.01)  # it may go to the kernel at once
+                await anyio.sleep(0.01)  # the kernel may accept it at once
             assert links[0].get_write_buffer_size() < 64 * 1_024
             while counts["limit_reached", "http_unread_answer"] == 0:
                 await anyio.sleep(0.01)
@@ -182,5 +182,5 @@ async def test_an_answer_of_any_size_has_to_be_read(
     ],
 )
 def test_open_files_bound_connections(asked: int, open_files: int, served: int) -> None:
-    """Where no connection can be accepted, none can make room for it."""
+    """The limit stays below the number of open files, so that a connection can be accepted."""
     assert connections_within(asked, open_files) == served

@@ -15,7 +15,7 @@ from forebay.schemas.errors import Backpressure, BreakerOpen, Disconnected, Fenc
 from forebay.schemas.events import Invalidate, Write, read_event
 
 if TYPE_CHECKING:
-    from tests.nodes.web.conftest import Station
+    from tests.nodes.web.conftest import FakeNode
 
 PATH = "/v1/events"
 JSON = {"Content-Type": "application/json"}
@@ -41,17 +41,17 @@ def cloud_event(key: str, **attributes: Any) -> CloudEvent:
 
 
 async def test_a_bare_event_is_published_as_it_was_sent(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """E2: the stream gets the very bytes, and the reply says which level was reached."""
     status, body = await post(client, GOOD)
 
     assert (status, body) == (202, {"accepted": [{"id": "7-0", "level": "accepted"}]})
-    assert station.published == [GOOD]
+    assert fake_node.published == [GOOD]
 
 
 async def test_an_array_is_published_in_its_order(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """A batch gives one id for each event."""
     second = b'{"type":"write","key":"a","value":1}'
@@ -59,18 +59,18 @@ async def test_an_array_is_published_in_its_order(
 
     assert status == 202
     assert [each["id"] for each in body["accepted"]] == ["7-0", "7-1"]
-    assert station.published == [GOOD, second]
+    assert fake_node.published == [GOOD, second]
 
 
 async def test_one_wrong_event_refuses_its_whole_batch(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """E1: the answer names the event and the field; nothing of the batch is published."""
     status, body = await post(client, b"[" + GOOD + b',{"type":"invalidate","keys":[7]}]')
 
     assert (status, body["error"]["code"]) == (422, "wrong_field")
     assert body["error"]["field"] == "[1].keys[0]"
-    assert station.published == []
+    assert fake_node.published == []
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ async def test_one_wrong_event_refuses_its_whole_batch(
     ],
 )
 async def test_bad_bodies_are_refused_with_the_reason(
-    client: aiohttp.ClientSession, station: Station, body: bytes, status: int, code: str
+    client: aiohttp.ClientSession, fake_node: FakeNode, body: bytes, status: int, code: str
 ) -> None:
     """What cannot be applied is refused, and the next good event is taken."""
     answered, error = await post(client, body)
@@ -99,7 +99,7 @@ async def test_bad_bodies_are_refused_with_the_reason(
     assert (answered, error["error"]["code"]) == (status, code)
     assert error["error"]["problem"]
     assert (await post(client, GOOD))[0] == 202
-    assert station.published == [GOOD]
+    assert fake_node.published == [GOOD]
 
 
 @pytest.mark.parametrize(
@@ -114,18 +114,18 @@ async def test_bad_bodies_are_refused_with_the_reason(
     ],
 )
 async def test_other_types_and_encodings_are_415(
-    client: aiohttp.ClientSession, station: Station, headers: dict[str, str]
+    client: aiohttp.ClientSession, fake_node: FakeNode, headers: dict[str, str]
 ) -> None:
     """What a browser's form can send, and what would have to be unpacked, is not read."""
     status, body = await post(client, GOOD, headers)
 
     assert status == 415
     assert body["error"]["fix"]
-    assert station.published == []
+    assert fake_node.published == []
 
 
 async def test_the_cloudevents_sdk_publishes_in_every_mode(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """Structured, binary and batch mode of an independent publisher mean the same event."""
     codec, event = JSONFormat(), cloud_event("product:ü")
@@ -136,7 +136,7 @@ async def test_the_cloudevents_sdk_publishes_in_every_mode(
         assert (await post(client, message.body, dict(message.headers)))[0] == 202
     assert (await post(client, b"[" + structured.body + b"]", batch))[0] == 202
 
-    read = [read_event(raw, bytes_max=65_536) for raw in station.published]
+    read = [read_event(raw, bytes_max=65_536) for raw in fake_node.published]
     assert len(read) == 3
     assert all(each == read[0] for each in read)
     assert read[0].body == Invalidate(keys=("product:ü",))
@@ -144,7 +144,7 @@ async def test_the_cloudevents_sdk_publishes_in_every_mode(
 
 
 async def test_binary_mode_keeps_the_data_as_it_was_sent(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """The body becomes ``data`` byte for byte, the headers become attributes."""
     headers = {
@@ -157,7 +157,7 @@ async def test_binary_mode_keeps_the_data_as_it_was_sent(
     }
     status, _ = await post(client, b'{"key":"a","value":1.50}', headers)
 
-    event = read_event(station.published[0], bytes_max=65_536)
+    event = read_event(fake_node.published[0], bytes_max=65_536)
     assert status == 202
     assert (event.id, event.traceparent) == ("/orders desk#1", "00-ab-cd-01")
     assert isinstance(event.body, Write)
@@ -190,7 +190,7 @@ async def test_binary_mode_needs_its_version(client: aiohttp.ClientSession) -> N
 
 
 async def test_a_newer_schema_is_accepted_and_held(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """E3: a newer service may publish through an older node."""
     newer = cloud_event("a", type="dev.forebay.cache.invalidate.v2")
@@ -198,7 +198,7 @@ async def test_a_newer_schema_is_accepted_and_held(
     status, body = await post(client, message.body, dict(message.headers))
 
     assert (status, body["accepted"][0]["held"]) == (202, True)
-    assert len(station.published) == 1
+    assert len(fake_node.published) == 1
 
 
 @pytest.mark.parametrize(
@@ -211,10 +211,10 @@ async def test_a_newer_schema_is_accepted_and_held(
     ],
 )
 async def test_what_may_work_later_says_when(
-    client: aiohttp.ClientSession, station: Station, failure: Exception, status: int, code: str
+    client: aiohttp.ClientSession, fake_node: FakeNode, failure: Exception, status: int, code: str
 ) -> None:
     """Retry-After is whole seconds, not the same for all, and never below the breaker's time."""
-    station.failure = failure
+    fake_node.failure = failure
     waits = set()
     for _ in range(20):
         async with client.post(PATH, data=GOOD, headers=JSON) as response:
@@ -230,10 +230,10 @@ async def test_what_may_work_later_says_when(
 
 @pytest.mark.parametrize("failure", [Fenced("events", 1, 2), ZeroDivisionError("secret")])
 async def test_a_fault_of_the_node_tells_nothing(
-    client: aiohttp.ClientSession, station: Station, failure: Exception
+    client: aiohttp.ClientSession, fake_node: FakeNode, failure: Exception
 ) -> None:
     """S3: an unexpected error is a 500 without a word of it."""
-    station.failure = failure
+    fake_node.failure = failure
     status, body = await post(client, GOOD)
 
     assert (status, body["error"]["code"]) == (500, "internal")

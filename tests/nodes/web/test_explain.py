@@ -1,4 +1,4 @@
-"""GET /v1/explain/{key}, over a node whose answers the test sets."""
+"""GET /v1/explain/{key}, over a fake node."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from yarl import URL
 from forebay.schemas.errors import Backpressure, Disconnected
 
 if TYPE_CHECKING:
-    from tests.nodes.web.conftest import Station
+    from tests.nodes.web.conftest import FakeNode
 
 
 async def test_document_is_json_unless_words_are_asked_for(client: aiohttp.ClientSession) -> None:
-    """Programs get the document, people the same in words."""
+    """The answer is JSON by default, and text on request."""
     async with client.get("/v1/explain/product:1") as response:
         assert response.content_type == "application/json"
         document = await response.json()
@@ -39,14 +39,14 @@ async def test_document_is_json_unless_words_are_asked_for(client: aiohttp.Clien
 )
 async def test_what_cannot_be_explained_is_refused(
     client: aiohttp.ClientSession,
-    station: Station,
+    fake_node: FakeNode,
     failure: Exception | None,
     path: str,
     status: int,
     code: str,
 ) -> None:
-    """Each reason has its status and its stable code."""
-    station.failure = failure
+    """Each error has its status and its stable code."""
+    fake_node.failure = failure
     async with client.get(URL(f"/v1/explain/{path}", encoded=True)) as response:
         body = await response.text()
 

@@ -1,4 +1,4 @@
-"""The probes."""
+"""Probes, and the delay of the event loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from forebay.nodes.web.protocols import Check, Gate, State
 from support.clock import ManualClock
 
 if TYPE_CHECKING:
-    from tests.nodes.web.conftest import Station
+    from tests.nodes.web.conftest import FakeNode
 
 JSON = {"Accept": "application/json"}
 
@@ -22,7 +22,7 @@ def check(name: str, state: State, *gates: Gate, detail: str = "") -> Check:
 
 
 async def test_a_probe_that_passes_says_ok(client: aiohttp.ClientSession) -> None:
-    """Without anything wrong, each probe answers ``ok``, and is never kept by a proxy."""
+    """Without a fault each probe answers ``ok``, and forbids caching."""
     for path in ("/livez", "/readyz", "/startupz", "/healthz"):
         async with client.get(path) as response:
             assert (response.status, await response.text()) == (200, "ok\n")
@@ -30,10 +30,10 @@ async def test_a_probe_that_passes_says_ok(client: aiohttp.ClientSession) -> Non
 
 
 async def test_a_failing_check_fails_only_its_own_probes(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
-    """H1, H2: a node without Valkey is alive, but not ready, and says why."""
-    station.listed = [check("valkey", "fail", "ready", detail="no reply for 3 s")]
+    """H1, H2: a node without Valkey is alive, but not ready, and reports why."""
+    fake_node.listed = [check("valkey", "fail", "ready", detail="no reply for 3 s")]
 
     answers = {}
     for path in ("/livez", "/startupz", "/readyz", "/healthz"):
@@ -46,10 +46,10 @@ async def test_a_failing_check_fails_only_its_own_probes(
 
 
 async def test_verbose_lists_every_check_of_the_probe(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
-    """``?verbose`` names what passed too, in the order of the node."""
-    station.listed = [
+    """``?verbose`` names passed checks too, in the order of the node."""
+    fake_node.listed = [
         check("valkey", "pass", "ready"),
         check("sink", "warn", "ready", detail="paused"),
         check("shards", "pass", "start"),
@@ -60,10 +60,10 @@ async def test_verbose_lists_every_check_of_the_probe(
 
 
 async def test_json_has_the_verdict_and_all_checks(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
-    """H3: /healthz shows the breaker, which is a warning there and no failure."""
-    station.listed = [check("breaker:link", "fail", detail="open, next try in 400 ms")]
+    """H3: /healthz shows the breaker as a warning, not as a failure."""
+    fake_node.listed = [check("breaker:link", "fail", detail="open, next try in 400 ms")]
 
     async with client.get("/healthz", headers=JSON) as response:
         body = await response.json()
@@ -76,9 +76,11 @@ async def test_json_has_the_verdict_and_all_checks(
     assert body["checks"]["event_loop"]["status"] == "pass"
 
 
-async def test_one_check_can_be_asked_for(client: aiohttp.ClientSession, station: Station) -> None:
-    """``/readyz/<check>`` has the status of that check, and 404 for one that is not there."""
-    station.listed = [check("valkey", "pass", "ready"), check("sink", "fail", "ready")]
+async def test_one_check_can_be_asked_for(
+    client: aiohttp.ClientSession, fake_node: FakeNode
+) -> None:
+    """``/readyz/<check>`` has the status of that check, and 404 for an unknown check."""
+    fake_node.listed = [check("valkey", "pass", "ready"), check("sink", "fail", "ready")]
 
     statuses = {}
     for name in ("valkey", "sink", "nothing"):
@@ -89,7 +91,7 @@ async def test_one_check_can_be_asked_for(client: aiohttp.ClientSession, station
 
 
 async def test_the_longest_delay_is_of_the_last_15_seconds() -> None:
-    """I1: neither the latest beat alone, nor a stall of long ago, however few beats came since."""
+    """H5: the maximum covers the window: more than the latest beat, and no older stall."""
     clock = ManualClock()
     heartbeat = Heartbeat(clock)
     with heartbeat.beating():
@@ -104,7 +106,7 @@ async def test_the_longest_delay_is_of_the_last_15_seconds() -> None:
 
 
 async def test_the_heartbeat_fails_when_it_is_long_overdue() -> None:
-    """I1: lag counts from when the next beat was due, and only a long one is a failure."""
+    """H5: the delay counts from when the next beat was due, and only a long one fails."""
     clock = ManualClock()
     heartbeat = Heartbeat(clock)
     with heartbeat.beating():

@@ -1,4 +1,4 @@
-"""Which Host is served: nodes/web/hosts.py."""
+"""The served values of Host: nodes/web/access.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import EndpointAddress
-    from tests.nodes.web.conftest import Listening, Station
+    from tests.nodes.web.conftest import FakeNode, Listening
 
 GOOD = b'{"type":"invalidate","keys":["a"]}'
 OURS = ServedNames(["localhost", "Vm.", "", "cache.internal", "*.svc.x"])
@@ -40,7 +40,7 @@ OURS = ServedNames(["localhost", "Vm.", "", "cache.internal", "*.svc.x"])
     ],
 )
 def test_addresses_and_our_names_are_served(authority: str) -> None:
-    """N1: whatever the port, in any case, with or without the dot of the root."""
+    """N1: a served name matches with any port, in any case, with or without a final dot."""
     assert OURS.serves(authority)
 
 
@@ -72,7 +72,7 @@ def test_addresses_and_our_names_are_served(authority: str) -> None:
     ],
 )
 def test_any_other_name_is_not_served(authority: str) -> None:
-    """N1: no more of an address or a name of ours than a part is not enough."""
+    """N1: a part of a served address or name is refused."""
     assert not OURS.serves(authority)
 
 
@@ -96,9 +96,9 @@ def post(host: str) -> str:
 
 
 async def test_a_page_with_a_name_of_its_own_is_refused(
-    endpoint: EndpointAddress, station: Station
+    endpoint: EndpointAddress, fake_node: FakeNode
 ) -> None:
-    """N1: DNS rebinding neither publishes nor reads, and the answer names the setting."""
+    """N1: a rebound DNS name can neither publish nor read, and the answer names the setting."""
     refused = await ask(endpoint, post("evil.com"), GOOD)
     assert refused.startswith(b"HTTP/1.1 421 ")
     assert b'"code":"wrong_host"' in refused
@@ -106,16 +106,16 @@ async def test_a_page_with_a_name_of_its_own_is_refused(
     for path in ("/", "/stats", "/openapi.json", "/v1/cache/a", "/v1/explain/a", "/nothing"):
         head = f"GET {path} HTTP/1.1\nHost: evil.com:{endpoint.port}"
         assert (await ask(endpoint, head)).startswith(b"HTTP/1.1 421 ")
-    assert station.published == []
+    assert fake_node.published == []
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:80", "[::1]", socket.gethostname()])
 async def test_our_own_names_publish(
-    endpoint: EndpointAddress, station: Station, host: str
+    endpoint: EndpointAddress, fake_node: FakeNode, host: str
 ) -> None:
-    """N1: this machine by its name, and any address."""
+    """N1: the name of this machine and any IP address are served."""
     assert (await ask(endpoint, post(host), GOOD)).startswith(b"HTTP/1.1 202 ")
-    assert station.published == [GOOD]
+    assert fake_node.published == [GOOD]
 
 
 async def test_names_of_the_settings_are_served(listening: Listening) -> None:
@@ -129,7 +129,7 @@ async def test_names_of_the_settings_are_served(listening: Listening) -> None:
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/startupz", "/healthz", "/metrics"])
 async def test_probes_and_metrics_answer_any_name(endpoint: EndpointAddress, path: str) -> None:
-    """N2: what checks a node need not know its name."""
+    """N2: probes and metrics accept any Host."""
     head = f"GET {path} HTTP/1.1\nHost: evil.com\nConnection: close"
     assert (await ask(endpoint, head)).startswith(b"HTTP/1.1 200 ")
 
@@ -151,26 +151,26 @@ async def test_probes_and_metrics_answer_any_name(endpoint: EndpointAddress, pat
 async def test_a_request_that_http_forbids_is_400(
     endpoint: EndpointAddress, path: str, head: str
 ) -> None:
-    """N3: on every route, and the connection is closed."""
+    """N3: an invalid Host gets a 400 on every route, and the connection is closed."""
     answer = await ask(endpoint, head.format(path=path))
     assert answer.split(b" ")[1] == b"400"
     assert b'"code":"malformed"' in answer
 
 
 async def test_a_chunked_body_of_http_1_0_is_not_read(
-    endpoint: EndpointAddress, station: Station
+    endpoint: EndpointAddress, fake_node: FakeNode
 ) -> None:
-    """N3: two servers could see different ends of it, so it publishes nothing."""
+    """N3: an HTTP/1.0 request with Transfer-Encoding is refused: its end is ambiguous."""
     head = post("localhost").replace("HTTP/1.1", "HTTP/1.0").partition("\nContent-Length")[0]
     chunk = b"%x\r\n" % len(GOOD) + GOOD + b"\r\n0\r\n\r\n"
     answer = await ask(endpoint, head + "\nTransfer-Encoding: chunked", chunk)
     assert answer.startswith(b"HTTP/1.0 400 ")
     assert b"HTTP/1.0 has no Transfer-Encoding" in answer
-    assert station.published == []
+    assert fake_node.published == []
 
 
 async def test_http_1_0_without_a_name_is_served(endpoint: EndpointAddress) -> None:
-    """N3: it is older than Host, and no browser sends it."""
+    """N3: an HTTP/1.0 request without a Host is served."""
     assert b" 200 " in await ask(endpoint, "GET /stats HTTP/1.0\nX: y")
 
 
@@ -188,13 +188,13 @@ async def test_http_1_0_without_a_name_is_served(endpoint: EndpointAddress) -> N
 async def test_a_target_that_is_a_url_names_this_node(
     endpoint: EndpointAddress, target: str, status: bytes
 ) -> None:
-    """N4: the Host beside it does not help."""
+    """N4: a URL as target must name the node, also with a served Host."""
     head = f"GET {target} HTTP/1.1\nHost: localhost\nConnection: close"
     assert (await ask(endpoint, head)).split(b" ")[1] == status
 
 
 async def test_an_open_endpoint_warns(listening: Listening, tmp_path: Path) -> None:
-    """At its start, unless only this machine reaches it, or there is a token."""
+    """The node warns at its start if other machines reach it without a token."""
     token = tmp_path / "token"
     token.write_text("a" * 32)
     warned = []

@@ -1,4 +1,4 @@
-"""Reads over HTTP of values that JSON cannot hold, and of those that it can."""
+"""Reads over HTTP of values that JSON can and cannot hold."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def read(make_node) -> Callable[..., Any]:
     ],
 )  # fmt: skip
 async def test_what_json_can_hold_is_given(read, annotation, value, json, mutable) -> None:
-    """Also where there is a null in it; models by their aliases, as they are published."""
+    """Values with a null, and models by their aliases, are answered as JSON."""
     assert await read(annotation, value, mutable=mutable) == (200, json)
 
 
@@ -106,7 +106,7 @@ async def test_what_json_can_hold_is_given(read, annotation, value, json, mutabl
 async def test_what_json_cannot_hold_is_refused(
     read, annotation, value, problem: str, mutable: bool
 ) -> None:
-    """As 406, which names key, cache and problem; no NaN becomes a null."""
+    """A value that JSON cannot hold is a 406 with key, cache and problem; NaN is not a null."""
     status, body = await read(annotation, value, mutable=mutable)
     assert (status, body["error"]["code"]) == (406, "no_json")
     assert "'row:1' in row" in body["error"]["problem"]
@@ -115,7 +115,7 @@ async def test_what_json_cannot_hold_is_refused(
 
 
 async def test_a_spelling_that_no_call_has_is_refused(make_node) -> None:
-    """As 400: its value would be kept under a key of its own."""
+    """A second spelling of a key is a 400: it would be stored under a key of its own."""
     node = make_node(http=Http(port=0))
 
     @node.cached("rate:{x}", ttl=60)

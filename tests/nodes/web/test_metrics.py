@@ -18,7 +18,7 @@ from support.prometheus import prometheus_on, query
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import EndpointAddress
-    from tests.nodes.web.conftest import Station
+    from tests.nodes.web.conftest import FakeNode
 
 NAMES = {
     "cache": "product",
@@ -30,7 +30,7 @@ NAMES = {
 
 
 def count_everything(instruments: Instruments) -> None:
-    """Have every series that there can be with one cache, sink, limit and route."""
+    """Count every possible series of one cache, sink, limit and route."""
     for owner, name in NAMES.items():
         instruments.declare(owner, name)  # type: ignore[arg-type]
     instruments.add_source(gauges)
@@ -53,10 +53,10 @@ async def scrape(client: aiohttp.ClientSession, accept: str = "text/plain") -> s
 
 
 async def test_what_is_exported_is_the_catalogue(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """I1: every name of the catalogue is exported, with its help and type, and no other."""
-    count_everything(station.instruments)
+    count_everything(fake_node.instruments)
     families = list(text_string_to_metric_families(await scrape(client)))
 
     assert {each.name: each.type for each in families} == {
@@ -67,10 +67,10 @@ async def test_what_is_exported_is_the_catalogue(
 
 
 async def test_promtool_finds_nothing_to_complain_of(
-    client: aiohttp.ClientSession, station: Station, tool: Callable[[str], str]
+    client: aiohttp.ClientSession, fake_node: FakeNode, tool: Callable[[str], str]
 ) -> None:
     """The linter of Prometheus accepts names, types and help of everything exported."""
-    count_everything(station.instruments)
+    count_everything(fake_node.instruments)
     text = await scrape(client)
     done = await anyio.run_process(
         [tool("promtool"), "check", "metrics"], input=text.encode(), check=False
@@ -80,7 +80,7 @@ async def test_promtool_finds_nothing_to_complain_of(
 
 
 async def test_the_scraper_chooses_the_format(client: aiohttp.ClientSession) -> None:
-    """M2: OpenMetrics is given to who asks for it, plain text to everybody else."""
+    """S5: the answer is OpenMetrics if the scraper accepts it, and plain text otherwise."""
     openmetrics = await scrape(client, "application/openmetrics-text; version=1.0.0")
     plain = await scrape(client)
 
@@ -138,7 +138,7 @@ def test_more_labels_than_allowed_become_other() -> None:
 
 
 def test_what_is_declared_again_keeps_its_counts() -> None:
-    """I3: a node that starts a second time goes on counting."""
+    """I3: a node that starts a second time continues its counts."""
     registry = CollectorRegistry()
     instruments = Instruments(registry)
     for _ in range(2):
@@ -170,9 +170,9 @@ def test_a_histogram_counts_a_bound_into_its_own_bucket() -> None:
 
 
 @pytest.fixture
-async def target(endpoint: EndpointAddress, station: Station) -> str:
+async def target(endpoint: EndpointAddress, fake_node: FakeNode) -> str:
     """host:port of an endpoint that counted three writes."""
-    station.instruments.counts["events_processed", "write", "applied"] += 3
+    fake_node.instruments.counts["events_processed", "write", "applied"] += 3
     return f"{endpoint.host}:{endpoint.port}"
 
 

@@ -1,4 +1,4 @@
-"""Request scope in web servers: FastAPI on uvicorn, and aiohttp, asked over the loopback."""
+"""Request scope in web servers: FastAPI on uvicorn, and aiohttp, over the loopback."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from support.eventually import until
 PATIENCE_S = 20.0  #: for whatever has to come; not what is promised
 
 
-class Desk:
-    """What the handlers read: a number that is higher with each read. Some handlers wait here."""
+class Readings:
+    """The value that the handlers read: it rises with each read. Some handlers wait here."""
 
     def __init__(self) -> None:
         self.reads = 0
@@ -86,10 +86,10 @@ async def on_aiohttp(app: web.Application) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-def fastapi_app(desk: Desk) -> FastAPI:
+def fastapi_app(readings: Readings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        desk.afterwards.append(current() is not None)
+        readings.afterwards.append(current() is not None)
         yield
 
     app = FastAPI(lifespan=lifespan)
@@ -97,15 +97,15 @@ def fastapi_app(desk: Desk) -> FastAPI:
 
     @app.get("/twice")
     async def twice() -> list[int]:
-        return await desk.twice()
+        return await readings.twice()
 
     @app.get("/broken")
     async def broken() -> None:
-        raise RuntimeError(f"read {await desk.number()}")
+        raise RuntimeError(f"read {await readings.number()}")
 
     @app.get("/depends")
-    async def depends(checked: int = Depends(desk.number)) -> list[int]:  # noqa: FAST002 - desk is local
-        return [checked, await desk.number()]
+    async def depends(checked: int = Depends(readings.number)) -> list[int]:  # noqa: FAST002 - readings is local
+        return [checked, await readings.number()]
 
     @app.get("/thread")
     def thread() -> bool:
@@ -114,40 +114,40 @@ def fastapi_app(desk: Desk) -> FastAPI:
     @app.get("/background")
     async def background(tasks: BackgroundTasks) -> int:
         async def work() -> None:
-            desk.afterwards.append(current() is not None)
+            readings.afterwards.append(current() is not None)
 
         tasks.add_task(work)
-        return await desk.number()
+        return await readings.number()
 
     @app.get("/stream")
     async def stream() -> StreamingResponse:
         async def lines() -> AsyncIterator[str]:
             for _ in range(3):
-                yield f"{await desk.number()}\n"
+                yield f"{await readings.number()}\n"
 
         return StreamingResponse(lines())
 
     return app
 
 
-def aiohttp_app(desk: Desk) -> web.Application:
+def aiohttp_app(readings: Readings) -> web.Application:
     async def twice(request: web.Request) -> web.Response:
         try:
-            return web.json_response(await desk.twice())
+            return web.json_response(await readings.twice())
         except BaseException:
-            desk.cancelled.set()
+            readings.cancelled.set()
             raise
 
     async def broken(request: web.Request) -> web.Response:
-        raise RuntimeError(f"read {await desk.number()}")
+        raise RuntimeError(f"read {await readings.number()}")
 
     async def missing(request: web.Request) -> web.Response:
-        raise web.HTTPNotFound(text=f"{await desk.number()}")
+        raise web.HTTPNotFound(text=f"{await readings.number()}")
 
     async def socket(request: web.Request) -> web.WebSocketResponse:
         answered = web.WebSocketResponse()
         await answered.prepare(request)
-        await answered.send_json([await desk.number(), await desk.number()])
+        await answered.send_json([await readings.number(), await readings.number()])
         await answered.close()
         return answered
 
@@ -158,29 +158,31 @@ def aiohttp_app(desk: Desk) -> web.Application:
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+def readings() -> Readings:
+    return Readings()
 
 
 @pytest.fixture(autouse=True)
 def none_is_left_open() -> Iterator[None]:
-    """Whatever a request does, its scope is closed in the end."""
+    """After each test all scopes are closed."""
     yield
     assert scope.opened == 0
 
 
 @pytest.fixture
-async def asgi(desk: Desk) -> AsyncIterator[aiohttp.ClientSession]:
-    async with on_uvicorn(fastapi_app(desk)) as url, aiohttp.ClientSession(url) as client:
+async def asgi(readings: Readings) -> AsyncIterator[aiohttp.ClientSession]:
+    async with on_uvicorn(fastapi_app(readings)) as url, aiohttp.ClientSession(url) as client:
         yield client
 
 
 @pytest.fixture(params=["asgi", "aiohttp"])
 async def client(
-    request: pytest.FixtureRequest, desk: Desk
+    request: pytest.FixtureRequest, readings: Readings
 ) -> AsyncIterator[aiohttp.ClientSession]:
     serving: AbstractAsyncContextManager[str] = (
-        on_uvicorn(fastapi_app(desk)) if request.param == "asgi" else on_aiohttp(aiohttp_app(desk))
+        on_uvicorn(fastapi_app(readings))
+        if request.param == "asgi"
+        else on_aiohttp(aiohttp_app(readings))
     )
     async with serving as url, aiohttp.ClientSession(url) as client:
         yield client
@@ -193,9 +195,9 @@ async def body_of(client: aiohttp.ClientSession, path: str) -> Any:
 
 
 async def test_each_request_has_a_scope_of_its_own(
-    client: aiohttp.ClientSession, desk: Desk
+    client: aiohttp.ClientSession, readings: Readings
 ) -> None:
-    """M1: twenty requests at once each read twice, and each sees its first value again."""
+    """M1: twenty concurrent requests read twice, and each sees its first value again."""
     answers: list[list[int]] = []
 
     async def ask() -> None:
@@ -204,63 +206,63 @@ async def test_each_request_has_a_scope_of_its_own(
     async with anyio.create_task_group() as tasks:
         for _ in range(20):
             tasks.start_soon(ask)
-        await desk.until_waiting(20)
+        await readings.until_waiting(20)
         assert scope.opened == 20
-        desk.go_on.set()
+        readings.go_on.set()
 
     assert sorted(answers) == [[number, number] for number in range(1, 21)]
 
 
 async def test_request_that_fails_leaves_no_scope_open(
-    client: aiohttp.ClientSession, desk: Desk
+    client: aiohttp.ClientSession, readings: Readings
 ) -> None:
-    """M3: the error passes as it is, and the next request on the connection reads anew."""
+    """M3: the error passes unchanged, and the next request on the connection reads a new value."""
     for number in (1, 2):
         async with client.get("/broken") as response:
             assert response.status == 500
-        assert desk.reads == number
+        assert readings.reads == number
     await until(lambda: scope.opened == 0)
 
 
 async def test_request_whose_client_has_gone_leaves_no_scope_open(
-    client: aiohttp.ClientSession, desk: Desk
+    client: aiohttp.ClientSession, readings: Readings
 ) -> None:
-    """M3: cancelled, or finished for nobody, the scope is closed."""
+    """M3: after a disconnect the scope is closed, also if the handler finishes."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(body_of, client, "/twice")
-        await desk.until_waiting(1)
+        await readings.until_waiting(1)
         assert scope.opened == 1
         tasks.cancel_scope.cancel()
-    desk.go_on.set()
+    readings.go_on.set()
     await until(lambda: scope.opened == 0)
 
 
-async def test_cancelled_handler_is_cancelled_through_the_scope(desk: Desk) -> None:
-    """M3: aiohttp cancels the handler of a client that has gone, and the scope is closed."""
-    async with on_aiohttp(aiohttp_app(desk)) as url, aiohttp.ClientSession(url) as client:
+async def test_cancelled_handler_is_cancelled_through_the_scope(readings: Readings) -> None:
+    """M3: aiohttp cancels the handler of a disconnected client, and the scope is closed."""
+    async with on_aiohttp(aiohttp_app(readings)) as url, aiohttp.ClientSession(url) as client:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(body_of, client, "/twice")
-            await desk.until_waiting(1)
+            await readings.until_waiting(1)
             tasks.cancel_scope.cancel()
         with anyio.fail_after(PATIENCE_S):
-            await desk.cancelled.wait()
+            await readings.cancelled.wait()
         await until(lambda: scope.opened == 0)
 
 
-async def test_http_error_of_aiohttp_passes(desk: Desk) -> None:
+async def test_http_error_of_aiohttp_passes(readings: Readings) -> None:
     """M3: a response that is raised is the answer."""
     async with (
-        on_aiohttp(aiohttp_app(desk)) as url,
+        on_aiohttp(aiohttp_app(readings)) as url,
         aiohttp.ClientSession(url) as client,
         client.get("/missing") as response,
     ):
         assert (response.status, await response.text()) == (404, "1")
 
 
-async def test_websocket_of_aiohttp_has_no_scope(desk: Desk) -> None:
-    """M2: it may stay open for days, so each read is current."""
+async def test_websocket_of_aiohttp_has_no_scope(readings: Readings) -> None:
+    """M2: a WebSocket may stay open for days, so each of its reads is current."""
     async with (
-        on_aiohttp(aiohttp_app(desk)) as url,
+        on_aiohttp(aiohttp_app(readings)) as url,
         aiohttp.ClientSession(url) as client,
         client.ws_connect("/socket") as socket,
     ):
@@ -268,8 +270,8 @@ async def test_websocket_of_aiohttp_has_no_scope(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan"])
-async def test_what_is_no_request_is_passed_on_as_it_is(desk: Desk, kind: str) -> None:
-    """M2: the application gets the very same three arguments, and no scope."""
+async def test_what_is_no_request_is_passed_on_as_it_is(readings: Readings, kind: str) -> None:
+    """M2: the application gets the same three arguments, and no scope."""
     got: list[object] = []
 
     async def app(*given: object) -> None:
@@ -285,13 +287,13 @@ async def test_what_is_no_request_is_passed_on_as_it_is(desk: Desk, kind: str) -
     assert got == [arriving, receive, send, None]
 
 
-async def test_lifespan_has_no_scope(asgi: aiohttp.ClientSession, desk: Desk) -> None:
-    """M2: the tasks of a node that is started there would keep it for ever."""
-    assert desk.afterwards == [False]
+async def test_lifespan_has_no_scope(asgi: aiohttp.ClientSession, readings: Readings) -> None:
+    """M2: the lifespan has no scope: tasks started in it would keep the scope forever."""
+    assert readings.afterwards == [False]
 
 
 async def test_dependency_and_endpoint_are_one_request(asgi: aiohttp.ClientSession) -> None:
-    """M1: what a check has seen is what the endpoint gets."""
+    """M1: a dependency and the endpoint read the same value."""
     assert await body_of(asgi, "/depends") == [1, 1]
 
 
@@ -307,27 +309,29 @@ async def test_stream_is_one_request(asgi: aiohttp.ClientSession) -> None:
 
 
 async def test_background_task_after_the_answer_has_no_scope(
-    asgi: aiohttp.ClientSession, desk: Desk
+    asgi: aiohttp.ClientSession, readings: Readings
 ) -> None:
-    """M1: it may run for long; what it reads is current."""
+    """M1: a background task has no scope: its reads are current."""
     await body_of(asgi, "/background")
-    await until(lambda: len(desk.afterwards) == 2)
+    await until(lambda: len(readings.afterwards) == 2)
 
-    assert desk.afterwards == [False, False]
+    assert readings.afterwards == [False, False]
 
 
-async def test_scope_reaches_through_a_middleware_with_a_task_of_its_own(desk: Desk) -> None:
+async def test_scope_reaches_through_a_middleware_with_a_task_of_its_own(
+    readings: Readings,
+) -> None:
     """M1: Starlette's BaseHTTPMiddleware runs the application in another task."""
 
     async def reading(request: Any, call_next: Any) -> Any:
         response = await call_next(request)
-        response.headers["X-Number"] = f"{await desk.number()}"
+        response.headers["X-Number"] = f"{await readings.number()}"
         return response
 
-    app = fastapi_app(desk)
+    app = fastapi_app(readings)
     app.add_middleware(BaseHTTPMiddleware, dispatch=reading)
     app.add_middleware(RequestScopeMiddleware)
-    desk.go_on.set()
+    readings.go_on.set()
     async with (
         on_uvicorn(app) as url,
         aiohttp.ClientSession(url) as client,
@@ -336,7 +340,7 @@ async def test_scope_reaches_through_a_middleware_with_a_task_of_its_own(desk: D
         assert (await response.json(), response.headers["X-Number"]) == ([1, 1], "1")
 
 
-async def test_scope_around_is_not_ended_by_the_answer(desk: Desk) -> None:
+async def test_scope_around_is_not_ended_by_the_answer(readings: Readings) -> None:
     """A test, or a gateway, that calls an application in its own scope keeps it."""
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:

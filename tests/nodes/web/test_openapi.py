@@ -1,4 +1,4 @@
-"""GET /openapi.json: that it is OpenAPI, and says what the node does."""
+"""GET /openapi.json is valid OpenAPI, and describes the node's answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def validator(document: dict[str, Any], name: str) -> Draft202012Validator:
 
 
 def faults(document: dict[str, Any]) -> Iterator[str]:
-    """Where it breaks the rules of OpenAPI 3.1 that concern us."""
+    """The violations of the OpenAPI 3.1 rules that Forebay uses."""
     names: list[str] = []
     for path, item in document["paths"].items():
         for method, operation in item.items():
@@ -49,7 +49,7 @@ def faults(document: dict[str, Any]) -> Iterator[str]:
 
 
 def test_the_document_keeps_the_rules() -> None:
-    """Each schema is one of JSON Schema 2020-12, each reference leads somewhere."""
+    """Each schema is valid JSON Schema 2020-12, and each reference resolves."""
     document = described(guarded=True)
     assert document["openapi"] == "3.1.0"
     assert list(faults(document)) == []
@@ -58,7 +58,7 @@ def test_the_document_keeps_the_rules() -> None:
 
 
 def test_a_fault_is_found_when_planted() -> None:
-    """The check above can fail."""
+    """The validation finds planted errors."""
     document = described()
     document["paths"]["/v1/x/{y}"] = {"get": {"operationId": "publish", "responses": {}}}
     document["components"]["schemas"].pop("Granted")
@@ -71,7 +71,7 @@ def test_a_fault_is_found_when_planted() -> None:
 
 
 def test_every_route_of_coordination_has_a_shape() -> None:
-    """O1: and with a token, all that it guards names it."""
+    """O1: each route is described; with a token, the guarded routes require it."""
     assert all((each.method, each.path) in openapi.SHAPES for each in _COORDINATION)
     for path, item in described(guarded=True)["paths"].items():
         for operation in item.values():
@@ -92,14 +92,14 @@ def test_every_route_of_coordination_has_a_shape() -> None:
             {"id": "1"},
         ),
         (
-            "Refusal",
+            "ErrorResponse",
             {"error": {"code": "held", "problem": "p", "field": "", "fix": ""}, "holder": "n"},
             {},
         ),
     ],
 )
 def test_shapes_take_what_the_node_takes(name: str, good: Any, bad: Any) -> None:
-    """And refuse what it refuses."""
+    """The schemas reject the input that the node rejects."""
     shape = validator(described(), name)
     shape.validate(good)
     with pytest.raises(ValidationError):

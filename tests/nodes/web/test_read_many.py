@@ -1,4 +1,4 @@
-"""GET /v1/cache?key=A&key=B: many keys, each with the status that it would have by itself."""
+"""GET /v1/cache?key=A&key=B: many keys, each with the status of a single read."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def target(*keys: str) -> URL:
     return URL(f"/v1/cache?{query}", encoded=True)
 
 
-async def test_each_key_has_its_own_answer(client: aiohttp.ClientSession, station) -> None:
-    """In the order of the query, twice what is asked for twice; the errors are those of one key."""
-    station.values = {
+async def test_each_key_has_its_own_answer(client: aiohttp.ClientSession, fake_node) -> None:
+    """Answers follow the order of the query, with repeated keys; errors are those of one key."""
+    fake_node.values = {
         "product:1": VALUE,
         "product:2": IMPORTED,
         "product:gone": ABSENT,
         "product:broken": LoaderError("product", "product:broken", "password=hunter2"),
         "product:away": Unavailable("it is away"),
     }
-    keys = [*station.values, "nobody:1", "product:1"]
+    keys = [*fake_node.values, "nobody:1", "product:1"]
     async with client.get(target(*keys)) as response:
         assert response.status == 200
         told = (await response.json())["keys"]
@@ -77,30 +77,30 @@ async def test_each_key_has_its_own_answer(client: aiohttp.ClientSession, statio
 async def test_a_query_that_cannot_be_is_400(
     client: aiohttp.ClientSession, query: str, code: str
 ) -> None:
-    """None, too many, or no keys: the field is named, and nothing is read."""
+    """Missing, too many or invalid keys: the error names the field, and nothing is read."""
     async with client.get(URL(f"/v1/cache?{query}", encoded=True)) as response:
         error = (await response.json())["error"]
         assert (response.status, error["code"], error["field"]) == (400, code, "key")
 
 
-async def test_a_plus_is_a_plus(client: aiohttp.ClientSession, station) -> None:
-    """The query decodes as the path does."""
-    station.values = {"product:a+b": VALUE}
+async def test_a_plus_is_a_plus(client: aiohttp.ClientSession, fake_node) -> None:
+    """The query is decoded like the path."""
+    fake_node.values = {"product:a+b": VALUE}
     async with client.get(URL("/v1/cache?key=product:a+b&key=product%3Aa%2Bb", encoded=True)) as it:
         assert [each["status"] for each in (await it.json())["keys"]] == [200, 200]
 
 
-async def test_an_answer_is_bounded(client: aiohttp.ClientSession, station) -> None:
-    """Values beyond the bound are refused by name, smaller ones after them are not; counted."""
+async def test_an_answer_is_bounded(client: aiohttp.ClientSession, fake_node) -> None:
+    """A value beyond the bound is refused and counted; a smaller one after it is served."""
     big = Read(
         json=b'"' + b"x" * (BYTES_MAX // 2) + b'"', tier="near", age_ms=1, stale=False, version=1
     )
-    station.values = {"product:1": big, "product:2": big, "product:3": IMPORTED}
-    async with client.get(target(*station.values)) as response:
+    fake_node.values = {"product:1": big, "product:2": big, "product:3": IMPORTED}
+    async with client.get(target(*fake_node.values)) as response:
         told = (await response.json())["keys"]
     assert [each["status"] for each in told] == [200, 413, 200]
     assert told[1]["error"]["fix"] == "request fewer keys at once"
-    assert station.instruments.counts["limit_reached", "http_read_bytes"] == 1
+    assert fake_node.instruments.counts["limit_reached", "http_read_bytes"] == 1
 
 
 async def test_a_node_loads_what_it_lacks_in_one_batch(make_node) -> None:

@@ -1,4 +1,4 @@
-"""Reads, stats, the index, and what every answer has in common."""
+"""Reads, stats, the index, and the common headers of all answers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import EndpointAddress
-    from tests.nodes.web.conftest import Listening, Station
+    from tests.nodes.web.conftest import FakeNode, Listening
 
 VALUE = Read(json=b'{"name":"tea"}', tier="near", age_ms=12, stale=True, version=1_700)
 ABSENT = Read(json=b"null", tier="shared", age_ms=1, stale=False, version=9, negative=True)
 
 
 async def test_a_value_comes_with_its_story(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """The body is the value alone; tier, age, staleness and version are headers."""
-    station.values["product:1"] = VALUE
+    fake_node.values["product:1"] = VALUE
     async with client.get("/v1/cache/product:1") as response:
         assert (response.status, await response.json()) == (200, {"name": "tea"})
         told = {k: v for k, v in response.headers.items() if k.startswith("X-Forebay")}
@@ -52,10 +52,10 @@ async def test_a_value_comes_with_its_story(
     ],
 )
 async def test_a_read_that_gives_nothing_says_why(
-    client: aiohttp.ClientSession, station: Station, path: str, status: int, code: str
+    client: aiohttp.ClientSession, fake_node: FakeNode, path: str, status: int, code: str
 ) -> None:
-    """Each reason has its status and its stable code; none tells what is inside."""
-    station.values = {
+    """Each error has its status and its stable code; none reveals internals."""
+    fake_node.values = {
         "product:gone": ABSENT,
         "product:broken": LoaderError("product", "product:broken", "password=hunter2"),
         "product:away": Disconnected("hunter2"),
@@ -70,31 +70,31 @@ async def test_a_read_that_gives_nothing_says_why(
 
 
 async def test_a_key_is_percent_decoded_once(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
-    """A key that holds an escape, or a slash, is reached by escaping it."""
-    station.values = {"product:a%3Ab/c": VALUE}
+    """A key with a percent sign or a slash is reached by encoding it."""
+    fake_node.values = {"product:a%3Ab/c": VALUE}
     for path in ("product:a%253Ab/c", "product%3Aa%253Ab%2Fc"):
         url = URL(f"/v1/cache/{path}", encoded=True)
         async with client.get(url) as response:
             assert response.status == 200
 
 
-async def test_stats_are_the_nodes_own(client: aiohttp.ClientSession, station: Station) -> None:
-    """The object names the instance and the namespace, and has what the node gives."""
+async def test_stats_are_the_nodes_own(client: aiohttp.ClientSession, fake_node: FakeNode) -> None:
+    """The object names the instance and the namespace, and has the node's fields."""
     async with client.get("/stats") as response:
         body = await response.json()
 
     assert (body["instance"], body["namespace"]) == ("node-1", "shop")
     assert body["keys"] == {"entries": 3}
 
-    station.failure = Disconnected("gone")
+    fake_node.failure = Disconnected("gone")
     async with client.get("/stats") as response:
         assert response.status == 503
 
 
 async def test_the_index_lists_routes_that_work(client: aiohttp.ClientSession) -> None:
-    """GET / is true: each route without a parameter that it lists answers."""
+    """Each route without a parameter that GET / lists answers."""
     async with client.get("/") as response:
         routes = (await response.json())["routes"]
 
@@ -108,7 +108,7 @@ async def test_the_index_lists_routes_that_work(client: aiohttp.ClientSession) -
 
 
 async def test_every_answer_is_guarded_and_counted_by_its_template(
-    client: aiohttp.ClientSession, station: Station
+    client: aiohttp.ClientSession, fake_node: FakeNode
 ) -> None:
     """S2: labels are route templates: a thousand paths make one series."""
     for path in ("/livez", "/v1/cache/a", "/v1/cache/b", "/nothing", "/nothing/else"):
@@ -119,7 +119,7 @@ async def test_every_answer_is_guarded_and_counted_by_its_template(
         assert response.headers["Allow"] == "POST"
         assert (await response.json())["error"]["code"] == "method_not_allowed"
 
-    counts = station.instruments.counts
+    counts = fake_node.instruments.counts
     counted = {key[1:]: n for key, n in counts.items() if key[0] == "http_requests" and n}
     assert counted == {
         ("/livez", "2xx"): 1,
@@ -139,7 +139,7 @@ async def test_a_browsers_page_cannot_publish(client: aiohttp.ClientSession) -> 
 async def test_a_port_in_use_names_the_setting(
     endpoint: EndpointAddress, listening: Listening
 ) -> None:
-    """The error says what is set, and how to get out of it."""
+    """The error has the setting, its value and the fix."""
     with pytest.raises(ConfigError) as caught:
         async with listening(Http(port=endpoint.port)):
             pytest.fail("it listened on a port in use")
@@ -150,7 +150,7 @@ async def test_a_port_in_use_names_the_setting(
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 async def test_a_host_that_is_not_ours_names_the_setting(listening: Listening, host: str) -> None:
-    """An address of another machine is a wrong http.host."""
+    """An address of another machine is an invalid http.host."""
     with pytest.raises(ConfigError) as caught:
         async with listening(Http(host=host, port=0)):
             pytest.fail("it listened on another machine's address")

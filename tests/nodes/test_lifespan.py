@@ -20,7 +20,7 @@ MakeNode = Callable[..., forebay.Node]
 
 
 async def until_it_owns_all(node: forebay.Node) -> None:
-    """Four shards and the ingress stream: from then on a drain is about all of them."""
+    """Wait until one node owns four shards and the ingress stream."""
     assert node._parts.crew is not None
     with anyio.fail_after(30):
         while len(node._parts.crew.ownership.tenures) < 5:
@@ -32,7 +32,7 @@ async def squared(id: int) -> int:
 
 
 async def test_nothing_works_before_the_start(make_node: MakeNode) -> None:
-    """Each way to use a node or its caches says that it is not running."""
+    """Each call of a node or its caches raises an error that the node is not running."""
     node = make_node()
     cached = node.cached("a:{id}", ttl=60)(squared)
     uses: list[Callable[[], Awaitable[object]]] = [
@@ -56,7 +56,7 @@ async def test_nothing_works_before_the_start(make_node: MakeNode) -> None:
 
 
 async def test_same_node_starts_again(make_node: MakeNode, valkey_server: ValkeyServer) -> None:
-    """I3: after its stop a node starts anew, with an empty near cache and the shared tier."""
+    """I3: a stopped node starts again, with an empty near cache and the shared tier."""
     node = make_node()
     loads: list[int] = []
 
@@ -88,7 +88,7 @@ async def _until_nobody_is_connected(server: ValkeyServer, instances: set[str]) 
 
 
 async def test_second_start_is_refused_and_harms_nothing(make_node: MakeNode) -> None:
-    """I3: started twice, one after the other or at once, the first start is the one that counts."""
+    """I3: a second start raises an error, in sequence or concurrently, and the first one counts."""
     node = make_node()
     outcomes: list[str] = []
 
@@ -114,7 +114,7 @@ async def test_second_start_is_refused_and_harms_nothing(make_node: MakeNode) ->
 async def test_start_that_fails_leaves_nothing_behind(
     make_node: MakeNode, make_server: MakeServer
 ) -> None:
-    """The second try works as if there had been no first."""
+    """After a failed start the node starts normally."""
     server = make_server()
     valkey = Valkey(url=server.socket_url, startup_timeout_ms=100, connect_timeout_ms=100)
     node = make_node(valkey=valkey)
@@ -133,7 +133,7 @@ async def test_start_that_fails_leaves_nothing_behind(
 async def test_user_without_a_right_is_told_at_the_start(
     make_node: MakeNode, make_server: MakeServer
 ) -> None:
-    """U5: a command that will be needed and is refused is a StartupError, not a silent wait."""
+    """U5: a required command that the server refuses is a StartupError, not a silent wait."""
     server = make_server(
         acl=["user default on nopass ~* &* +@all", "user weak on >pw ~* &* +@all -xread"]
     )
@@ -152,7 +152,7 @@ class Oops(Exception):
 async def test_exception_of_the_body_comes_out_as_itself(
     make_node: MakeNode, kind: type[BaseException]
 ) -> None:
-    """I5: not in a group, not another one; and the node has drained and stopped."""
+    """I5: the error of the body is raised unchanged, after the drain and the stop."""
     node = make_node(workers=WorkerSettings(enabled=True))
     raised = kind("x")
     with pytest.raises(kind) as caught:
@@ -166,7 +166,7 @@ async def test_exception_of_the_body_comes_out_as_itself(
 
 @pytest.fixture(params=["scope", "task"])
 def cancelled_body(request: pytest.FixtureRequest) -> Callable[[forebay.Node], Awaitable[None]]:
-    """Runs a node whose body is cancelled: by a scope of anyio, or as a task of asyncio."""
+    """Run a node whose body is cancelled, by an anyio scope or as an asyncio task."""
 
     async def by_scope(node: forebay.Node) -> None:
         with anyio.CancelScope() as scope:
@@ -197,7 +197,7 @@ def cancelled_body(request: pytest.FixtureRequest) -> Callable[[forebay.Node], A
 async def test_cancelled_body_still_drains(
     make_node: MakeNode, cancelled_body: Callable[[forebay.Node], Awaitable[None]]
 ) -> None:
-    """I5, H2: what was accepted is in the sink, and the stop hook has run to its end."""
+    """I5, H2: accepted writes are in the sink, and the stop hook has completed."""
     node = make_node(workers=WorkerSettings(flush_delay_ms=200))
     cached = node.cached("a:{id}", ttl=60)(squared)
     sunk: list[int] = []
@@ -222,7 +222,7 @@ async def test_cancelled_body_still_drains(
 
 
 async def test_cancelled_start_leaves_nothing_behind(make_node: MakeNode) -> None:
-    """A start may be given up at any await: the node can be started again."""
+    """A start may be cancelled at any await: the node can be started again."""
     node = make_node(workers=WorkerSettings(enabled=True))
     cached = node.cached("a:{id}", ttl=60)(squared)
     for at in range(0, 60, 3):
@@ -243,7 +243,7 @@ async def _cancel_after(scope: anyio.CancelScope, turns: int) -> None:
 
 
 async def test_drain_happens_once(make_node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    """U3: asked for by several and again by the end of the block, there is one drain."""
+    """U3: several callers and the end of the block share one drain."""
     node = make_node(workers=WorkerSettings(enabled=True))
     drains: list[None] = []
     async with node:
@@ -264,7 +264,7 @@ async def test_drain_happens_once(make_node: MakeNode, monkeypatch: pytest.Monke
 
 
 async def test_drain_is_not_cut_short_by_who_asked(make_node: MakeNode) -> None:
-    """U3: cancelling the task that drains does not: what was under way is finished."""
+    """U3: cancelling the draining task does not interrupt the drain."""
     node = make_node()
     cached = node.cached("a:{id}", ttl=60)(squared)
     sunk: list[str] = []
@@ -286,7 +286,7 @@ async def test_drain_is_not_cut_short_by_who_asked(make_node: MakeNode) -> None:
 async def test_worker_that_fails_ends_the_node(
     make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """L3, U3: a fault of ours is not hidden, nor is there a drain without workers to do it."""
+    """L3, U3: a fault of the node is raised, and there is no drain without workers."""
     node = make_node(workers=WorkerSettings(enabled=True, drain_ms=600_000))
 
     @node.sink("a:{id}")
@@ -309,7 +309,7 @@ async def _fail() -> None:
 
 
 async def test_failing_worker_does_not_hide_what_the_body_raises(make_node: MakeNode) -> None:
-    """L4: the body was ending with an error of its own: that comes out, the fault is logged."""
+    """L4: the body's own error is raised, and the fault is logged."""
     node = make_node()
     with capture_logs() as lines, pytest.raises(ZeroDivisionError):
         async with node:
@@ -322,7 +322,7 @@ async def test_failing_worker_does_not_hide_what_the_body_raises(make_node: Make
 
 
 async def test_second_cancellation_cuts_the_drain_short(make_node: MakeNode) -> None:
-    """L1: a task that is cancelled again while its node drains ends soon, and leaves nothing."""
+    """L1: a second cancellation during the drain ends the task soon, and leaves nothing behind."""
     node = make_node(workers=WorkerSettings(drain_ms=60_000))
     cached = node.cached("a:{id}", ttl=60)(squared)
     reached, begun = anyio.Event(), anyio.Event()
@@ -352,10 +352,10 @@ async def test_second_cancellation_cuts_the_drain_short(make_node: MakeNode) -> 
 
 
 class Gone:
-    """The logger of an application whose reader went away."""
+    """A logger whose stream raises."""
 
     def msg(self, line: str) -> None:
-        if "node." in line:  # those between a start and its end
+        if "node." in line:  # the lines during a start or stop
             raise BrokenPipeError
 
     info = debug = warning = error = msg
@@ -364,7 +364,7 @@ class Gone:
 async def test_logging_that_fails_neither_stops_a_start_nor_spoils_an_end(
     make_node: MakeNode,
 ) -> None:
-    """The application has configured it so that it raises."""
+    """A logger that raises does not break a start or stop."""
     node = make_node()
     structlog.configure(logger_factory=lambda *_: Gone(), cache_logger_on_first_use=False)
     async with node:

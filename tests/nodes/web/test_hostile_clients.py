@@ -1,4 +1,4 @@
-"""Hostile clients: malformed, silent, slow, too many, too big."""
+"""Hostile clients: malformed input, silence, slow sending, too many connections, large bodies."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from anyio.abc import SocketStream, TaskGroup
 from structlog.testing import capture_logs
 
 from forebay.coordinator.clock import SystemClock
-from forebay.nodes.web import bodies
+from forebay.nodes.web import server
 from forebay.nodes.web.protocols import Read
 from forebay.nodes.web.server import serve
 from forebay.schemas.settings import Http
 
 if TYPE_CHECKING:
     from forebay.nodes.web.server import EndpointAddress
-    from tests.nodes.web.conftest import Listening, Station
+    from tests.nodes.web.conftest import FakeNode, Listening
 
 GOOD = b'{"type":"invalidate","keys":["a"]}'
 PROBE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -59,7 +59,7 @@ async def connected(address: EndpointAddress) -> AsyncIterator[SocketStream]:
 
 
 async def until_closed(stream: SocketStream) -> bytes:
-    """All that still comes; returns when the other side has closed."""
+    """Read until the other side has closed."""
     received = b""
     try:
         while True:
@@ -81,9 +81,9 @@ async def is_served(address: EndpointAddress) -> bool:
 
 @pytest.mark.parametrize("name", MALFORMED)
 async def test_what_is_no_http_gets_400_and_no_traceback(
-    endpoint: EndpointAddress, station: Station, name: str
+    endpoint: EndpointAddress, fake_node: FakeNode, name: str
 ) -> None:
-    """G4: one 400, closed, one line at debug level without what was sent; others are served."""
+    """G4: malformed input gets one 400 and one debug line without its bytes; others are served."""
     with capture_logs() as logs:
         answer = await answered(endpoint, MALFORMED[name])
 
@@ -93,7 +93,7 @@ async def test_what_is_no_http_gets_400_and_no_traceback(
     assert b"nosniff" in answer
     assert [(each["event"], each["log_level"]) for each in logs] == [("http.malformed", "debug")]
     assert set(logs[0]) == {"event", "log_level", "remote", "fault"}
-    assert station.instruments.counts["http_requests", "malformed", "4xx"] == 1
+    assert fake_node.instruments.counts["http_requests", "malformed", "4xx"] == 1
     assert await is_served(endpoint)
 
 
@@ -101,7 +101,7 @@ async def test_what_is_no_http_gets_400_and_no_traceback(
 async def test_a_body_that_breaks_half_way_gets_400_and_no_traceback(
     endpoint: EndpointAddress, tail: bytes
 ) -> None:
-    """G4 holds while the handler is reading the body, too."""
+    """G4 also holds while the handler reads the body."""
     with capture_logs() as logs:
         async with connected(endpoint) as stream:
             await stream.send(CHUNKED.replace(b"Connection", b"Expect: 100-continue\r\nConnection"))
@@ -116,9 +116,9 @@ async def test_a_body_that_breaks_half_way_gets_400_and_no_traceback(
 
 
 async def test_who_hangs_up_half_way_leaves_no_trace(
-    endpoint: EndpointAddress, station: Station
+    endpoint: EndpointAddress, fake_node: FakeNode
 ) -> None:
-    """A client that goes away in the middle of its body is nobody's error."""
+    """A client that disconnects in the middle of its body causes no error."""
     with capture_logs() as logs:
         async with connected(endpoint) as stream:
             await stream.send(POST + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n")
@@ -126,14 +126,14 @@ async def test_who_hangs_up_half_way_leaves_no_trace(
         assert await is_served(endpoint)
 
     assert {each["log_level"] for each in logs} <= {"debug"}
-    assert station.published == []
+    assert fake_node.published == []
 
 
 @pytest.mark.parametrize("start", [b"", b"G", PROBE[:-2], PROBE + b"GET /li"])
 async def test_headers_that_do_not_come_close_the_connection(
-    listening: Listening, station: Station, start: bytes
+    listening: Listening, fake_node: FakeNode, start: bytes
 ) -> None:
-    """G1: silent from the start, and stopped half-way, are the same."""
+    """G1: a silent connection and one with half of its headers are both closed."""
     http = Http(port=0, header_timeout_ms=200)
     async with listening(http) as address, connected(address) as stream:
         if start.startswith(PROBE):
@@ -141,11 +141,11 @@ async def test_headers_that_do_not_come_close_the_connection(
             assert (await stream.receive()).startswith(b"HTTP/1.1 200")
         await stream.send(start.removeprefix(PROBE))
         assert await until_closed(stream) == b""
-    assert station.instruments.counts["limit_reached", "http_headers"] == 1
+    assert fake_node.instruments.counts["limit_reached", "http_headers"] == 1
 
 
 async def test_dripping_headers_do_not_gain_time(listening: Listening) -> None:
-    """G1: the deadline counts from the first byte, however many follow."""
+    """G1: the deadline counts from the first byte."""
     http = Http(port=0, header_timeout_ms=300)
     async with listening(http) as address, connected(address) as stream:
 
@@ -163,9 +163,9 @@ async def test_dripping_headers_do_not_gain_time(listening: Listening) -> None:
 
 
 async def test_good_clients_are_served_beside_200_slow_ones(
-    listening: Listening, station: Station
+    listening: Listening, fake_node: FakeNode
 ) -> None:
-    """Slow connections cost nobody else anything, and all of them are closed in the end."""
+    """Slow connections do not delay other clients, and all of them are closed."""
     closed = 0
 
     async def be_slow(address: EndpointAddress, number: int) -> None:
@@ -184,8 +184,8 @@ async def test_good_clients_are_served_beside_200_slow_ones(
         assert closed == 200
 
 
-async def test_silent_connections_make_room(listening: Listening, station: Station) -> None:
-    """G2: at the limit the longest-waiting connection goes, so a probe still gets through."""
+async def test_silent_connections_make_room(listening: Listening, fake_node: FakeNode) -> None:
+    """G2: at the limit the longest-waiting connection is closed, so a probe is still served."""
     http = Http(port=0, connections_max=5, header_timeout_ms=60_000)
     async with listening(http) as address:
         streams = [await anyio.connect_tcp(address.host, address.port) for _ in range(20)]
@@ -193,11 +193,13 @@ async def test_silent_connections_make_room(listening: Listening, station: Stati
         assert await until_closed(streams[0]) == b""
         for stream in streams:
             await stream.aclose()
-    assert station.instruments.counts["limit_reached", "http_connections"] >= 15
+    assert fake_node.instruments.counts["limit_reached", "http_connections"] >= 15
 
 
-async def test_connections_at_work_are_not_given_up(listening: Listening, station: Station) -> None:
-    """G2: when all connections are at work, a new one is told to come again."""
+async def test_connections_at_work_are_not_given_up(
+    listening: Listening, fake_node: FakeNode
+) -> None:
+    """G2: when all connections are busy, a new one gets a 503 with Retry-After."""
     http = Http(port=0, connections_max=2, body_timeout_ms=60_000)
     async with (
         listening(http) as address,
@@ -217,7 +219,7 @@ async def test_connections_at_work_are_not_given_up(listening: Listening, statio
 
 
 async def test_a_slow_body_is_408(listening: Listening) -> None:
-    """A body has its own deadline, from when its request was complete."""
+    """A body has its own deadline, from the end of its headers."""
     async with listening(Http(port=0, body_timeout_ms=200)) as address:
         answer = await answered(address, POST + b"Content-Length: 50\r\n\r\n{")
         assert answer.startswith(b"HTTP/1.1 408 ")
@@ -234,7 +236,7 @@ async def test_a_slow_body_is_408(listening: Listening) -> None:
     ids=["announced", "small_chunks", "one_chunk"],
 )
 async def test_a_body_over_the_limit_is_413(endpoint: EndpointAddress, sent: bytes) -> None:
-    """However it is sent, a body ends at the limit, and the next request is served."""
+    """A body is refused at the limit, chunked or not; the next request is served."""
     async with connected(endpoint) as stream:
         with anyio.move_on_after(5):
             with suppress(anyio.BrokenResourceError):
@@ -254,20 +256,20 @@ async def test_a_body_over_the_limit_is_413(endpoint: EndpointAddress, sent: byt
     ids=["one_byte_chunks", "long_extension"],
 )
 async def test_odd_chunks_are_the_same_body(
-    endpoint: EndpointAddress, station: Station, body: bytes
+    endpoint: EndpointAddress, fake_node: FakeNode, body: bytes
 ) -> None:
-    """How a body is cut does not change it."""
+    """A body is the same for any split into packets."""
     answer = await answered(endpoint, CHUNKED + body)
 
     assert answer.startswith(b"HTTP/1.1 202 ")
-    assert station.published == [GOOD]
+    assert fake_node.published == [GOOD]
 
 
 async def test_bodies_together_have_a_limit(
-    listening: Listening, station: Station, monkeypatch: pytest.MonkeyPatch
+    listening: Listening, fake_node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """I2: what is held for unfinished bodies is bounded, and given back when they end."""
-    monkeypatch.setattr(bodies, "ALL_BYTES_MAX", 0)
+    """B2: the bytes of unfinished bodies are bounded, and released when they end."""
+    monkeypatch.setattr(server, "ALL_BYTES_MAX", 0)
     http = Http(port=0, body_bytes_max=100_000)
     head = POST + b"Content-Length: 90000\r\n\r\n"
     replies: list[bytes] = []
@@ -291,21 +293,21 @@ async def _first_reply(stream: SocketStream, replies: list[bytes], tasks: TaskGr
     tasks.cancel_scope.cancel()
 
 
-async def test_who_does_not_read_is_cut_off(listening: Listening, station: Station) -> None:
-    """G3: an answer that nobody takes does not stay in memory."""
+async def test_who_does_not_read_is_cut_off(listening: Listening, fake_node: FakeNode) -> None:
+    """G3: an unread answer does not stay in memory."""
     huge = b'"' + b"x" * 30_000_000 + b'"'
-    station.values["a"] = Read(json=huge, tier="near", age_ms=0, stale=False, version=1)
+    fake_node.values["a"] = Read(json=huge, tier="near", age_ms=0, stale=False, version=1)
     async with listening(Http(port=0, body_timeout_ms=200)) as address:
         with socket.create_connection((address.host, address.port)) as lazy:
             lazy.sendall(PROBE.replace(b"/livez", b"/v1/cache/a"))
             with anyio.fail_after(20):
-                while not station.instruments.counts["limit_reached", "http_unread_answer"]:
+                while not fake_node.instruments.counts["limit_reached", "http_unread_answer"]:
                     await anyio.sleep(0.05)
             assert await is_served(address)
 
 
-async def test_a_handler_that_hangs_does_not_hold_up_the_stop(station: Station) -> None:
-    """S1: the endpoint stops within its bound, and cuts off what is still under way."""
+async def test_a_handler_that_hangs_does_not_hold_up_the_stop(fake_node: FakeNode) -> None:
+    """S1: the endpoint stops within its bound, and cuts off running requests."""
     asked = anyio.Event()
 
     async def hang() -> dict[str, object]:
@@ -313,15 +315,15 @@ async def test_a_handler_that_hangs_does_not_hold_up_the_stop(station: Station) 
         await anyio.sleep_forever()
         return {}
 
-    station.stats = hang  # type: ignore[method-assign]
+    fake_node.stats = hang  # type: ignore[method-assign]
     clock, random, http = SystemClock(), Random(1), Http(port=0)
     with anyio.fail_after(20):
         async with (
             anyio.create_task_group() as tasks,
             serve(
-                station,
+                fake_node,
                 http,
-                instruments=station.instruments,
+                instruments=fake_node.instruments,
                 event_bytes_max=1_000,
                 clock=clock,
                 random=random,

@@ -1,4 +1,4 @@
-"""The record of a namespace outlives FLUSHALL, and its keys are counted beside the database's."""
+"""The metadata of a namespace is restored after FLUSHALL, and its keys are counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.eventually import until
 
 @pytest.fixture
 def own_server(make_server):
-    """A server of the test's own, since it is flushed."""
+    """A server of its own, since the test flushes it."""
     return make_server()
 
 
@@ -36,7 +36,7 @@ async def test_the_record_is_written_again_after_a_flush(make_node, own_server, 
 
 
 async def test_marks_begin_again_after_a_flush(make_node, own_server) -> None:
-    """B2: what another service stores after the flush is used, unless it was invalidated since."""
+    """B2: a value that another service stores after the flush is used, unless invalidated since."""
     node = make_node(valkey=Valkey(url=own_server.socket_url))
 
     @node.cached("product:{id}", ttl=60, legacy_key="v1:product:{id}")
@@ -56,7 +56,7 @@ async def test_marks_begin_again_after_a_flush(make_node, own_server) -> None:
 async def test_a_namespace_that_is_born_anew_with_other_shards_is_told(
     make_node, own_server
 ) -> None:
-    """B2: the node is not ready and says why, until the record is as it was."""
+    """B2: the node is not ready and reports why, until the metadata matches again."""
     async with make_node(valkey=Valkey(url=own_server.socket_url)) as node:
         names = node._parts.names
 
@@ -73,7 +73,7 @@ async def test_a_namespace_that_is_born_anew_with_other_shards_is_told(
 
 
 async def test_stats_count_the_keys_of_the_namespace(make_node, own_server) -> None:
-    """N1: exactly in a small database, whatever else is in it; N2: kept for a while."""
+    """B3: the count is exact in a small database, with other keys in it; B4: it is reused."""
     for number in range(50):
         own_server.execute("SET", f"other:{number}", 1)
     async with make_node(valkey=Valkey(url=own_server.socket_url)) as node:
@@ -90,7 +90,7 @@ async def test_stats_count_the_keys_of_the_namespace(make_node, own_server) -> N
 
 
 async def test_keys_of_a_large_database_are_estimated(own_server, make_node) -> None:
-    """N1: a bounded number of pages is read, and the share in them is taken for that of all."""
+    """B3: a bounded number of pages is read, and their share is extrapolated to all keys."""
     key = "(n % 4 == 0 and '{big:00}:e0:' or 'x:') .. n"
     script = f"for n = 1, ARGV[1] do redis.call('SET', {key}, 1) end"
     every = 2 * PAGES_MAX * PAGE_KEYS
@@ -111,7 +111,7 @@ async def test_keys_of_a_large_database_are_estimated(own_server, make_node) -> 
 
 
 async def test_without_the_right_to_scan_there_is_no_count(make_node, own_server) -> None:
-    """N3: the rest of /stats is there."""
+    """B5: without the right to SCAN, the rest of /stats is complete."""
     own_server.execute("ACL", "SETUSER", "few", "on", ">pw", "~*", "&*", "+@all", "-scan")
     valkey = Valkey(url=own_server.socket_url, username="few", password="pw")  # type: ignore[arg-type]
     async with make_node(valkey=valkey) as node:
