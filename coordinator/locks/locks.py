@@ -37,9 +37,9 @@ from ..clock import Clock
 from ..instruments import Instruments
 from ..log.replication import Confirms
 from ..stalls import Stalls
+from ..valkey.dialer import read_info
 from ..valkey.link import Commands
 from ..valkey.scripting import Scripts
-from ..valkey.server_info import read_info
 from .acquire import Acquisitions
 from .guards import Guards
 from .handles import LockHandle, LockOptions, LockSource, ReadWriteLock, Semaphore

@@ -51,9 +51,9 @@ from ...schemas.replies import WHOLE_MAX, digits, field_map
 from ..clock import Clock
 from ..instruments import Instruments
 from ..log_once import LogOnce
+from ..valkey.dialer import ASK_HISTORY, history_of
 from ..valkey.link import Arg, Commands, Reply
 from ..valkey.scripting import Call, Scripts, granted, load_scripts, run_many
-from ..valkey.server_info import ASK_HISTORY, history_of
 from .shard_view import ShardView
 
 __all__ = ["Follower", "FollowerStatistics", "ResetReason", "ShardView"]

@@ -34,8 +34,8 @@ from ...schemas.errors import ForebayError, Unavailable, Unconfirmed
 from ...schemas.replies import integer
 from ..clock import Clock
 from ..log_once import LogOnce
+from ..valkey.dialer import ASK_HISTORY
 from ..valkey.link import Commands
-from ..valkey.server_info import ASK_HISTORY
 
 __all__ = ["Confirms", "Connection", "Replication"]
 

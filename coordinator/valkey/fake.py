@@ -1,12 +1,18 @@
-"""fakeredis behind the face of the link: for trying out, never for work.
+"""fakeredis behind the interfaces of ``Link`` and ``PubSub``: for trials and tests only.
 
-I1  Commands run at once and in the order of the calls; each is whole before the next.
-I2  Errors are those of the link: ServerRefused with the server's code, Disconnected while
-    ``server.connected`` is false (so that an outage can be played).
-I3  Nodes of one process that use the same name have the same data; no other process has.
-    The data go when the last of them has ended.
+I1  Commands run at once and in the order of the calls. Each one completes before the next.
+I2  Errors are those of the link: ServerRefused with the server's code, and Disconnected while
+    ``server.connected`` is false (to simulate an outage).
+I3  Nodes of one process that use the same name share the same data; other processes do not. The
+    data are deleted when the last of these nodes ends.
 
-There are no deadlines, since nothing is waited for, and no breaker that could open.
+There are no deadlines, since no call waits, and no breaker that could open.
+
+P1  ``live`` means that the fake server has confirmed all requested subscriptions.
+P2  While ``server.connected`` is false, ``live`` is false. When it is true again, the channels are
+    subscribed again. Messages sent in between are lost, as with a real server.
+P3  Messages reach every listener synchronously, in the order in which they arrived.
+
 fakeredis is imported when the first server is made.
 """
 
@@ -15,7 +21,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -28,18 +34,17 @@ from valkey import exceptions as foreign
 from ...schemas.errors import Disconnected, ServerRefused, StartupError, Unavailable
 from ...schemas.extras import pip_install
 from .breaker import Breaker
+from .dialer import ASK_HISTORY
 from .link import LinkStatistics
-from .listeners import Listeners
-from .server_info import ASK_HISTORY
+from .pubsub import PubSubStatistics
 from .shareable import BLOCKING_READS, GUARDED, check_shareable
-from .waiting import Arg, Reply
+from .waiting import Arg, Listeners, Reply
 
 if TYPE_CHECKING:
     from fakeredis import FakeServer
 
-__all__ = ["FakeLink", "fake_run_id", "shared_server", "used_server", "users_of"]
 
-_LOOK_S = 0.005  # how often a read that blocks looks again
+_READ_POLL_S = 0.005  # interval at which a blocking read looks again
 _servers: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _run_ids: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 _users: Counter[str] = Counter()
@@ -132,7 +137,7 @@ class FakeLink:
         reply = self._execute([*args[:at], *args[at + 2 :]])
         with anyio.move_on_after(block_s or None):
             while reply is None and at < len(words):
-                await anyio.sleep(_LOOK_S)
+                await anyio.sleep(_READ_POLL_S)
                 reply = self._execute([*args[:at], *args[at + 2 :]])
         await anyio.lowlevel.checkpoint()
         return reply
@@ -262,3 +267,156 @@ def _refused(error: foreign.ResponseError, command: str) -> ServerRefused:
     code, _, rest = text.partition(" ")
     known = code.isupper() and code.isalpha() and len(code) > 1
     return ServerRefused(code if known else "ERR", rest if known else text, command)
+
+
+_RETRY_S = 0.02
+_OUTAGE_POLL_S = 0.1  # delay until a simulated outage is noticed
+
+
+class FakePubSub:
+    """A ``PubSub`` whose server is in this process."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self._server = server
+        self._wanted: dict[bytes, None] = {}
+        self._confirmed: set[bytes] = set()
+        self._listening = False
+        self._live = False
+        self._changed = anyio.Event()  # what is wanted
+        self._messages = self._connects = 0
+        self._messages_to = Listeners[bytes, bytes]("pubsub")
+        self._state_to = Listeners[bool]("pubsub")
+        self._scope: anyio.CancelScope | None = None
+        self._closed = False
+
+    def subscribe(self, *channels: bytes) -> None:
+        self._wanted.update(dict.fromkeys(channels))
+        self._refresh()
+
+    def redial(self, reason: str) -> None:
+        """The fake has no connection."""
+
+    def unsubscribe(self, *channels: bytes) -> None:
+        for channel in channels:
+            self._wanted.pop(channel, None)
+        self._refresh()
+
+    def on_message(self, listener: Callable[[bytes, bytes], None]) -> Callable[[], None]:
+        return self._messages_to.add(listener)
+
+    def on_state(self, listener: Callable[[bool], None]) -> Callable[[], None]:
+        return self._state_to.add(listener)
+
+    @property
+    def live(self) -> bool:
+        return self._live
+
+    @property
+    def channels(self) -> tuple[bytes, ...]:
+        return tuple(self._wanted)
+
+    @property
+    def failure(self) -> Unavailable | ServerRefused | None:
+        return None if self._server.connected else Disconnected("the fake server is away")
+
+    async def ready(self) -> None:
+        while not self._live:
+            if self._closed:
+                raise Disconnected("the pubsub is closed")
+            await self._state_to.changed()
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        with anyio.CancelScope() as self._scope:
+            task_status.started()
+            try:
+                while not self._closed:
+                    await self._listen_while_connected()
+                    await anyio.sleep(_RETRY_S)
+            finally:
+                self._closed = True
+                self._lose()
+                self._state_to.wake()
+
+    async def aclose(self) -> None:
+        """End ``run``."""
+        self._closed = True
+        if self._scope is not None:
+            self._scope.cancel()
+        self._lose()
+        self._state_to.wake()
+
+    async def _listen_while_connected(self) -> None:
+        from fakeredis import FakeAsyncValkey
+
+        with suppress(foreign.ConnectionError):
+            async with FakeAsyncValkey(server=self._server).pubsub() as pubsub:
+                await pubsub.connect()
+                self._listening = True
+                self._connects += 1
+                try:
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(self._ask, pubsub, tasks.cancel_scope)
+                        tasks.start_soon(self._take, pubsub, tasks.cancel_scope)
+                finally:
+                    self._lose()
+
+    async def _ask(self, pubsub: Any, scope: anyio.CancelScope) -> None:
+        """Have the server's subscriptions follow what is wanted."""
+        asked: set[bytes] = set()
+        with suppress(foreign.ConnectionError):
+            while True:
+                self._changed = changed = anyio.Event()
+                wanted = set(self._wanted)
+                if new := wanted - asked:
+                    await pubsub.subscribe(*new)
+                if gone := asked - wanted:
+                    await pubsub.unsubscribe(*gone)
+                asked = wanted
+                self._refresh(ask=False)
+                await changed.wait()
+        scope.cancel()
+
+    async def _take(self, pubsub: Any, scope: anyio.CancelScope) -> None:
+        with suppress(foreign.ConnectionError):
+            while self._server.connected:
+                message = await pubsub.get_message(timeout=_OUTAGE_POLL_S)
+                if message is not None:
+                    self._deliver(message["type"], message["channel"], message["data"])
+        scope.cancel()
+
+    def _deliver(self, kind: str, channel: bytes, data: Any) -> None:
+        if kind == "message":
+            self._messages += 1
+            if channel in self._wanted:
+                self._messages_to.tell(channel, data)
+        elif kind == "subscribe":
+            self._confirmed.add(channel)
+        elif kind == "unsubscribe":
+            self._confirmed.discard(channel)
+        self._refresh(ask=False)
+
+    def _lose(self) -> None:
+        self._listening = False
+        self._confirmed.clear()
+        self._refresh(ask=False)
+
+    def _refresh(self, *, ask: bool = True) -> None:
+        if ask:
+            self._changed.set()
+        live = self._listening and self._wanted.keys() <= self._confirmed
+        if live != self._live:
+            self._live = live
+            self._state_to.tell(live)
+
+    def statistics(self) -> PubSubStatistics:
+        return PubSubStatistics(
+            live=self._live,
+            channels=len(self._wanted),
+            connects=self._connects,
+            messages=self._messages,
+            silences=0,
+            round_trip_ms=0.0,
+        )
+
+    def __repr__(self) -> str:
+        return f"<FakePubSub {'live' if self._live else 'not live'} {len(self._wanted)} channels>"

@@ -20,9 +20,9 @@ from msgspec import Struct
 from ...schemas.errors import ForebayError, ServerRefused, StartupError, TimedOut, Unavailable
 from ...schemas.replies import integer
 from ..clock import Clock, ServerClock
-from .binary import FLOORS, ServerKind, new_enough
+from .dialer import read_info
+from .embedded import FLOORS, ServerKind, new_enough
 from .link import Commands, Link
-from .server_info import read_info
 from .startup_errors import Target
 
 __all__ = [

@@ -36,14 +36,10 @@ from ...schemas.errors import BreakerOpen, Disconnected, ServerRefused, TimedOut
 from ...schemas.settings import Valkey
 from ..clock import Clock
 from ..log_once import LogOnce
-from .backoff import Backoff
 from .breaker import Breaker, BreakerState
-from .dialer import Dialed, Dialer
-from .listeners import Listeners
-from .server_info import history_of, was_promoted
+from .dialer import Backoff, Dialed, Dialer, history_of, was_promoted
 from .shareable import ALONE, GUARDED, check_shareable
-from .sweeper import Sweeper
-from .waiting import Arg, Batch, Due, Parked, Reply, Slot, Waiter, expire
+from .waiting import Arg, Batch, Due, Listeners, Parked, Reply, Slot, Sweeper, Waiter, expire
 from .wire import EAGER_BYTES, CommandWire, Tally
 
 __all__ = ["Arg", "Commands", "Link", "LinkStatistics", "Reply"]
@@ -266,7 +262,7 @@ class Link:
         except BreakerOpen:
             return
         except (Unavailable, ServerRefused) as error:
-            self._failing.say(log, "link.dial_failed", error, link=self.name)
+            self._failing.say(log, "link.connect_failed", error, link=self.name)
             self._failure = error
             self.breaker.failed()
             self._route()

@@ -33,9 +33,8 @@ from ...schemas.errors import Disconnected, ServerRefused, Unavailable
 from ...schemas.settings import Valkey
 from ..clock import Clock
 from ..log_once import LogOnce
-from .backoff import Backoff
-from .dialer import Dialed, Dialer
-from .listeners import Listeners
+from .dialer import Backoff, Dialed, Dialer
+from .waiting import Listeners
 from .wire import MORE, Wire
 
 __all__ = ["PubSub", "PubSubStatistics"]
@@ -58,7 +57,7 @@ class PubSubStatistics(Struct, frozen=True, kw_only=True):
     round_trip_ms: float  #: of the last PING
 
 
-class _BellWire(Wire):
+class _PubSubWire(Wire):
     """A connection in pub/sub mode, which counts what the server has yet to answer."""
 
     def __init__(
@@ -125,7 +124,7 @@ class PubSub:
             rng, jitter_ms=options.reconnect_jitter_ms, max_ms=options.reconnect_max_ms
         )
         self._wanted: dict[bytes, None] = {}  # a set that keeps its order
-        self._wire: _BellWire | None = None
+        self._wire: _PubSubWire | None = None
         self._live = False
         self._connects = self._messages = self._silences = 0
         self._connected_at = 0.0
@@ -208,14 +207,14 @@ class PubSub:
 
     async def _connect_and_watch(self) -> None:
         try:
-            wire = _BellWire(
+            wire = _PubSubWire(
                 await self._dialer.dial(),
                 on_message=self._deliver,
                 on_change=self._refresh,
                 clock=self._clock,
             )
         except (Unavailable, ServerRefused) as error:
-            self._failing.say(log, "pubsub.dial_failed", error)
+            self._failing.say(log, "pubsub.connect_failed", error)
             self._failure = error
             self._state_to.wake()
             return
@@ -228,7 +227,7 @@ class PubSub:
         await self._watch(wire)
         self._backoff.lasted(self._clock.monotonic() - since)
 
-    async def _watch(self, wire: _BellWire) -> None:
+    async def _watch(self, wire: _PubSubWire) -> None:
         """Return when the connection is lost, which it also is without PONGs."""
         while not wire.lost.is_set():
             if wire.pongs_missing >= _PONGS_MISSING_MAX:

@@ -5,7 +5,7 @@ I2  What waiting may cure (nobody listens yet, still loading, no disk space) is 
     from what it cannot (wrong password, TLS on one side only, no Valkey, too old).
 I3  If the server's words do not explain it, the port is asked what it speaks.
 
-The tables are here; the waiting is in ``introduction``.
+The tables are here; ``handshake`` does the waiting.
 """
 
 from __future__ import annotations

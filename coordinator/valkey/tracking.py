@@ -40,8 +40,7 @@ from ...schemas.errors import Disconnected, ServerRefused, Unavailable
 from ...schemas.settings import Valkey
 from ..clock import Clock
 from ..log_once import LogOnce
-from .backoff import Backoff
-from .dialer import Dialed, Dialer
+from .dialer import Backoff, Dialed, Dialer
 from .wire import MORE, Wire
 
 __all__ = ["Told", "Tracking", "TrackingStatistics"]
@@ -189,7 +188,7 @@ class Tracking:
                 on_live=self._told.lost,
             )
         except (Unavailable, ServerRefused) as error:
-            self._failing.say(log, "tracking.dial_failed", error)
+            self._failing.say(log, "tracking.connect_failed", error)
             return
         self._wire, since = wire, self._clock.monotonic()
         self._connects += 1

@@ -1,14 +1,17 @@
-"""Those who wait for replies: in what shape, since when, and until when.
+"""Pending calls: their replies, their deadlines, and the listeners of a connection.
 
-A slot stands for one command; its waiter is a future, or a ``Batch`` that fills all the
-slots of one ``call_many``. ``Parked`` holds calls that nothing was written of yet.
+A slot stands for one command. Its waiter is a future, or a ``Batch`` that fills all slots of one
+``call_many``. ``Parked`` holds calls of which nothing was written yet.
 
-I1  A waiter is told once; whoever is done already is passed over.
-I2  A batch resolves when its last reply is in, with the replies in their order; a
-    refused command is a ServerRefused in its place, any other error is the batch's.
-I3  What leaves ``Parked`` in order to be sent still has someone waiting for it.
-
-No clock and no connection here: callers bring the time and do the sending.
+I1  A waiter gets one result. A waiter that is done is skipped.
+I2  A batch resolves when its last reply arrives, with the replies in order. A refused command is a
+    ServerRefused in its place; any other error is the error of the batch.
+I3  A call that leaves ``Parked`` to be sent still has a waiter.
+I4  ``Sweeper`` is one timer for many deadlines. It runs the sweep at the earliest deadline, or at
+    most ``STEP_S`` later, and at most once per step. Without a deadline there is no timer.
+I5  ``Listeners`` calls its listeners synchronously, in the order in which they were added. They
+    must not block. A listener that raises is logged and does not affect the others.
+I6  ``Listeners.changed`` returns at the next ``tell`` or ``wake`` after it was called.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVarTuple
+
+import anyio
+import structlog
 
 from ...schemas.errors import ServerRefused, TimedOut
+from ..clock import Clock
 
-__all__ = ["Arg", "Batch", "Due", "Parked", "Reply", "Slot", "Waiter", "expire"]
+log = structlog.get_logger(__name__)
 
 Arg = str | bytes | int | float
 Reply = Any  # bytes | int | list | None; typed by whoever sent the command
@@ -111,3 +118,72 @@ class Parked:
     def refuse(self, error: Callable[[], Exception]) -> None:
         for _, slots in self.take():
             slots[0][0].set_exception(error())
+
+
+STEP_S = 0.01
+
+
+class Sweeper:
+    __slots__ = ("_at", "_clock", "_sweep", "_timer")
+
+    def __init__(self, clock: Clock, sweep: Callable[[float], float]) -> None:
+        self._clock = clock
+        self._sweep = sweep
+        self._timer: asyncio.TimerHandle | None = None
+        self._at = math.inf
+
+    def by(self, at: float) -> None:
+        """Have a sweep no later than ``at`` and a step."""
+        if at < self._at:
+            self.stop()
+            self._at = at
+            delay_s = max(0.0, at - self._clock.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._run)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._at = None, math.inf
+
+    def _run(self) -> None:
+        self._timer, self._at = None, math.inf
+        now = self._clock.monotonic()
+        nearest = self._sweep(now)
+        if nearest < math.inf:
+            self.by(max(nearest, now + STEP_S))
+
+
+Ts = TypeVarTuple("Ts")
+
+
+class Listeners(Generic[*Ts]):
+    __slots__ = ("_listeners", "_name", "_told")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._listeners: list[Callable[[*Ts], None]] = []
+        self._told: anyio.Event | None = None  # there is one only if somebody waits
+
+    def add(self, listener: Callable[[*Ts], None]) -> Callable[[], None]:
+        """Have it called from now on; returns how to end that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def tell(self, *args: *Ts) -> None:
+        for listener in tuple(self._listeners):
+            try:
+                listener(*args)
+            except Exception:
+                log.exception("listener.failed", teller=self._name)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let those who wait look again, though there is nothing to tell."""
+        if self._told is not None:
+            self._told.set()
+            self._told = None
+
+    async def changed(self) -> None:
+        if self._told is None:
+            self._told = anyio.Event()
+        await self._told.wait()

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import anyio
 import msgspec
 
-from ...coordinator.valkey.backend import AnyDoorbell
+from ...coordinator.valkey.backend import AnyPubSub
 from ...coordinator.valkey.link import Commands
 from ...schemas.errors import ForebayError
 from ...schemas.keys import Names
@@ -59,7 +59,7 @@ class _Answers:
 
 async def ask(
     commands: Commands,
-    pubsub: AnyDoorbell,
+    pubsub: AnyPubSub,
     names: Names,
     key: str,
     *,
@@ -86,7 +86,7 @@ async def ask(
     return NodesState(answers=tuple(found), silent=asked - len(found))
 
 
-async def _deaf(pubsub: AnyDoorbell, wait_s: float) -> str:
+async def _deaf(pubsub: AnyPubSub, wait_s: float) -> str:
     """Why no answer would be heard, or nothing."""
     with anyio.move_on_after(wait_s):
         try:

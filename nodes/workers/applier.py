@@ -24,9 +24,9 @@ import anyio
 import structlog
 
 from ...coordinator.log_once import LogOnce
+from ...coordinator.valkey.dialer import read_info
 from ...coordinator.valkey.link import Commands, Reply
 from ...coordinator.valkey.scripting import Call, run_many
-from ...coordinator.valkey.server_info import read_info
 from ...schemas.errors import (
     Backpressure,
     ForebayError,

@@ -1,4 +1,4 @@
-"""Where Valkey comes from: backend.py, choice.py, introduction.py and startup_faults.py."""
+"""Choice of the server and handshake: backend.py, handshake.py and startup_errors.py."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from anyio.abc import SocketStream
 from libvalkey import Reader
 
 from forebay.coordinator.clock import ServerClock, SystemClock
-from forebay.coordinator.valkey.backend import Backend
-from forebay.coordinator.valkey.binary import FoundBinary, find_binary
-from forebay.coordinator.valkey.choice import UseEmbedded, UseFake, UseUrl, choose
+from forebay.coordinator.valkey.backend import Backend, UseEmbedded, UseFake, UseUrl, choose
 from forebay.coordinator.valkey.data_dir import command_line
+from forebay.coordinator.valkey.embedded import FoundBinary, find_binary
 from forebay.coordinator.valkey.handshake import ServerFacts, findings
 from forebay.schemas.errors import ConfigError, StartupError, Unavailable
 from forebay.schemas.settings import Secret, Valkey

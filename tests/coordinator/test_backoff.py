@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from forebay.coordinator.valkey.backoff import Backoff
+from forebay.coordinator.valkey.dialer import Backoff
 
 
 def test_the_first_try_is_spread_from_zero() -> None:

@@ -17,9 +17,8 @@ import valkey
 
 from forebay.coordinator.background import background_tasks
 from forebay.coordinator.clock import SystemClock
-from forebay.coordinator.valkey.binary import FoundBinary, find_binary, new_enough
 from forebay.coordinator.valkey.data_dir import DirectoryInUse, claim, claim_temporary, command_line
-from forebay.coordinator.valkey.embedded import EmbeddedServer
+from forebay.coordinator.valkey.embedded import EmbeddedServer, FoundBinary, find_binary, new_enough
 from forebay.schemas.errors import StartupError
 from support.eventually import wait_until
 
@@ -27,7 +26,7 @@ OWNER = """
 import sys, anyio
 from pathlib import Path
 from forebay.coordinator.valkey.embedded import EmbeddedServer
-from forebay.coordinator.valkey.binary import find_binary
+from forebay.coordinator.valkey.embedded import find_binary
 from forebay.coordinator.clock import SystemClock
 
 async def main():
@@ -314,7 +313,7 @@ def test_programs_are_sought_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         path.write_text(f"#!/bin/sh\necho '{says}'\n")
         path.chmod(0o755)
 
-    monkeypatch.setattr("forebay.coordinator.valkey.binary.find_spec", lambda _: None)
+    monkeypatch.setattr("forebay.coordinator.valkey.embedded.find_spec", lambda _: None)
     assert find_binary(str(tmp_path)) is None
     program("redis-server", "Redis server v=6.2.7 sha=0")
     assert find_binary(str(tmp_path)) is None

@@ -1,4 +1,4 @@
-"""fakeredis behind our faces: coordinator/valkey/fake.py and fake_doorbell.py.
+"""fakeredis behind the interfaces of Link and PubSub: coordinator/valkey/fake.py.
 
 The first part holds on every kind of backend: there the fake must do as the others do.
 """
@@ -15,8 +15,7 @@ import anyio
 import pytest
 
 from forebay.coordinator.valkey.backend import Backend
-from forebay.coordinator.valkey.fake import FakeLink, shared_server
-from forebay.coordinator.valkey.fake_pubsub import FakePubSub
+from forebay.coordinator.valkey.fake import FakeLink, FakePubSub, shared_server
 from forebay.coordinator.valkey.link import Link
 from forebay.coordinator.valkey.pubsub import PubSub
 from forebay.schemas.errors import Disconnected, NotShareable, ServerRefused

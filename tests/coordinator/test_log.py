@@ -15,9 +15,9 @@ import pytest
 from conftest import MakeServer
 from forebay.coordinator.clock import SystemClock
 from forebay.coordinator.log.follower import Follower
+from forebay.coordinator.valkey.dialer import ASK_HISTORY, history_of
 from forebay.coordinator.valkey.link import Arg, Link
 from forebay.coordinator.valkey.pubsub import PubSub
-from forebay.coordinator.valkey.server_info import ASK_HISTORY, history_of
 from forebay.schemas.errors import ForebayError, ServerRefused
 from forebay.schemas.notices import Dropped, write_notice
 from support.clock import ManualClock

@@ -62,7 +62,7 @@ async def test_an_outage_is_one_line_for_each_loop(make_server: Any, namespace: 
     assert sum(said.values()) < 25
     failures = Counter(line["event"] for line in lines)
     assert failures["beat.failed"] >= 15
-    assert failures["link.dial_failed"] >= 15
+    assert failures["link.connect_failed"] >= 15
 
 
 def _beats_failed(lines: list[Any]) -> int:

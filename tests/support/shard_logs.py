@@ -17,9 +17,9 @@ from prometheus_client import CollectorRegistry
 from forebay.coordinator.clock import Clock, SystemClock
 from forebay.coordinator.instruments import Instruments
 from forebay.coordinator.log.follower import Follower
+from forebay.coordinator.valkey.dialer import read_info
 from forebay.coordinator.valkey.link import Arg, Commands, Reply
 from forebay.coordinator.valkey.scripting import load_scripts, run
-from forebay.coordinator.valkey.server_info import read_info
 from forebay.schemas.keys import Names
 from forebay.schemas.notices import Dropped, Notice, read_notice, write_notice
 

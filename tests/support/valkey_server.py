@@ -23,8 +23,7 @@ from typing import Any, Literal, Self
 
 import valkey
 
-from forebay.coordinator.valkey.binary import find_binary
-from forebay.coordinator.valkey.embedded import bound_to_owner
+from forebay.coordinator.valkey.embedded import bound_to_owner, find_binary
 
 Flavour = Literal["valkey", "redis7"]
 Words = str | Sequence[str]
