@@ -97,7 +97,7 @@ async def test_cancelled_while_waiting_for_a_lock(database: Any) -> None:
 
 async def test_lock_held_by_another_is_transient(database: Any) -> None:
     """I3: waiting for a lock ends, as an error that is tried again."""
-    async with database.opened(pool_size=1, statement_timeout_ms=100) as sink:
+    async with database.opened(pool_size=1, statement_timeout_ms=1_000) as sink:
         async with database.engine.connect() as other:
             await other.execute(text(begin_blocking(database)))
             with pytest.raises(TransientSinkError):
@@ -169,7 +169,7 @@ async def test_restarted_server_is_transient(
 
 async def test_frozen_server_is_transient(postgres: Any) -> None:
     """I3: a server that does not answer at all holds up the sink for a bounded time only."""
-    async with postgres.opened(pool_size=1, statement_timeout_ms=200) as sink:
+    async with postgres.opened(pool_size=1, statement_timeout_ms=1_000) as sink:
         await eventually_stored(sink, flights(1))
         pids = [pid for (pid,) in await postgres.all(f"SELECT pid {OURS}")]
         for pid in pids:
