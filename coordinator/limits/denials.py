@@ -1,12 +1,12 @@
-"""Remembers a refusal for as long as the server would repeat it.
+"""Caches denials for as long as the server would repeat them.
 
-D1  What is refused from memory the server would have refused at that moment: until the wait
-    that it named is over, for asks that cost no less. Counted from before the ask was sent.
-D2  A refund or a changed limit makes all of it forgotten, also a refusal that is still under
-    way then (``epoch``). While that could not be heard of, nothing is remembered.
+D1  A cached denial refuses only requests that the server would also refuse: until the wait that
+    the server returned has passed, counted from before the request, and for the same cost or more.
+D2  A refund or a changed limit clears the cache, and discards a denial in flight (``epoch``). While
+    refunds cannot be received, nothing is cached.
 
-A subject is remembered for one cost only, the least that was refused, and for at most
-``MEMORY_S``: after that the server is asked again, in case it has forgotten.
+One cost is cached per subject, the smallest refused one, for at most ``MEMORY_S``; then the server
+is asked again, in case it lost its state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MEMORY_S = 60.0
 
 
 class CachedDenial:
-    """The last refusal of one subject; ``cost`` is 0 where there is none."""
+    """The last denial of a subject; ``cost`` is 0 if there is none."""
 
     __slots__ = ("cost", "epoch", "limit", "remaining", "reset_at", "retry_at", "until")
 
@@ -52,7 +52,7 @@ class CachedDenial:
         self.reset_at = sent_at + verdict.reset_after_ms / 1e3
 
     def verdict(self, cost: int, at: float) -> Verdict | None:
-        """A refusal, if this cost is known to be refused at this time."""
+        """The cached denial for this cost at this time, or None."""
         if at >= self.until:
             self.cost = 0
             return None

@@ -1,13 +1,11 @@
-"""Rate limits that a cluster shares: the face of the package.
+"""Rate limits that a cluster shares: the entry point of the package.
 
-F1  Limits have names. Whatever is said of one later (``define`` again) holds from the next
-    ask on, keeps the state there is, and is told to nobody else: each node is told by its
-    own configuration.
-F2  ``of(a, b)`` is one set, however often it is asked for: all its asks of one subject share
-    scripts.
-F3  A refund anywhere is heard here by pub/sub, and denials of that subject are forgotten. While
-    pub/sub is down, nothing is remembered.
-F4  Tokens held are given back when their time is over, and when the limiter closes.
+F1  Limits have names. A second ``define`` of a name takes effect at the next request and keeps the
+    present state. It changes this process only: each node has its own configuration.
+F2  ``of(a, b)`` always returns the same set, so all requests for a subject share scripts.
+F3  A refund in any process arrives by pub/sub, and clears cached denials of the subject. While
+    pub/sub is down, no denial is cached.
+F4  Local tokens are returned when their time has passed, and when the limiter closes.
 """
 
 from __future__ import annotations
@@ -55,15 +53,15 @@ class Limiter:
         members: Callable[[], int] = lambda: 1,
         test_clock_us: Callable[[], int] | None = None,
     ) -> None:
-        ledger = LimitStore(
+        store = LimitStore(
             commands, names, scripts, budget_ms=budget_ms, test_clock_us=test_clock_us
         )
         self.check_loop = tasks.check_loop
-        self.desk = LimiterState(
-            ledger, clock=clock, tasks=tasks, instruments=instruments, members=members
+        self.state = LimiterState(
+            store, clock=clock, tasks=tasks, instruments=instruments, members=members
         )
-        self.reservations = Reservations(self.desk, ids=ids)
-        self.slots = Slots(self.desk, scripts, ids=ids)
+        self.reservations = Reservations(self.state, ids=ids)
+        self.slots = Slots(self.state, scripts, ids=ids)
         self._commands = commands
         self._channel = names.limits.encode()
         self._counts = instruments.counts
@@ -73,13 +71,13 @@ class Limiter:
         self._sets: dict[tuple[str, ...], LimitSet] = {}
 
     def __repr__(self) -> str:
-        return f"<Limiter of {len(self._limits)} limits, {self.desk.outage!r}>"
+        return f"<Limiter of {len(self._limits)} limits, {self.state.outage!r}>"
 
     def define(self, limits: Iterable[Limit]) -> list[str]:
-        """Add limits, or change them; the names of those that are other than before.
+        """Add or change limits, and return the names of the changed ones.
 
         Raises:
-            InvalidLimit, InvalidKey: one cannot work; none was changed.
+            InvalidLimit, InvalidKey: a limit is invalid; none was changed.
         """
         checked = {limit.name: limit for limit in map(check_limit, limits)}
         changed = [name for name, limit in checked.items() if self._limits.get(name) != limit]
@@ -98,60 +96,62 @@ class Limiter:
         return dict(self._limits)
 
     def limit(self, name: str) -> Limit:
-        """Raises InvalidLimit if there is none of the name."""
+        """The limit of this name; raises InvalidLimit if there is none."""
         if name not in self._limits:
             known = ", ".join(sorted(self._limits)) or "none"
             raise InvalidLimit(name, "name", repr(name), "is no limit", f"known are: {known}")
         return self._limits[name]
 
     def of(self, *names: str) -> LimitSet:
-        """The limits of these names, as one."""
+        """The set of the limits of these names."""
         found = self._sets.get(names)
         if found is None:
             if not names or len(set(names)) != len(names):
                 fix = "name each limit once"
                 raise InvalidLimit("+".join(names), "names", repr(names)[:80], "are no set", fix)
-            found = LimitSet(self.desk, [self.limit(name) for name in names])
+            found = LimitSet(self.state, [self.limit(name) for name in names])
             self._sets[names] = found
         return found
 
     def heard(self, channel: bytes, payload: bytes) -> None:
-        """A message of pub/sub."""
+        """Handle a pub/sub message."""
         if channel == self._channel:
             subject = payload.decode(errors="replace")
             for found in self._sets.values():
                 found.forget(subject)
 
     def doorbell_changed(self, live: bool) -> None:
-        self.desk.hears = live
-        # Also when it is back: a refusal that is under way may be older than a refund unheard.
+        self.state.hears = live
+        # Also after a reconnect: a denial in flight may be older than a lost refund message.
         for found in self._sets.values():
             found.forget("")
 
     async def run(self) -> None:
-        """Give back tokens whose time is over, for as long as it runs."""
+        """Return local tokens whose time has passed, until cancelled."""
         while True:
             await anyio.sleep(_SWEEP_S)
             for found in self._sets.values():
                 found.return_tokens(self._clock.monotonic())
 
     async def aclose(self) -> None:
-        """Give back all tokens, in at most a second; whoever still asks gets Unavailable."""
-        if self.desk.closed:
+        """Return all local tokens within one second; further requests raise Unavailable."""
+        if self.state.closed:
             return
         with anyio.move_on_after(_CLOSE_S, shield=True):
             giving = [
-                lane for found in self._sets.values() for lane in found.return_tokens(float("inf"))
+                queue
+                for found in self._sets.values()
+                for queue in found.return_tokens(float("inf"))
             ]
-            # What is asked behind the refunds is answered after them.
-            for answer in [lane.join("p", 1, (1,)) for lane in giving]:
+            # A request behind the refunds is answered after them.
+            for answer in [queue.join("p", 1, (1,)) for queue in giving]:
                 await answer
-        self.desk.closed = True
+        self.state.closed = True
         for found in self._sets.values():
             found.close()
 
     def gauges(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
-        """For a scrape; brings up to date what is counted where counting has to be fast."""
+        """Gauges for a scrape; also transfers counters that are kept locally for speed."""
         denied = sum((found.denied_locally for found in self._sets.values()), Counter[str]())
         for name, count in denied.items():
             self._counts["limiter_decisions", name, "deny_cache", "refused"] = count

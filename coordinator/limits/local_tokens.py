@@ -1,14 +1,14 @@
-"""Tokens fetched ahead, so that most asks need no round trip.
+"""Local tokens, fetched ahead, so that most requests need no round trip.
 
-T1  A token is charged on the server before it is spent here. So in any window of w seconds
-    the cluster admits at most ``burst + rate * w`` and the tokens outstanding at its beginning.
-T2  One process holds at most ``burst / (2 * members)`` of a subject; ``outstanding`` says how
-    many it does hold.
-T3  How many are fetched follows the demand of late. Those not spent within ``hold_s`` are
-    given back, as are all when the limiter closes; those of a process that dies are lost,
-    which admits less, never more.
+T1  A token is charged on the server before it is spent locally. So in any window of w seconds the
+    cluster admits at most ``burst + rate * w`` plus the tokens outstanding at its start.
+T2  A process holds at most ``burst / (2 * members)`` tokens of a subject; ``outstanding`` is the
+    number that it holds.
+T3  The number of fetched tokens follows the recent demand. Tokens not spent within ``hold_s`` are
+    returned, and all tokens when the limiter closes. Tokens of a process that dies are lost, which
+    admits fewer requests, never more.
 
-Nothing here suspends: ``coalescing`` fetches and gives back.
+Nothing here suspends: ``subject_queue`` fetches and returns tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SMOOTHING = 0.5
 
 
 class LocalTokens:
-    """The tokens that this process holds of one subject."""
+    """The local tokens of one subject."""
 
     __slots__ = (
         "_demand",
@@ -48,7 +48,7 @@ class LocalTokens:
         return f"<LocalTokens of {self.tokens} until {self.until}>"
 
     def spend(self, cost: int) -> bool:
-        """Take them, if there are so many."""
+        """Take this many tokens if they are available."""
         self._demand += cost
         if cost > self.tokens:
             return False
@@ -60,7 +60,7 @@ class LocalTokens:
         return self.tokens <= self._low
 
     def wanted(self, at: float, most: int) -> int:
-        """How many to fetch, of at most ``most`` in all."""
+        """The number of tokens to fetch; ``most`` is the maximum to hold."""
         elapsed = max(at - self._since, 1e-3)
         if elapsed >= self._hold_s / 4 or not self._demand_per_s:
             rate = self._demand / elapsed
@@ -71,13 +71,13 @@ class LocalTokens:
         return max(0, min(need, self._size * 2, most) - self.tokens)
 
     def put(self, granted: int, wanted: int, until: float) -> None:
-        """Take in what was fetched; fewer than wanted: ask for less the next time."""
+        """Store fetched tokens; if fewer than wanted arrived, fetch fewer next time."""
         self.tokens += granted
         self.until = until
         self._size = max(1, self.tokens if granted == wanted else self._size // 2)
         self._low = self.tokens // 2
 
     def take_all(self) -> int:
-        """Empty it, to give them back."""
+        """Remove all tokens, to return them to the server."""
         tokens, self.tokens, self._low = self.tokens, 0, 0
         return tokens

@@ -1,10 +1,10 @@
-"""How many processes share the limits of a namespace, whether or not they do its work.
+"""The number of processes that share the limits of a namespace, with or without workers.
 
-N1  Each of them listens to the channel of refunds, so the server can count them.
-N2  The most of the last few looks counts: after a failover not all are back at once, and too
-    many members only make shares smaller. While the server does not tell, the count stays.
+N1  Each process subscribes to the channel of refunds, so the server can count the subscribers.
+N2  The largest of the last few counts is used: after a failover processes reconnect one by one, and
+    a larger count only makes shares smaller. Without a reply the last count stays.
 
-A replica or another server of a cluster is not asked: all listen to the primary.
+Only the primary is asked, because all processes subscribe there.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ class MemberCount:
 
     @property
     def count(self) -> int:
-        """Of processes, with this one."""
+        """The number of processes, including this one."""
         return max((1, *self._looks))
 
     async def look(self) -> None:
-        """Ask the server; it may refuse, or not answer."""
+        """Ask the server once; a refusal or a missing reply is ignored."""
         try:
             reply = await self._commands.call("PUBSUB", "NUMSUB", self._channel)
             listeners = integer(array(reply, "NUMSUB", length=2)[1], "NUMSUB")
         except (Unavailable, ServerRefused, UnreadableRecord) as error:
-            log.debug("headcount.unknown", reason=str(error))
+            log.debug("member_count.unknown", reason=str(error))
             return
         self._looks.append(listeners)
 
     async def run(self) -> None:
-        """Look every few seconds, until cancelled."""
+        """Ask the server every few seconds, until cancelled."""
         while True:
             await self.look()
             await anyio.sleep(_LOOK_S)

@@ -1,15 +1,14 @@
-"""What limits say while the server does not: each limit's policy, decided in this process.
+"""Decisions of limits while the server is unavailable: the policy of each limit, in this process.
 
-O1  ``open`` lets in, ``closed`` refuses, ``local`` keeps this process to its fair share of
-    the limit: rate and burst divided by the members known last (``headcount``).
-O2  After a failure the server is left alone for ``retry_s``, then one flight tries again; in
-    between every ask is answered at once. An ask waits no longer than the flight under way.
-    A state that the server cannot make sense of is decided here, and is no failure of others.
-O3  Several limits: one that is closed, or whose share is used up, refuses for all.
+O1  ``open`` grants, ``closed`` refuses, ``local`` grants the fair share of this process: rate and
+    burst divided by the last known number of members (``member_count``).
+O2  After a failure the server is not asked for ``retry_s``; then one script tries again. In between
+    every request is answered at once. A request waits no longer than the script in flight. A state
+    that the server cannot parse is decided here, and does not count as a failure of the server.
+O3  With several limits, one that is closed, or has used its share, refuses for all.
 
-What was charged here is not made good later: the server's state lives on. An ask that costs
-more than the share's burst is refused for as long as the server is away. A subject that was
-forgotten for space has a full share again.
+Local charges are not sent to the server later. A request with a cost above the burst of the share
+is refused during the whole outage. A subject that was dropped for space starts with a full share.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ RETRY_S = 0.25
 
 
 class Outage:
-    """Whether the server is worth asking."""
+    """The state of the outage: whether the server may be asked."""
 
     def __init__(self, clock: Clock, *, retry_s: float = RETRY_S) -> None:
         self._clock = clock
@@ -44,7 +43,7 @@ class Outage:
         return self._next_try_at is not None
 
     def blocks(self) -> bool:
-        """Whether to decide alone; false lets the caller try, and others wait for that."""
+        """Whether to decide locally; False lets this caller try, and the others wait for it."""
         if self._next_try_at is None:
             return False
         if (now := self._clock.monotonic()) < self._next_try_at:
@@ -61,7 +60,7 @@ class Outage:
 
 
 def share_of(limit: Limit, members: int) -> Terms:
-    """The part of a limit that one process has; at least one token fits."""
+    """The share of one process in a limit; its burst is at least one token."""
     terms = terms_of(limit)
     members = max(1, members)
     return Terms(terms.drain, terms.weight * members, max(1, terms.burst // members))
@@ -74,7 +73,7 @@ def decide_alone(
     now_us: int,
     members: Callable[[], int],
 ) -> Outcome:
-    """The outcome of a run of equal asks; ``states`` are charged in place."""
+    """The outcome of a run of equal requests; ``states`` are charged in place."""
     mode, count, costs = run
     local = [at for at, each in enumerate(limits) if each.store_down == "local"]
     shares = {at: share_of(limits[at], members()) for at in local}

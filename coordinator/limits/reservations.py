@@ -1,10 +1,10 @@
-"""Charges an estimate now, and what it really cost later.
+"""Charge an estimate now and the actual cost later.
 
-R1  A reservation holds its estimate from the moment it is granted. Settled, the difference is
-    charged, whatever the debt is then, or given back. It is settled once.
-R2  One that is never settled costs its estimate: after ``ttl_s`` the server forgets it, and
-    settling it is an UnknownReservation that changes nothing.
-R3  What a limit granted without the server has nothing to settle.
+R1  A granted reservation has charged its estimate. Settling charges the difference, for any debt,
+    or returns it. A reservation is settled once.
+R2  A reservation that is not settled costs its estimate: it expires on the server after ``ttl_s``,
+    and then settling raises UnknownReservation and changes nothing.
+R3  A reservation granted without the server needs no settling.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _LOCAL = ""
 
 
 class Reservation(Struct, frozen=True, kw_only=True):
-    id: str  #: empty: the server was away, there is nothing to settle
+    id: str  #: empty: granted during an outage, nothing to settle
     subject: str
     within: str
     verdict: Verdict
 
 
 class Reservations:
-    """``ids`` gives 32 hexadecimal digits, never the same twice."""
+    """``ids`` returns 32 hexadecimal digits, unique for each call."""
 
-    def __init__(self, desk: LimiterState, *, ids: Callable[[], str]) -> None:
-        self._desk = desk
+    def __init__(self, state: LimiterState, *, ids: Callable[[], str]) -> None:
+        self._state = state
         self._ids = ids
 
     async def reserve(
@@ -48,13 +48,13 @@ class Reservations:
         """Charge an estimate.
 
         Raises:
-            RateLimited: it was refused. InvalidLimit, InvalidKey: it makes no sense.
-            Unavailable: it was granted, and could not be written down.
+            RateLimited: it was refused. InvalidLimit, InvalidKey: an argument is invalid.
+            Unavailable: it was granted but could not be recorded.
         """
         costs = limits.checked_costs(cost)
         self._check_ttl(limits, ttl_s)
-        lane = limits.lane(subject, within)
-        verdict = await limits.charge(lane, costs)
+        queue = limits.queue(subject, within)
+        verdict = await limits.charge(queue, costs)
         if not verdict.allowed:
             raise RateLimited(verdict.limit, verdict.retry_after_ms)
         made = Reservation(
@@ -67,37 +67,37 @@ class Reservations:
             try:
                 await self._write(limits, made, costs, ttl_s)
             except BaseException:
-                lane.give_back(1, costs)
+                queue.give_back(1, costs)
                 raise
         return made
 
     async def settle(
         self, limits: LimitSet, subject: str, id: str, actual: Cost, *, within: str = ""
     ) -> None:
-        """Charge what it was, 0 or more.
+        """Charge the actual cost, 0 or more.
 
         Raises:
-            UnknownReservation: it was settled, has expired, or never was; nothing is changed.
+            UnknownReservation: it was settled, has expired or never existed; nothing changes.
         """
         costs = _actual_costs(limits, actual)
         if id == _LOCAL:
             return
         if not _ID.match(id):
             raise UnknownReservation(_set_name(limits), id[:40])
-        lane = limits.lane(subject, within)
-        lane.denial.forget()
-        keys = [self._key(limits, subject, id, within), *lane.keys]
-        if not await self._desk.ledger.settle(keys, limits.args, lane.word, costs):
+        queue = limits.queue(subject, within)
+        queue.denial.forget()
+        keys = [self._key(limits, subject, id, within), *queue.keys]
+        if not await self._state.store.settle(keys, limits.args, queue.word, costs):
             raise UnknownReservation(_set_name(limits), id)
-        lane.denial.forget()
+        queue.denial.forget()
 
     async def _write(self, limits: LimitSet, made: Reservation, costs: Costs, ttl_s: float) -> None:
         key = self._key(limits, made.subject, made.id, made.within)
         text, ttl_ms = " ".join(map(str, costs)), round(ttl_s * 1_000)
-        await self._desk.ledger.commands.call("SET", key, text, "PX", ttl_ms)
+        await self._state.store.commands.call("SET", key, text, "PX", ttl_ms)
 
     def _key(self, limits: LimitSet, subject: str, id: str, within: str) -> str:
-        names = self._desk.ledger.names
+        names = self._state.store.names
         return names.limit("rr", _set_name(limits), f"{subject}:{id}", within or subject)
 
     def _check_ttl(self, limits: LimitSet, ttl_s: float) -> None:

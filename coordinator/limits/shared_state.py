@@ -1,4 +1,4 @@
-"""What all sets of limits of a process share: server, clock, outage, tasks and metrics."""
+"""State that all limit sets of a process share: server, clock, outage, tasks and metrics."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ __all__ = ["LimiterState"]
 
 log = structlog.get_logger(__name__)
 
-_OF_ONE_KEY = frozenset({"WRONGTYPE", "ERR"})  #: its state is not ours: no word on the others
+_OF_ONE_KEY = frozenset(
+    {"WRONGTYPE", "ERR"}
+)  #: the state of this limit is invalid; the other limits work
 
 
 class LimiterState:
     def __init__(
         self,
-        ledger: LimitStore,
+        store: LimitStore,
         *,
         clock: Clock,
         tasks: BackgroundTasks,
         instruments: Instruments,
         members: Callable[[], int],
     ) -> None:
-        self.ledger = ledger
+        self.store = store
         self.clock = clock
         self.members = members  #: processes that share the limits
         self.outage = Outage(clock)
-        self.hears = False  #: whether it would be told of refunds
+        self.hears = False  #: whether refund messages can arrive
         self.closed = False
         self._tasks = tasks
         self._counts = instruments.counts
-        self._refusal = ""  #: told last
+        self._refusal = ""  #: last reported value
 
     def __repr__(self) -> str:
         return f"<LimiterState {self.outage!r}{'' if self.hears else ' deaf'}>"

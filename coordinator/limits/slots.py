@@ -1,16 +1,15 @@
-"""A bound on how many do something at a time: slots, each a lease that is renewed.
+"""Concurrency limits: slots, each a lease that is renewed.
 
-P1  At most ``concurrency`` slots of a subject are held in the cluster. One whose holder died
-    is free again after the lease.
-P2  A body whose slot may have been given to another is cancelled before that can be, and
-    SlotLost comes out of it. Where the loop stood still for so long that it could not be
-    cancelled, SlotLost tells so at its end.
-P3  Cancelled while asking or while leaving, the slot is released all the same, in at most a
-    second; or else ends with its lease.
-P4  Renewal is due at fixed thirds of the lease, whatever else the loop has to do.
-P5  While the server is away at the beginning: ``open`` lets in, ``closed`` refuses, ``local``
-    lets this process have its fair share of the slots. Such a slot is counted here only.
-P6  A shadow refuses nobody: who finds no slot free goes in without one, and is counted.
+P1  At most ``concurrency`` slots of a subject are held in the cluster. The slot of a dead holder is
+    free after its lease.
+P2  If a slot may go to another caller, its body is cancelled before, and raises SlotLost. If a
+    stalled event loop prevented the cancellation, SlotLost is raised at the end of the body.
+P3  If the caller is cancelled while it acquires or leaves, the slot is still released within one
+    second, or ends with its lease.
+P4  A slot is renewed at fixed thirds of its lease, independent of the load of the event loop.
+P5  If the server is unavailable at the start, ``open`` grants, ``closed`` refuses, and ``local``
+    grants the fair share of this process. Such a slot is counted in this process only.
+P6  A shadow limit refuses nothing: without a free slot the body runs without one, and is counted.
 """
 
 from __future__ import annotations
@@ -45,22 +44,22 @@ _RELEASE_S = 1.0
 
 
 class Slot(Struct):
-    """A slot while it is held."""
+    """A held slot."""
 
     key: str
     nonce: str  #: empty: held without the server
     lease_s: float
-    until: float  #: monotonic seconds; before the server could give it to another
+    until: float  #: monotonic seconds; earlier than its end on the server
     in_use: int = 0
 
 
 class Slots:
-    def __init__(self, desk: LimiterState, scripts: Scripts, *, ids: Callable[[], str]) -> None:
-        self._desk = desk
+    def __init__(self, state: LimiterState, scripts: Scripts, *, ids: Callable[[], str]) -> None:
+        self._state = state
         self._script = scripts["slot_take"]
         self._ids = ids
         self._local: Counter[str] = Counter()
-        self._failing = LogOnce(desk.clock)
+        self._failing = LogOnce(state.clock)
 
     def __repr__(self) -> str:
         return f"<Slots: {self._local.total()} held without the server>"
@@ -72,11 +71,11 @@ class Slots:
         """Hold a slot while the body runs.
 
         Raises:
-            RateLimited: all are taken. SlotLost: it could not be renewed.
+            RateLimited: no slot is free. SlotLost: the slot could not be renewed.
         """
         self._check(limit, lease_s)
         check_key(subject, name="subject")
-        key = self._desk.ledger.names.limit("rs", limit.name, subject, within)
+        key = self._state.store.names.limit("rs", limit.name, subject, within)
         slot = await self._acquire(limit, key, lease_s)
         lost: list[str] = []
         try:
@@ -85,7 +84,7 @@ class Slots:
                     if slot.nonce:
                         tasks.start_soon(self._renew, slot, limit, body, lost)
                     yield slot
-            if slot.nonce and not lost and self._desk.clock.monotonic() >= slot.until:
+            if slot.nonce and not lost and self._state.clock.monotonic() >= slot.until:
                 lost.append("its lease was over before the body was")
         finally:
             await self._release(slot)
@@ -94,58 +93,56 @@ class Slots:
 
     async def _acquire(self, limit: Limit, key: str, lease_s: float) -> Slot:
         slot = Slot(key=key, nonce=self._ids(), lease_s=lease_s, until=0.0)
-        if self._desk.outage.blocks():
+        if self._state.outage.blocks():
             return self._alone(limit, slot)
         try:
             held, in_use, *wait_us = await self._ask(slot, limit, renew=False)
         except (Unavailable, ServerRefused) as error:
-            self._desk.failed(error)
+            self._state.failed(error)
             self._forgo(slot, error)
             return self._alone(limit, slot)
         except BaseException:
             await self._release(slot)
             raise
-        self._desk.answered()
+        self._state.answered()
         allowed = bool(held or limit.shadow)
-        self._desk.decided(limit.name, "server", allowed, not allowed)
+        self._state.decided(limit.name, "server", allowed, not allowed)
         if not allowed:
             raise RateLimited(limit.name, -(-wait_us[0] // 1_000))
         if not held:
-            self._desk.count("limiter_shadow_refused", limit.name, by=1)
+            self._state.count("limiter_shadow_refused", limit.name, by=1)
             return self._unheld(slot)
         slot.in_use = in_use
         return slot
 
     def _forgo(self, slot: Slot, error: Exception) -> None:
-        """Free what the server may have granted too late: nobody will renew or release it."""
+        """Release a slot that the server may have granted too late, since no caller holds it."""
         if isinstance(error, Unavailable) and error.outcome_unknown:
             granted = Slot(key=slot.key, nonce=slot.nonce, lease_s=slot.lease_s, until=0.0)
             with suppress(Unavailable):  # closed: it ends with its lease
-                self._desk.spawn(partial(self._release, granted))
+                self._state.spawn(partial(self._release, granted))
 
     async def _ask(self, slot: Slot, limit: Limit, *, renew: bool) -> Reply:
-        sent_at = self._desk.clock.monotonic()
+        sent_at = self._state.clock.monotonic()
         args: list[Arg] = [slot.nonce, round(slot.lease_s * 1_000), limit.concurrency, int(renew)]
-        ledger = self._desk.ledger
+        store = self._state.store
         if renew:
             timeout_ms = round(slot.lease_s * 1_000 / 6)
-            reply = await run(
-                ledger.commands, self._script, [slot.key], args, timeout_ms=timeout_ms
-            )
+            reply = await run(store.commands, self._script, [slot.key], args, timeout_ms=timeout_ms)
         else:
-            reply = await ledger.within_budget(self._script, [slot.key], args)
+            reply = await store.within_budget(self._script, [slot.key], args)
         if reply[0]:
             margin_s = max(_MARGIN_S, _MARGIN * slot.lease_s)
             slot.until = sent_at + slot.lease_s - margin_s
         return reply
 
     def _alone(self, limit: Limit, slot: Slot) -> Slot:
-        share = max(1, limit.concurrency // max(1, self._desk.members()))
+        share = max(1, limit.concurrency // max(1, self._state.members()))
         full = limit.store_down == "local" and self._local[slot.key] >= share
         if (limit.store_down == "closed" or full) and not limit.shadow:
-            self._desk.decided(limit.name, "local", 0, 1)
+            self._state.decided(limit.name, "local", 0, 1)
             raise RateLimited(limit.name, CLOSED_RETRY_MS)
-        self._desk.decided(limit.name, "local", 1, 0)
+        self._state.decided(limit.name, "local", 1, 0)
         return self._unheld(slot)
 
     def _unheld(self, slot: Slot) -> Slot:
@@ -157,7 +154,7 @@ class Slots:
     async def _renew(
         self, slot: Slot, limit: Limit, body: anyio.CancelScope, lost: list[str]
     ) -> None:
-        clock, step_s = self._desk.clock, slot.lease_s / 3
+        clock, step_s = self._state.clock, slot.lease_s / 3
         due = clock.monotonic() + step_s
         while True:
             await anyio.sleep(max(0.0, min(due, slot.until) - clock.monotonic()))
@@ -187,7 +184,7 @@ class Slots:
             return
         with anyio.move_on_after(_RELEASE_S, shield=True):
             try:
-                await self._desk.ledger.commands.call("ZREM", slot.key, slot.nonce)
+                await self._state.store.commands.call("ZREM", slot.key, slot.nonce)
             except (Unavailable, ServerRefused) as error:
                 self._failing.say(log, "slot.not_released", error)
 

@@ -1,7 +1,7 @@
-"""Sends queues of asks to the server, all limits of a subject in one script.
+"""The scripts of limits: one script decides a queue of requests for all limits of a subject.
 
-L1  Asks are decided in the order in which they stand in the queue, at one server instant.
-L2  A decision takes at most ``budget_ms``; what went wrong is Unavailable or ServerRefused.
+L1  Requests are decided in queue order, at one time of the server.
+L2  A decision takes at most ``budget_ms``; a failure raises Unavailable or ServerRefused.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _FIELDS = 5
 
 
 class Outcome(NamedTuple):
-    """What became of one run of equal asks."""
+    """The outcome of a run of equal requests."""
 
     granted: int
-    binding: int  #: index of the limit that binds
+    binding: int  #: index of the limit that refused, or is closest to it
     remaining: int
     wait_us: int
     reset_us: int
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 class Decided(NamedTuple):
     outcomes: list[Outcome]
-    over: Sequence[int]  #: for each limit, what it would have refused were it no shadow
+    over: Sequence[int]  #: refusals of each shadow limit
 
 
 class LimitStore:
@@ -60,7 +60,7 @@ class LimitStore:
         return f"<LimitStore of {self.names.namespace} within {self.budget_ms} ms>"
 
     def now(self) -> Arg:
-        """Empty: the server's own time."""
+        """Time for the scripts; empty: the clock of the server."""
         return "" if self._test_clock_us is None else self._test_clock_us()
 
     async def decide(
@@ -88,19 +88,19 @@ class LimitStore:
         subject: str,
         actual: Costs,
     ) -> bool:
-        """Charge what a reservation (the first key) really cost; false if there is none."""
+        """Charge the actual cost of a reservation (the first key); False if there is none."""
         args: list[Arg] = [self.now(), self.names.limits, subject, *limits, *actual]
         return bool(await run(self.commands, self._settle, keys, args))
 
     async def within_budget(
         self, script: Script, keys: Sequence[str], args: Sequence[Arg]
     ) -> Reply:
-        # A timeout of the link would count against its breaker, which all of the node shares.
+        # A timeout of the link would count as a failure in the breaker of the whole node.
         with anyio.move_on_after(self.budget_ms / 1000):
             return await run(self.commands, script, keys, args)
         raise TimedOut(self.budget_ms)
 
 
 def limit_args(terms: Terms, *, shadow: bool) -> list[Arg]:
-    """A limit as the scripts take it."""
+    """The arguments of a limit for the scripts."""
     return [terms.drain, terms.weight, terms.burst, int(shadow)]

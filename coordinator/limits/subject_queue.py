@@ -1,13 +1,12 @@
-"""Asks of one subject, of which one script at a time is on its way.
+"""The queue of requests for one subject; one script at a time is in flight.
 
-C1  While a script is under way, further asks queue up; the next script decides all of them, in
-    the order in which they came, as if each had been sent alone at that instant. Nothing waits
-    for more to come.
-C2  A caller that is cancelled before its ask was sent is not charged. A grant that finds its
-    caller gone goes to the next of the equal asks in that script, else it is given back. A
-    refund is carried out whether or not its caller waits for it.
-C3  Whatever happens to the server, every ask is answered: by it, or by the limits' policies.
-C4  At most ``ASKS_MAX`` asks of a subject wait; one more is Unavailable.
+C1  While a script is in flight, further requests queue up. The next script decides all of them in
+    order of arrival, as if each had been sent alone at that time. No request waits for others.
+C2  A caller cancelled before its request was sent is not charged. The grant of a cancelled caller
+    goes to the next equal request in the script, or is returned. A refund is carried out even if
+    its caller is cancelled.
+C3  Every request is answered: by the server, or by the outage policy of the limits.
+C4  At most ``ASKS_MAX`` requests of a subject wait; a further one raises Unavailable.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .gcra import Tat
 from .local_tokens import LocalTokens
 from .store import Costs, Decided, Mode, Outcome
 
-__all__ = ["ASKS_MAX", "Lane", "Rules", "Run", "runs_of"]
+__all__ = ["ASKS_MAX", "Rules", "Run", "SubjectQueue", "runs_of"]
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +39,7 @@ Ask = tuple[Answer | None, Mode, int, Costs]
 
 
 class Run:
-    """Asks that are equal, and stand one behind the other."""
+    """Equal requests that are adjacent in the queue."""
 
     __slots__ = ("answers", "costs", "count", "mode", "whole")
 
@@ -49,7 +48,7 @@ class Run:
         self.count = count
         self.costs = costs
         self.answers = answers
-        self.whole = count == 1  #: each ask is one of the count; else one ask is all of it
+        self.whole = count == 1  #: each request is one of the count; else one request is all of it
 
     @property
     def sent(self) -> tuple[Mode, int, Costs]:
@@ -60,14 +59,12 @@ class Run:
         return [(answer, self.mode, each, self.costs) for answer in self.answers]
 
     def reach(self, granted: int) -> int:
-        """How many of the asks are told yes: peeks take nothing from each other."""
+        """The number of granted requests; peeks do not affect each other."""
         return self.count if granted and self.mode == "p" else granted
 
 
 def runs_of(asks: Sequence[Ask]) -> list[Run]:
-    """The asks whose callers are still there, and all refunds, in order; neighbours that are
-    equal in one.
-    """
+    """The requests of waiting callers and all refunds, in order; equal neighbours are merged."""
     runs: list[Run] = []
     last: Run | None = None
     for answer, mode, count, costs in asks:
@@ -89,13 +86,13 @@ def runs_of(asks: Sequence[Ask]) -> list[Run]:
 
 
 class Rules(Protocol):
-    """What a lane asks of the set of limits that it belongs to."""
+    """The interface of the limit set that owns the queue."""
 
     def now(self) -> float: ...
-    def spawn(self, lane: Lane) -> None: ...
+    def spawn(self, queue: SubjectQueue) -> None: ...
     def blocked(self) -> bool: ...
-    async def decide(self, lane: Lane, runs: Sequence[Run]) -> Decided: ...
-    def decide_alone(self, lane: Lane, run: Run, why: Exception | None) -> Outcome: ...
+    async def decide(self, queue: SubjectQueue, runs: Sequence[Run]) -> Decided: ...
+    def decide_alone(self, queue: SubjectQueue, run: Run, why: Exception | None) -> Outcome: ...
     def verdicts(self, run: Run, outcome: Outcome, source: Source) -> tuple[Verdict, Verdict]: ...
     def lease_most(self) -> int: ...
     def lease_hold_s(self) -> float: ...
@@ -103,43 +100,59 @@ class Rules(Protocol):
     def remembers(self) -> bool: ...
 
 
-class Lane:
-    """The asks of one subject, and what is known of it."""
+class SubjectQueue:
+    """The queue, the cached denial and the local tokens of one subject."""
 
-    __slots__ = ("_asks", "_busy", "_rules", "_starved", "denial", "keys", "local", "stock", "word")
+    __slots__ = (
+        "_asks",
+        "_busy",
+        "_rules",
+        "_starved",
+        "denial",
+        "keys",
+        "local",
+        "local_tokens",
+        "word",
+    )
 
     def __init__(
-        self, rules: Rules, keys: Sequence[str], word: str, stock: LocalTokens | None, local: int
+        self,
+        rules: Rules,
+        keys: Sequence[str],
+        word: str,
+        local_tokens: LocalTokens | None,
+        local: int,
     ) -> None:
         self.keys = keys
-        self.word = word  #: what is published when something was given back
+        self.word = word  #: message published after a refund
         self.denial = CachedDenial()
-        self.stock = stock
-        self.local: list[Tat | None] = [None] * local  #: states while the server is away
+        self.local_tokens = local_tokens
+        self.local: list[Tat | None] = [None] * local  #: states during an outage
         self._rules = rules
         self._asks: list[Ask] = []
         self._busy = False
         self._starved = False
 
     def __repr__(self) -> str:
-        return f"<Lane {self.word}: {len(self._asks)} asks{' under way' if self._busy else ''}>"
+        state = " in flight" if self._busy else ""
+        return f"<SubjectQueue {self.word}: {len(self._asks)} asks{state}>"
 
     @property
     def busy(self) -> bool:
-        """Whether somebody waits for an answer."""
+        """Whether a caller waits for an answer."""
         return bool(self._busy or self._asks)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing would be lost if it were forgotten."""
-        stocked = self.stock is not None and self.stock.tokens
+        """Whether the queue can be dropped without losing state."""
+        stocked = self.local_tokens is not None and self.local_tokens.tokens
         return not (self.busy or stocked)
 
     def join(self, mode: Mode, count: int, costs: Costs) -> Answer:
-        """Queue an ask; the answer is awaited.
+        """Queue a request, and return the future of its answer.
 
         Raises:
-            Unavailable: too many wait, or the limiter is closed.
+            Unavailable: the queue is full, or the limiter is closed.
         """
         if len(self._asks) >= ASKS_MAX:
             raise Unavailable(f"{ASKS_MAX} asks of one subject wait already")
@@ -147,40 +160,40 @@ class Lane:
             self._wake()
         answer: Answer = asyncio.get_running_loop().create_future()
         self._asks.append((answer, mode, count, costs))
-        if self.stock is not None and mode == "t":
+        if self.local_tokens is not None and mode == "t":
             self._starved = True
         return answer
 
     def give_back(self, count: int, costs: Costs) -> None:
-        """Queue a refund that nobody waits for; once closed, the charge stands."""
+        """Queue a refund without a waiting caller; after close() the charge stays."""
         self._rules.given_back(count)
         with suppress(Unavailable):
             self._wake()
         self._asks.append((None, "r", count, costs))
 
     def restock(self) -> None:
-        """Fetch tokens ahead, if not already on the way; once closed, none are."""
+        """Fetch local tokens, unless a fetch is in flight or the limiter is closed."""
         self._starved = True
         with suppress(Unavailable):
             self._wake()
 
     def _wake(self) -> None:
-        """Have a script sent after this tick, with all that has come by then."""
+        """Send a script after this loop iteration, with all requests that arrived until then."""
         if not self._busy:
             self._rules.spawn(self)
             self._busy = True
 
     def close(self) -> None:
-        """Answer those who wait: nobody will decide any more."""
+        """Refuse all waiting callers: there will be no further decision."""
         self._fail(runs_of(self._taken()), "the limiter is closed")
         self._busy = False
 
     async def pump(self) -> None:
-        """Decide until nobody waits."""
+        """Decide until the queue is empty."""
         try:
             while self._asks or self._starved:
                 await self._fly(self._next_runs())
-                if not self._asks:  # those who were just answered may ask again at once
+                if not self._asks:  # callers just answered may ask again at once
                     await cancel_shielded_checkpoint()
         finally:
             self._busy = False
@@ -222,19 +235,19 @@ class Lane:
         return asks
 
     def _add_fetch(self, runs: list[Run]) -> int:
-        """Let the tokens that are to be fetched ride along, behind all asks."""
+        """Append the fetch of local tokens to the script, behind all requests."""
         starved, self._starved = self._starved, False
-        if self.stock is None or not starved:
+        if self.local_tokens is None or not starved:
             return 0
-        wanted = self.stock.wanted(self._rules.now(), self._rules.lease_most())
+        wanted = self.local_tokens.wanted(self._rules.now(), self._rules.lease_most())
         if wanted:
             runs.append(Run("t", wanted, (1,), []))
         return wanted
 
     def _fetched(self, wanted: int, outcome: Outcome, sent_at: float) -> None:
-        if self.stock is not None:
-            self.stock.put(outcome.granted, wanted, sent_at + self._rules.lease_hold_s())
-        elif outcome.granted:  # leasing was switched off meanwhile
+        if self.local_tokens is not None:
+            self.local_tokens.put(outcome.granted, wanted, sent_at + self._rules.lease_hold_s())
+        elif outcome.granted:  # local tokens were disabled meanwhile
             self.give_back(outcome.granted, (1,))
 
     def _answer(self, run: Run, outcome: Outcome, sent_at: float, epoch: int) -> None:

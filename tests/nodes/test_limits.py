@@ -55,7 +55,7 @@ async def test_two_nodes_share_a_limit_and_hear_of_refunds(make_node: MakeNode) 
     one, other = make_node(), make_node()
     here, there = (each.limit("api", rate=0.01, burst=5) for each in (one, other))
     async with one, other:
-        await until(lambda: one._parts.limiter.desk.hears and other._parts.limiter.desk.hears)
+        await until(lambda: one._parts.limiter.state.hears and other._parts.limiter.state.hears)
         assert (await here.take("x", 5)).allowed
         assert not (await there.take("x")).allowed
         assert (await there.take("x")).source == "deny_cache"
@@ -154,7 +154,7 @@ async def test_metrics_tell_who_decided(make_node: MakeNode) -> None:
     shadow = node.limit("dark", rate=0.01, burst=1, shadow=True)
     leased = node.limit("fast", rate=1_000, burst=1_000, lease=True)
     async with node:
-        await until(lambda: node._parts.limiter.desk.hears)
+        await until(lambda: node._parts.limiter.state.hears)
         for _ in range(5):
             await api.take("x")
             assert (await shadow.take("x")).allowed

@@ -85,23 +85,23 @@ async def test_idle_subjects_are_forgotten_first(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S4: the state is the server's, so nobody gets a token by being forgotten."""
-    monkeypatch.setattr(limit_set, "LANES_MAX", 5)
+    monkeypatch.setattr(limit_set, "SUBJECTS_MAX", 5)
     api = house.limiter(B, time=ServerTime()).of("b")
     await api.take("first", 3)
     for n in range(20):
         await api.take(f"s{n}")
-        assert len(api._lanes) <= 5
+        assert len(api._queues) <= 5
     assert (await api.take("first")).source == "server"
     assert not (await api.take("first")).allowed
 
 
-async def test_bad_subjects_make_no_lane(house: House) -> None:
+async def test_bad_subjects_make_no_queue(house: House) -> None:
     """InvalidKey, whatever is wrong with it."""
     api = house.limiter(B).of("b")
     for subject in ("", "{x}", "a\x00", "a" * 513, "a b"):
         with pytest.raises(InvalidKey):
             await api.take(subject)
-    assert not api._lanes
+    assert not api._queues
 
 
 async def test_a_long_refusal_is_looked_at_again(house: House) -> None:

@@ -89,7 +89,7 @@ async def test_cancelled_while_reserving_charges_nothing(house: House, at: int) 
             with anyio.move_on_after(0.1):
                 await cut.reached.wait()
             scope.cancel()
-    await until(lambda: one.lane("x").idle)
+    await until(lambda: one.queue("x").idle)
     looker = house.limiter(REQUESTS, time=ServerTime()).of("requests")
     # A reply that was lost is a charge that stays, as for every ask.
     assert (await looker.peek("x")).remaining == {1: 6, 2: 10, 3: 6}[at]

@@ -187,10 +187,10 @@ async def test_a_shadow_lets_in_more_than_it_has(house: House, policy: Any) -> N
     limiter = house.limiter(dark)
     async with limiter.slots.hold(dark, "x"), limiter.slots.hold(dark, "x") as second:
         assert (second.nonce, await in_use(house)) == ("", 1)
-    assert limiter.desk._counts["limiter_shadow_refused", "jobs"] == 1
+    assert limiter.state._counts["limiter_shadow_refused", "jobs"] == 1
     assert limiter.slots._local.total() == 0
-    limiter.desk.outage.failed()
-    limiter.desk.outage._next_try_at = float("inf")
+    limiter.state.outage.failed()
+    limiter.state.outage._next_try_at = float("inf")
     async with limiter.slots.hold(dark, "x"), limiter.slots.hold(dark, "x"):
         assert await in_use(house) == 0
 

@@ -85,7 +85,8 @@ async def test_a_process_that_stood_still_knows_that_it_has_lost(
             assert word == "held"
             assert lease.token > int(token)
             os.kill(pid, signal.SIGCONT)
-            assert await line() == ["lost", "expired"]
+            # A renewal from before the stop may be answered before the deadline is noticed.
+            assert await line() in (["lost", "expired"], ["lost", "taken"])
 
 
 async def test_what_a_dead_process_held_is_free_when_its_lease_ends(

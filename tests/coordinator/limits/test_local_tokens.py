@@ -28,16 +28,16 @@ def test_a_stock_never_holds_more_than_it_may(
     steps: list[tuple[int, float, bool]], most: int
 ) -> None:
     """T2: whatever the demand was, and whether or not all that was wanted came."""
-    stock, at = LocalTokens(1.0, 0.0), 0.0
+    local_tokens, at = LocalTokens(1.0, 0.0), 0.0
     for cost, wait_s, all_of_it in steps:
         at += wait_s
-        before = stock.tokens
-        assert stock.spend(cost) == (cost <= before)
-        wanted = stock.wanted(at, most)
-        stock.put(wanted if all_of_it else wanted // 2, wanted, at + 1)
-        assert 0 <= stock.tokens <= max(most, before)
-    assert stock.take_all() >= 0
-    assert stock.tokens == 0
+        before = local_tokens.tokens
+        assert local_tokens.spend(cost) == (cost <= before)
+        wanted = local_tokens.wanted(at, most)
+        local_tokens.put(wanted if all_of_it else wanted // 2, wanted, at + 1)
+        assert 0 <= local_tokens.tokens <= max(most, before)
+    assert local_tokens.take_all() >= 0
+    assert local_tokens.tokens == 0
 
 
 async def test_most_asks_need_no_round_trip(house: House) -> None:
@@ -75,15 +75,15 @@ async def test_what_is_not_spent_goes_back(house: House) -> None:
     for close in (False, True):
         await api.take("x", 9)
         spent += 9
-        await until(lambda: api.lane("x")._busy is False)
+        await until(lambda: api.queue("x")._busy is False)
         assert api.outstanding
         if close:
             await limiter.aclose()
-            limiter.desk.closed = False
+            limiter.state.closed = False
         else:
             time.wait(1.001)
             assert api.return_tokens(time.monotonic())
-            await until(lambda: api.lane("x").idle)
+            await until(lambda: api.queue("x").idle)
         assert not api.outstanding
         looker = house.limiter(Limit(name="api", rate=0.001, burst=1_000), time=time)
         assert (await looker.of("api").peek("x")).remaining == 1_000 - spent
@@ -141,7 +141,7 @@ async def test_tokens_that_come_when_leasing_is_over_go_back(house: House) -> No
 
     between.then = change
     await api.take("x")
-    await until(lambda: api.lane("x").idle)
+    await until(lambda: api.queue("x").idle)
     assert (await api.peek("x")).remaining == 999
 
 
@@ -149,12 +149,12 @@ async def test_subjects_with_tokens_in_hand_keep_nobody_out(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S4, T3: the oldest gives its tokens back and is forgotten."""
-    monkeypatch.setattr(limit_set, "LANES_MAX", 20)
+    monkeypatch.setattr(limit_set, "SUBJECTS_MAX", 20)
     time = ServerTime()
     api = house.limiter(API, time=time).of("api")
     for n in range(60):
         assert (await api.take(f"s{n}")).allowed
-    assert len(api._lanes) == 20
-    await until(lambda: all(lane.idle or lane.stock for lane in api._lanes.values()))
+    assert len(api._queues) == 20
+    await until(lambda: all(queue.idle or queue.local_tokens for queue in api._queues.values()))
     looker = house.limiter(Limit(name="api", rate=1_000, burst=1_000), time=time).of("api")
     assert (await looker.peek("s0")).remaining == 999

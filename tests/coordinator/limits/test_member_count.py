@@ -25,11 +25,11 @@ class Told:
 
 
 async def counts(*replies: int | Exception) -> list[int]:
-    headcount = MemberCount(Told(*replies), Names("shop", 4))
-    found = [headcount.count]
+    member_count = MemberCount(Told(*replies), Names("shop", 4))
+    found = [member_count.count]
     for _ in replies:
-        await headcount.look()
-        found.append(headcount.count)
+        await member_count.look()
+        found.append(member_count.count)
     return found
 
 

@@ -103,7 +103,7 @@ async def test_the_server_is_left_alone_for_a_while(house: House) -> None:
     time.wait(0.3)
     assert (await api.take("x")).source == "server"
     assert (await api.take("x")).source == "server"
-    assert "none" in repr(made.desk.outage)
+    assert "none" in repr(made.state.outage)
 
 
 def test_an_outage_lets_one_try_at_a_time() -> None:

@@ -67,9 +67,9 @@ async def test_the_wall_clock_of_a_real_server_agrees(house: House) -> None:
             if verdict.source == "deny_cache":
                 assert verdict.retry_after_ms >= 1
                 remembered.append(verdict)
-                until = api.lane("x").denial.until
+                until = api.queue("x").denial.until
                 would = await twin.peek("x", 3)
-                assert not would.allowed or house.made[0].desk.clock.monotonic() >= until
+                assert not would.allowed or house.made[0].state.clock.monotonic() >= until
 
 
 async def test_a_refund_elsewhere_is_heard(house: House) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.coordinator.limits import subject_queue as coalescing
+from forebay.coordinator.limits import subject_queue
 from forebay.coordinator.limits.subject_queue import runs_of
 from forebay.schemas.errors import Unavailable
 from forebay.schemas.limits import Limit, Verdict
@@ -137,18 +137,18 @@ async def test_a_grant_that_nobody_wants_goes_back(
     ask = asyncio.create_task(api.take("x", amount, partial=partial))
     await held.answered.wait()
     if answered_first:
-        share = coalescing.Lane._share
+        share = subject_queue.SubjectQueue._share
 
-        def share_and_cancel(lane: coalescing.Lane, *args: Any) -> None:
-            share(lane, *args)
+        def share_and_cancel(queue: subject_queue.SubjectQueue, *args: Any) -> None:
+            share(queue, *args)
             ask.cancel()
 
-        monkeypatch.setattr(coalescing.Lane, "_share", share_and_cancel)
+        monkeypatch.setattr(subject_queue.SubjectQueue, "_share", share_and_cancel)
     else:
         ask.cancel()
         await anyio.lowlevel.checkpoint()
     held.go_on.set()
-    await until(lambda: ask.done() and api.lane("x").idle)
+    await until(lambda: ask.done() and api.queue("x").idle)
     assert ask.cancelled()
     assert (await api.peek("x")).remaining == 20
 
@@ -168,14 +168,14 @@ async def test_random_cancellations_lose_nothing(house: House, seed: int) -> Non
     while not all(each.done() for each in callers):
         await anyio.sleep(rng.random() * 0.001)
         rng.choice(callers).cancel()
-    await until(lambda: api.lane("x").idle)
+    await until(lambda: api.queue("x").idle)
     assert (await api.peek("x")).remaining == 1_000 - sum(each.granted for each in granted)
     assert any(each.cancelled() for each in callers)
 
 
 async def test_a_full_queue_refuses_the_next(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """C4: the others are answered all the same."""
-    monkeypatch.setattr(coalescing, "ASKS_MAX", 3)
+    monkeypatch.setattr(subject_queue, "ASKS_MAX", 3)
     api = house.limiter(API, time=ServerTime()).of("api")
     results = await asyncio.gather(*[api.take("x") for _ in range(4)], return_exceptions=True)
     assert isinstance(results[3], Unavailable)
@@ -188,7 +188,7 @@ async def test_who_waits_is_answered_when_the_limiter_closes(house: House) -> No
     limiter = house.limiter(API, commands=cut)
     api = limiter.of("api")
     async with anyio.create_task_group() as tasks:
-        limiter.desk._tasks = tasks
+        limiter.state._tasks = tasks
         asks = [asyncio.create_task(api.take("x"))]
         await cut.reached.wait()
         asks.append(asyncio.create_task(api.take("x")))
