@@ -1,19 +1,19 @@
 """Tasks that run beside a body of code and end with it.
 
 I1  The body's own exception comes out as it is, not wrapped in an exception group.
-I2  A background task that fails cancels the body, and comes out in a group: that is a fault
+I2  A background task that fails cancels the body, and its error comes out in a group: it is a fault
     of ours, not an outcome that callers handle.
-I3  When the body ends, however it ends, the tasks are cancelled and waited for.
-I4  A task can be started from a task and from a callback of the loop, under every way to run
-    a loop. A task started by a callback begins one loop turn later, in the callback's context.
-I5  Once the tasks are being ended, a further start raises Unavailable; a task accepted before
-    runs at least to its first await, so that it can tell those who wait for it.
-I6  A task that is cancelled although nobody ends the tasks has failed (I2): it never ends the
-    body without an error.
+I3  When the body ends, in any way, the tasks are cancelled and awaited.
+I4  A task can be started from a task and from a callback of the loop, with every way to run a loop.
+    A task started by a callback begins one loop turn later, in the callback's context.
+I5  Once the tasks are ending, a further start raises Unavailable. A task accepted before runs at
+    least to its first await, so that it can notify its waiters.
+I6  A task that is cancelled while the tasks are not ending has failed (I2): it never ends the body
+    without an error.
 
 anyio detects the library of the loop by the current task, unless ``anyio.run`` has set it. In a
 callback of a loop that ``asyncio.run`` or a web server runs, no task is current, and a task group
-refuses to start a task. So a callback hands over to a task of the group.
+refuses to start a task. Therefore a callback hands the start over to a task of the group.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Reading the files that settings name: configuration, passwords, tokens, certificates.
+"""Reads the files that settings name: configuration, passwords, tokens, certificates.
 
-F1  Nothing blocks: what is no regular file (a FIFO, a device, a socket, a directory) is refused
-    before it is opened, as is a path that cannot be one. A symbolic link is followed.
-F2  Of a file that is too large, ``bytes_max`` and one byte are read.
-F3  Whatever is wrong is an OSError with words for people in ``strerror``, or a ValueError for a
-    size that is not allowed.
+F1  Nothing blocks: a path that is not a regular file (a FIFO, a device, a socket, a directory) or
+    is invalid is refused before it is opened. A symbolic link is followed.
+F2  At most ``bytes_max`` + 1 bytes of a file are read.
+F3  Every failure is an OSError with a readable ``strerror``, or a ValueError for a size that is not
+    allowed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def check_readable(path: str | Path) -> None:
 
 
 def open_to_others(path: str | Path) -> str:
-    """What users who are neither the owner nor in the group may do: ``read`` or ``write``; empty:
-    nothing, or the file cannot be looked at.
+    """The access of users outside the owner and the group: ``read``, ``write``, or empty.
+
+    Empty: they have none, or the file cannot be inspected.
     """
     try:
         mode = Path(path).stat().st_mode
@@ -54,7 +55,7 @@ def open_to_others(path: str | Path) -> str:
 def _opened(path: str | Path) -> int:
     try:
         _refuse_others(Path(path).stat().st_mode)
-        # It may have been replaced meanwhile: what is opened is looked at again.
+        # The file may have been replaced meanwhile: the open file is checked again.
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except ValueError:
         raise OSError(errno.EINVAL, "the path holds a NUL") from None

@@ -1,7 +1,7 @@
-"""Counting, and the scrape; which metrics there are is said by the catalogue.
+"""Counts, and the scrape. The catalogue lists the metrics.
 
 Counting is a dict of ints, since a hit in the near cache is cheaper than one call into a
-metrics library; Prometheus types are made only when somebody scrapes.
+metrics library; Prometheus types are made only at a scrape.
 
     instruments.declare("cache", "product")                            # its series begin at 0
     instruments.counts["events_processed", "write", "applied"] += 1    # a counter, less _total
@@ -13,8 +13,8 @@ I1  A series exists only for a metric of the catalogue, and for a combination of
 I2  A metric never has more than ``SERIES_MAX`` series; further ones are summed into ``other``.
 I3  Counters and histograms exist before their first event: from the start, or from ``declare`` on
     where the first label is the name of a cache, sink, limit or route.
-I4  A scrape reads memory only. Sources are asked before counts are read, so that one may bring
-    a count up to date that is kept elsewhere. A gauge that nobody gives is absent, not 0.
+I4  A scrape reads memory only. Sources are called before counts are read, so that a source may
+    update a count that is kept elsewhere. A gauge without a source is absent, not 0.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Logs a lasting failure once a minute, however often it occurs.
 
-F1  The first failure of a kind is a warning. While it goes on, the kind is a warning again every
-    ``EVERY_S``, with ``left_out``, the number of lines in between; those are at level debug.
+F1  The first failure of a kind is a warning. While it lasts, the kind is logged as a warning every
+    ``EVERY_S``, with ``left_out``, the number of lines in between; those have level debug.
 F2  A kind is an event and a class of error. All errors of an unreachable server are one kind; each
     code with which the server refuses is another.
 F3  ``over`` ends all failures: the next one of any kind is a warning at once.
-F4  A loop that fails only for lack of a connection, or because the breaker is open, says so
+F4  A loop that fails only because there is no connection, or because the breaker is open, logs this
     once: the connection (``connection=True``) repeats it for all.
-F5  At most ``_KINDS_MAX`` kinds are remembered; one more replaces the oldest.
+F5  At most ``_KINDS_MAX`` kinds are remembered; a further one replaces the oldest.
 
-Each loop has one of its own. ``failing`` is for health: since when, how often, the last error.
+Each loop has its own. ``failing`` is for health: start, count and last error of the failure.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What the user of a node must be allowed in Valkey, and whether it is.
+"""The rights that the user of a node needs in Valkey, and the check that it has them.
 
 R1  ``needed`` are the commands of the scripts, and those that only Python sends (``SENT``). A test
     compares ``SENT`` with the source, and ``deploy/valkey/users.acl`` with ``users_file``.
-R2  The server is asked by one script, which runs none of the commands and writes nothing. The
-    user needs no right to read ACLs.
-R3  A right in ``PARTLY`` costs the feature that is named there: a warning. Without any other the
-    node is not ready, and does not start.
+R2  One script checks the rights. It runs none of the commands and writes nothing. The user needs no
+    right to read ACLs.
+R3  If a right in ``PARTLY`` is missing, the node lacks the feature named there and logs a warning.
+    If any other right is missing, the node is not ready and does not start.
 R4  A server that does not answer does not change the result: the link reports it.
 
-The server is asked every ``EVERY_S``, and every second while a right is missing. A command that a
-server does not know, such as one of a later version, is no missing right.
+The check runs every ``EVERY_S``, and every second while a right is missing. A command that the
+server does not know, such as one of a later version, does not count as a missing right.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ SENT = frozenset(
     ).split()
 )
 TRACKING = "&__redis__:invalidate"
-_LOCKS = "locks, semaphores and limits of what runs at a time"
 _EXTERNAL = "changes by external writers (cache.external_writers)"
 _EXPLAIN = "forebay explain of an entry"
 _LOCKS = "locks, semaphores and limits of what runs at a time"

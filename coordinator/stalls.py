@@ -1,7 +1,7 @@
-"""Notices when the event loop, the process or the machine stood still.
+"""Detects when the event loop, the process or the machine stood still.
 
-S1  A wake-up that comes later than ``STALL_S`` after it was due means that the event loop, the
-    process or the machine stood still: counted, and told with how long it was.
+S1  A wake-up that comes more than ``STALL_S`` after it was due means that the event loop, the
+    process or the machine stood still: it is counted, and logged with its length.
 
 Tasks that wake up anyway do the check. ``ClockSync`` detects jumps of the server's clock.
 """

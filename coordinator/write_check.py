@@ -1,10 +1,10 @@
-"""Whether the server accepts writes: asked once a second, without writing.
+"""Checks once a second whether the server accepts writes, without writing.
 
-C1  The question is a ``SET`` that may only replace a key, of a name that never exists: the server
-    refuses it as it refuses all writes (``MISCONF``, ``OOM``, ``READONLY``, ``NOREPLICAS``), and
-    otherwise does nothing.
-C2  The server is asked once in ``every_s``, regardless of the number of health requests; these
-    read ``refusal``.
+C1  The check is a ``SET`` that may only replace a key, with a name that never exists: the server
+    refuses it in the same way as all writes (``MISCONF``, ``OOM``, ``READONLY``, ``NOREPLICAS``),
+    and otherwise does nothing.
+C2  The check runs once in ``every_s``, regardless of the number of health requests; these read
+    ``refusal``.
 C3  A server that does not answer does not change the result: the link reports it.
 """
 

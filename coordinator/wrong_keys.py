@@ -1,10 +1,10 @@
-"""Keys that hold another type than Forebay gives them, found when the server refuses a script.
+"""Keys of an unexpected type, found when the server refuses a script.
 
-K1  A refusal of type names no key: the types of the script's keys are asked, at most
-    ``_ASKED_MAX``, and the keys of another type are named in the error.
-K2  The last ``_KEPT_MAX`` of them are remembered for health, looked at every ``_EVERY_S``, and
-    forgotten when they have the right type, or are gone.
-K3  Each is logged when it is found, every minute while it stays, and when it is well again.
+K1  A refusal for a wrong type names no key: the types of the script's keys, at most ``_ASKED_MAX``,
+    are queried, and the error names the keys of another type.
+K2  The last ``_KEPT_MAX`` of them are kept for health, checked every ``_EVERY_S``, and removed when
+    they have the right type or no longer exist.
+K3  Each is logged when it is found, every minute while it stays, and when it is repaired.
 """
 
 from __future__ import annotations

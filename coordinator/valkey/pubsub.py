@@ -1,20 +1,19 @@
-"""The pub/sub connection: it rings when there may be something new.
+"""The pub/sub connection: it notifies a node that there may be something new.
 
-What comes through here is a hint and may be lost at any time, by Valkey or by us, while
-``live`` as well as while not. Nobody may conclude from silence that nothing happened;
-the truth is read from the logs.
+A message is a hint. It may be lost at any time, by Valkey or by this module, while ``live`` and
+while not. Silence proves nothing: the logs hold the truth.
 
-I1  The wanted channels survive reconnects and may change at any time.
-I2  ``live`` means that the server has confirmed every subscription asked for so far, in
-    this connection. Adding a channel makes it false for a round trip.
-I3  Messages reach every listener synchronously, in the order in which they came.
-I4  State listeners hear False as soon as the loss is known, then True once live again.
-    Between the two, messages were lost.
-I5  A connection that looks alive but is not is found out: the server owes a PONG every
-    ``interval_s``; after two that did not come the connection is made anew.
+I1  The subscribed channels survive reconnects and may change at any time.
+I2  ``live`` means that the server has confirmed all subscriptions in this connection. A new channel
+    makes it false for a round trip.
+I3  Messages reach every listener synchronously, in the order in which they arrived.
+I4  State listeners receive False as soon as the loss is known, then True once live again. Messages
+    sent in between are lost.
+I5  A dead connection that looks alive is detected: the server owes a PONG every ``interval_s``;
+    after two missing PONGs a new connection is made.
 
-There is no message queue: a listener that is slow makes the server's buffer for us grow
-until it hangs up, which is I4.
+There is no message queue: if a listener is slow, the server's output buffer grows until the server
+closes the connection, and I4 applies.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ __all__ = ["PubSub", "PubSubStatistics"]
 
 log = structlog.get_logger(__name__)
 
-_LASTED_S = 10.0  #: a connection that held so long; the next loss is another outage
+_LASTED_S = 10.0  #: after a connection of this duration, the next loss is a new outage
 
 _CHANNELS_PER_COMMAND = 1_000
 _PONGS_MISSING_MAX = 2
@@ -53,12 +52,12 @@ class PubSubStatistics(Struct, frozen=True, kw_only=True):
     channels: int
     connects: int
     messages: int
-    silences: int  #: connections given up since no PONG came
+    silences: int  #: connections closed because no PONG arrived
     round_trip_ms: float  #: of the last PING
 
 
 class _PubSubWire(Wire):
-    """A connection in pub/sub mode, which counts what the server has yet to answer."""
+    """A connection in pub/sub mode that counts the outstanding replies of the server."""
 
     def __init__(
         self,
@@ -136,7 +135,7 @@ class PubSub:
         self._closed = False
 
     def subscribe(self, *channels: bytes) -> None:
-        """Want these too. Confirmed they are once ``live``."""
+        """Add these channels. They are confirmed once ``live``."""
         new = [channel for channel in dict.fromkeys(channels) if channel not in self._wanted]
         self._wanted.update(dict.fromkeys(new))
         self._send(b"SUBSCRIBE", new)
@@ -148,11 +147,11 @@ class PubSub:
         self._send(b"UNSUBSCRIBE", gone)
 
     def on_message(self, listener: Callable[[bytes, bytes], None]) -> Callable[[], None]:
-        """Have ``listener(channel, payload)`` called; returns how to end that."""
+        """Call ``listener(channel, payload)`` per message; returns a function that removes it."""
         return self._messages_to.add(listener)
 
     def on_state(self, listener: Callable[[bool], None]) -> Callable[[], None]:
-        """Have ``listener(live)`` called as it changes; returns how to end that."""
+        """Call ``listener(live)`` at each change; returns a function that removes it."""
         return self._state_to.add(listener)
 
     @property
@@ -165,11 +164,11 @@ class PubSub:
 
     @property
     def failure(self) -> Unavailable | ServerRefused | None:
-        """Why there is no connection, as far as is known."""
+        """The reason why there is no connection, if known."""
         return self._failure
 
     async def ready(self) -> None:
-        """Wait until live; ServerRefused if the server will not have us at all."""
+        """Wait until live. Raises ServerRefused if the server refuses the connection."""
         while not self._live:
             if self._closed:
                 raise Disconnected("the pubsub is closed")
@@ -178,7 +177,7 @@ class PubSub:
             await self._state_to.changed()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Keep the connection up until cancelled or closed; once in a pubsub's life."""
+        """Keep the connection up until cancelled or closed. Call it once."""
         with anyio.CancelScope() as self._scope:
             task_status.started()
             try:
@@ -189,7 +188,7 @@ class PubSub:
                 await self._shut()
 
     def redial(self, reason: str) -> None:
-        """Close the connection, if open, and make another."""
+        """Close the connection, if open, and make a new one."""
         if self._wire is not None:
             self._wire.drop(reason)
 
@@ -228,7 +227,7 @@ class PubSub:
         self._backoff.lasted(self._clock.monotonic() - since)
 
     async def _watch(self, wire: _PubSubWire) -> None:
-        """Return when the connection is lost, which it also is without PONGs."""
+        """Return when the connection is lost; missing PONGs count as a loss."""
         while not wire.lost.is_set():
             if wire.pongs_missing >= _PONGS_MISSING_MAX:
                 self._silences += 1

@@ -1,16 +1,17 @@
-"""The Lua scripts, by name, and how they are run.
+"""The Lua scripts by name, and the functions that run them.
 
-I1  A script is one file, ``scripts/<noun_verb>.lua``. What several share stands in a file
-    whose name begins with ``_``; those whose header says so get it when loading: first, or
-    where they say ``-- Here _name.lua.``
-I2  A script that the server does not know is sent in full and so made known. Repeating
+I1  A script is one file, ``scripts/<noun_verb>.lua``. Code that several scripts share is in a file
+    whose name begins with ``_``. A script whose header names such a file gets its text when it is
+    loaded: at the beginning, or at the line ``-- Here _name.lua.``
+I2  A script that the server does not know is sent in full, and the server then knows it. Repeating
     is safe: a server that answers NOSCRIPT has run nothing.
 I3  A refusal of the server is raised with the name of the script, which names the operation, and
-    the keys of another type that caused it (``WrongKeys``).
-I4  Of several scripts sent at once, those that had to be repeated run after the others,
-    among themselves in order. Whoever needs an order across them sends them one by one.
+    with the keys of another type that caused it (``WrongKeys``).
+I4  If several scripts are sent at once, those that had to be repeated run after the others, in
+    order among themselves. A caller that needs an order across all sends them one by one.
 
-Scripts that the server forgot (restart, SCRIPT FLUSH) cost one more round trip, once.
+After the server has lost its scripts (restart, SCRIPT FLUSH), each script costs one more round
+trip, once.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Call(Struct, frozen=True, kw_only=True):
 
 
 class Scripts(Mapping[str, Script]):
-    """The scripts of a folder, by name; ``wrong_keys`` is what their refusals told."""
+    """The scripts of a folder, by name; ``wrong_keys`` are the keys that their refusals named."""
 
     def __init__(self, scripts: Sequence[Script], wrong_keys: WrongKeys | None = None) -> None:
         self._by_name = {script.name: script for script in scripts}
@@ -145,7 +146,7 @@ async def run(
 async def run_many(
     commands: Commands, calls: Sequence[Call], *, timeout_ms: int | None = None
 ) -> list[Reply]:
-    """Replies in order; what the server refused is a ServerRefused in its place."""
+    """Replies in order; a refused call is a ServerRefused in its place."""
     replies = await commands.call_many([c.by_sha() for c in calls], timeout_ms=timeout_ms)
     unknown = [at for at, reply in enumerate(replies) if _is_unknown(reply)]
     if unknown:
@@ -167,7 +168,7 @@ async def _named(
 
 
 async def ask_many(commands: Commands, calls: Sequence[Sequence[Arg]]) -> list[Reply]:
-    """As ``call_many``, for commands whose first argument is their key: a refusal names it."""
+    """Like ``call_many``, for commands whose first argument is a key: a refusal names the key."""
     replies = await commands.call_many(calls)
     for at, reply in enumerate(replies):
         if isinstance(reply, ServerRefused):
@@ -176,7 +177,7 @@ async def ask_many(commands: Commands, calls: Sequence[Sequence[Arg]]) -> list[R
 
 
 def granted(replies: Sequence[Reply]) -> Sequence[Reply]:
-    """These replies; raises the first that is a refusal."""
+    """Return the replies. Raises the first one that is an error."""
     for reply in replies:
         if isinstance(reply, ForebayError):
             raise reply

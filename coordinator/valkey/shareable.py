@@ -1,10 +1,10 @@
-"""Which commands must not go on a connection that many callers share.
+"""Commands that must not run on a connection that many callers share.
 
-A command that blocks holds up everybody's replies; one that changes the connection's
-mode or sends no reply, or one reply too many, would make replies go to the wrong
-callers. ``GUARDED`` is the one set lookup that every call pays for; only the commands
-in it are looked at closer. It is a guard against mistakes, not malice: odd spellings
-such as ``SuBsCrIbE`` pass, scripts cannot do any of this.
+A command that blocks delays the replies of all callers. A command that changes the mode of the
+connection, or sends no reply or more than one, would deliver replies to the wrong callers. Every
+call pays for one set lookup in ``GUARDED``; only the commands in it are checked further. This
+protects from mistakes, not from malice: odd spellings such as ``SuBsCrIbE`` pass. Scripts cannot
+run these commands.
 """
 
 from __future__ import annotations

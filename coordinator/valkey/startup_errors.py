@@ -1,9 +1,9 @@
-"""Why a server could not be used, as one error that a person can act on.
+"""Explains why a server cannot be used, as one error that an operator can act on.
 
-I1  Every fault names one setting, its masked value, where it came from, and a fix.
-I2  What waiting may cure (nobody listens yet, still loading, no disk space) is told apart
-    from what it cannot (wrong password, TLS on one side only, no Valkey, too old).
-I3  If the server's words do not explain it, the port is asked what it speaks.
+I1  Every error names one setting, its masked value, its origin, and a fix.
+I2  Errors that may end by waiting (nothing listens yet, still loading, no disk space) are kept
+    apart from those that do not (wrong password, TLS on one side only, no Valkey, too old).
+I3  If the server's message does not explain the failure, the port is probed for its protocol.
 
 The tables are here; ``handshake`` does the waiting.
 """

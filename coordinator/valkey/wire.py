@@ -1,16 +1,16 @@
-"""One RESP2 connection: ``Wire``, and ``CommandWire`` that many callers share.
+"""One RESP2 connection: ``Wire``, and ``CommandWire``, which many callers share.
 
-I1  Replies are matched to commands by order alone. A waiter that gave up stays in the
-    queue; its reply is read and dropped, and the connection lives.
-I2  Commands added in one tick of the loop leave in one write, or as soon as they are
-    ``EAGER_BYTES``: then the server works on them while the rest of the tick makes more.
-I3  When the connection ends, every waiter gets Disconnected: ``outcome_unknown`` if its
-    command had been written, not if it had not.
-I4  A reply that nobody asked for, or bytes that are not RESP, end the connection: after
-    that no reply could be trusted to be the right one.
-I5  READONLY on a connection to a primary ends it, when the callers have been told.
+I1  Replies are matched to commands by order alone. A waiter that gave up stays in the queue; its
+    reply is read and dropped, and the connection stays open.
+I2  Commands added in one tick of the loop leave in one write, or as soon as they reach
+    ``EAGER_BYTES``: then the server works on them while the rest of the tick adds more.
+I3  When the connection ends, every waiter gets Disconnected: with ``outcome_unknown`` if its
+    command had been written, without it otherwise.
+I4  An unexpected reply, or bytes that are not RESP, end the connection: after them no reply can be
+    matched reliably.
+I5  READONLY on a connection to a primary ends the connection after the callers got the error.
 
-A wire never connects, repeats or times anything; that is the link's and the pubsub's.
+A wire never connects, retries or measures time; the link and the pub/sub connection do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .waiting import Arg, Slot
 
 __all__ = ["EAGER_BYTES", "MORE", "CommandWire", "Tally", "Wire"]
 
-MORE: Any = object()  #: what the parser returns when it needs more bytes
+MORE: Any = object()  #: the parser returns it when it needs more bytes
 CLOSE_S = 1.0
 EAGER_BYTES = 4_096
 #: Valkey and Redis 7.0 refuse with the code ERR what an ACL does not allow to a script.
@@ -39,7 +39,7 @@ _NOT_ALLOWED = ("ACL failure in script", "The user executing the script can't")
 
 
 class Tally:
-    """What all wires of one link have counted together."""
+    """Counters that all wires of one link share."""
 
     __slots__ = ("calls", "dropped_replies", "in_flight_max_seen", "replies", "timeouts")
 
@@ -52,7 +52,7 @@ class Tally:
 
 
 class Wire(asyncio.Protocol, ABC):
-    """A parser on a transport, the fact that it ended, and why."""
+    """A parser on a transport, with the reason of its end."""
 
     def __init__(self, dialed: Dialed) -> None:
         self.lost = anyio.Event()
@@ -64,7 +64,7 @@ class Wire(asyncio.Protocol, ABC):
 
     @abstractmethod
     def take_replies(self) -> None:
-        """Deal with everything that the parser has."""
+        """Process all replies that the parser holds."""
 
     @abstractmethod
     def ended(self) -> None:
@@ -87,7 +87,7 @@ class Wire(asyncio.Protocol, ABC):
         self._gone.set()
 
     async def aclose(self, reason: str) -> None:
-        """End the connection politely: what was written still leaves."""
+        """Close the connection after the written bytes have left."""
         self._end(reason)
         self.transport.close()
         with anyio.move_on_after(CLOSE_S, shield=True):
@@ -130,7 +130,7 @@ class CommandWire(Wire):
     def flush(self) -> None:
         out = self.out
         if not out:
-            return  # lost, and told to the waiters, before the tick was over
+            return  # the connection was lost before the tick ended; the waiters have the error
         self.out, self.out_bytes = [], 0
         tally = self._tally
         tally.calls += len(out)
