@@ -190,13 +190,18 @@ class Renewals:
             elif status == 2:
                 await self._reclaim(lease)
             else:
-                self.lose(lease.nonce, "taken")
+                self._refused(lease)
         if unconfirmed and replication is not None:
             await self._confirm(unconfirmed, replication, since, sent_at, timeout_ms)
 
     def _renewed(self, lease: Lease, sent_at: float) -> None:
         self._instruments.counts["lock_renewals", "renewed"] += 1
         lease.renewed(sent_at)
+
+    def _refused(self, lease: Lease) -> None:
+        # After a stall the reply may be read before the deadline is noticed (N3).
+        over = lease.deadline <= self._clock.monotonic()
+        self.lose(lease.nonce, "expired" if over else "taken")
 
     def _failed(self, leases: Sequence[Lease]) -> None:
         self._instruments.counts["lock_renewals", "failed"] += len(leases)
@@ -234,7 +239,7 @@ class Renewals:
             self._failing.say(log, "lease.not_reclaimed", error, lock=lease.name)
             return
         if not reclaimed:
-            self.lose(lease.nonce, "taken")
+            self._refused(lease)
             return
         self._instruments.counts["lock_renewals", "reclaimed"] += 1
         log.info("lease.reclaimed", lock=lease.name, token=lease.token)

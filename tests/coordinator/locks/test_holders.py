@@ -85,8 +85,30 @@ async def test_a_process_that_stood_still_knows_that_it_has_lost(
             assert word == "held"
             assert lease.token > int(token)
             os.kill(pid, signal.SIGCONT)
-            # A renewal from before the stop may be answered before the deadline is noticed.
-            assert await line() in (["lost", "expired"], ["lost", "taken"])
+            assert await line() == ["lost", "expired"]
+
+
+@pytest.mark.parametrize("stall_s,reason", [(0.0, "taken"), (2.0, "expired")])
+@pytest.mark.parametrize("status", [0, 2])
+async def test_the_deadline_decides_before_a_late_reply(
+    make: MakeForge, stall_s: float, reason: str, status: int
+) -> None:
+    """N3: a refusal that is read after the deadline does not hide that the lease expired."""
+    one = await make("one")
+
+    async def refused(leases: Sequence[Held], *, timeout_ms: int) -> tuple[int, list[int]]:
+        time.sleep(stall_s)
+        return 0, [status] * len(leases)
+
+    async def taken(lease: Held, left_s: float) -> bool:
+        return False
+
+    one.records.renew = refused  # type: ignore[method-assign]
+    one.records.reclaim = taken  # type: ignore[method-assign]
+    with pytest.raises(LeaseLost) as lost:
+        async with one.lock("l", lease=2):
+            await anyio.sleep_forever()
+    assert lost.value.reason == reason
 
 
 async def test_what_a_dead_process_held_is_free_when_its_lease_ends(

@@ -76,7 +76,7 @@ def make_node(valkey_server: ValkeyServer, namespace: str):
     ) -> forebay.Node:
         where = Valkey(
             url=(server or valkey_server).socket_url,
-            command_timeout_ms=2_000 if server is None else 250,
+            command_timeout_ms=30_000 if server is None else 250,
             reconnect_jitter_ms=5,
             reconnect_max_ms=40,
             breaker_recovery_ms=100,
